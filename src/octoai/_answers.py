@@ -1,0 +1,259 @@
+"""What came back, as objects and errors. Pure: bytes in, values out; who reads the bytes is not known here."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from octoai import _credentials, _retry, sse
+from octoai.errors import ApiError, AuthenticationError, ResponseError, StreamError, StreamInterrupted, status_class
+from octoai.wire.answers import ChatCompletionChunk, CompletionResponse
+from octoai.wire.record import Answer, RawResponse, Record
+
+R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+_DONE = b"[DONE]"
+
+
+def status_error(raw: RawResponse, *, token_sent: bool, now: float) -> ApiError:
+    """The error that an answer with a status of 300 or more is. `now`: the time of day, for dates in headers."""
+    body = _json_or_text(raw.body)
+    error = status_class(raw.status_code)(
+        status_code=raw.status_code,
+        body=body,
+        headers=raw.headers,
+        retryable=_retry.is_retryable(raw.status_code, raw.headers),
+        retry_after=_retry.retry_after(raw.headers, now),
+    )
+    if isinstance(error, AuthenticationError) and not token_sent:
+        error.message = (
+            f"{error.message or 'the service wants a token'}. No token was sent: give one as OctoAI(api_key=…), "
+            f"in the environment variable OCTOAI_TOKEN, or in the credentials file {_credentials.path()} "
+            "(`octoai serve` writes it)"
+        )
+    elif 300 <= raw.status_code < 400:
+        error.message = f"the service redirects to {raw.headers.get('location')}, which is not followed"
+    elif type(error) is not ApiError:
+        error.message = error.message or f"the service answered {raw.status_code}"
+    return error
+
+
+def parsed_json(raw: RawResponse) -> Any:
+    try:
+        return json.loads(raw.body)
+    except ValueError as error:
+        raise _not_understood(raw, f"the answer is not JSON: {error}") from error
+
+
+def record(model: type[R], raw: RawResponse) -> R:
+    """The whole answer as the model, with the HTTP answer attached where it remembers one."""
+    try:
+        answer = model.model_validate_json(raw.body)
+    except ValidationError as error:
+        raise _not_understood(raw, f"the answer is not a {model.__name__}: {_first_fault(error)}") from error
+    if isinstance(answer, Answer):
+        answer.attach(raw, request_id(raw.headers))
+    return answer
+
+
+def request_id(headers: Mapping[str, str]) -> str | None:
+    return headers.get("x-request-id") or headers.get("x-user-request-id")
+
+
+class Decompressor:
+    """For a service that compresses although it was asked not to."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        coding = headers.get("content-encoding", "").strip().lower()
+        self._zlib = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
+
+    def feed(self, block: bytes) -> bytes:
+        return block if self._zlib is None else self._zlib.decompress(block)
+
+
+class EventReader(Generic[T]):
+    """The body of a stream, as what its events hold. `queue` fills up; `done` once the answer is complete.
+
+    `decode` makes a value of an event's data. Errors leave `feed` after everything before them is in the queue.
+    """
+
+    def __init__(self, decode: Callable[[bytes], T]) -> None:
+        self.queue: deque[T] = deque()
+        self.events: list[bytes] = []
+        self.usage: Any = None
+        self.done = False
+        self.started = False
+        self._decode = decode
+        self._sse = sse.EventDecoder()
+        self._open: set[int] = set()
+        self._finished: set[int] = set()
+
+    def check_head(self, status: int, headers: Mapping[str, str]) -> None:
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind in ("application/json", "text/html"):
+            raise ResponseError(
+                status_code=status, headers=headers, message=f"the answer is {kind}, not an event stream"
+            )
+
+    def feed(self, block: bytes) -> bool:
+        """Whether the block held content."""
+        before = len(self.events)
+        try:
+            events = self._sse.feed(block)
+        except sse.EventTooLargeError as error:
+            raise ResponseError(message=str(error)) from error
+        for event in events:
+            if self._take(event):
+                break
+        return len(self.events) > before
+
+    def end(self) -> None:
+        """The body ended as bodies do. Raises unless the answer did, too."""
+        rest = self._sse.rest()
+        if rest is not None and not self.done:
+            try:
+                self._take(rest)
+            except ResponseError:
+                raise self.interrupted("within an event") from None
+        if not (self.done or self._is_complete()):
+            raise self.interrupted("with neither a finish_reason nor [DONE]")
+
+    def interrupted(self, how: str) -> StreamInterrupted:
+        return StreamInterrupted(partial=self.partial, message=f"the stream ended {how}", retryable=True)
+
+    @property
+    def partial(self) -> str:
+        """The text of the first choice so far."""
+        from octoai._gather import text_of
+
+        return text_of(self.events)
+
+    def _is_complete(self) -> bool:
+        return bool(self._finished) and self._open <= self._finished
+
+    def _take(self, event: sse.Event) -> bool:
+        """Whether this was the last event that matters."""
+        data, name = event
+        if data.strip() == _DONE:
+            self.done = True
+            return True
+        if not data.strip():
+            return False
+        if b'"error"' in data or name == "error":
+            self._refuse_error(data, name)
+        value = self._decode(data)
+        self.events.append(data)
+        if self._note(value):
+            self.queue.append(value)
+        return False
+
+    def _refuse_error(self, data: bytes, name: str) -> None:
+        body = _json_or_text(data)
+        is_error = isinstance(body, dict) and (body.get("error") or body.get("object") == "error")
+        if is_error or name == "error":
+            error = StreamError(body=body, partial=self.partial)
+            error.message = f"the service reported an error in the stream: {error.message or body}"
+            raise error
+
+    def _note(self, value: Any) -> bool:
+        """Whether the user gets to see it."""
+        return True
+
+
+class ChunkReader(EventReader[R]):
+    """A stream of typed chunks. One without choices only carries usage, which is kept; it is not shown, because every
+    published loop reads `choices[0]`."""
+
+    def __init__(self, model: type[R]) -> None:
+        super().__init__(self._validated)
+        self._model = model
+        self._validate = model.model_validate_json
+
+    def _validated(self, data: bytes) -> R:
+        try:
+            return self._validate(data)
+        except ValidationError as error:
+            message = f"an event of the stream is not a {self._model.__name__}: {_first_fault(error)}"
+            raise ResponseError(body=data.decode(errors="replace"), message=message) from error
+
+    def _note(self, value: Any) -> bool:
+        if value.usage is not None:
+            self.usage = value.usage
+        choices = value.choices
+        for choice in choices:
+            self._open.add(choice.index)
+            if choice.finish_reason is not None:
+                self._finished.add(choice.index)
+        if not self.started:
+            self.started = any(_has_content(choice) for choice in choices)
+        return bool(choices)
+
+
+class JsonReader(EventReader[Any]):
+    """A stream of whatever JSON an endpoint sends, each event through the user's own function.
+
+    Such a stream may end without `[DONE]`, unless its events are chunks of a completion, which say when they end."""
+
+    def __init__(self, map_fn: Callable[[Any], Any] | None = None) -> None:
+        super().__init__(self._parsed)
+        self._map = map_fn
+        self.started = True
+        self._last: Any = None
+
+    def end(self) -> None:
+        if self._open:
+            super().end()
+
+    def _parsed(self, data: bytes) -> Any:
+        try:
+            value = json.loads(data)
+        except ValueError as error:
+            body = data.decode(errors="replace")
+            raise ResponseError(body=body, message=f"an event of the stream is not JSON: {error}") from error
+        if isinstance(value, dict) and isinstance(value.get("choices"), list):
+            for choice in value["choices"]:
+                if isinstance(choice, dict):
+                    index = choice.get("index") or 0
+                    self._open.add(index)
+                    if choice.get("finish_reason") is not None:
+                        self._finished.add(index)
+        return value if self._map is None else self._map(value)
+
+
+def chat_reader() -> ChunkReader[ChatCompletionChunk]:
+    return ChunkReader(ChatCompletionChunk)
+
+
+def completion_reader() -> ChunkReader[CompletionResponse]:
+    return ChunkReader(CompletionResponse)
+
+
+def _has_content(choice: Any) -> bool:
+    if choice.finish_reason is not None:
+        return True
+    delta = getattr(choice, "delta", None)
+    return bool(choice.text) if delta is None else any(value for name, value in delta if name != "role")
+
+
+def _json_or_text(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body.decode(errors="replace")
+
+
+def _not_understood(raw: RawResponse, message: str) -> ResponseError:
+    return ResponseError(
+        status_code=raw.status_code, body=_json_or_text(raw.body), headers=raw.headers, message=message
+    )
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, fault["loc"]))
+    return f"{where}: {fault['msg']}" if where else str(fault["msg"])

@@ -1,0 +1,249 @@
+"""Each endpoint as a `Call`: everything about a request that can be decided before anything is sent. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, urljoin
+
+from octoai import _credentials
+from octoai._deadlines import Timeout
+from octoai._retry import RetryPolicy
+from octoai._transport import Request
+from octoai.errors import ConfigurationError
+from octoai.version import __version__
+
+OMIT: Any = ...
+_HEADERS = {
+    "accept-encoding": "identity",
+    "user-agent": f"octoai-python/{__version__} python/{sys.version_info[0]}.{sys.version_info[1]}",
+    "x-fern-language": "Python",
+    "x-fern-sdk-name": "octoai",
+    "x-fern-sdk-version": __version__,
+}
+_OPTIONS = frozenset(
+    {
+        "additional_body_parameters",
+        "additional_headers",
+        "additional_query_parameters",
+        "max_retries",
+        "timeout_in_seconds",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, however often it is sent. `headers` has lower-case names; the token is added to each attempt."""
+
+    method: str
+    url: str
+    timeout: Timeout
+    policy: RetryPolicy
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes | None = field(default=None, repr=False)
+    streams: bool = False
+
+    def request(self, token: str | None, failures: int) -> Request:
+        """The attempt after this many failed ones. A header the user set is left alone."""
+        headers = dict(self.headers)
+        if token:
+            headers.setdefault("authorization", f"Bearer {token}")
+        if failures:
+            headers["x-octoai-retry-count"] = str(failures)
+        return Request(self.method, self.url, headers, self.body)
+
+
+def redirected(request: Request, status: int, headers: Mapping[str, str]) -> Request | None:
+    """Where a redirect leads, if it may be followed: to the same origin, with the same method and body."""
+    location = headers.get("location")
+    if not location or status not in (307, 308) and not (request.method == "GET" and status in (301, 302, 303)):
+        return None
+    url = urljoin(request.url, location)
+    if _credentials.origin(url) != _credentials.origin(request.url):
+        return None
+    return Request(request.method, url, request.headers, request.body)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the client was made with, for every call that does not say otherwise."""
+
+    base_url: str
+    timeout: Timeout
+    max_retries: int
+    headers: Mapping[str, Any] = field(repr=False)
+
+    def call(
+        self,
+        method: str,
+        url: str,
+        *,
+        body: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        streams: bool = False,
+    ) -> Call:
+        options = _checked_options(options)
+        headers: dict[str, Any] = {**_HEADERS, "accept": "text/event-stream" if streams else "application/json"}
+        if method == "POST":
+            headers["content-type"] = "application/json"
+            headers["idempotency-key"] = str(uuid.uuid4())
+        headers.update(_lower(self.headers))
+        headers.update(_lower(options.get("additional_headers")))
+        if body is not None:
+            body = {**body, **(options.get("additional_body_parameters") or {})}
+        return Call(
+            method=method,
+            url=_with_query(url, options.get("additional_query_parameters")),
+            timeout=_timeout(options, self.timeout),
+            policy=RetryPolicy(max_retries=_retries(options.get("max_retries"), self.max_retries)),
+            headers={name: _text(value) for name, value in headers.items() if value is not None},
+            body=None if body is None else encoded(body),
+            streams=streams,
+        )
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One of the two endpoints, in its plain or its streaming form; `name` is the client's method."""
+
+    name: str
+    path: str
+    streams: bool
+    parameters: frozenset[str]
+    required: frozenset[str]
+
+    def call(
+        self,
+        defaults: Defaults,
+        params: Mapping[str, Any],
+        *,
+        options: Mapping[str, Any] | None,
+        extra_body: Mapping[str, Any] | None,
+    ) -> Call:
+        """Raises TypeError for parameters the endpoint does not have, as calling any function does."""
+        check_names(self.name, params, self.parameters)
+        given = {name: value for name, value in params.items() if value is not OMIT}
+        missing = sorted(self.required - given.keys())
+        if missing:
+            raise TypeError(f"{self.name}() needs {' and '.join(map(repr, missing))}")
+        # The method's name says whether it streams; nothing else may.
+        extra = {**(extra_body or {}), **((options or {}).get("additional_body_parameters") or {})}
+        body = {**dict(sorted(given.items())), **extra, "stream": self.streams}
+        options = {**(options or {}), "additional_body_parameters": None}
+        return defaults.call("POST", defaults.base_url + self.path, body=body, options=options, streams=self.streams)
+
+
+def check_names(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    known = set(known)
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{_advice(name, known)}")
+
+
+def _advice(name: str, known: Iterable[str]) -> str:
+    if name == "stream":
+        return ": the methods whose names end in _stream do stream"
+    from difflib import get_close_matches
+
+    nearest = get_close_matches(name, sorted(known), n=1)
+    return f". Did you mean {nearest[0]!r}?" if nearest else ". What is not a parameter can be sent by extra_body="
+
+
+def encoded(body: Any) -> bytes:
+    """As JSON. ASCII only: what is not Unicode (a lone surrogate) still reaches the service as it is."""
+    return json.dumps(plain(body), separators=(",", ":"), allow_nan=False).encode()
+
+
+def plain(value: Any, fallback: Callable[[Any], Any] | None = None) -> Any:
+    """What JSON knows, from whatever users pass: models of either pydantic, dataclasses, enums, dates, bytes."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return getattr(value, "value", value)  # members of str and int enums
+    if isinstance(value, Mapping):
+        return {_text(getattr(key, "value", key)): plain(item, fallback) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item, fallback) for item in value]
+    if isinstance(value, bytes):
+        return value.decode()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({item.name: getattr(value, item.name) for item in dataclasses.fields(value)}, fallback)
+    return _plain_object(value, fallback)
+
+
+def _plain_object(value: Any, fallback: Callable[[Any], Any] | None) -> Any:
+    if isinstance(value, type):
+        raise TypeError(f"a class ({value.__name__}) cannot be sent as JSON")
+    record = sys.modules.get("octoai.wire.record")
+    if hasattr(value, "model_dump") and not (record and isinstance(value, record.Record)):
+        return plain(value.model_dump(by_alias=True, exclude_unset=True), fallback)
+    if callable(getattr(value, "dict", None)):
+        return plain(value.dict(), fallback)
+    if callable(getattr(value, "isoformat", None)):
+        return value.isoformat()
+    if hasattr(value, "value") and hasattr(value, "name"):
+        return plain(value.value, fallback)
+    if fallback is not None:
+        return fallback(value)
+    raise TypeError(f"an object of type {type(value).__name__} cannot be sent as JSON")
+
+
+def _checked_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    options = options or {}
+    check_names("request_options", options, _OPTIONS)
+    return options
+
+
+def _timeout(options: Mapping[str, Any], default: Timeout) -> Timeout:
+    seconds = options.get("timeout_in_seconds")
+    return default if seconds is None else Timeout.of(seconds)
+
+
+def _retries(asked: Any, default: int) -> int:
+    retries = default if asked is None else asked
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise TypeError(f"max_retries must be a whole number, 0 or more, not {retries!r}")
+    return retries
+
+
+def _lower(headers: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name.lower(): value for name, value in (headers or {}).items()}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    return value if isinstance(value, str) else str(value)
+
+
+def _with_query(url: str, query: Mapping[str, Any] | None) -> str:
+    pairs = [
+        f"{quote(str(name), safe='')}={quote(_query_text(one), safe='')}"
+        for name, value in (query or {}).items()
+        if value is not None
+        for one in (value if isinstance(value, list | tuple) else (value,))
+    ]
+    return url + ("&" if "?" in url else "?") + "&".join(pairs) if pairs else url
+
+
+def _query_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else _text(value)
+
+
+def bearer(token: Any) -> str | None:
+    """The token as it may stand in a header."""
+    if token is None or token == "":
+        return None
+    if not isinstance(token, str):
+        close = getattr(token, "close", None)
+        if close is not None:
+            close()  # a coroutine, which would warn that nobody awaited it
+        raise ConfigurationError(message=f"api_key gave {type(token).__name__}, not a string")
+    token = token.strip()
+    if not token.isascii() or any(ord(char) <= 32 or ord(char) == 127 for char in token):
+        raise ConfigurationError(message="the token holds spaces or characters that HTTP cannot carry")
+    return token or None

@@ -1,0 +1,197 @@
+"""Which service to talk to, and with which token: argument, then environment, then the credentials file.
+
+The file is `credentials.toml`, written by `octoai serve` and read by every client of the same user:
+
+    endpoint = "http://127.0.0.1:8000"
+    token = "…"
+
+Its token is for its own endpoint and is never sent anywhere else. Sends nothing itself.
+"""
+
+from __future__ import annotations
+
+import os
+
+from octoai.errors import ConfigurationError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from typing import Any
+
+DEFAULT_ENDPOINT = "http://127.0.0.1:8000"
+DEAD_HOSTS = ("octoai.run", "octoai.cloud", "octo.ai")
+TOKEN_VARIABLES = ("OCTOAI_TOKEN", "OCTOAI_API_TOKEN", "OCTOAI_API_KEY")
+ENDPOINT_VARIABLES = ("OCTOAI_BASE_URL", "OCTOAI_API_BASE")
+_KNOWN_PATHS = ("/chat/completions", "/completions", "/v1")
+
+
+class Credentials:
+    """What the credentials file says."""
+
+    __slots__ = ("endpoint", "token")
+
+    def __init__(self, endpoint: str, token: str | None) -> None:
+        self.endpoint = endpoint
+        self.token = token
+
+    def __repr__(self) -> str:
+        return f"Credentials(endpoint={self.endpoint!r}, token={'…' if self.token else None})"
+
+
+class Access:
+    """A service and the right to use it. `only_for` limits the token to one origin; None means no such limit."""
+
+    __slots__ = ("base_url", "only_for", "token")
+
+    def __init__(self, base_url: str, token: Any, only_for: str | None = None) -> None:
+        self.base_url = base_url
+        self.token = token
+        self.only_for = only_for
+
+    def covers(self, url: str) -> bool:
+        """Whether the token may be sent to this address."""
+        return self.only_for is None or origin(url) == self.only_for
+
+
+def resolve(*, base_url: str | None, token: Any, environ: Mapping[str, str] | None = None) -> Access:
+    """`base_url` and `token` are what the user gave; `token` may be a callable."""
+    environ = os.environ if environ is None else environ
+    token = token or _first(environ, TOKEN_VARIABLES)
+    base_url = base_url or _first(environ, ENDPOINT_VARIABLES)
+    stored = None if (base_url and token) else read(environ=environ)
+    url = checked_base_url(base_url or (stored.endpoint if stored else DEFAULT_ENDPOINT))
+    if token:
+        return Access(url, token.strip() if isinstance(token, str) else token)
+    if stored and stored.token and origin(stored.endpoint) == origin(url):
+        return Access(url, stored.token, only_for=origin(url))
+    return Access(url, None)
+
+
+def configured_endpoint(environ: Mapping[str, str] | None = None) -> str:
+    """The endpoint of whoever names none."""
+    environ = os.environ if environ is None else environ
+    named = _first(environ, ENDPOINT_VARIABLES)
+    if not named:
+        stored = read(environ=environ)
+        named = stored.endpoint if stored else DEFAULT_ENDPOINT
+    return checked_base_url(named)
+
+
+def directory(environ: Mapping[str, str] | None = None) -> str:
+    environ = os.environ if environ is None else environ
+    own = environ.get("OCTOAI_CONFIG_DIR")
+    if own:
+        return os.path.expanduser(own)
+    base = environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.join(base, "octoai")
+
+
+def path(environ: Mapping[str, str] | None = None) -> Path:
+    """Where the credentials file is, or would be."""
+    from pathlib import Path
+
+    return Path(_file(environ))
+
+
+def read(file: str | os.PathLike[str] | None = None, *, environ: Mapping[str, str] | None = None) -> Credentials | None:
+    """The credentials stored for this user; None if there are none."""
+    name = os.fspath(file) if file is not None else _file(environ)
+    try:
+        with open(name, "rb") as opened:
+            content = opened.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigurationError(message=f"the credentials file {name} cannot be read: {error.strerror}") from error
+    import tomllib
+
+    try:
+        values = tomllib.loads(content.decode())
+    except ValueError as error:
+        raise ConfigurationError(message=f"the credentials file {name} is not valid TOML: {error}") from error
+    endpoint, token = values.get("endpoint") or DEFAULT_ENDPOINT, values.get("token") or None
+    if not isinstance(endpoint, str) or not isinstance(token, str | None):
+        raise ConfigurationError(message=f"in the credentials file {name}, endpoint and token must be strings")
+    return Credentials(endpoint, token)
+
+
+def write(endpoint: str, token: str, file: str | os.PathLike[str] | None = None) -> Path:
+    """Store both for this user; readable by nobody else at any moment, replaced in one step."""
+    name = os.fspath(file) if file is not None else _file(None)
+    os.makedirs(os.path.dirname(name) or ".", mode=0o700, exist_ok=True)
+    scratch = f"{name}.{os.getpid()}.{os.urandom(4).hex()}"
+    content = f"endpoint = {_quoted(endpoint)}\ntoken = {_quoted(token)}\n"
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as opened:
+            opened.write(content)
+        os.replace(scratch, name)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+    from pathlib import Path
+
+    return Path(name)
+
+
+def checked_base_url(url: str) -> str:
+    """The root of the service, without `/v1` and without a slash at the end."""
+    url = checked_url(url).split("?")[0].split("#")[0].rstrip("/")
+    for known in _KNOWN_PATHS:
+        url = url.removesuffix(known).rstrip("/")
+    return url
+
+
+def checked_url(url: str) -> str:
+    """The address itself, if it is one that may be contacted."""
+    if not isinstance(url, str):
+        raise ConfigurationError(message=f"an address must be a string, not {type(url).__name__}")
+    url = url.strip()
+    scheme, host, _ = _split(url)
+    if scheme not in ("http", "https") or not host or any(ord(char) <= 32 or ord(char) == 127 for char in url):
+        raise ConfigurationError(message=f"not an http:// or https:// address: {url!r}")
+    if "@" in url.partition("://")[2].split("/")[0]:
+        raise ConfigurationError(message="an address must not hold a user name or password: use api_key=")
+    if any(host == dead or host.endswith(f".{dead}") for dead in DEAD_HOSTS):
+        raise ConfigurationError(
+            message=f"{host}: OctoAI's hosted service was shut down in October 2024, and this address is never contacted. "
+            "Set OCTOAI_BASE_URL (or base_url=) to a service of your own; `octoai serve` starts one."
+        )
+    return url
+
+
+def origin(url: str) -> str:
+    scheme, host, port = _split(url)
+    return f"{scheme}://{host}:{port}"
+
+
+def _split(url: str) -> tuple[str, str, str]:
+    """Scheme, host and port, in one spelling. By hand: `urllib.parse` would double the cost of a client."""
+    scheme, _, rest = url.partition("://")
+    for end in "/\\?#":
+        rest = rest.partition(end)[0]
+    authority = rest.rpartition("@")[2].lower()
+    scheme = scheme.lower()
+    if authority.startswith("["):
+        host, _, port = authority.partition("]")
+        host, port = f"{host}]", port.removeprefix(":")
+    else:
+        host, _, port = authority.partition(":")
+    return scheme, host.rstrip("."), port or ("443" if scheme == "https" else "80")
+
+
+def _file(environ: Mapping[str, str] | None) -> str:
+    return os.path.join(directory(environ), "credentials.toml")
+
+
+def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    return next((value for name in names if (value := environ.get(name, "").strip())), None)
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string."""
+    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+        raise ConfigurationError(message="control characters cannot be stored in the credentials file")
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

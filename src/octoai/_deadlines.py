@@ -1,0 +1,176 @@
+"""How long to wait, and for what. Pure: the clock is an argument. Knows neither sockets nor event loops."""
+
+from __future__ import annotations
+
+import time
+
+from octoai.errors import ApiTimeoutError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_UNSET: Any = ...
+_FIELDS = ("connect", "read", "total", "first_token", "idle")
+_NEVER = float("inf")
+
+
+class Timeout:
+    """The deadlines of a call, in seconds; None is no limit.
+
+    - `connect`: until the connection stands. Default 10.
+    - `read`: the longest silence on the connection, also while a whole answer is being generated. Default 600.
+    - `total`: the whole call, with its retries and to the end of a stream. Default: no limit.
+    - `first_token`: in a stream, from sending the request to the first content. Default 600; where only `idle` is
+      given, as long as that.
+    - `idle`: in a stream, between two content events. Keep-alive comments do not count. Default 60.
+
+    A plain number `t` in place of a `Timeout` means: connect within `min(t, 10)`, and no wait longer than `t` for
+    bytes (`read`), for the first content (`first_token`) and for the next (`idle`).
+    """
+
+    __slots__ = _FIELDS
+
+    connect: float | None
+    read: float | None
+    total: float | None
+    first_token: float | None
+    idle: float | None
+
+    def __init__(
+        self,
+        connect: float | None = 10,
+        read: float | None = 600,
+        total: float | None = None,
+        first_token: float | None = _UNSET,
+        idle: float | None = _UNSET,
+    ) -> None:
+        if first_token is _UNSET:
+            first_token = 600 if idle is _UNSET else idle
+        values = (connect, read, total, first_token, 60 if idle is _UNSET else idle)
+        for name, value in zip(_FIELDS, values, strict=True):
+            object.__setattr__(self, name, _checked(name, value))
+
+    @classmethod
+    def of(cls, value: Any) -> Timeout:
+        """From what users give: a `Timeout`, a number, None (no limits), or an `httpx.Timeout`."""
+        if isinstance(value, Timeout):
+            return value
+        if value is None:
+            return cls(None, None, None, None, None)
+        if hasattr(value, "connect") and hasattr(value, "read"):
+            return cls(value.connect, value.read, None, value.read, value.read)
+        seconds = _checked("timeout", value)
+        assert seconds is not None
+        return cls(min(seconds, 10), seconds, None, seconds, seconds)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("a Timeout is immutable")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Timeout) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        return "Timeout(" + ", ".join(f"{n}={v}" for n, v in zip(_FIELDS, self._values(), strict=True)) + ")"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Timeout, self._values()
+
+    def _values(self) -> tuple[float | None, ...]:
+        return (self.connect, self.read, self.total, self.first_token, self.idle)
+
+
+DEFAULT_TIMEOUT = Timeout()
+
+
+class Deadlines:
+    """The deadlines of one running call.
+
+    The wait for content counts from the moment somebody waits: a caller who is slow between two events is not
+    the service's fault.
+    """
+
+    __slots__ = ("_clock", "_content_at", "_ends_at", "_sent_at", "_started", "_streams", "_timeout")
+
+    def __init__(self, timeout: Timeout, *, streams: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeout = timeout
+        self._clock = clock
+        self._streams = streams
+        self._ends_at = _NEVER if timeout.total is None else clock() + timeout.total
+        self._sent_at = 0.0
+        self._started = False
+        self._content_at: float | None = None
+
+    def send(self) -> None:
+        """An attempt begins."""
+        self._sent_at = self._clock()
+        self._content_at = None
+
+    def content(self, *, started: bool = True) -> None:
+        """A content event came; `started`: there was something to read in it."""
+        self._started = self._started or started
+        if self._started:
+            self._content_at = None
+
+    def connecting(self) -> float | None:
+        """Seconds that connecting may take."""
+        return self._least(self._timeout.connect, self._ends_at - self._clock(), "connect")
+
+    def waiting(self) -> float | None:
+        """Seconds that one wait for bytes may take. Raises if a deadline has passed."""
+        if not self._streams:
+            return self._least(self._timeout.read, self._ends_at - self._clock(), "read")
+        now = self._clock()
+        if self._content_at is None:
+            self._content_at = self._next_content(now)
+        return self._least(self._timeout.read, min(self._ends_at, self._content_at) - now, "read")
+
+    def allow(self, seconds: float) -> bool:
+        """Whether the call may still go on after a pause this long."""
+        return self._clock() + seconds < self._ends_at
+
+    def passed(self, otherwise: str = "read") -> ApiTimeoutError:
+        """The error for a wait that was as long as it may be."""
+        now = self._clock() + 0.002  # sockets wake up a little early
+        if now >= self._ends_at:
+            otherwise = "total"
+        elif self._content_at is not None and now >= self._content_at:
+            otherwise = "idle" if self._started else "first_token"
+        seconds = getattr(self._timeout, otherwise)
+        message = f"{_MEANING[otherwise]} within {seconds:g} s (the `{otherwise}` deadline of octoai.Timeout)"
+        return ApiTimeoutError(deadline=otherwise, seconds=seconds, message=message, retryable=otherwise == "connect")
+
+    def _next_content(self, now: float) -> float:
+        if self._started:
+            return _NEVER if self._timeout.idle is None else now + self._timeout.idle
+        return _NEVER if self._timeout.first_token is None else self._sent_at + self._timeout.first_token
+
+    def _least(self, limit: float | None, left: float, name: str) -> float | None:
+        if left <= 0:
+            raise self.passed(name)
+        if limit is None:
+            return None if left == _NEVER else left
+        return min(limit, left)
+
+
+_MEANING = {
+    "connect": "no connection",
+    "read": "no bytes from the service",
+    "total": "the call was not complete",
+    "first_token": "no first token",
+    "idle": "no further content",
+}
+
+
+def _checked(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of seconds, a Timeout or None, not {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{name} must be more than 0 seconds")
+    return value

@@ -1,0 +1,252 @@
+"""The seam over `httpx2`, or over the `httpx`/`httpx2` client a user brings (told apart by nothing: same methods).
+
+Used for asynchronous calls and for proxies. Imports neither library at import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from octoai._deadlines import Deadlines
+from octoai._transport import DRAIN_BYTES, DRAIN_SECONDS, AsyncResponse, Request, Response, connection_error
+from octoai.errors import ApiConnectionError, ApiError, ConfigurationError
+
+_INHERITED: list[Any] = []  # clients of the parent process: kept, so that nothing closes them
+
+
+def _new_client(name: str) -> Any:
+    import httpx2
+
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=30.0)
+    return getattr(httpx2, name)(limits=limits, timeout=None)
+
+
+def _request(client: Any, request: Request, timeout: tuple[float | None, ...]) -> Any:
+    return client.build_request(
+        request.method, request.url, headers=dict(request.headers), content=request.body, timeout=timeout
+    )
+
+
+# Redirects are followed by the caller, who knows what must not cross origins.
+_SEND_OPTIONS = {"stream": True, "follow_redirects": False}
+
+
+class _DiedError(Exception):
+    """A connection kept from an earlier call died without a byte of an answer."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _headers(response: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in response.headers.items()}
+
+
+def _classes(client: Any, *names: str) -> tuple[type[BaseException], ...]:
+    """The library's own exceptions, found through the client's class: a user's may be a subclass."""
+    roots = [cls.__module__.partition(".")[0] for cls in type(client).__mro__]
+    modules = [sys.modules[root] for root in roots if root in ("httpx", "httpx2") and root in sys.modules]
+    return tuple(getattr(module, name) for module in modules for name in names if hasattr(module, name))
+
+
+class _Failures:
+    """What one library raises, mapped."""
+
+    def __init__(self, client: Any) -> None:
+        self.connect_timeouts = _classes(client, "ConnectTimeout", "PoolTimeout")
+        self.timeouts = (*_classes(client, "TimeoutException"), TimeoutError)
+        self.network = (*_classes(client, "TransportError", "StreamError", "DecodingError"), OSError)
+        self.requests = (*_classes(client, "InvalidURL", "UnsupportedProtocol"), UnicodeEncodeError)
+        self.all = (*self.timeouts, *self.network, *self.requests, *_classes(client, "HTTPError"))
+
+    def mapped(self, error: BaseException, request: Request, deadlines: Deadlines) -> ApiError:
+        if isinstance(error, self.connect_timeouts):
+            return deadlines.passed("connect")
+        if isinstance(error, self.timeouts):
+            return deadlines.passed()
+        if isinstance(error, self.requests):
+            return ConfigurationError(message=f"the request cannot be sent: {error}")
+        return connection_error(error, request)
+
+
+class HttpxTransport:
+    """Synchronous. The library's read timeout is fixed for a request, so the longest of its waits bounds each one."""
+
+    def __init__(self, client: Any) -> None:
+        self._given = client
+        self._own: Any = None
+        self._pid = 0
+
+    def send(self, request: Request, deadlines: Deadlines) -> Response:
+        client = self._client()
+        failures = _Failures(client)
+        wait = deadlines.waiting()
+        connect = deadlines.connecting()
+        timeout = (connect, wait, wait, connect)
+        try:
+            response = client.send(_request(client, request, timeout), **_SEND_OPTIONS)
+        except failures.all as error:
+            raise failures.mapped(error, request, deadlines) from error
+        return HttpxResponse(response, failures)
+
+    def close(self) -> None:
+        if self._own is not None and self._pid == os.getpid():
+            self._own.close()
+        self._own = None
+
+    def _client(self) -> Any:
+        if self._given is not None:
+            return self._given
+        if self._own is None or self._pid != os.getpid():
+            _INHERITED.append(self._own)
+            self._own, self._pid = _new_client("Client"), os.getpid()
+        return self._own
+
+
+class HttpxResponse:
+    def __init__(self, response: Any, failures: _Failures) -> None:
+        self._response = response
+        self._failures = failures
+        self._parts = response.iter_raw()
+        self.status: int = response.status_code
+        self.headers: Mapping[str, str] = _headers(response)
+
+    def receive(self, seconds: float | None) -> bytes:
+        try:
+            return next(self._parts, b"")
+        except self._failures.timeouts as error:
+            raise TimeoutError(str(error)) from error
+        except self._failures.all as error:
+            raise OSError(str(error) or type(error).__name__) from error
+
+    def finish(self) -> None:
+        ends, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
+        try:
+            while left > 0 and time.monotonic() < ends:
+                part = self.receive(None)
+                if not part:
+                    break
+                left -= len(part)
+        except OSError:
+            pass  # the answer is complete; only the connection is lost
+        self.close()
+
+    def close(self) -> None:
+        self._response.close()
+
+
+class AsyncHttpxTransport:
+    """One `httpx2` client for each event loop, since its connections belong to the loop that opened them.
+
+    It is closed when that loop shuts its asynchronous generators down, as `asyncio.run` does at its end: the only
+    hook a loop offers.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._given = client
+        self._pid = os.getpid()
+        self._clients: WeakKeyDictionary[Any, tuple[Any, AsyncGenerator[Any, None]]] = WeakKeyDictionary()
+
+    async def send(self, request: Request, deadlines: Deadlines) -> AsyncResponse:
+        client = self._given if self._given is not None else await self._own_client()
+        try:
+            return await self._exchange(client, request, deadlines)
+        except _DiedError as died:
+            # A kept connection may have died while nobody looked. Nothing came back on it: once more.
+            if self._given is not None:
+                raise died.error from died
+        try:
+            return await self._exchange(client, request, deadlines)
+        except _DiedError as died:
+            raise died.error from died
+
+    async def _exchange(self, client: Any, request: Request, deadlines: Deadlines) -> AsyncResponse:
+        failures = _Failures(client)
+        connect, wait = deadlines.connecting(), deadlines.waiting()
+        seen: set[str] = set()
+
+        async def trace(event: str, _info: Any) -> None:
+            seen.add(event)
+
+        prepared = _request(client, request, (connect, wait, wait, connect))
+        prepared.extensions["trace"] = trace
+        try:
+            async with asyncio.timeout(None if wait is None else (connect or 0) + wait):
+                response = await client.send(prepared, **_SEND_OPTIONS)
+        except failures.all as error:
+            mapped = failures.mapped(error, request, deadlines)
+            if isinstance(mapped, ApiConnectionError) and not any("connect_" in event for event in seen):
+                raise _DiedError(mapped) from error
+            raise mapped from error
+        # From here on each wait has its own limit, which is ours.
+        prepared.extensions.get("timeout", {})["read"] = None
+        return AsyncHttpxResponse(response, failures)
+
+    async def close(self) -> None:
+        """Those of the running loop; other loops close their own."""
+        _, keeper = self._clients.pop(asyncio.get_running_loop(), (None, None))
+        if keeper is not None:
+            await keeper.aclose()
+
+    async def _own_client(self) -> Any:
+        if self._pid != os.getpid():
+            _INHERITED.append(self._clients)
+            self._clients, self._pid = WeakKeyDictionary(), os.getpid()
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            for other in [other for other in self._clients if other.is_closed()]:
+                del self._clients[other]
+            client = _new_client("AsyncClient")
+            keeper = _open_until_closed(client)
+            self._clients[loop] = (client, keeper)
+            await anext(keeper)
+        return self._clients[loop][0]
+
+
+async def _open_until_closed(client: Any) -> AsyncGenerator[Any, None]:
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+class AsyncHttpxResponse:
+    def __init__(self, response: Any, failures: _Failures) -> None:
+        self._response = response
+        self._failures = failures
+        self._parts = response.aiter_raw()
+        self.status: int = response.status_code
+        self.headers: Mapping[str, str] = _headers(response)
+
+    async def receive(self, seconds: float | None) -> bytes:
+        try:
+            async with asyncio.timeout(seconds):
+                return await anext(self._parts, b"")
+        except self._failures.timeouts as error:
+            raise TimeoutError(str(error)) from error
+        except self._failures.all as error:
+            raise OSError(str(error) or type(error).__name__) from error
+
+    async def finish(self) -> None:
+        left = DRAIN_BYTES
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while left > 0:
+                    part = await anext(self._parts, b"")
+                    if not part:
+                        break
+                    left -= len(part)
+        except self._failures.all:
+            pass  # the answer is complete; only the connection is lost
+        await self.close()
+
+    async def close(self) -> None:
+        await self._response.aclose()
+

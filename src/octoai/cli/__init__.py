@@ -1,0 +1,33 @@
+"""The `octoai` command. Each subcommand is a thin function: it reads arguments, calls, prints, returns a status.
+
+Exit statuses: 0 done, 1 it could not be done (one line on standard error says why and what to do), 2 wrong usage,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from octoai.cli import models, serve, token
+from octoai.cli.messages import fail
+from octoai.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="octoai", description="Text generation on your own machine.")
+    parser.add_argument("--version", action="version", version=f"octoai {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (serve, token, models):
+        command.add_parsers(subparsers)
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("octoai"):
+            raise
+        return fail(f"{error.name} is not installed; the service needs: pip install 'octoai[server]'")
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1

@@ -1,0 +1,177 @@
+"""`octoai pull` and `octoai models`: bring weights to this machine, and show which models there are.
+
+Light to import: the catalogue and the sources are loaded when a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octoai.cli.messages import fail
+
+if TYPE_CHECKING:
+    from octoai.server.catalogue import Catalogue, Model
+    from octoai.server.sources import Progress, WeightStore
+
+Subparsers = argparse._SubParsersAction  # argparse gives it no public name
+
+
+def add_parsers(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
+    pulling = subparsers.add_parser("pull", help="download the weights of models", description=pull.__doc__)
+    pulling.add_argument(
+        "ids", nargs="+", metavar="ID", help="a model's id or alias; `octoai models` lists them"
+    )
+    pulling.set_defaults(run=pull)
+    listing = subparsers.add_parser("models", help="list the models there are", description=models.__doc__)
+    listing.add_argument("--json", action="store_true", help="for programs: a JSON list")
+    listing.set_defaults(run=models)
+
+
+def pull(args: argparse.Namespace) -> int:
+    """Download the weights of models and print where they lie."""
+    from octoai.server.catalogue import BadCatalogue
+    from octoai.server.sources import PullFailed
+
+    try:
+        catalogue, store = _catalogue_and_store()
+        for model in [_model(catalogue, name) for name in args.ids]:
+            print(pulled(store, model), flush=True)
+    except (BadCatalogue, PullFailed) as error:
+        return fail(str(error))
+    except ModuleNotFoundError as error:
+        return fail(f"{error.name} is missing: install octoai[server]")
+    except KeyboardInterrupt:
+        print("octoai: stopped; nothing half-done was left in place", file=sys.stderr)
+        return 130
+    return 0
+
+
+def models(args: argparse.Namespace) -> int:
+    """Show the models there are: context, price per million tokens, licence, where the weights are."""
+    from octoai.server.catalogue import BadCatalogue
+
+    try:
+        catalogue, store = _catalogue_and_store()
+    except BadCatalogue as error:
+        return fail(str(error))
+    if args.json:
+        print(json.dumps([_described(model, store.path(model)) for model in catalogue.values()], indent=2))
+    else:
+        heads = ("ID", "CONTEXT", "IN $/1M", "OUT $/1M", "LICENCE", "WEIGHTS")
+        print(*_aligned([heads, *(_row(model, store.path(model)) for model in catalogue.values())]), sep="\n")
+    return 0
+
+
+def _catalogue_and_store() -> tuple[Catalogue, WeightStore]:
+    from octoai.server.catalogue import Catalogue
+    from octoai.server.places import cache_dir
+    from octoai.server.sources import WeightStore
+
+    return Catalogue.load(), WeightStore(cache_dir(os.environ))
+
+
+def _model(catalogue: Catalogue, name: str) -> Model:
+    from octoai.server.sources import PullFailed
+
+    model = catalogue.find(name)
+    if model is None:
+        nearest = catalogue.nearest(name)
+        hint = f"the nearest are {', '.join(nearest)}" if nearest else "`octoai models` lists those there are"
+        raise PullFailed(f"unknown model {name!r}: {hint}")
+    return model
+
+
+def pulled(store: WeightStore, model: Model) -> Path:
+    if present := store.path(model):
+        print(f"octoai: {model.id} is already here", file=sys.stderr)
+        return present
+    if model.source is None:
+        return store.pull(model)  # refused, without a bar first
+    with _bar(model) as progress:
+        return store.pull(model, progress)
+
+
+@contextmanager
+def _bar(model: Model) -> Iterator[Progress]:
+    from tqdm import tqdm
+
+    # A log gets a line every ten seconds, a terminal ten a second.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        desc=model.id,
+        total=model.size_bytes,
+        unit="B",
+        unit_scale=True,
+        mininterval=interval,
+        miniters=1,
+        file=sys.stderr,
+    ) as bar:
+
+        def progress(done_bytes: int, total_bytes: int | None) -> None:
+            bar.total = total_bytes or bar.total
+            bar.update(done_bytes - bar.n)
+
+        yield progress
+
+
+def _row(model: Model, path: Path | None) -> tuple[str, ...]:
+    context = "-" if model.context_length is None else str(model.context_length)
+    return (
+        model.id,
+        context,
+        _price(model.input_price_nanos) or "-",
+        _price(model.output_price_nanos) or "-",
+        model.licence or "-",
+        _where(model, path),
+    )
+
+
+def _where(model: Model, path: Path | None) -> str:
+    if path:
+        return f"{path} ({path.stat().st_size / 1e6:,.0f} MB)"
+    return "available to pull" if model.source else "no weights"
+
+
+def _described(model: Model, path: Path | None) -> dict[str, Any]:
+    state = "on_disk" if path else "available" if model.source else "none"
+    return {
+        "id": model.id,
+        "aliases": model.aliases,
+        "kind": model.kind,
+        "context_length": model.context_length,
+        "licence": model.licence,
+        "usd_per_million_tokens": {
+            "input": _price(model.input_price_nanos),
+            "cached_input": _price(model.cached_input_price_nanos),
+            "output": _price(model.output_price_nanos),
+        },
+        "weights": {
+            "state": state,
+            "path": str(path) if path else None,
+            "size_bytes": path.stat().st_size if path else model.size_bytes,
+        },
+    }
+
+
+def _price(nanos: int | None) -> str | None:
+    from octoai.server.catalogue import price_usd_per_million
+
+    return None if nanos is None else price_usd_per_million(nanos)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    to_the_right = {1, 2, 3}  # the numbers
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in to_the_right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()

@@ -1,0 +1,118 @@
+"""The HTTP endpoints of text generation: decode, hand on, encode. No decisions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from octoai.server import params
+from octoai.server.catalogue import Model, price_usd_per_million
+from octoai.server.encoding import ChatEncoder, CompletionEncoder
+from octoai.server.errors import TooLarge, UnknownModel
+from octoai.server.metrics import CONTENT_TYPE
+from octoai.server.params import TextRequest
+from octoai.server.router import Deployment
+from octoai.server.service import Service
+from octoai.server.streaming import EventStream, WholeAnswer
+
+MAX_BODY_BYTES = 10_000_000
+_STARTED = int(time.time())
+
+
+async def chat_completions(request: Request) -> ASGIApp:
+    return await _generate(request, params.chat, ChatEncoder)
+
+
+async def completions(request: Request) -> ASGIApp:
+    return await _generate(request, params.completion, CompletionEncoder)
+
+
+async def _generate(
+    request: Request, decode: Callable[[bytes], TextRequest], encoder: type[ChatEncoder | CompletionEncoder]
+) -> ASGIApp:
+    service: Service = request.state.service
+    account = service.authenticate(request.headers.get("authorization"))
+    wanted = decode(await _body(request))
+    job = service.admit(account, wanted, request.state.request_id)
+    served = job.deployment.model.id
+    headers = {"x-octoai-served-model": served}
+    answer = EventStream if wanted.stream else WholeAnswer
+    return answer(job, encoder(wanted, fingerprint=f"octoai-{served}"), headers)
+
+
+async def models(request: Request) -> Response:
+    service: Service = request.state.service
+    service.authenticate(request.headers.get("authorization"))
+    listed = [_model_json(model, deployment) for model, deployment in service.router.served()]
+    return JSONResponse({"object": "list", "data": listed})
+
+
+async def model(request: Request) -> Response:
+    service: Service = request.state.service
+    service.authenticate(request.headers.get("authorization"))
+    name = request.path_params["model"]
+    deployment = service.router.find(name)
+    known = deployment.model if name.lower() in map(str.lower, deployment.model.names) else service.router.catalogue.find(name)
+    if known is None:
+        raise UnknownModel(name, ())
+    return JSONResponse(_model_json(known, deployment))
+
+
+async def live(_: Request) -> Response:
+    """The process answers; nothing is said of engines."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Whether a request would be served now: 503 while an engine is away or the service is stopping."""
+    service: Service = request.state.service
+    engines = {each.model.id: "ready" if each.engine.is_ready else "not ready" for each in service.router.deployments}
+    status = "draining" if service.is_draining else "ready" if service.is_ready else "not ready"
+    code = 200 if service.is_ready else 503
+    return JSONResponse({"status": status, "engines": engines}, code, {} if code == 200 else {"retry-after": "2"})
+
+
+async def metrics(request: Request) -> Response:
+    service: Service = request.state.service
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+
+async def _body(request: Request) -> bytes:
+    """The whole body, never more than the limit of it in memory. It is read as JSON whatever its type says."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+        raise TooLarge(MAX_BODY_BYTES)
+    blocks, size = [], 0
+    async for block in request.stream():
+        size += len(block)
+        if size > MAX_BODY_BYTES:
+            raise TooLarge(MAX_BODY_BYTES)
+        blocks.append(block)
+    return b"".join(blocks)
+
+
+def _model_json(model: Model, deployment: Deployment) -> dict[str, object]:
+    served_by = deployment.model
+    price = None
+    if model.input_price_nanos is not None and model.output_price_nanos is not None:
+        price = {
+            "input_usd_per_million": price_usd_per_million(model.input_price_nanos),
+            "output_usd_per_million": price_usd_per_million(model.output_price_nanos),
+        }
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "octoai",
+        "context_length": deployment.context_length,
+        "served_by": served_by.id,
+        "is_stand_in": served_by.id != model.id,
+        "aliases": list(model.aliases),
+        "licence": model.licence,
+        "price": price,
+        "ready": deployment.engine.is_ready,
+    }

@@ -1,0 +1,116 @@
+"""The composition root: builds the service from the settings, and lists the routes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from starlette.routing import BaseRoute, Route
+from starlette.routing import Router as Routes
+from starlette.types import ASGIApp
+
+from octoai.server import api, docs
+from octoai.server.catalogue import Catalogue, Model
+from octoai.server.edge import Edge
+from octoai.server.engines.base import Engine
+from octoai.server.metrics import Metrics
+from octoai.server.queue import FairQueue
+from octoai.server.router import Deployment, Router
+from octoai.server.service import Service
+from octoai.server.settings import ModelSettings, Settings
+from octoai.server.sources import WeightStore
+from octoai.server.store import connect
+from octoai.server.store.tokens import TokenTable
+from octoai.server.tokens import Tokens
+
+DEFAULT_CONTEXT_LENGTH = 8192
+
+# Clients that were given a whole URL where a base was meant append their path to it once more.
+_CHAT_PATHS = ("/v1/chat/completions", "/v1/chat/completions/chat/completions", "/chat/completions")
+_COMPLETION_PATHS = ("/v1/completions", "/v1/completions/completions", "/completions")
+
+
+def routes() -> list[BaseRoute]:
+    return [
+        *(Route(path, api.chat_completions, methods=["POST"]) for path in _CHAT_PATHS),
+        *(Route(path, api.completions, methods=["POST"]) for path in _COMPLETION_PATHS),
+        Route("/v1/models", api.models, methods=["GET"]),
+        Route("/v1/models/{model:path}", api.model, methods=["GET"]),
+        Route("/health/live", api.live, methods=["GET"]),
+        Route("/health/ready", api.ready, methods=["GET"]),
+        Route("/metrics", api.metrics, methods=["GET"]),
+        Route("/openapi.json", docs.openapi, methods=["GET"]),
+        Route("/docs", docs.page, methods=["GET"]),
+        Route("/", docs.page, methods=["GET"]),
+    ]
+
+
+def application(service: Service) -> ASGIApp:
+    return Edge(Routes(routes=routes()), service)
+
+
+def tokens(settings: Settings) -> Tokens:
+    return Tokens(TokenTable(connect(settings.data_dir)))
+
+
+def service(settings: Settings, catalogue: Catalogue, weights: dict[str, Path]) -> Service:
+    """`weights` has the file of every model that an engine of ours serves, by the model's id."""
+    deployments = [
+        _deployment(model, catalogue[model.id], weights.get(model.id), settings) for model in settings.models
+    ]
+    metrics = Metrics()
+    metrics.watch(deployments)
+    return Service(
+        tokens=tokens(settings),
+        router=Router(deployments, catalogue, stand_in=_stand_in(deployments, settings)),
+        metrics=metrics,
+        drain_seconds=settings.drain_seconds,
+    )
+
+
+def _stand_in(deployments: Sequence[Deployment], settings: Settings) -> Deployment | None:
+    wanted = (settings.stand_in or "").lower()
+    return next((each for each in deployments if wanted in map(str.lower, each.model.names)), None)
+
+
+def catalogue(settings: Settings) -> Catalogue:
+    """The catalogue with the configuration's models in it."""
+    shipped = Catalogue.load()
+    return shipped.with_models([model.described(shipped) for model in settings.models])
+
+
+def missing_weights(settings: Settings, catalogue: Catalogue) -> list[Model]:
+    """Models that an engine of ours is to serve and whose weights are not on this machine."""
+    store = WeightStore(settings.cache_dir)
+    own = [catalogue[model.id] for model in settings.models if model.engine_url is None]
+    return [model for model in own if store.path(model) is None]
+
+
+def _deployment(chosen: ModelSettings, model: Model, weights: Path | None, settings: Settings) -> Deployment:
+    engine = _engine(chosen, model, weights, settings)
+    return Deployment(model, engine, FairQueue(engine.num_slots, settings.max_waiting))
+
+
+def _engine(chosen: ModelSettings, model: Model, weights: Path | None, settings: Settings) -> Engine:
+    if chosen.engine_url is not None:
+        from octoai.server.engines.openai_http import OpenAIEngine
+
+        return OpenAIEngine(
+            chosen.engine_url,
+            model=chosen.upstream_model or chosen.id,
+            dialect=chosen.dialect or "openai",
+            key=os.environ[chosen.engine_key_env] if chosen.engine_key_env else None,
+            num_slots=chosen.num_slots or 256,
+            context_length=chosen.context_length,
+        )
+    from octoai.server.engines.llama import LlamaEngine, LlamaOptions
+
+    assert weights is not None
+    options = LlamaOptions(
+        context_length=chosen.context_length or model.context_length or DEFAULT_CONTEXT_LENGTH,
+        num_slots=chosen.num_slots or 4,
+        num_threads=chosen.num_threads or 0,
+        stall_seconds=settings.engine_stall_seconds,
+    )
+    return LlamaEngine(weights, model=model.id, options=options)

@@ -1,0 +1,110 @@
+"""The outermost layer: an id on every answer, every refusal in the one error shape, nothing internal to a client."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import MutableMapping
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from octoai.server.errors import InternalError, MethodNotAllowed, Refusal, UnknownPath
+from octoai.server.service import Service
+from octoai.server.streaming import BrokenOff, SlowReader
+
+log = logging.getLogger("octoai.http")
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+VERSION_HEADER = (b"openai-version", b"2020-10-01")
+
+
+class Edge:
+    """Wraps the routes. What is inside finds the service and the request's id in `request.state`."""
+
+    def __init__(self, routes: ASGIApp, service: Service) -> None:
+        self.routes = routes
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.routes(scope, receive, send)
+            return
+        answer = _Answer(scope, send)
+        scope["app"] = self  # makes the router raise what it does not find, instead of answering itself
+        scope.setdefault("state", {}).update(request_id=answer.request_id, service=self.service)
+        try:
+            await self.routes(scope, receive, answer.send)
+        except (BrokenOff, SlowReader, ClientDisconnect):
+            pass  # without the end of its body, the answer makes the server close the connection
+        except Refusal as refusal:
+            await self._refuse(refusal, answer)
+        except HTTPException as error:
+            await self._refuse(_refusal_of(error, scope), answer)
+        except Exception:
+            log.exception("request %s failed", answer.request_id)
+            await self._refuse(InternalError(answer.request_id), answer)
+        finally:
+            self._count(scope, answer)
+
+    async def _refuse(self, refusal: Refusal, answer: _Answer) -> None:
+        if answer.status is not None:
+            return  # too late for another answer; the connection is cut
+        self.service.metrics.refusals.labels(refusal.code or refusal.type).inc()
+        body = orjson.dumps(refusal.body())
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await answer.send({"type": "http.response.start", "status": refusal.status, "headers": raw})
+        await answer.send({"type": "http.response.body", "body": body})
+
+    def _count(self, scope: MutableMapping[str, Any], answer: _Answer) -> None:
+        handler = getattr(scope.get("endpoint"), "__name__", "unknown")
+        method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT") else "other"
+        self.service.metrics.http_requests.labels(handler, method, str(answer.status or "none")).inc()
+        self.service.metrics.http_seconds.labels(handler).observe(time.perf_counter() - answer.began)
+
+
+class _Answer:
+    """What has been sent so far, with the headers that every answer has."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._send = send
+        self.status: int | None = None
+        self.began = time.perf_counter()
+        self.request_id = _request_id(scope)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            elapsed = str(int((time.perf_counter() - self.began) * 1000)).encode()
+            message["headers"] = [
+                *message.get("headers", ()),
+                (b"x-request-id", self.request_id.encode()),
+                (b"openai-processing-ms", elapsed),
+                VERSION_HEADER,
+            ]
+        await self._send(message)
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own id where it is a sane one: what is echoed must not carry a header or a log line of its own."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _SANE_ID.fullmatch(value):
+            return str(value.decode("ascii"))
+    return f"req_{uuid.uuid4().hex}"
+
+
+def _refusal_of(error: HTTPException, scope: Scope) -> Refusal:
+    path = scope["path"][:200]
+    if error.status_code == 405:
+        return MethodNotAllowed(f"{scope['method'][:20]} is not offered at {path}", headers=dict(error.headers or {}))
+    if error.status_code == 404:
+        return UnknownPath(f"There is nothing at {path}. GET /openapi.json lists what there is.")
+    refusal = Refusal(str(error.detail))
+    refusal.status = error.status_code
+    return refusal

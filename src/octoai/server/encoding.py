@@ -1,0 +1,221 @@
+"""Events become the API's JSON: chunks of a stream, or one whole answer. Pure, and on the path of every token.
+
+Stream events are put together from fixed bytes around the text, and everything outside ASCII is escaped: OctoAI's
+TypeScript client decodes each network packet by itself. Shapes are OctoAI's: `content` is never null, `choices` is
+never empty, and usage comes on the last event that has a choice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+from octoai.server.engines.base import Delta, Event, Finished, Started, Usage
+from octoai.server.params import TextRequest
+
+DONE = b"data: [DONE]\n\n"
+
+
+def new_id() -> str:
+    return f"cmpl-{uuid.uuid4().hex}"
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    return {
+        "completion_tokens": usage.completion_tokens,
+        "prompt_tokens": usage.prompt_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def error_event(body: Mapping[str, Any]) -> bytes:
+    return b"data: " + _json(body) + b"\n\n"
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+class _Encoder:
+    """What both endpoints share: the frame around each choice."""
+
+    chunk_object = ""
+    whole_object = ""
+
+    def __init__(self, request: TextRequest, *, fingerprint: str, created: int | None = None) -> None:
+        self.request = request
+        self.id = new_id()
+        self.created = int(time.time()) if created is None else created
+        self.fingerprint = fingerprint
+        self._usage = ',"usage":null' if request.include_usage else ""
+        # Text that stands before what is generated, by choice (`echo`).
+        self._echoed = _echoed(request)
+        self._head = (
+            f'data: {{"id":{quoted(self.id)},"object":"{self.chunk_object}","created":{self.created},'
+            f'"model":{quoted(request.model)}{self._extra_json()},"choices":['
+        )
+
+    def stream(self, batch: Sequence[Event]) -> bytes:
+        """The server-sent events of a batch, as one block."""
+        return "".join(chunk for event in batch for chunk in self._chunks(event)).encode("ascii")
+
+    def _chunks(self, event: Event) -> Iterable[str]:
+        if isinstance(event, Delta):
+            yield self._chunk(event.index, self._delta(event), "null")
+        elif isinstance(event, Started):
+            for index in range(self.request.num_choices):
+                opening = self._opening(index)
+                if opening is not None:
+                    yield self._chunk(index, opening, "null")
+        else:
+            yield from self._ending(event)
+
+    def _ending(self, event: Finished) -> Iterable[str]:
+        *others, last = sorted(event.reasons)
+        for index in others:
+            yield self._chunk(index, self._closing(), quoted(event.reasons[index]))
+        usage = f',"usage":{json.dumps(usage_json(event.usage), separators=(",", ":"))}'
+        tail = usage if self.request.include_usage else ""
+        yield self._chunk(last, self._closing(), quoted(event.reasons[last]), tail)
+
+    def _chunk(self, index: int, said: str, reason: str, usage: str | None = None) -> str:
+        tail = self._usage if usage is None else usage
+        return f'{self._head}{{"index":{index},{said},"finish_reason":{reason}}}]{tail}}}\n\n'
+
+    def whole(self, events: Iterable[Event]) -> bytes:
+        """One answer from every event of a generation."""
+        texts = dict(self._echoed)
+        logprobs: dict[int, list[Mapping[str, Any]]] = {}
+        calls: dict[int, list[Mapping[str, Any]]] = {}
+        finished: Finished | None = None
+        for event in events:
+            if isinstance(event, Delta):
+                texts[event.index] += event.text
+                logprobs.setdefault(event.index, []).extend(event.logprobs or ())
+                calls.setdefault(event.index, []).extend(event.tool_calls or ())
+            elif isinstance(event, Finished):
+                finished = event
+        assert finished is not None
+        choices = [
+            {
+                "index": index,
+                **self._said(texts[index], _gathered_calls(calls.get(index, ()))),
+                "logprobs": self._logprobs(logprobs.get(index, ()), 0) if self._wants_logprobs else None,
+                "finish_reason": reason,
+            }
+            for index, reason in sorted(finished.reasons.items())
+        ]
+        head = {"id": self.id, "object": self.whole_object, "created": self.created, "model": self.request.model}
+        return _json({**head, **self._extra(), "choices": choices, "usage": usage_json(finished.usage)})
+
+    @property
+    def _wants_logprobs(self) -> bool:
+        return self.request.generations[0].logprobs is not None
+
+    def _extra(self) -> dict[str, Any]:
+        return {}
+
+    def _extra_json(self) -> str:
+        return "".join(f",{quoted(key)}:{quoted(value)}" for key, value in self._extra().items())
+
+    def _logprobs_json(self, event: Delta, text_offset: int) -> str:
+        if not event.logprobs:
+            return ',"logprobs":null'
+        return ',"logprobs":' + json.dumps(self._logprobs(event.logprobs, text_offset), separators=(",", ":"))
+
+    def _logprobs(self, entries: Sequence[Mapping[str, Any]], text_offset: int) -> dict[str, Any]:
+        return {"content": list(entries)}
+
+    def _opening(self, index: int) -> str | None:
+        raise NotImplementedError
+
+    def _delta(self, event: Delta) -> str:
+        raise NotImplementedError
+
+    def _closing(self) -> str:
+        raise NotImplementedError
+
+    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatEncoder(_Encoder):
+    chunk_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+
+    def _opening(self, index: int) -> str:
+        return '"delta":{"role":"assistant","content":""},"logprobs":null'
+
+    def _delta(self, event: Delta) -> str:
+        calls = f',"tool_calls":{json.dumps(event.tool_calls)}' if event.tool_calls else ""
+        return f'"delta":{{"content":{quoted(event.text)}{calls}}}{self._logprobs_json(event, 0)}'
+
+    def _closing(self) -> str:
+        return '"delta":{"content":""},"logprobs":null'
+
+    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        return {"message": {**message, "tool_calls": list(calls)} if calls else message}
+
+
+class CompletionEncoder(_Encoder):
+    chunk_object = "text_completion"
+    whole_object = "text_completion"
+
+    def __init__(self, request: TextRequest, *, fingerprint: str, created: int | None = None) -> None:
+        super().__init__(request, fingerprint=fingerprint, created=created)
+        self._offsets = {index: len(text) for index, text in self._echoed.items()}
+
+    def _extra(self) -> dict[str, Any]:
+        return {"system_fingerprint": self.fingerprint}  # the original SDK rejects an answer without one
+
+    def _opening(self, index: int) -> str | None:
+        text = self._echoed[index]
+        return f'"text":{quoted(text)},"logprobs":null' if text else None
+
+    def _delta(self, event: Delta) -> str:
+        said = f'"text":{quoted(event.text)}{self._logprobs_json(event, self._offsets[event.index])}'
+        self._offsets[event.index] += len(event.text)
+        return said
+
+    def _closing(self) -> str:
+        return '"text":"","logprobs":null'
+
+    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {"text": text}
+
+    def _logprobs(self, entries: Sequence[Mapping[str, Any]], text_offset: int) -> dict[str, Any]:
+        """OctoAI's form and, beside it, the four parallel lists that OpenAI's completions have."""
+        offsets = []
+        for entry in entries:
+            offsets.append(text_offset)
+            text_offset += len(entry["token"])
+        return {
+            "content": list(entries),
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
+            "text_offset": offsets,
+        }
+
+
+def _echoed(request: TextRequest) -> dict[int, str]:
+    texts = [generation.text or "" for generation in request.generations for _ in range(generation.n)]
+    return {index: text if request.echo else "" for index, text in enumerate(texts)}
+
+
+def _gathered_calls(deltas: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Whole tool calls from the pieces in which an engine streams them."""
+    calls: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        call = calls.setdefault(delta.get("index", 0), {"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+        call["id"] = call["id"] or delta.get("id")
+        said = delta.get("function") or {}
+        for key in ("name", "arguments"):
+            call["function"][key] += said.get(key) or ""
+    return [calls[index] for index in sorted(calls)]

@@ -1,0 +1,1 @@
+"""What generates the text: one interface (`base`), and what stands behind it."""

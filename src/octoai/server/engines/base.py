@@ -1,0 +1,112 @@
+"""The interface of an engine: a `Generation` goes in; `Started`, `Delta`s and `Finished` come out.
+
+Engines know neither accounts nor our HTTP API. What one cannot honour it says beforehand (`unsupported`), so that
+the request can be refused by name instead of being answered with something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One prompt to continue, with every sampling parameter decided.
+
+    Exactly one of `messages` (a chat), `text` or `tokens` (a raw prompt: text, or the model's token ids) is set.
+    `logprobs` is how many alternatives to report per token (0: only the chosen one), None for none at all.
+    `schema` constrains the text to JSON: a JSON Schema, or {} for any object. `top_k` 0 means no limit.
+    """
+
+    max_tokens: int
+    messages: Sequence[Message] | None = None
+    text: str | None = None
+    tokens: Sequence[int] | None = None
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    schema: Mapping[str, Any] | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as the engine counted them; `cached_tokens` are those of the prompt that it did not compute again."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The prompt has been read; the first token is here. Nothing was sent before this that could not be refused."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More of choice `index`. `completion_tokens` is how many it has in all so far, as the engine counts."""
+
+    index: int
+    text: str
+    completion_tokens: int
+    logprobs: Sequence[Mapping[str, Any]] | None = None
+    tool_calls: Sequence[Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of every choice: why each ended (by index), and what it all came to."""
+
+    reasons: Mapping[int, str]
+    usage: Usage
+
+
+Event = Started | Delta | Finished
+
+
+class Engine(Protocol):
+    """What generates. `num_slots` requests run at once; more would wait inside, where nobody sees them.
+
+    `max_choices` is how many choices (`n`) one request may ask for; more become several requests.
+    """
+
+    num_slots: int
+    max_choices: int
+    context_length: int | None
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    async def start(self) -> None:
+        """Return when it answers; raises EngineFailed when it never will."""
+
+    async def close(self) -> None: ...
+
+    def unsupported(self, generation: Generation) -> str | None:
+        """The name of the first parameter that this engine cannot honour, or None."""
+
+    def generate(self, generation: Generation) -> AsyncIterator[Sequence[Event]]:
+        """Events in batches, as they came in one read. Closing the iterator frees the engine's slot.
+
+        Raises BadRequest for what only the engine can know (a schema it cannot compile, a prompt too long),
+        EngineFailed when it breaks off, Unavailable when it cannot start now.
+        """

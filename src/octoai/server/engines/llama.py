@@ -1,0 +1,229 @@
+"""llama.cpp in a child process of ours, supervised.
+
+The child serves on a unix socket in a directory only we can enter, with a random key. It dies with us. When it
+crashes, or makes no progress for `stall_seconds` while requests run, it is killed and started again with back-off;
+its running requests end with `EngineFailed`, and until it is back nothing is accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from octoai.server.engines.base import Event, Generation
+from octoai.server.engines.dialects import DIALECTS
+from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.errors import BadRequest, EngineFailed, Unavailable
+
+log = logging.getLogger("octoai.engine")
+
+FIRST_DELAY_SECONDS = 0.2
+MAX_DELAY_SECONDS = 30.0
+STEADY_SECONDS = 60.0  # a child that lived this long starts the back-off afresh
+MAX_LINE_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaOptions:
+    """How the child runs. `batch_tokens` bounds how long one step of prompt reading takes, and with it how soon a
+    slot is free after its client left: 64 tokens keep that under a second where 256 took two."""
+
+    context_length: int
+    num_slots: int = 4
+    num_threads: int = 0
+    batch_tokens: int = 64
+    cache_ram_mib: int = 0
+    stall_seconds: float = 30.0
+
+    @property
+    def threads(self) -> int:
+        return self.num_threads or max(1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+
+
+class LlamaEngine:
+    """`model` is the name the child serves the weights under; it is never shown to a client."""
+
+    max_choices = 1
+
+    def __init__(self, weights: Path, *, model: str, options: LlamaOptions) -> None:
+        self.weights = weights
+        self.model = model
+        self.options = options
+        self.num_slots = options.num_slots
+        self.context_length: int | None = options.context_length
+        self.num_restarts = 0
+        self._num_vocabulary: int | None = None
+        self._http: OpenAIEngine | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._last_words: deque[str] = deque(maxlen=20)
+        self._num_running = 0
+        self._last_progress = 0.0
+        self._supervision: asyncio.Task[None] | None = None
+        self._is_ready = False
+
+    @property
+    def is_ready(self) -> bool:
+        return self._is_ready
+
+    @property
+    def process_id(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """The first start must succeed: weights that cannot be loaded now cannot be loaded later either."""
+        await self._spawn()
+        self._supervision = asyncio.create_task(self._supervise())
+
+    async def close(self) -> None:
+        if self._supervision is not None:
+            self._supervision.cancel()
+            await asyncio.gather(self._supervision, return_exceptions=True)
+        await self._stop()
+
+    def unsupported(self, generation: Generation) -> str | None:
+        return DIALECTS["llama.cpp"].unsupported(generation)
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Sequence[Event]]:
+        http = self._http
+        if http is None or not self._is_ready:
+            raise Unavailable("The engine is starting again.", retry_after=2, code="engine_not_ready")
+        self._check_tokens(generation)
+        if self._num_running == 0:
+            self._made_progress()
+        self._num_running += 1
+        try:
+            async with aclosing(http.generate(generation)) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            self._num_running -= 1
+
+    def _check_tokens(self, generation: Generation) -> None:
+        """The engine ignores a bias for tokens that it does not have; a caller who sent one meant something."""
+        limit = self._num_vocabulary
+        wrong = next((token for token in generation.logit_bias if limit is not None and token >= limit), None)
+        if wrong is not None:
+            raise BadRequest(f"logit_bias: this model has tokens 0 to {limit - 1}, not {wrong}", param="logit_bias")  # type: ignore[operator]
+
+    def _made_progress(self) -> None:
+        self._last_progress = time.monotonic()
+
+    async def _supervise(self) -> None:
+        delay = FIRST_DELAY_SECONDS
+        while True:
+            started = time.monotonic()
+            reason = await self._until_it_fails()
+            self._is_ready = False
+            log.error("engine of %s %s; starting it again in %.1f s", self.model, reason, delay)
+            await self._stop()
+            await asyncio.sleep(delay)
+            delay = FIRST_DELAY_SECONDS if time.monotonic() - started > STEADY_SECONDS else min(delay * 2, MAX_DELAY_SECONDS)
+            self.num_restarts += 1
+            try:
+                await self._spawn()
+            except EngineFailed as error:
+                log.error("engine of %s: %s", self.model, error)
+
+    async def _until_it_fails(self) -> str:
+        """Wait, and say why it is over."""
+        process = self._process
+        if process is None:
+            return "did not start"
+        exited = asyncio.ensure_future(process.wait())
+        try:
+            while True:
+                done, _ = await asyncio.wait({exited}, timeout=min(1.0, self.options.stall_seconds / 4))
+                if done:
+                    return f"exited with {process.returncode}"
+                if self._num_running and time.monotonic() - self._last_progress > self.options.stall_seconds:
+                    return f"made no progress for {self.options.stall_seconds:g} s"
+        finally:
+            exited.cancel()
+
+    async def _spawn(self) -> None:
+        directory = tempfile.mkdtemp(prefix="octoai-")  # 0700
+        key = secrets.token_urlsafe(32)
+        options = {
+            "model_path": str(self.weights),
+            "model": self.model,
+            "socket": f"{directory}/engine.sock",
+            "key": key,
+            "num_slots": self.options.num_slots,
+            "context_length": self.options.context_length,
+            "batch_tokens": self.options.batch_tokens,
+            "num_threads": self.options.threads,
+            "cache_ram_mib": self.options.cache_ram_mib,
+        }
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "octoai.server.engines.llama_child"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=MAX_LINE_BYTES,
+            start_new_session=True,  # a terminal's Ctrl-C is ours to handle
+            # Threads that wait asleep: spinning ones halved decoding when a neighbour took one of two cores.
+            env={**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
+        )
+        self._directory = directory
+        self._listener = asyncio.create_task(self._listen(self._process))
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(options).encode() + b"\n")
+        await self._until_it_listens(self._process, f"{directory}/engine.sock", key)
+
+    async def _until_it_listens(self, process: asyncio.subprocess.Process, socket: str, key: str) -> None:
+        assert process.stdout is not None
+        line = await process.stdout.readline()
+        if not line:
+            await process.wait()
+            await self._stop()
+            last = self._last_words[-1] if self._last_words else "it said nothing"
+            raise EngineFailed(f"could not load {self.weights}: {last}")
+        self._http = OpenAIEngine(
+            f"unix:{socket}",
+            model=self.model,
+            dialect="llama.cpp",
+            key=key,
+            num_slots=self.num_slots,
+            stall_seconds=2 * self.options.stall_seconds,  # the supervisor acts first
+            on_progress=self._made_progress,
+        )
+        described = await self._http.connect() or {}
+        self.context_length = self._http.context_length or self.context_length
+        self._num_vocabulary = (described.get("meta") or {}).get("n_vocab")
+        self._made_progress()
+        self._is_ready = self._http.is_ready
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        """Keep the child's last words for the message when it dies; it must never block on a full pipe."""
+        assert process.stderr is not None
+        async for line in process.stderr:
+            words = line.decode("utf-8", "replace").rstrip()
+            self._last_words.append(words)
+            log.debug("llama.cpp: %s", words)
+
+    async def _stop(self) -> None:
+        self._is_ready = False
+        process, self._process = self._process, None
+        http, self._http = self._http, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            await asyncio.gather(self._listener, return_exceptions=True)
+            assert process.stdin is not None
+            process.stdin.close()
+            shutil.rmtree(self._directory, ignore_errors=True)
+        if http is not None:
+            await http.close()

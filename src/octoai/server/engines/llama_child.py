@@ -1,0 +1,70 @@
+"""The child process that runs llama.cpp's own server: `python -m octoai.server.engines.llama_child`.
+
+Reads one line of JSON from its standard input (`ChildOptions`), serves on a unix socket, prints one line when it
+answers, and lives until its standard input ends: however its parent dies, SIGKILL included, the pipe closes and the
+child goes. Knows nothing of the service.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    _die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group; the service decides when we go
+        signal.signal(number, signal.SIG_IGN)
+    options = json.loads(sys.stdin.readline())
+    server = _serve(options)
+    print(json.dumps({"listening": server.listening_address}), flush=True)
+    sys.stdin.read()
+    _clean_up(options["socket"])
+    # The engine's threads do not stop in the middle of a batch; there is nothing to save.
+    os._exit(0)
+
+
+def _serve(options: dict[str, Any]) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = options["model_path"]
+    params.model_alias = {options["model"]}
+    params.hostnames = [options["socket"]]
+    params.api_keys = [options["key"]]
+    params.ui = False
+    params.endpoint_slots = True
+    params.n_parallel = options["num_slots"]
+    params.n_ctx = options["context_length"] * options["num_slots"]
+    params.n_batch = params.n_ubatch = options["batch_tokens"]
+    params.n_threads_http = options["num_slots"] + 8
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["num_threads"]
+    params.ctx_shift = False  # never drop the beginning of a conversation silently
+    params.cache_ram_mib = options["cache_ram_mib"]
+    params.sse_ping_interval = -1
+    params.verbosity = 1
+    return xllamacpp.Server(params)
+
+
+def _die_with_parent() -> None:
+    """On Linux the kernel kills us with the parent even while we load a model and do not read the pipe."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _clean_up(socket: str) -> None:
+    for remove, path in ((os.unlink, socket), (os.rmdir, os.path.dirname(socket))):
+        try:
+            remove(path)
+        except OSError:
+            return  # the parent was faster
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Any OpenAI-shaped server as an engine: vLLM, llama-server, Ollama, over TCP or a unix socket.
+
+Requests are always streamed, whatever our client asked for: only then does leaving free the server's slot (a
+non-streaming request to llama.cpp that is left keeps its slot to the end), and only then are tokens counted as they
+come. Two paths of the server are used, never anything a client could choose.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import orjson
+
+from octoai.server.engines.base import Event, Generation
+from octoai.server.engines.dialects import DIALECTS, Reader, refusal
+from octoai.server.errors import EngineFailed, Unavailable
+from octoai.sse import EventDecoder, EventTooLargeError
+
+log = logging.getLogger("octoai.engine")
+
+CONNECT_SECONDS = 5.0
+PROBE_SECONDS = 5.0
+MAX_ERROR_BYTES = 64 * 1024
+
+
+class OpenAIEngine:
+    """`url` is `http://host:port/v1` or `unix:/path/to/socket`; `key` is sent as a bearer token."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str,
+        dialect: str = "openai",
+        key: str | None = None,
+        num_slots: int = 256,
+        context_length: int | None = None,
+        stall_seconds: float = 300.0,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.url = url
+        self.model = model
+        self.dialect = DIALECTS[dialect]
+        self.num_slots = num_slots
+        self.max_choices = self.dialect.max_choices
+        self.context_length = context_length
+        self._key = key
+        self._stall_seconds = stall_seconds
+        self._on_progress = on_progress
+        self._session: aiohttp.ClientSession | None = None
+        self._is_ready = False
+        self._probe: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._is_ready
+
+    async def start(self) -> None:
+        """Ask once, then keep asking in the background: a server of somebody else's may come and go."""
+        await self.connect()
+        if not self._is_ready:
+            log.warning("engine %s does not answer yet; it is asked again every %.0f s", self.url, PROBE_SECONDS)
+        self._probe = asyncio.create_task(self._keep_probing())
+
+    async def connect(self) -> Mapping[str, Any] | None:
+        """Whether it answers, and what it says of its model. Sets `is_ready` and `context_length`."""
+        try:
+            async with self._http().get("/v1/models" if self._is_unix else self._base + "/models") as response:
+                listed = await response.json(content_type=None) if response.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            listed = None
+        self._is_ready = isinstance(listed, dict)
+        described = _described(listed, self.model) if isinstance(listed, dict) else None
+        if described is not None:
+            meta = described.get("meta") or {}
+            self.context_length = described.get("max_model_len") or meta.get("n_ctx") or self.context_length
+        return described
+
+    async def close(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    def unsupported(self, generation: Generation) -> str | None:
+        return self.dialect.unsupported(generation)
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Sequence[Event]]:
+        reader, decoder, is_finished = Reader(), EventDecoder(), False
+        async with self._post(generation) as response:
+            while block := await self._block(response):
+                self._on_progress()
+                payloads = [event.data for event in decoder.feed(block)]
+                events = reader.events(payloads)
+                if events:
+                    yield events
+                is_finished = is_finished or b"[DONE]" in payloads
+            if not is_finished:
+                raise EngineFailed("The engine broke off in the middle of its answer.")
+
+    @asynccontextmanager
+    async def _post(self, generation: Generation) -> AsyncIterator[aiohttp.ClientResponse]:
+        body = self.dialect.body(generation, self.model)
+        path = self.dialect.path(generation)
+        try:
+            async with self._http().post(
+                ("/v1" if self._is_unix else self._base) + path,
+                data=body,
+                headers={"content-type": "application/json"},
+            ) as response:
+                if response.status != 200:
+                    raise refusal(response.status, await response.content.read(MAX_ERROR_BYTES), generation)
+                yield response
+        except aiohttp.ClientConnectorError:
+            self._is_ready = False
+            raise Unavailable("The engine does not answer.", retry_after=PROBE_SECONDS) from None
+        except EventTooLargeError:
+            raise EngineFailed("The engine sent an event without an end.") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineFailed("The engine broke off in the middle of its answer.") from error
+
+    async def _block(self, response: aiohttp.ClientResponse) -> bytes:
+        """All that has arrived, at once. The stall limit is for servers without a supervisor of ours."""
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                return await response.content.readany()
+        except TimeoutError:
+            raise EngineFailed(f"The engine sent nothing for {self._stall_seconds:.0f} s.") from None
+
+    async def _keep_probing(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            await self.connect()
+
+    @property
+    def _is_unix(self) -> bool:
+        return self.url.startswith("unix:")
+
+    @property
+    def _base(self) -> str:
+        return self.url.rstrip("/")
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            path = self.url.removeprefix("unix:").removeprefix("//")
+            self._session = aiohttp.ClientSession(
+                base_url="http://engine" if self._is_unix else None,
+                connector=aiohttp.UnixConnector(path, limit=0) if self._is_unix else aiohttp.TCPConnector(limit=0),
+                headers={"authorization": f"Bearer {self._key}"} if self._key else {},
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+                json_serialize=lambda value: orjson.dumps(value).decode(),
+                read_bufsize=2**18,
+                trust_env=False,
+            )
+        return self._session
+
+
+def _described(listed: Mapping[str, Any], model: str) -> Mapping[str, Any] | None:
+    """The server's entry for our model, or its only one."""
+    entries = [entry for entry in listed.get("data") or () if isinstance(entry, dict)]
+    named = [entry for entry in entries if entry.get("id") == model]
+    return (named or (entries if len(entries) == 1 else [None]))[0]

@@ -1,0 +1,155 @@
+"""Every refusal there is: its status, type, code and headers, and the one body that serves every client.
+
+    Refusal
+    ├── BadRequest            400  invalid_request_error    malformed JSON, a parameter this engine cannot honour
+    │   └── ContextLengthExceeded  400  context_length_exceeded
+    ├── Unauthenticated       401  invalid_api_key
+    ├── UnknownModel          404  model_not_found
+    ├── UnknownPath           404 / 405
+    ├── TooLarge              413  body_too_large
+    ├── InvalidBody           422  with FastAPI's `detail` list, as OctoAI documented
+    ├── InternalError         500  our fault
+    ├── EngineFailed          502  the engine broke off, or answered what it should not
+    └── Unavailable           503  draining, overloaded, engine not ready; always with `retry-after`
+
+Knows nothing of HTTP servers: `api` turns a refusal into an answer, `streaming` into an event.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Refusal(Exception):
+    """Why a request is not served. `message` is for the caller: no internals, no traceback."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The flat keys of the OctoAI API and, beside them, OpenAI's nested `error`."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"object": "error", **error, "validation_errors": None, "error": error}
+
+
+class BadRequest(Refusal):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class MalformedBody(BadRequest):
+    code = "invalid_json"
+
+
+class UnsupportedParameter(BadRequest):
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(BadRequest):
+    code = "context_length_exceeded"
+
+    def __init__(self, prompt_tokens: int, context_length: int, *, param: str) -> None:
+        super().__init__(
+            f"This model's context is {context_length} tokens, but the prompt has {prompt_tokens} tokens. "
+            "Shorten it: nothing is cut off silently.",
+            param=param,
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context_length = context_length
+
+
+class Unauthenticated(Refusal):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"www-authenticate": "Bearer"})
+
+
+class UnknownModel(Refusal):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+    def __init__(self, model: str, nearest: Sequence[str]) -> None:
+        hint = f" Closest: {', '.join(nearest)}." if nearest else " GET /v1/models lists what is."
+        super().__init__(f"The model `{model[:200]}` is not served here.{hint}", param="model")
+
+
+class UnknownPath(Refusal):
+    status = 404
+    type = "invalid_request_error"
+    code = "unknown_url"
+
+
+class MethodNotAllowed(Refusal):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class TooLarge(Refusal):
+    status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+    def __init__(self, max_bytes: int) -> None:
+        # The rest of the body is not read, so the connection cannot carry another request.
+        headers = {"connection": "close"}
+        super().__init__(f"The request body is larger than {max_bytes} bytes, the most that is read.", headers=headers)
+
+
+class InvalidBody(Refusal):
+    """The body is JSON but not what the endpoint takes. `detail` names every wrong field."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+    def __init__(self, detail: Sequence[Mapping[str, Any]]) -> None:
+        first = detail[0]
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
+        super().__init__(f"{param or 'body'}: {first['msg']}", param=param)
+        self.detail = list(detail)
+
+    def body(self) -> dict[str, Any]:
+        fields = {".".join(map(str, row["loc"][1:])) or "body": row["msg"] for row in self.detail}
+        return {**super().body(), "validation_errors": fields, "detail": self.detail}
+
+
+class InternalError(Refusal):
+    type = "internal_error"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"Something went wrong here, not with your request. It is logged as {request_id}.")
+
+
+class EngineFailed(Refusal):
+    status = 502
+    type = "server_error"
+    code = "engine_failed"
+
+
+class Unavailable(Refusal):
+    """Not now: `retry_after` is in seconds, from what is known of the reason."""
+
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after: float, code: str | None = None) -> None:
+        seconds = max(1, math.ceil(retry_after))
+        super().__init__(message, headers={"retry-after": str(seconds)})
+        self.retry_after = seconds
+        self.code = code or type(self).code

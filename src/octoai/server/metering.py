@@ -1,0 +1,79 @@
+"""How many tokens and how much time a request took, counted as events pass, whatever ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from octoai.server.engines.base import Delta, Event, Finished, Started, Usage
+
+
+@dataclass(slots=True)
+class PartMeter:
+    """One request to an engine: one prompt, some of its choices."""
+
+    prompt: int
+    usage: Usage = Usage()
+    counted: dict[int, int] = field(default_factory=dict)
+    is_finished: bool = False
+
+    def count(self, batch: Sequence[Event]) -> None:
+        for event in batch:
+            if isinstance(event, Delta):
+                self.counted[event.index] = event.completion_tokens
+            elif isinstance(event, Started):
+                self.usage = Usage(event.prompt_tokens, event.cached_tokens)
+            else:
+                self.usage, self.is_finished = event.usage, True
+
+    @property
+    def completion_tokens(self) -> int:
+        """The engine's own sum once it is known, otherwise what was seen until the request was broken off."""
+        return self.usage.completion_tokens if self.is_finished else sum(self.counted.values())
+
+
+@dataclass(slots=True)
+class Meter:
+    """A whole request. Times are `clock` readings in seconds, None until it happened."""
+
+    clock: Callable[[], float] = time.perf_counter
+    parts: list[PartMeter] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+    received: float = 0.0
+    turn: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+    def __post_init__(self) -> None:
+        self.received = self.clock()
+
+    def part(self, prompt: int) -> PartMeter:
+        self.parts.append(PartMeter(prompt))
+        return self.parts[-1]
+
+    def took_turn(self) -> None:
+        if self.turn is None:
+            self.turn = self.clock()
+
+    def passed(self, batch: Sequence[Event]) -> None:
+        """A batch of a part went by."""
+        self.last_token = self.clock()
+        if self.first_token is None:
+            self.first_token = self.last_token
+        if isinstance(batch[-1], Finished):
+            self.reasons.update(batch[-1].reasons)
+
+    @property
+    def usage(self) -> Usage:
+        """A prompt counts once, however many choices were made from it."""
+        prompts: dict[int, Usage] = {}
+        for part in self.parts:
+            known = prompts.get(part.prompt)
+            if known is None or part.usage.prompt_tokens > known.prompt_tokens:
+                prompts[part.prompt] = part.usage
+        return Usage(
+            prompt_tokens=sum(usage.prompt_tokens for usage in prompts.values()),
+            cached_tokens=sum(usage.cached_tokens for usage in prompts.values()),
+            completion_tokens=sum(part.completion_tokens for part in self.parts),
+        )

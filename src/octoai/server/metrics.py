@@ -1,0 +1,156 @@
+"""Prometheus metrics: vLLM's names, so that every dashboard for vLLM works here, and our own under `octoai_`.
+
+Labels come from the configuration only: a name that a client sends never becomes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from octoai.server.metering import Meter
+from octoai.server.params import TextRequest
+from octoai.server.router import Deployment
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_HTTP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_COUNTS = (1, 2, 5, 10, 20)
+
+_LABELS = ("model_name", "engine")
+
+
+class Metrics:
+    """One registry of its own per service, so that two in a process (a test) do not share numbers."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # a second series for each, which no dashboard reads
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = _LABELS) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+        self.prompt_tokens = counter("vllm:prompt_tokens_total", "Prompt tokens processed.")
+        self.generation_tokens = counter("vllm:generation_tokens_total", "Tokens generated.")
+        self.prefix_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self.prefix_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self.preemptions = counter("vllm:num_preemptions_total", "Requests preempted; engines here never do.")
+        self.success = counter(
+            "vllm:request_success_total", "Requests finished, by reason.", (*_LABELS, "finished_reason")
+        )
+        self.iteration_tokens = histogram(
+            "vllm:iteration_tokens_total", "Tokens that arrived in one read from the engine.", _TOKENS
+        )
+        self.request_prompt = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self.request_generation = histogram("vllm:request_generation_tokens", "Tokens generated for a request.", _TOKENS)
+        self.params_n = histogram("vllm:request_params_n", "Choices asked for.", _COUNTS)
+        self.params_max_tokens = histogram("vllm:request_params_max_tokens", "max_tokens asked for.", _TOKENS)
+        self.first_token = histogram("vllm:time_to_first_token_seconds", "From the request to its first token.", _FIRST_TOKEN)
+        self.inter_token = histogram("vllm:inter_token_latency_seconds", "Between tokens of one request.", _PER_TOKEN)
+        self.per_token = histogram("vllm:time_per_output_token_seconds", "Mean time per token after the first.", _PER_TOKEN)
+        self.end_to_end = histogram("vllm:e2e_request_latency_seconds", "From the request to its end.", _WHOLE)
+        self.queued = histogram("vllm:request_queue_time_seconds", "Waiting for a turn at the engine.", _WHOLE)
+        self.inference = histogram("vllm:request_inference_time_seconds", "From the turn to the end.", _WHOLE)
+        self.prefill = histogram("vllm:request_prefill_time_seconds", "From the turn to the first token.", _WHOLE)
+        self.decode = histogram("vllm:request_decode_time_seconds", "From the first token to the last.", _WHOLE)
+        self.request_preemptions = histogram("vllm:request_num_preemptions", "Preemptions of a request.", _COUNTS)
+        self.refusals = counter("octoai_refusals", "Requests refused, by reason.", ("reason",))
+        self.aborted = counter("octoai_requests_aborted", "Requests whose client left before the end.")
+        self.failed = counter("octoai_requests_failed", "Requests that the engine broke off.")
+        self.http_requests = counter("http_requests", "HTTP requests answered.", ("handler", "method", "status"))
+        self.http_seconds = histogram("http_request_duration_seconds", "Time to the end of the answer.", _HTTP, ("handler",))
+
+    def watch(self, deployments: Iterable[Deployment]) -> None:
+        """Report queues and readiness of these deployments, read at every scrape."""
+        self.registry.register(_DeploymentCollector(tuple(deployments)))
+
+    def labels(self, deployment: Deployment) -> tuple[str, str]:
+        return deployment.model.id, _engine_name(deployment)
+
+    def count_job(self, deployment: Deployment, request: TextRequest, meter: Meter, outcome: str) -> None:
+        """One ended request. `outcome` is "finished", "refused" (by the engine), "aborted" (the client left) or "failed"."""
+        labels = self.labels(deployment)
+        if outcome == "refused":
+            return
+        usage = meter.usage
+        self.prompt_tokens.labels(*labels).inc(usage.prompt_tokens)
+        self.generation_tokens.labels(*labels).inc(usage.completion_tokens)
+        self.prefix_queries.labels(*labels).inc(usage.prompt_tokens)
+        self.prefix_hits.labels(*labels).inc(usage.cached_tokens)
+        self.request_prompt.labels(*labels).observe(usage.prompt_tokens)
+        self.request_generation.labels(*labels).observe(usage.completion_tokens)
+        self.params_n.labels(*labels).observe(request.num_choices)
+        self.params_max_tokens.labels(*labels).observe(request.max_tokens)
+        self.request_preemptions.labels(*labels).observe(0)
+        self._count_times(labels, meter, usage.completion_tokens)
+        if outcome == "finished":
+            for reason in meter.reasons.values():
+                self.success.labels(*labels, reason).inc()
+        else:
+            self.success.labels(*labels, "abort").inc()
+            (self.aborted if outcome == "aborted" else self.failed).labels(*labels).inc()
+
+    def _count_times(self, labels: tuple[str, str], meter: Meter, completion_tokens: int) -> None:
+        now = meter.clock()
+        self.end_to_end.labels(*labels).observe(now - meter.received)
+        if meter.turn is None:
+            self.queued.labels(*labels).observe(now - meter.received)
+            return
+        self.queued.labels(*labels).observe(meter.turn - meter.received)
+        self.inference.labels(*labels).observe(now - meter.turn)
+        if meter.first_token is None or meter.last_token is None:
+            return
+        self.first_token.labels(*labels).observe(meter.first_token - meter.received)
+        self.prefill.labels(*labels).observe(meter.first_token - meter.turn)
+        decode = meter.last_token - meter.first_token
+        self.decode.labels(*labels).observe(decode)
+        if completion_tokens > 1:
+            self.per_token.labels(*labels).observe(decode / (completion_tokens - 1))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _DeploymentCollector(Collector):
+    """Gauges that are read, not kept: they cannot drift from what they describe."""
+
+    def __init__(self, deployments: tuple[Deployment, ...]) -> None:
+        self._deployments = deployments
+
+    def collect(self) -> Iterable[Metric]:
+        def gauge(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Any:
+            return GaugeMetricFamily(name, text, labels=labels)
+
+        running = gauge("vllm:num_requests_running", "Requests at the engine.")
+        waiting = gauge("vllm:num_requests_waiting", "Requests waiting for a turn.")
+        by_reason = gauge("vllm:num_requests_waiting_by_reason", "The same, by reason.", (*_LABELS, "reason"))
+        kv_cache = gauge("vllm:kv_cache_usage_perc", "Share of the engine's slots in use, 0 to 1.")
+        config = gauge("vllm:cache_config_info", "The engine's slots and window.", (*_LABELS, "num_slots", "context_length"))
+        ready = gauge("octoai_engine_ready", "1 while the engine answers.")
+        restarts = gauge("octoai_engine_restarts", "Times the engine was started again.")
+        for deployment in self._deployments:
+            labels = (deployment.model.id, _engine_name(deployment))
+            queue, engine = deployment.queue, deployment.engine
+            running.add_metric(labels, queue.num_running)
+            waiting.add_metric(labels, queue.num_waiting)
+            by_reason.add_metric((*labels, "capacity"), queue.num_waiting)
+            kv_cache.add_metric(labels, min(1.0, queue.num_running / queue.num_slots))
+            config.add_metric((*labels, str(queue.num_slots), str(deployment.context_length or "")), 1)
+            ready.add_metric(labels, float(engine.is_ready))
+            restarts.add_metric(labels, getattr(engine, "num_restarts", 0))
+        return (running, waiting, by_reason, kv_cache, config, ready, restarts)
+
+
+def _engine_name(deployment: Deployment) -> str:
+    return type(deployment.engine).__name__.removesuffix("Engine").lower()
+

@@ -1,0 +1,291 @@
+"""From a request's body to `Generation`s: checked, defaults filled in, old spellings understood.
+
+Pure: bytes in, a `TextRequest` out, or a refusal that names the field. Types and ranges come from
+`octoai.wire.params`; what old clients still send (OctoAI 0.x, parts without `type`) is put right here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Dict, List, Optional, Union, cast
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from octoai.server.engines.base import Generation
+from octoai.server.errors import BadRequest, InvalidBody, MalformedBody, UnsupportedParameter
+from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams
+
+DEFAULT_MAX_TOKENS = 512
+MAX_PROMPTS = 128
+
+# Parameters of today's OpenAI clients that would change the answer in a way nothing here can do. The harmless rest
+# (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) is accepted and changes nothing.
+IMPOSSIBLE = ("audio", "function_call", "functions", "loglikelihood", "peft", "prediction", "suffix", "web_search_options")
+
+
+class _BodyParams(TypedDict, total=False):
+    """What only the body says: the SDK's methods say it by their name, or it is an old or foreign spelling."""
+
+    stream: Optional[bool]
+    max_completion_tokens: Annotated[Optional[int], Field(ge=1, le=2**31 - 1)]
+    octoai: Optional[Dict[str, Any]]
+    modalities: Optional[List[str]]
+
+
+class ChatBody(ChatParams, _BodyParams, total=False):
+    __pydantic_config__ = ChatParams.__pydantic_config__  # type: ignore[misc]
+
+
+class CompletionBody(CompletionParams, _BodyParams, total=False):
+    __pydantic_config__ = CompletionParams.__pydantic_config__  # type: ignore[misc]
+    # `prompt` as on the wire: bounded, and null for "start from nothing".
+    prompt: Annotated[  # type: ignore[misc]
+        Union[
+            str,
+            Annotated[List[Annotated[int, Field(ge=0)]], Field(min_length=1)],
+            Annotated[List[str], Field(min_length=1, max_length=MAX_PROMPTS)],
+            Annotated[
+                List[Annotated[List[Annotated[int, Field(ge=0)]], Field(min_length=1)]],
+                Field(min_length=1, max_length=MAX_PROMPTS),
+            ],
+            None,
+        ],
+        Field(),
+    ]
+
+
+_CHAT = TypeAdapter(ChatBody)
+_COMPLETION = TypeAdapter(CompletionBody)
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """A request, decided. `generations` has one per prompt; their choices are numbered through in that order."""
+
+    model: str
+    generations: tuple[Generation, ...]
+    stream: bool
+    include_usage: bool
+    echo: bool = False
+
+    @property
+    def max_tokens(self) -> int:
+        return self.generations[0].max_tokens
+
+    @property
+    def num_choices(self) -> int:
+        return sum(generation.n for generation in self.generations)
+
+
+def chat(body: bytes) -> TextRequest:
+    params = _checked(_CHAT, body)
+    _refuse_impossible(params)
+    sampling = _sampling(params)
+    if params.get("logprobs"):
+        sampling["logprobs"] = params.get("top_logprobs") or 0
+    elif params.get("top_logprobs"):
+        raise BadRequest("top_logprobs: only with logprobs set to true", param="top_logprobs")
+    generation = Generation(
+        messages=_messages(params["messages"]),
+        schema=_schema(params.get("response_format")),
+        tools=_tools(params.get("tools") or ()),
+        tool_choice=params.get("tool_choice"),
+        **sampling,
+    )
+    return _request(params, (generation,))
+
+
+def completion(body: bytes) -> TextRequest:
+    params = _checked(_COMPLETION, body)
+    _refuse_impossible(params)
+    sampling = _sampling(params)
+    sampling["logprobs"] = params.get("logprobs")
+    if (params.get("best_of") or sampling["n"]) != sampling["n"]:
+        raise UnsupportedParameter("best_of: only the same value as n; ask for n and choose", param="best_of")
+    prompts = [{"messages": _messages(params["messages"])}] if _is_chat(params) else _prompts(params.get("prompt"))
+    if len(prompts) * sampling["n"] > MAX_PROMPTS:
+        raise BadRequest(f"prompt: at most {MAX_PROMPTS} choices in all (prompts times n)", param="prompt")
+    echo = bool(params.get("echo"))
+    if echo and (sampling["logprobs"] is not None or any("text" not in prompt for prompt in prompts)):
+        raise UnsupportedParameter("echo: only for prompts given as text, and without logprobs", param="echo")
+    return _request(params, tuple(Generation(**prompt, **sampling) for prompt in prompts), echo=echo)
+
+
+def _request(params: Mapping[str, Any], generations: tuple[Generation, ...], *, echo: bool = False) -> TextRequest:
+    options = params.get("stream_options") or {}
+    return TextRequest(
+        model=params["model"],
+        generations=generations,
+        stream=bool(params.get("stream")),
+        include_usage=bool(options.get("include_usage")),
+        echo=echo,
+    )
+
+
+def _is_chat(params: Mapping[str, Any]) -> bool:
+    """OctoAI's pages on fine-tunes post `messages` to /v1/completions."""
+    return params.get("prompt") is None and bool(params.get("messages"))
+
+
+def _prompts(prompt: Any) -> list[dict[str, Any]]:
+    if prompt is None or isinstance(prompt, str):
+        return [{"text": prompt or ""}]
+    if isinstance(prompt[0], int):
+        return [{"tokens": prompt}]
+    return [{"text": each} if isinstance(each, str) else {"tokens": each} for each in prompt]
+
+
+def _sampling(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Null means the default, for every parameter; defaults are the OctoAI API's."""
+
+    def given(name: str, default: Any) -> Any:
+        value = params.get(name)
+        return default if value is None else value
+
+    old = _old_vllm_options(params)
+    stop = given("stop", ())
+    return {
+        "max_tokens": given("max_completion_tokens", given("max_tokens", DEFAULT_MAX_TOKENS)),
+        "n": given("n", 1),
+        "temperature": given("temperature", 1.0),
+        "top_p": given("top_p", 1.0),
+        "top_k": max(0, given("top_k", old.get("top_k") or 0)),
+        "min_p": given("min_p", 0.0),
+        "frequency_penalty": given("frequency_penalty", 0.0),
+        "presence_penalty": given("presence_penalty", 0.0),
+        "repetition_penalty": given("repetition_penalty", 1.0),
+        "seed": params.get("seed"),
+        "stop": (stop,) if isinstance(stop, str) else tuple(stop),
+        "logit_bias": _logit_bias(given("logit_bias", {})),
+        "ignore_eos": bool(given("ignore_eos", old.get("ignore_eos"))),
+    }
+
+
+def _old_vllm_options(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`octoai: {vllm: {…}, loras: []}`, which OctoAI 0.x and 1.0 to 1.2 sent."""
+    extension = params.get("octoai") or {}
+    if extension.get("loras"):
+        raise UnsupportedParameter("octoai.loras: no adapters are served here", param="octoai.loras")
+    options = extension.get("vllm") or {}
+    if not isinstance(options, dict):
+        raise _invalid(("octoai", "vllm"), "Input should be an object", "dict_type")
+    top_k = options.get("top_k")
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool)):
+        raise _invalid(("octoai", "vllm", "top_k"), "Input should be a valid integer", "int_type")
+    for name in ("use_beam_search", "stop_token_ids"):
+        if options.get(name):
+            raise UnsupportedParameter(f"octoai.vllm.{name}: not offered here", param=f"octoai.vllm.{name}")
+    return options
+
+
+def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit()):
+            raise _invalid(("logit_bias", key[:64]), "Keys should be token ids: whole numbers", "int_parsing")
+    return {int(key): value for key, value in bias.items()}
+
+
+def _messages(messages: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    return tuple(_message(message, index) for index, message in enumerate(messages))
+
+
+def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Parts and calls get the `type` that the original SDK dropped; absent or null content is no text."""
+    said = {key: value for key, value in message.items() if value is not None}
+    content = said.get("content", "")
+    if isinstance(content, list):
+        content = [_part(part, (index, number)) for number, part in enumerate(content)]
+    said["content"] = content
+    if "tool_calls" in said:
+        said["tool_calls"] = [{**call, "type": "function"} for call in said["tool_calls"]]
+    return said
+
+
+def _part(part: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:
+    for kind in ("text", "image_url"):
+        if kind in part and part.get("type") in (None, kind):
+            return {"type": kind, kind: part[kind]}
+    where = ("messages", place[0], "content", place[1])
+    raise _invalid(where, "A content part is {type: text, text} or {type: image_url, image_url}", "value_error")
+
+
+def _tools(tools: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    return tuple({**tool, "type": "function"} for tool in tools)
+
+
+def _schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The JSON Schema that the text must follow: {} for any object, None for free text."""
+    if response_format is None or response_format["type"] == "text":
+        return None
+    if response_format["type"] == "json_object":
+        return cast("Mapping[str, Any]", response_format.get("schema") or {})
+    named = response_format.get("json_schema")
+    if named is None:
+        raise _invalid(("response_format", "json_schema"), "Field required", "missing")
+    return cast("Mapping[str, Any]", named.get("schema") or {})
+
+
+def _refuse_impossible(params: Mapping[str, Any]) -> None:
+    for name in IMPOSSIBLE:
+        if params.get(name) and not (name == "function_call" and params[name] in ("none", "auto")):
+            raise UnsupportedParameter(f"{name}: not offered here; leave it out", param=name)
+    if any(kind != "text" for kind in params.get("modalities") or ()):
+        raise UnsupportedParameter("modalities: only text is generated here", param="modalities")
+
+
+def _checked(adapter: TypeAdapter[Any], body: bytes) -> dict[str, Any]:
+    try:
+        return cast("dict[str, Any]", adapter.validate_json(body))
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+    if problems[0]["type"] == "json_invalid":
+        raise MalformedBody(f"The body is not valid JSON: {problems[0]['msg'].removeprefix('Invalid JSON: ')}")
+    raise InvalidBody(_detail(problems, _lenient_json(body)))
+
+
+def _lenient_json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):  # pydantic reads what json does not: then paths stay as pydantic says them
+        return None
+
+
+def _invalid(place: Sequence[str | int], message: str, kind: str) -> InvalidBody:
+    return InvalidBody([{"loc": ["body", *place], "msg": message, "type": kind}])
+
+
+def _detail(problems: Iterable[Mapping[str, Any]], data: Any) -> list[dict[str, Any]]:
+    """One row a field, in FastAPI's shape. Of a union's complaints the ones that go deepest say what is wrong."""
+    rows: dict[tuple[str | int, ...], dict[str, Any]] = {}
+    for problem in problems:
+        place = _place(problem["loc"], data, missing=problem["type"] == "missing")
+        if place not in rows:
+            rows[place] = {"loc": ["body", *place], "msg": problem["msg"], "type": problem["type"]}
+        elif problem["msg"].lower() not in rows[place]["msg"].lower():
+            rows[place]["msg"] += f", or {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    deepest = [place for place in rows if not any(_is_within(other, place) for other in rows)]
+    return [rows[place] for place in deepest]
+
+
+def _is_within(place: tuple[str | int, ...], outer: tuple[str | int, ...]) -> bool:
+    return len(place) > len(outer) > 0 and place[: len(outer)] == outer
+
+
+def _place(location: Sequence[str | int], data: Any, *, missing: bool) -> tuple[str | int, ...]:
+    """The path in the body. Pydantic's also has the names of a union's branches, which mean nothing to a caller."""
+    place: list[str | int] = []
+    for number, part in enumerate(location):
+        is_last = number == len(location) - 1
+        if isinstance(data, dict) and (part in data or (is_last and missing)):
+            place.append(part)
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int):
+            place.append(part)
+            data = data[part] if part < len(data) else None
+    return tuple(place)
+
+
+__all__ = ["DEFAULT_MAX_TOKENS", "MAX_CHOICES", "TextRequest", "chat", "completion"]

@@ -1,0 +1,175 @@
+"""`octoai serve`: the service in the foreground, from its first line to its last.
+
+Starts engines and HTTP, says so, waits for a signal, drains, stops. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio.lowlevel
+import uvicorn
+
+from octoai import _credentials
+from octoai.server import app
+from octoai.server.errors import Refusal
+from octoai.server.service import Service
+from octoai.server.settings import Settings
+from octoai.server.tokens import Tokens
+
+BOOTSTRAP_NAME = "bootstrap"
+KEEP_ALIVE_SECONDS = 75
+
+
+class CannotServe(Exception):
+    """The service cannot start; the text is one line."""
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: uvicorn's own handling closes the port, and new requests could not be told to wait."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@dataclass
+class _Stop:
+    """The first signal asks for an orderly end, the second for an immediate one."""
+
+    drain: asyncio.Event = field(default_factory=asyncio.Event)
+    now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def ask(self) -> None:
+        if self.drain.is_set():
+            self.now.set()
+        self.drain.set()
+
+
+def serve(settings: Settings, weights: dict[str, Path]) -> int:
+    """Returns the exit status. `weights` are the files of the models that engines of ours serve."""
+    service = app.service(settings, app.catalogue(settings), weights)
+    listener = _listen(settings.host, settings.port)
+    url = _url(settings.host, listener)
+    _bootstrap(service.tokens, url)
+    for line in _stand_in_lines(service):
+        print(line, flush=True)
+    runner = asyncio.Runner(loop_factory=_loop_factory())
+    with runner, listener:
+        return runner.run(_serve(service, listener, url))
+
+
+async def _serve(service: Service, listener: socket.socket, url: str) -> int:
+    await anyio.lowlevel.checkpoint()  # loads anyio's half for this loop now, not in the first request
+    stop = _Stop()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.ask)
+    server = _Server(_config(service))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    engines = [deployment.engine for deployment in service.router.deployments]
+    starting = asyncio.gather(*(engine.start() for engine in engines))
+    try:
+        if await _until_ready(starting, stop):
+            print(f"octoai ready on {url}", flush=True)
+            await stop.drain.wait()
+        await _drain(service, stop)
+    except Refusal as refusal:
+        raise CannotServe(refusal.message) from None
+    finally:
+        starting.cancel()
+        # Engines first: requests that outlived the drain end with an error event, not with silence.
+        await asyncio.gather(*(engine.close() for engine in engines))
+        server.should_exit, server.force_exit = True, stop.now.is_set()
+        await serving
+    return 0
+
+
+async def _until_ready(starting: asyncio.Future[list[None]], stop: _Stop) -> bool:
+    """False when a signal came first. Raises what an engine's start raised."""
+    stopping = asyncio.ensure_future(stop.drain.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        return False
+    stopping.cancel()
+    starting.result()
+    return True
+
+
+async def _drain(service: Service, stop: _Stop) -> None:
+    if service.jobs:
+        print(f"octoai: finishing {len(service.jobs)} requests; once more to stop at once", file=sys.stderr, flush=True)
+    draining = asyncio.ensure_future(service.drain())
+    now = asyncio.ensure_future(stop.now.wait())
+    await asyncio.wait({draining, now}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (draining, now):
+        task.cancel()
+
+
+def _config(service: Service) -> uvicorn.Config:
+    return uvicorn.Config(
+        app.application(service),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=2,
+        ws="none",
+    )
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.Loop
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        reason = "it is in use" if error.errno == 98 else (error.strerror or str(error))
+        raise CannotServe(f"cannot listen on {host}:{port}: {reason}; choose another with --port") from None
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    """Where clients on this machine reach us: a wildcard address is not one they can connect to."""
+    port = listener.getsockname()[1]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104  # compared, not bound
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _bootstrap(tokens: Tokens, url: str) -> None:
+    """On the very first start: a token, printed once, and left where `OctoAI()` on this machine finds it."""
+    stored = _credentials.read()
+    if tokens.is_empty:
+        minted = tokens.mint(BOOTSTRAP_NAME)
+        path = _credentials.write(endpoint=url, token=minted.text)
+        print(f"octoai: your API token, shown once: {minted.text}\noctoai: endpoint and token are in {path}", flush=True)
+    elif stored is not None and stored.token and stored.endpoint != url and tokens.is_valid(stored.token):
+        _credentials.write(endpoint=url, token=stored.token)
+
+
+def _stand_in_lines(service: Service) -> Iterator[str]:
+    stand_in = service.router.stand_in
+    if stand_in is None:
+        return
+    ids = [model.id for model, deployment in service.router.served() if model.id != deployment.model.id]
+    if ids:
+        shown = ", ".join(ids[:3])
+        yield f"octoai: {stand_in.model.id} stands in for {len(ids)} models without weights here ({shown}, …)"

@@ -1,0 +1,230 @@
+"""The whole request, on one screen: `authenticate`, `admit` (everything that can refuse), then a `Job`.
+
+HTTP is not known here; engines are known by their interface. A job is entered, its events are read, and leaving it
+settles it once, whatever ended it: the last event, the client, the engine, or our own end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+
+import anyio
+
+from octoai.server.engines.base import Delta, Event, Finished, Generation
+from octoai.server.errors import Refusal, Unavailable, UnsupportedParameter
+from octoai.server.metering import Meter
+from octoai.server.metrics import Metrics
+from octoai.server.params import TextRequest
+from octoai.server.router import Deployment, Router
+from octoai.server.tokens import Account, Tokens
+
+log = logging.getLogger("octoai.request")
+
+Batch = Sequence[Event]
+
+
+@dataclass
+class Service:
+    tokens: Tokens
+    router: Router
+    metrics: Metrics
+    drain_seconds: float = 30.0
+    is_draining: bool = False
+    jobs: set["Job"] = field(default_factory=set)
+
+    def authenticate(self, authorization: str | None) -> Account:
+        """401 without a valid token: a hash and one look-up, nothing else."""
+        return self.tokens.authenticate(authorization)
+
+    def admit(self, account: Account, request: TextRequest, request_id: str) -> "Job":
+        """Everything that can refuse before an engine is asked."""
+        deployment = self.router.find(request.model)
+        if self.is_draining:
+            raise Unavailable("The service is shutting down.", retry_after=self.drain_seconds, code="shutting_down")
+        for generation in request.generations:
+            name = deployment.engine.unsupported(generation)
+            if name is not None:
+                raise UnsupportedParameter(f"{name}: `{deployment.model.id}` cannot honour this parameter", param=name)
+        if not deployment.engine.is_ready:
+            raise Unavailable("The engine is not ready.", retry_after=2, code="engine_not_ready")
+        return Job(request_id, account, deployment, request, self)
+
+    @property
+    def is_ready(self) -> bool:
+        return not self.is_draining and all(deployment.engine.is_ready for deployment in self.router.deployments)
+
+    async def drain(self) -> None:
+        """Accept nothing more; return when every running request has ended, or after `drain_seconds`."""
+        self.is_draining = True
+        with anyio.move_on_after(self.drain_seconds):
+            while self.jobs:
+                await anyio.sleep(0.05)
+
+
+@dataclass(eq=False)
+class Job:
+    """One admitted request. Use: `async with job: async for batch in job.events(): …`"""
+
+    id: str
+    account: Account
+    deployment: Deployment
+    request: TextRequest
+    service: Service
+    meter: Meter = field(default_factory=Meter)
+    _events: AsyncGenerator[Batch] | None = None
+
+    async def __aenter__(self) -> Self:
+        self.service.jobs.add(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Shielded: a client that hangs up cancels us right here, and what it used must be recorded all the same.
+        with anyio.CancelScope(shield=True):
+            try:
+                if self._events is not None:
+                    await self._events.aclose()
+            finally:
+                self.service.jobs.discard(self)
+                self._settle(error)
+
+    def events(self) -> AsyncGenerator[Batch]:
+        """Batches of events, choices numbered through. The first one comes when nothing can be refused any more."""
+        parts = [
+            (prompt, first, part)
+            for prompt, first, generation in _numbered(self.request.generations)
+            for first, part in _split(generation, first, self.deployment.engine.max_choices)
+        ]
+        self._events = self._part(*parts[0]) if len(parts) == 1 else self._merged(parts)
+        return self._events
+
+    async def _part(self, prompt: int, first: int, generation: Generation) -> AsyncGenerator[Batch]:
+        """One request to the engine, in its turn."""
+        part = self.meter.part(prompt)
+        async with self.deployment.queue.turn(self.account.id):
+            self.meter.took_turn()
+            async with aclosing(self.deployment.engine.generate(generation)) as batches:  # type: ignore[type-var]
+                async for batch in batches:
+                    part.count(batch)
+                    self._observe(batch)
+                    yield batch if first == 0 else _renumbered(batch, first)
+
+    def _observe(self, batch: Batch) -> None:
+        metrics, meter = self.service.metrics, self.meter
+        before = meter.last_token
+        meter.passed(batch)
+        labels = metrics.labels(self.deployment)
+        num_tokens = sum(isinstance(event, Delta) for event in batch)
+        if num_tokens:
+            metrics.iteration_tokens.labels(*labels).observe(num_tokens)
+            if before is not None and meter.last_token is not None:
+                metrics.inter_token.labels(*labels).observe((meter.last_token - before) / num_tokens)
+
+    async def _merged(self, parts: Sequence[tuple[int, int, Generation]]) -> AsyncGenerator[Batch]:
+        """Several requests to the engine as one: their events as they come, and one end for all."""
+        arrived: asyncio.Queue[Batch | BaseException | None] = asyncio.Queue(maxsize=2 * len(parts))
+
+        async def read(prompt: int, first: int, generation: Generation) -> None:
+            try:
+                async with aclosing(self._part(prompt, first, generation)) as batches:
+                    async for batch in batches:
+                        await arrived.put(batch)
+                await arrived.put(None)
+            except Exception as error:  # noqa: BLE001  # raised again below, where the request is
+                await arrived.put(error)
+
+        tasks = [asyncio.create_task(read(*part)) for part in parts]
+        reasons: dict[int, str] = {}
+        try:
+            for _ in parts:
+                while (batch := await arrived.get()) is not None:
+                    if isinstance(batch, BaseException):
+                        raise batch
+                    if isinstance(batch[-1], Finished):
+                        reasons.update(batch[-1].reasons)
+                        batch = batch[:-1]
+                    if batch:
+                        yield batch
+            yield (Finished(reasons, self.meter.usage),)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _settle(self, error: BaseException | None) -> None:
+        # A stream's error event is sent first and the connection cut then: the refusal is the cause of that error.
+        refusal = error if isinstance(error, Refusal) else getattr(error, "__cause__", None)
+        if self.meter.parts and all(part.is_finished for part in self.meter.parts):
+            outcome = "finished"
+        elif isinstance(refusal, Refusal) and refusal.status < 500:
+            outcome = "refused"
+        else:
+            outcome = "failed" if isinstance(error, Exception) else "aborted"
+        self.service.metrics.count_job(self.deployment, self.request, self.meter, outcome)
+        log.info("request", extra={"fields": self._line(outcome, refusal)})
+
+    def _line(self, outcome: str, refusal: BaseException | None) -> dict[str, object]:
+        """What is logged of a request: no prompt, no answer."""
+        meter, usage, now = self.meter, self.meter.usage, self.meter.clock()
+        return {
+            "request_id": self.id,
+            "account": self.account.id,
+            "token": self.account.token_id,
+            "model": self.request.model,
+            "served_model": self.deployment.model.id,
+            "stream": self.request.stream,
+            "outcome": outcome,
+            "finish_reason": ",".join(dict.fromkeys(meter.reasons.values())) or None,
+            "error": getattr(refusal, "code", None),
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "queue_ms": _ms(meter.received, meter.turn),
+            "first_token_ms": _ms(meter.received, meter.first_token),
+            "total_ms": _ms(meter.received, now),
+        }
+
+
+def _ms(start: float, end: float | None) -> float | None:
+    return None if end is None else round((end - start) * 1000, 1)
+
+
+def _numbered(generations: Sequence[Generation]) -> list[tuple[int, int, Generation]]:
+    """(number of the prompt, number of its first choice, generation) for each."""
+    numbered, first = [], 0
+    for prompt, generation in enumerate(generations):
+        numbered.append((prompt, first, generation))
+        first += generation.n
+    return numbered
+
+
+def _split(generation: Generation, first: int, max_choices: int) -> list[tuple[int, Generation]]:
+    """Requests of at most `max_choices` choices each. A given seed is counted up, or all choices would be the same."""
+    if generation.n <= max_choices:
+        return [(first, generation)]
+    parts = []
+    for done in range(0, generation.n, max_choices):
+        seed = None if generation.seed is None else generation.seed + done
+        part = replace(generation, n=min(max_choices, generation.n - done), seed=seed)
+        parts.append((first + done, part))
+    return parts
+
+
+def _renumbered(batch: Batch, first: int) -> Batch:
+    return [_renumber(event, first) for event in batch]
+
+
+def _renumber(event: Event, first: int) -> Event:
+    if isinstance(event, Delta):
+        return replace(event, index=event.index + first)
+    if isinstance(event, Finished):
+        return replace(event, reasons={index + first: reason for index, reason in event.reasons.items()})
+    return event
+

@@ -1,0 +1,222 @@
+"""What the operator decided: `octoai.toml`, `OCTOAI_*` variables and the command line, read once and frozen.
+
+The command line wins over the environment, the environment over the file, the file over the defaults. Every key is
+typed; what is wrong is said in one line that names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from octoai.server import places
+from octoai.server.catalogue import EMBEDDED_MODEL_ID, BadCatalogue, Catalogue, Model, parse_model
+
+FILENAME = "octoai.toml"
+# Which keys an environment variable may set: OCTOAI_HOST, OCTOAI_PORT, …
+_FROM_ENVIRONMENT = (
+    "host", "port", "data_dir", "cache_dir", "drain_seconds", "engine_stall_seconds", "max_waiting", "stand_in", "log_level",
+)  # fmt: skip
+_FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached_input_price", "output_price", "sha256")
+
+
+class BadSettings(ValueError):
+    """The configuration cannot be used; the text is one line."""
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Checked):
+    """One `[[models]]` table: a model to serve.
+
+    Without `engine_url` llama.cpp serves it here, from `path` (a GGUF), from `source`, or from the catalogue's own
+    source. With it another server does: `http://host:port/v1` or `unix:/path/to/socket`.
+    """
+
+    id: Annotated[str, Field(min_length=1, max_length=128)]
+    aliases: list[str] = []
+    engine_url: Annotated[str, Field(pattern=r"^(https?://[^/\s]+|unix:/)")] | None = None
+    upstream_model: str | None = None
+    engine_key_env: str | None = None
+    dialect: Literal["llama.cpp", "ollama", "openai", "vllm"] | None = None
+    path: Path | None = None
+    source: dict[str, Any] | None = None
+    sha256: str | None = None
+    context_length: Annotated[int, Field(ge=16)] | None = None
+    num_slots: Annotated[int, Field(ge=1, le=4096)] | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    licence: str | None = None
+    input_price: str | None = None
+    cached_input_price: str | None = None
+    output_price: str | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSettings:
+        if self.engine_url and (self.path or self.source):
+            raise ValueError("give engine_url, or path, or source: a model comes from one place")
+        for key in ("upstream_model", "engine_key_env", "dialect"):
+            if getattr(self, key) and not self.engine_url:
+                raise ValueError(f"{key} says something of another server: it needs engine_url")
+        return self
+
+    def described(self, shipped: Catalogue) -> Model:
+        """The model as the catalogue will know it: what is said here, over what is known of that id."""
+        entry: dict[str, Any] = {"id": self.id}
+        known = shipped.find(self.id)
+        said = {key: getattr(self, key) for key in _FOR_CATALOGUE if getattr(self, key)}
+        if self.path is not None:
+            said["source"] = {"kind": "file", "path": str(self.path)}
+        elif self.source is not None:
+            said["source"] = self.source
+        own = parse_model(entry | said, Path.cwd())
+        if known is None:
+            return own
+        changes = {key: getattr(own, key) for key in _changed(said)}
+        changes["aliases"] = tuple(dict.fromkeys([*known.aliases, *self.aliases]))
+        if "source" in said:
+            changes |= {"size_bytes": None, "sha256": self.sha256}
+        from dataclasses import replace
+
+        return replace(known, **changes)
+
+
+class Settings(_Checked):
+    """`stand_in` is the id of the model that answers for the catalogue's ids without weights here; "" is none."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    data_dir: Path
+    cache_dir: Path
+    drain_seconds: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    engine_stall_seconds: Annotated[float, Field(ge=0.5, le=86400)] = 30.0
+    max_waiting: Annotated[int, Field(ge=0, le=1_000_000)] = 256
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    stand_in: str = ""
+    models: list[ModelSettings] = []
+
+
+def load(
+    *,
+    path: Path | None,
+    environ: Mapping[str, str] = os.environ,
+    models: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> Settings:
+    """`path` is a file that must exist; None looks for octoai.toml here and in the configuration directory.
+
+    `models` are the ids or GGUF files of the command line, `overrides` its other options, None where not given.
+    """
+    path = path or _found(environ)
+    name = str(path) if path else "the environment"
+    values = _from_file(path) if path else {}
+    if values.get("models") == [] or not isinstance(values.get("models", []), list):
+        raise BadSettings(f"{name}: models: expected [[models]] tables")
+    is_default = "models" not in values
+    if models:
+        values["models"] = [_named(model) for model in models]
+    elif is_default:
+        values["models"] = [{"id": EMBEDDED_MODEL_ID}]
+    if is_default and isinstance(values["models"][0], dict):
+        # The default configuration says so: ids of the past are served by the first model, openly.
+        values.setdefault("stand_in", values["models"][0].get("id"))
+    values |= {key: environ[f"OCTOAI_{key.upper()}"] for key in _FROM_ENVIRONMENT if environ.get(f"OCTOAI_{key.upper()}")}
+    values |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    values.setdefault("data_dir", places.data_dir(environ))
+    values.setdefault("cache_dir", places.cache_dir(environ))
+    return _canonical(_checked(values, name), name, environ)
+
+
+def _canonical(settings: Settings, name: str, environ: Mapping[str, str]) -> Settings:
+    """Aliases of the catalogue become ids; what refers to something is checked to have it."""
+    try:
+        shipped = Catalogue.load()
+        models = [_resolved(model, shipped) for model in settings.models]
+        shipped.with_models([model.described(shipped) for model in models])
+    except BadCatalogue as error:
+        raise BadSettings(f"{name}: {error}") from None
+    for model in models:
+        if model.engine_key_env and not environ.get(model.engine_key_env):
+            raise BadSettings(f"{name}: model {model.id!r}: engine_key_env: {model.engine_key_env} is not set")
+    known = {candidate.lower() for model in models for candidate in model.described(shipped).names}
+    if settings.stand_in and settings.stand_in.lower() not in known:
+        raise BadSettings(f"{name}: stand_in: {settings.stand_in!r} is not one of the models served ({', '.join(m.id for m in models)})")
+    return settings.model_copy(update={"models": models})
+
+
+def _resolved(model: ModelSettings, shipped: Catalogue) -> ModelSettings:
+    known = shipped.find(model.id)
+    if model.engine_url or model.path or model.source:
+        return model
+    if known is None:
+        nearest = shipped.nearest(model.id)
+        hint = f"; the nearest are {', '.join(nearest)}" if nearest else ""
+        raise BadSettings(f"unknown model {model.id!r}: give an id of `octoai models`, or a GGUF file{hint}")
+    if known.source is None:
+        raise BadSettings(
+            f"no source of weights is known for {known.id!r}: give it engine_url, path or source in {FILENAME}"
+        )
+    return model.model_copy(update={"id": known.id})
+
+
+def _named(model: str) -> dict[str, Any]:
+    """A model of the command line: a file of weights, or an id."""
+    path = Path(model).expanduser()
+    if model.lower().endswith(".gguf") or path.is_file():
+        if not path.is_file():
+            raise BadSettings(f"there is no file {path}")
+        return {"id": path.stem.lower(), "path": str(path.absolute())}
+    return {"id": model}
+
+
+def _found(environ: Mapping[str, str]) -> Path | None:
+    from octoai import _credentials
+
+    for directory in (Path.cwd(), Path(_credentials.path(environ)).parent):
+        if (directory / FILENAME).is_file():
+            return directory / FILENAME
+    return None
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadSettings(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise BadSettings(f"{path} is not valid TOML: {error}") from None
+    for key in ("data_dir", "cache_dir"):
+        if isinstance(values.get(key), str):
+            values[key] = path.parent / Path(values[key]).expanduser()
+    for model in values.get("models", []) if isinstance(values.get("models", []), list) else []:
+        if isinstance(model, dict) and isinstance(model.get("path"), str):
+            model["path"] = str((path.parent / Path(model["path"]).expanduser()).absolute())
+    return values
+
+
+def _checked(values: Mapping[str, Any], name: str) -> Settings:
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+    location = problem["loc"]
+    place = ".".join(map(str, location)) or "file"
+    if problem["type"] == "extra_forbidden":
+        known = ModelSettings if location[0] == "models" else Settings
+        near = difflib.get_close_matches(str(location[-1]), known.model_fields, n=1, cutoff=0.0)
+        raise BadSettings(f"{name}: unknown key {place!r}; the nearest known one is {near[0]!r}")
+    message = problem["msg"].removeprefix("Value error, ")
+    raise BadSettings(f"{name}: {place}: {message[:1].lower()}{message[1:]}, not {problem['input']!r:.80}")
+
+
+def _changed(said: Mapping[str, Any]) -> list[str]:
+    """The fields of a `Model` that these keys set."""
+    names = {"input_price": "input_price_nanos", "cached_input_price": "cached_input_price_nanos", "output_price": "output_price_nanos"}
+    return [names.get(key, key) for key in said if key != "aliases"]

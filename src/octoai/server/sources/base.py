@@ -1,0 +1,40 @@
+"""What every source of weights shares: how progress is told, what is handed back, how a pull fails.
+
+It knows no source.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Progress = Callable[[int, int | None], None]
+"""Called with the bytes done and, where known, the bytes in all."""
+
+_SPARE_BYTES = 64 << 20  # what a disk should still have afterwards
+
+
+class PullFailed(Exception):
+    """Weights that could not be had; the text is one line that says why and what to do next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A file that is complete but neither verified nor in its place."""
+
+    path: Path
+    published_sha256: str | None = None
+    """What the source itself says the file's checksum is, where it does."""
+
+
+def require_space(directory: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    needed = num_bytes + _SPARE_BYTES
+    megabytes = f"{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
+    if free < needed:
+        raise PullFailed(
+            f"not enough disk space in {directory}: {megabytes}; "
+            "delete something there, or set OCTOAI_CACHE_DIR to a larger disk"
+        )

@@ -1,0 +1,88 @@
+"""Server-sent events: bytes in, events out, however the bytes are cut.
+
+Follows the WHATWG rules for event streams: LF, CRLF or CR, a byte order mark, comments, several `data` lines.
+Knows nothing of what the data means.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+_BOM = b"\xef\xbb\xbf"
+
+
+class EventTooLargeError(ValueError):
+    """An event has not ended within the size allowed."""
+
+
+class Event(NamedTuple):
+    """One event: its data, lines joined by LF, and its type ("" is the default type)."""
+
+    data: bytes
+    name: str = ""
+
+
+class EventDecoder:
+    """Feed it blocks as they come; it answers with the events they complete."""
+
+    def __init__(self, max_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._rest = b""
+        self._begun = False
+        self._after_cr = False
+
+    def feed(self, block: bytes) -> list[Event]:
+        if not self._begun:
+            block = self._without_bom(block)
+        if self._after_cr or b"\r" in block:
+            block = self._with_lf_only(block)
+        if self._rest:
+            block = self._rest + block
+        *whole, self._rest = block.split(b"\n\n")
+        if len(self._rest) > self._max_bytes:
+            raise EventTooLargeError(f"an event of more than {self._max_bytes} bytes")
+        events = []
+        for text in whole:
+            # The shape of nearly every event there is: a single line of data.
+            if text[:6] == b"data: " and b"\n" not in text:
+                events.append(Event(text[6:]))
+            elif (event := _parsed(text)) is not None:
+                events.append(event)
+        return events
+
+    def rest(self) -> Event | None:
+        """At the end of the stream: an event whose closing blank line never came. The rules discard it."""
+        rest, self._rest = self._rest, b""
+        return _parsed(rest)
+
+    def _without_bom(self, block: bytes) -> bytes:
+        block, self._rest = self._rest + block, b""
+        if len(block) < len(_BOM) and _BOM.startswith(block):
+            self._rest = block
+            return b""
+        self._begun = True
+        return block.removeprefix(_BOM)
+
+    def _with_lf_only(self, block: bytes) -> bytes:
+        """A CR ends its line at once, so that no event waits for a LF that may never come; the LF is dropped then."""
+        if not block:
+            return block
+        if self._after_cr and block[:1] == b"\n":
+            block = block[1:]
+        # An empty rest was the LF of a CRLF cut in two: what follows it begins a new line.
+        self._after_cr = block[-1:] == b"\r"
+        return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _parsed(text: bytes) -> Event | None:
+    lines: list[bytes] = []
+    name = b""
+    for line in text.split(b"\n"):
+        field, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if field == b"data":
+            lines.append(value)
+        elif field == b"event":
+            name = value
+    return Event(b"\n".join(lines), name.decode(errors="replace")) if lines else None

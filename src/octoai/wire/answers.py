@@ -1,0 +1,135 @@
+"""What the service answers: completions, streamed chunks, usage, log probabilities, errors."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Literal, Optional, Union
+
+from octoai.wire.messages import ChatMessage
+from octoai.wire.record import Answer, Record
+
+FinishReason = Union[
+    Literal["stop", "length", "tool_calls", "content_filter", "function_call", "cancelled"], Any
+]
+
+
+class UsageStats(Record):
+    """Tokens, as the engine counted them."""
+
+    completion_tokens: int
+    prompt_tokens: int
+    total_tokens: int
+
+
+class TopLogprobs(Record):
+    bytes: Optional[List[Any]] = None
+    logprob: float
+    token: str
+
+
+class LogprobsContent(Record):
+    """One generated token; `logprob` in nats, `bytes` its UTF-8 where the token is not a whole character."""
+
+    bytes: Optional[List[Any]] = None
+    logprob: float
+    token: str
+    top_logprobs: Optional[List[TopLogprobs]] = None
+
+
+class Logprobs(Record):
+    content: Optional[List[Optional[LogprobsContent]]] = None
+
+
+class ChatCompletionChoice(Record):
+    finish_reason: Optional[FinishReason] = None
+    index: int
+    logprobs: Optional[Logprobs] = None
+    message: ChatMessage
+
+
+class ChatCompletionResponse(Answer):
+    choices: List[ChatCompletionChoice]
+    created: int
+    id: str
+    model: str
+    object: Optional[str] = None
+    usage: Optional[UsageStats] = None
+
+
+class ChatCompletionDeltaToolCallFunction(Record):
+    arguments: Optional[str] = None
+    name: Optional[str] = None
+
+
+class ChatCompletionDeltaToolCall(Record):
+    function: Optional[ChatCompletionDeltaToolCallFunction] = None
+    id: Optional[str] = None
+    index: int
+    type: Optional[Literal["function"]] = None
+
+
+class ChatCompletionDelta(Record):
+    content: Optional[str] = None
+    role: Optional[str] = None
+    tool_calls: Optional[List[ChatCompletionDeltaToolCall]] = None
+
+
+class ChatCompletionChunkChoice(Record):
+    delta: ChatCompletionDelta
+    finish_reason: Optional[FinishReason] = None
+    index: int
+    logprobs: Optional[Logprobs] = None
+
+
+class ChatCompletionChunk(Record):
+    choices: List[ChatCompletionChunkChoice]
+    created: int
+    id: str
+    model: str
+    object: Optional[str] = None
+    usage: Optional[UsageStats] = None
+
+
+class CompletionChoice(Record):
+    finish_reason: Optional[FinishReason] = None
+    index: int
+    logprobs: Optional[Logprobs] = None
+    text: str
+
+
+class CompletionResponse(Answer):
+    """A whole completion, and each event of a streamed one."""
+
+    choices: List[CompletionChoice]
+    created: int
+    id: str
+    model: str
+    object: Optional[str] = None
+    system_fingerprint: Optional[str] = None
+    usage: Optional[UsageStats] = None
+
+
+ErrorResponseValidationErrorsValue = Union[str, List[str]]
+
+
+class ErrorResponse(Record):
+    code: Optional[str] = None
+    message: str
+    object: Optional[str] = None
+    param: Optional[str] = None
+    type: str
+    validation_errors: Optional[Dict[str, Optional[ErrorResponseValidationErrorsValue]]] = None
+
+
+ValidationErrorLocItem = Union[str, int]
+
+
+class ValidationError(Record):
+    """One wrong field: `loc` is the path to it, from "body" down."""
+
+    loc: List[ValidationErrorLocItem]
+    msg: str
+    type: str
+
+
+class HttpValidationError(Record):
+    detail: Optional[List[ValidationError]] = None
