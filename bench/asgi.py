@@ -359,9 +359,9 @@ def serve_aiohttp(app: str, port: int) -> None:
 UVICORN = ("uvicorn", "httptools", "uvloop", "starlette")
 CANDIDATES = {
     "uvicorn+starlette": Candidate(UVICORN, serve_uvicorn, "starlette"),
-    "  with StreamingResponse": Candidate(UVICORN, serve_uvicorn, "starlette_streaming_response"),
-    "  raw endpoints": Candidate(UVICORN, serve_uvicorn, "starlette_raw_endpoints"),
-    "  raw endpoints, corked": Candidate(UVICORN, serve_uvicorn_corked, "starlette_raw_endpoints"),
+    "… StreamingResponse": Candidate(UVICORN, serve_uvicorn, "starlette_streaming_response"),
+    "… raw endpoints": Candidate(UVICORN, serve_uvicorn, "starlette_raw_endpoints"),
+    "… raw endpoints, corked": Candidate(UVICORN, serve_uvicorn_corked, "starlette_raw_endpoints"),
     "uvicorn+raw ASGI": Candidate(UVICORN[:3], serve_uvicorn, "raw"),
     "granian+starlette": Candidate(("granian", "uvloop", "starlette"), serve_granian, "starlette"),
     "granian+raw ASGI": Candidate(("granian", "uvloop"), serve_granian, "raw"),
@@ -564,9 +564,7 @@ def measure(port: int, group: int, path: str, clients: int, seconds: float) -> d
         raise RuntimeError(f"wrong answer at {path}: {whole[:300]!r}")
     before = cpu_seconds(group)
     command = [sys.executable, __file__, "--load", str(port), path, str(size), str(clients), str(seconds)]
-    figures = json.loads(
-        subprocess.run(command, check=True, capture_output=True, timeout=seconds + 30).stdout
-    )
+    figures = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=seconds + 30).stdout)
     # The load also runs 0.1 s of warm-up, whose CPU time is in the difference.
     figures["cpu_us"] = (cpu_seconds(group) - before) * 1e6 / (figures["rate"] * (seconds + 0.1))
     return figures
@@ -621,9 +619,7 @@ def show(result: dict[str, Any]) -> None:
     width = max(map(len, table)) + 2
     print(" " * width + "".join(f"{key:>24}" for key in next(iter(table.values()))))
     for name, row in table.items():
-        print(
-            f"{name:<{width}}" + "".join(f"{value:>15,.2f} ({ratio:4.2f}x)" for value, ratio in row.values())
-        )
+        print(f"{name:<{width}}" + "".join(f"{value:>15,.2f} ({ratio:4.2f}x)" for value, ratio in row.values()))
     print("\nratios: to the first row, within a round\n")
     for question in next(iter(result["behaviour"].values())):
         print(question)
@@ -643,9 +639,7 @@ def installed(names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="per workload, candidate and round")
     parser.add_argument("--only", action="append", choices=list(CANDIDATES), help="may be repeated")

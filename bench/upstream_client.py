@@ -310,9 +310,7 @@ def show(samples: dict[str, list[dict[str, float]]]) -> None:
         cells = []
         for key in base[0]:
             value = statistics.median(each[key] for each in rounds)
-            ratio = statistics.median(
-                each[key] / first[key] for each, first in zip(rounds, base, strict=True)
-            )
+            ratio = statistics.median(each[key] / first[key] for each, first in zip(rounds, base, strict=True))
             cells.append(f"{value:>15,.2f} ({ratio:4.2f}x)")
         print(f"{name:<{width}}" + "".join(cells))
     print("\nratios: to the first row, within a round")
@@ -330,17 +328,16 @@ def installed(names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="per workload, candidate and round")
     parser.add_argument("--only", action="append", choices=list(CANDIDATES), help="may be repeated")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "upstream_client.json"
-    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "upstream_client.json")
     options = parser.parse_args()
-    samples = run(installed(options.only or list(CANDIDATES)), options.rounds, options.seconds)
+    names = installed(options.only or list(CANDIDATES))
+    if not names:
+        parser.error("no candidate is installed")
+    samples = run(names, options.rounds, options.seconds)
     show(samples)
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "date": time.strftime("%F")}
     options.out.parent.mkdir(parents=True, exist_ok=True)

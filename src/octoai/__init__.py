@@ -11,7 +11,12 @@ TYPE_CHECKING = False  # as `typing.TYPE_CHECKING`, without importing `typing`
 if TYPE_CHECKING:
     from typing import Any
 
-    from octoai import client, core, environment, errors, text_gen, util, version
+    from octoai import client as client
+    from octoai import core as core
+    from octoai import environment as environment
+    from octoai import errors as errors
+    from octoai import text_gen as text_gen
+    from octoai import util as util
     from octoai._deadlines import Timeout
     from octoai.client import AsyncOctoAI, InferenceFuture, OctoAI
     from octoai.environment import OctoAIEnvironment

@@ -10,9 +10,16 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from octoai import _credentials, _retry, sse
-from octoai.errors import ApiError, AuthenticationError, ResponseError, StreamError, StreamInterrupted, status_class
-from octoai.wire.answers import ChatCompletionChunk, CompletionResponse
+from octoai import _credentials, _gather, _retry, sse
+from octoai.errors import (
+    ApiError,
+    ApiTimeoutError,
+    AuthenticationError,
+    ResponseError,
+    StreamError,
+    StreamInterrupted,
+    status_class,
+)
 from octoai.wire.record import Answer, RawResponse, Record
 
 R = TypeVar("R", bound=Record)
@@ -61,6 +68,16 @@ def record(model: type[R], raw: RawResponse) -> R:
     return answer
 
 
+def response_url(raw: RawResponse) -> str | None:
+    """Where the result of an asynchronous inference is; None while there is none. Raises if there never will be."""
+    state = parsed_json(raw)
+    status = state.get("status") if isinstance(state, dict) else None
+    if status is None or status in ("failed", "error", "cancelled", "canceled", "expired"):
+        message = f"the inference will not complete: its status is {status!r}"
+        raise ResponseError(status_code=raw.status_code, body=state, headers=raw.headers, message=message)
+    return str(state.get("response_url") or "") if status == "completed" else None
+
+
 def request_id(headers: Mapping[str, str]) -> str | None:
     return headers.get("x-request-id") or headers.get("x-user-request-id")
 
@@ -73,7 +90,10 @@ class Decompressor:
         self._zlib = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
 
     def feed(self, block: bytes) -> bytes:
-        return block if self._zlib is None else self._zlib.decompress(block)
+        try:
+            return block if self._zlib is None else self._zlib.decompress(block)
+        except zlib.error as error:
+            raise ValueError(f"its compression is damaged: {error}") from error
 
 
 class EventReader(Generic[T]):
@@ -88,25 +108,28 @@ class EventReader(Generic[T]):
         self.usage: Any = None
         self.done = False
         self.started = False
+        self._ended = False
         self._decode = decode
         self._sse = sse.EventDecoder()
+        self._decompress: Callable[[bytes], bytes] | None = None
         self._open: set[int] = set()
         self._finished: set[int] = set()
 
-    def check_head(self, status: int, headers: Mapping[str, str]) -> None:
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    def check_head(self, raw: RawResponse) -> None:
+        """Before any event: is this a stream at all?"""
+        kind = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind in ("application/json", "text/html"):
-            raise ResponseError(
-                status_code=status, headers=headers, message=f"the answer is {kind}, not an event stream"
-            )
+            raise ResponseError(message=f"the answer is {kind}, not an event stream")
+        if raw.headers.get("content-encoding"):
+            self._decompress = Decompressor(raw.headers).feed
 
     def feed(self, block: bytes) -> bool:
         """Whether the block held content."""
         before = len(self.events)
         try:
-            events = self._sse.feed(block)
-        except sse.EventTooLargeError as error:
-            raise ResponseError(message=str(error)) from error
+            events = self._sse.feed(self._decompress(block) if self._decompress else block)
+        except ValueError as error:
+            raise ResponseError(message=f"the stream cannot be read: {error}") from error
         for event in events:
             if self._take(event):
                 break
@@ -120,8 +143,17 @@ class EventReader(Generic[T]):
                 self._take(rest)
             except ResponseError:
                 raise self.interrupted("within an event") from None
-        if not (self.done or self._is_complete()):
+        self._ended = True
+        if not self.is_complete:
             raise self.interrupted("with neither a finish_reason nor [DONE]")
+
+    def describe(self, error: ApiError, raw: RawResponse | None, attempts: int) -> None:
+        """Say in an error what is known of the stream it happened in."""
+        error.attempts = max(error.attempts, attempts)
+        if isinstance(error, ApiTimeoutError):
+            error.partial = self.partial
+        if raw is not None and error.status_code is None:
+            error.headers = error.headers or dict(raw.headers)
 
     def interrupted(self, how: str) -> StreamInterrupted:
         return StreamInterrupted(partial=self.partial, message=f"the stream ended {how}", retryable=True)
@@ -129,12 +161,12 @@ class EventReader(Generic[T]):
     @property
     def partial(self) -> str:
         """The text of the first choice so far."""
-        from octoai._gather import text_of
+        return _gather.text_of(self.events)
 
-        return text_of(self.events)
-
-    def _is_complete(self) -> bool:
-        return bool(self._finished) and self._open <= self._finished
+    @property
+    def is_complete(self) -> bool:
+        """`[DONE]` came, or every choice finished and the body ended."""
+        return self.done or (self._ended and bool(self._finished) and self._open <= self._finished)
 
     def _take(self, event: sse.Event) -> bool:
         """Whether this was the last event that matters."""
@@ -225,12 +257,13 @@ class JsonReader(EventReader[Any]):
         return value if self._map is None else self._map(value)
 
 
-def chat_reader() -> ChunkReader[ChatCompletionChunk]:
-    return ChunkReader(ChatCompletionChunk)
-
-
-def completion_reader() -> ChunkReader[CompletionResponse]:
-    return ChunkReader(CompletionResponse)
+def text_of_chunk(chunk: Any) -> str:
+    """The text for the first choice in a chunk of either kind."""
+    for choice in chunk.choices:
+        if choice.index == 0:
+            delta = getattr(choice, "delta", None)
+            return (choice.text if delta is None else delta.content) or ""
+    return ""
 
 
 def _has_content(choice: Any) -> bool:

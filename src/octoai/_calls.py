@@ -62,12 +62,16 @@ class Call:
 def redirected(request: Request, status: int, headers: Mapping[str, str]) -> Request | None:
     """Where a redirect leads, if it may be followed: to the same origin, with the same method and body."""
     location = headers.get("location")
-    if not location or status not in (307, 308) and not (request.method == "GET" and status in (301, 302, 303)):
+    if not location or not _keeps_method(request.method, status):
         return None
     url = urljoin(request.url, location)
     if _credentials.origin(url) != _credentials.origin(request.url):
         return None
     return Request(request.method, url, request.headers, request.body)
+
+
+def _keeps_method(method: str, status: int) -> bool:
+    return status in (307, 308) or (method == "GET" and status in (301, 302, 303))
 
 
 @dataclass(frozen=True)

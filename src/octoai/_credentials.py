@@ -156,7 +156,7 @@ def checked_url(url: str) -> str:
         raise ConfigurationError(message="an address must not hold a user name or password: use api_key=")
     if any(host == dead or host.endswith(f".{dead}") for dead in DEAD_HOSTS):
         raise ConfigurationError(
-            message=f"{host}: OctoAI's hosted service was shut down in October 2024, and this address is never contacted. "
+            message=f"{host}: OctoAI's hosted service was shut down in October 2024; it is never contacted. "
             "Set OCTOAI_BASE_URL (or base_url=) to a service of your own; `octoai serve` starts one."
         )
     return url

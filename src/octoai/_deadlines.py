@@ -84,9 +84,6 @@ class Timeout:
         return (self.connect, self.read, self.total, self.first_token, self.idle)
 
 
-DEFAULT_TIMEOUT = Timeout()
-
-
 class Deadlines:
     """The deadlines of one running call.
 
@@ -174,3 +171,6 @@ def _checked(name: str, value: Any) -> float | None:
     if not value > 0:
         raise ValueError(f"{name} must be more than 0 seconds")
     return value
+
+
+DEFAULT_TIMEOUT = Timeout()

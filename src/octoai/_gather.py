@@ -12,24 +12,23 @@ from typing import Any
 
 def text_of(events: Iterable[bytes]) -> str:
     """The text of the first choice."""
-    parts = []
+    parts: list[str] = []
     for data in events:
         chunk = json.loads(data)
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        for choice in choices or ():
-            if not choice.get("index"):
-                parts.append((choice.get("delta") or choice).get("content") or choice.get("text") or "")
+        parts.extend(_text(choice) for choice in choices or () if not choice.get("index"))
     return "".join(parts)
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    return (choice.get("delta") or choice).get("content") or choice.get("text") or ""
 
 
 def chat_completion(events: Iterable[bytes]) -> dict[str, Any]:
     """The body that the same request without streaming would have got."""
     answer, choices = _gathered(events)
     answer["object"] = "chat.completion"
-    answer["choices"] = []
-    for choice in choices:
-        message = choice.pop("delta", {})
-        answer["choices"].append({**choice, "message": {"role": "assistant", "content": None, **message}})
+    answer["choices"] = [_with_message(choice) for choice in choices]
     return answer
 
 
@@ -51,6 +50,13 @@ def _gathered(events: Iterable[bytes]) -> tuple[dict[str, Any], list[dict[str, A
     return answer, [choices[index] for index in sorted(choices)]
 
 
+def _with_message(choice: dict[str, Any]) -> dict[str, Any]:
+    message = choice.pop("delta", {})
+    for call in message.get("tool_calls") or ():
+        del call["index"]
+    return {**choice, "message": {"role": "assistant", "content": None, **message}}
+
+
 def _merge_choice(choice: dict[str, Any], part: Mapping[str, Any]) -> None:
     for key, value in part.items():
         if key == "delta":
@@ -69,15 +75,16 @@ def _merge_logprobs(choice: dict[str, Any], part: Mapping[str, Any]) -> None:
         logprobs = choice["logprobs"] = {}
     for key, value in part.items():
         if isinstance(value, list):
-            logprobs[key] = [*(logprobs.get(key) or ()), *value]
+            logprobs[key] = [] if logprobs.get(key) is None else logprobs[key]
+            logprobs[key].extend(value)
         elif value is not None or key not in logprobs:
             logprobs[key] = value
 
 
 def _merge_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
     for key, value in delta.items():
-        if key == "tool_calls":
-            _merge_tool_calls(message, value or ())
+        if key == "tool_calls" and value:
+            _merge_tool_calls(message, value)
         elif isinstance(value, str) and key != "role" and isinstance(message.get(key), str):
             message[key] += value
         elif value is not None or key not in message:

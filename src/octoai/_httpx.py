@@ -17,6 +17,7 @@ from octoai._deadlines import Deadlines
 from octoai._transport import DRAIN_BYTES, DRAIN_SECONDS, AsyncResponse, Request, Response, connection_error
 from octoai.errors import ApiConnectionError, ApiError, ConfigurationError
 
+_Classes = tuple[type[BaseException], ...]
 _INHERITED: list[Any] = []  # clients of the parent process: kept, so that nothing closes them
 
 
@@ -49,7 +50,7 @@ def _headers(response: Any) -> dict[str, str]:
     return {name.lower(): value for name, value in response.headers.items()}
 
 
-def _classes(client: Any, *names: str) -> tuple[type[BaseException], ...]:
+def _classes(client: Any, *names: str) -> _Classes:
     """The library's own exceptions, found through the client's class: a user's may be a subclass."""
     roots = [cls.__module__.partition(".")[0] for cls in type(client).__mro__]
     modules = [sys.modules[root] for root in roots if root in ("httpx", "httpx2") and root in sys.modules]
@@ -60,11 +61,11 @@ class _Failures:
     """What one library raises, mapped."""
 
     def __init__(self, client: Any) -> None:
-        self.connect_timeouts = _classes(client, "ConnectTimeout", "PoolTimeout")
-        self.timeouts = (*_classes(client, "TimeoutException"), TimeoutError)
-        self.network = (*_classes(client, "TransportError", "StreamError", "DecodingError"), OSError)
-        self.requests = (*_classes(client, "InvalidURL", "UnsupportedProtocol"), UnicodeEncodeError)
-        self.all = (*self.timeouts, *self.network, *self.requests, *_classes(client, "HTTPError"))
+        self.connect_timeouts: _Classes = _classes(client, "ConnectTimeout", "PoolTimeout")
+        self.timeouts: _Classes = (*_classes(client, "TimeoutException"), TimeoutError)
+        self.network: _Classes = (*_classes(client, "TransportError", "StreamError", "DecodingError"), OSError)
+        self.requests: _Classes = (*_classes(client, "InvalidURL", "UnsupportedProtocol"), UnicodeEncodeError)
+        self.all: _Classes = (*self.timeouts, *self.network, *self.requests, *_classes(client, "HTTPError"))
 
     def mapped(self, error: BaseException, request: Request, deadlines: Deadlines) -> ApiError:
         if isinstance(error, self.connect_timeouts):
@@ -249,4 +250,3 @@ class AsyncHttpxResponse:
 
     async def close(self) -> None:
         await self._response.aclose()
-

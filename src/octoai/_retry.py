@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan
 
 from octoai.errors import ApiError
 
@@ -56,7 +57,7 @@ def _number(text: str | None) -> float | None:
         value = float(text or "")
     except ValueError:
         return None
-    return max(value, 0.0) if value == value else None  # nan is no number of seconds
+    return None if isnan(value) else max(value, 0.0)
 
 
 def _until(date: str, now: float) -> float | None:

@@ -153,7 +153,9 @@ class ApiConnectionError(ApiError):
 class ApiTimeoutError(ApiError):
     """`deadline` is the one of `octoai.Timeout` that passed; `seconds` what it was; `partial` the text until then."""
 
-    def __init__(self, *, deadline: str = "read", seconds: float | None = None, partial: str = "", **facts: Any) -> None:
+    def __init__(
+        self, *, deadline: str = "read", seconds: float | None = None, partial: str = "", **facts: Any
+    ) -> None:
         super().__init__(**facts)
         self.deadline = deadline
         self.seconds = seconds

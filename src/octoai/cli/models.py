@@ -25,9 +25,7 @@ Subparsers = argparse._SubParsersAction  # argparse gives it no public name
 
 def add_parsers(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     pulling = subparsers.add_parser("pull", help="download the weights of models", description=pull.__doc__)
-    pulling.add_argument(
-        "ids", nargs="+", metavar="ID", help="a model's id or alias; `octoai models` lists them"
-    )
+    pulling.add_argument("ids", nargs="+", metavar="ID", help="a model's id or alias; `octoai models` lists them")
     pulling.set_defaults(run=pull)
     listing = subparsers.add_parser("models", help="list the models there are", description=models.__doc__)
     listing.add_argument("--json", action="store_true", help="for programs: a JSON list")

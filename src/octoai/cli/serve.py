@@ -17,7 +17,9 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         "--model", action="append", default=[], metavar="ID_OR_GGUF", help="a model to serve; may be given again"
     )
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where tokens and usage are kept")
-    parser.add_argument("--drain-seconds", type=float, metavar="S", help="time for running requests to end (default 30)")
+    parser.add_argument(
+        "--drain-seconds", type=float, metavar="S", help="time for running requests to end (default 30)"
+    )
     parser.set_defaults(run=serve)
 
 

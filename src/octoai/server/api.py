@@ -56,7 +56,11 @@ async def model(request: Request) -> Response:
     service.authenticate(request.headers.get("authorization"))
     name = request.path_params["model"]
     deployment = service.router.find(name)
-    known = deployment.model if name.lower() in map(str.lower, deployment.model.names) else service.router.catalogue.find(name)
+    known = (
+        deployment.model
+        if name.lower() in map(str.lower, deployment.model.names)
+        else service.router.catalogue.find(name)
+    )
     if known is None:
         raise UnknownModel(name, ())
     return JSONResponse(_model_json(known, deployment))

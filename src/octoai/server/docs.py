@@ -72,9 +72,11 @@ def _paths() -> dict[str, Any]:
     chat = "A chat completion, whole or, with `stream: true`, as server-sent events that end with `data: [DONE]`."
     text = "Continue a prompt as it is: no chat template is applied."
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-    open_to_all = {"security": []}
+    open_to_all: dict[str, Any] = {"security": []}
     return {
-        "/v1/chat/completions": {"post": _generation(chat, "ChatCompletionRequest", "ChatCompletionResponse", "ChatCompletionChunk")},
+        "/v1/chat/completions": {
+            "post": _generation(chat, "ChatCompletionRequest", "ChatCompletionResponse", "ChatCompletionChunk")
+        },
         "/v1/completions": {"post": _generation(text, "CompletionRequest", "CompletionResponse", "CompletionResponse")},
         "/v1/models": {"get": _reading("Every id a request may name, with what serves it, its window and its price.")},
         "/v1/models/{model}": {"get": {**_reading("One of them."), "parameters": [name]}},
@@ -112,13 +114,17 @@ def _page(spec: Mapping[str, Any]) -> str:
     rows = []
     for path, operations in spec["paths"].items():
         for method, operation in operations.items():
-            rows.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2><p>{_text(operation['summary'])}</p>")
+            rows.append(
+                f"<h2><code>{method.upper()} {html.escape(path)}</code></h2><p>{_text(operation['summary'])}</p>"
+            )
             body = operation.get("requestBody")
             if body:
                 name = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[-1]
                 rows.append(_parameters(spec["components"]["schemas"][name]))
             answers_ = operation["responses"].items()
-            rows.append("<ul>" + "".join(f"<li><b>{code}</b> {_text(a['description'])}</li>" for code, a in answers_) + "</ul>")
+            rows.append(
+                "<ul>" + "".join(f"<li><b>{code}</b> {_text(a['description'])}</li>" for code, a in answers_) + "</ul>"
+            )
     return _FRAME.format(title=spec["info"]["title"], version=spec["info"]["version"], body="\n".join(rows))
 
 
@@ -168,7 +174,8 @@ td, th {{ text-align: left; padding: 0.25rem 0.6rem; border-bottom: 1px solid #e
 }}
 </style></head><body>
 <h1>{title} <small>{version}</small></h1>
-<p>Text generation, compatible with OctoAI's API and with OpenAI's clients. For programs: <a href="/openapi.json"><code>/openapi.json</code></a>.</p>
+<p>Text generation, compatible with OctoAI's API and with OpenAI's clients. For programs:
+<a href="/openapi.json"><code>/openapi.json</code></a>.</p>
 <pre>from octoai import OctoAI
 
 client = OctoAI()  # endpoint and token from the environment or from `octoai serve` on this machine

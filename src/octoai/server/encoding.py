@@ -213,7 +213,9 @@ def _gathered_calls(deltas: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
     """Whole tool calls from the pieces in which an engine streams them."""
     calls: dict[int, dict[str, Any]] = {}
     for delta in deltas:
-        call = calls.setdefault(delta.get("index", 0), {"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+        call = calls.setdefault(
+            delta.get("index", 0), {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
+        )
         call["id"] = call["id"] or delta.get("id")
         said = delta.get("function") or {}
         for key in ("name", "arguments"):

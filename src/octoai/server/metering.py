@@ -14,7 +14,7 @@ class PartMeter:
     """One request to an engine: one prompt, some of its choices."""
 
     prompt: int
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     counted: dict[int, int] = field(default_factory=dict)
     is_finished: bool = False
 

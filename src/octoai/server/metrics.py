@@ -17,7 +17,30 @@ from octoai.server.params import TextRequest
 from octoai.server.router import Deployment
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+_FIRST_TOKEN = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -31,7 +54,7 @@ class Metrics:
     """One registry of its own per service, so that two in a process (a test) do not share numbers."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a second series for each, which no dashboard reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which no dashboard reads
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
@@ -52,12 +75,18 @@ class Metrics:
             "vllm:iteration_tokens_total", "Tokens that arrived in one read from the engine.", _TOKENS
         )
         self.request_prompt = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
-        self.request_generation = histogram("vllm:request_generation_tokens", "Tokens generated for a request.", _TOKENS)
+        self.request_generation = histogram(
+            "vllm:request_generation_tokens", "Tokens generated for a request.", _TOKENS
+        )
         self.params_n = histogram("vllm:request_params_n", "Choices asked for.", _COUNTS)
         self.params_max_tokens = histogram("vllm:request_params_max_tokens", "max_tokens asked for.", _TOKENS)
-        self.first_token = histogram("vllm:time_to_first_token_seconds", "From the request to its first token.", _FIRST_TOKEN)
+        self.first_token = histogram(
+            "vllm:time_to_first_token_seconds", "From the request to its first token.", _FIRST_TOKEN
+        )
         self.inter_token = histogram("vllm:inter_token_latency_seconds", "Between tokens of one request.", _PER_TOKEN)
-        self.per_token = histogram("vllm:time_per_output_token_seconds", "Mean time per token after the first.", _PER_TOKEN)
+        self.per_token = histogram(
+            "vllm:time_per_output_token_seconds", "Mean time per token after the first.", _PER_TOKEN
+        )
         self.end_to_end = histogram("vllm:e2e_request_latency_seconds", "From the request to its end.", _WHOLE)
         self.queued = histogram("vllm:request_queue_time_seconds", "Waiting for a turn at the engine.", _WHOLE)
         self.inference = histogram("vllm:request_inference_time_seconds", "From the turn to the end.", _WHOLE)
@@ -68,7 +97,9 @@ class Metrics:
         self.aborted = counter("octoai_requests_aborted", "Requests whose client left before the end.")
         self.failed = counter("octoai_requests_failed", "Requests that the engine broke off.")
         self.http_requests = counter("http_requests", "HTTP requests answered.", ("handler", "method", "status"))
-        self.http_seconds = histogram("http_request_duration_seconds", "Time to the end of the answer.", _HTTP, ("handler",))
+        self.http_seconds = histogram(
+            "http_request_duration_seconds", "Time to the end of the answer.", _HTTP, ("handler",)
+        )
 
     def watch(self, deployments: Iterable[Deployment]) -> None:
         """Report queues and readiness of these deployments, read at every scrape."""
@@ -78,7 +109,7 @@ class Metrics:
         return deployment.model.id, _engine_name(deployment)
 
     def count_job(self, deployment: Deployment, request: TextRequest, meter: Meter, outcome: str) -> None:
-        """One ended request. `outcome` is "finished", "refused" (by the engine), "aborted" (the client left) or "failed"."""
+        """One ended request: "finished", "refused" (by the engine), "aborted" (its client left) or "failed"."""
         labels = self.labels(deployment)
         if outcome == "refused":
             return
@@ -135,7 +166,9 @@ class _DeploymentCollector(Collector):
         waiting = gauge("vllm:num_requests_waiting", "Requests waiting for a turn.")
         by_reason = gauge("vllm:num_requests_waiting_by_reason", "The same, by reason.", (*_LABELS, "reason"))
         kv_cache = gauge("vllm:kv_cache_usage_perc", "Share of the engine's slots in use, 0 to 1.")
-        config = gauge("vllm:cache_config_info", "The engine's slots and window.", (*_LABELS, "num_slots", "context_length"))
+        config = gauge(
+            "vllm:cache_config_info", "The engine's slots and window.", (*_LABELS, "num_slots", "context_length")
+        )
         ready = gauge("octoai_engine_ready", "1 while the engine answers.")
         restarts = gauge("octoai_engine_restarts", "Times the engine was started again.")
         for deployment in self._deployments:
@@ -153,4 +186,3 @@ class _DeploymentCollector(Collector):
 
 def _engine_name(deployment: Deployment) -> str:
     return type(deployment.engine).__name__.removesuffix("Engine").lower()
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Dict, List, Optional, Union, cast
+from typing import Annotated, Any, Optional, Union, cast
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -23,7 +23,16 @@ MAX_PROMPTS = 128
 
 # Parameters of today's OpenAI clients that would change the answer in a way nothing here can do. The harmless rest
 # (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) is accepted and changes nothing.
-IMPOSSIBLE = ("audio", "function_call", "functions", "loglikelihood", "peft", "prediction", "suffix", "web_search_options")
+IMPOSSIBLE = (
+    "audio",
+    "function_call",
+    "functions",
+    "loglikelihood",
+    "peft",
+    "prediction",
+    "suffix",
+    "web_search_options",
+)
 
 
 class _BodyParams(TypedDict, total=False):
@@ -31,8 +40,8 @@ class _BodyParams(TypedDict, total=False):
 
     stream: Optional[bool]
     max_completion_tokens: Annotated[Optional[int], Field(ge=1, le=2**31 - 1)]
-    octoai: Optional[Dict[str, Any]]
-    modalities: Optional[List[str]]
+    octoai: Optional[dict[str, Any]]
+    modalities: Optional[list[str]]
 
 
 class ChatBody(ChatParams, _BodyParams, total=False):
@@ -42,13 +51,13 @@ class ChatBody(ChatParams, _BodyParams, total=False):
 class CompletionBody(CompletionParams, _BodyParams, total=False):
     __pydantic_config__ = CompletionParams.__pydantic_config__  # type: ignore[misc]
     # `prompt` as on the wire: bounded, and null for "start from nothing".
-    prompt: Annotated[  # type: ignore[misc]
+    prompt: Annotated[
         Union[
             str,
-            Annotated[List[Annotated[int, Field(ge=0)]], Field(min_length=1)],
-            Annotated[List[str], Field(min_length=1, max_length=MAX_PROMPTS)],
+            Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)],
+            Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)],
             Annotated[
-                List[Annotated[List[Annotated[int, Field(ge=0)]], Field(min_length=1)]],
+                list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]],
                 Field(min_length=1, max_length=MAX_PROMPTS),
             ],
             None,

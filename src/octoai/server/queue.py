@@ -56,7 +56,9 @@ class FairQueue:
             return
         if self.num_waiting >= self.max_waiting:
             raise Unavailable(
-                f"Too many requests are waiting ({self.num_waiting}).", retry_after=self.expected_wait, code="overloaded"
+                f"Too many requests are waiting ({self.num_waiting}).",
+                retry_after=self.expected_wait,
+                code="overloaded",
             )
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(account, deque()).append(place)

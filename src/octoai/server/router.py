@@ -35,11 +35,7 @@ class Router:
     _by_name: Mapping[str, Deployment] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = {
-            name.lower(): deployment
-            for deployment in self.deployments
-            for name in deployment.model.names
-        }
+        names = {name.lower(): deployment for deployment in self.deployments for name in deployment.model.names}
         object.__setattr__(self, "_by_name", names)
 
     def find(self, name: str) -> Deployment:

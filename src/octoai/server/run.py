@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anyio.lowlevel
 import uvicorn
@@ -94,8 +95,8 @@ async def _serve(service: Service, listener: socket.socket, url: str) -> int:
 
 async def _until_ready(starting: asyncio.Future[list[None]], stop: _Stop) -> bool:
     """False when a signal came first. Raises what an engine's start raised."""
-    stopping = asyncio.ensure_future(stop.drain.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.drain.wait())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         return False
     stopping.cancel()
@@ -106,11 +107,11 @@ async def _until_ready(starting: asyncio.Future[list[None]], stop: _Stop) -> boo
 async def _drain(service: Service, stop: _Stop) -> None:
     if service.jobs:
         print(f"octoai: finishing {len(service.jobs)} requests; once more to stop at once", file=sys.stderr, flush=True)
-    draining = asyncio.ensure_future(service.drain())
-    now = asyncio.ensure_future(stop.now.wait())
-    await asyncio.wait({draining, now}, return_when=asyncio.FIRST_COMPLETED)
-    for task in (draining, now):
-        task.cancel()
+    draining = asyncio.create_task(service.drain())
+    now: asyncio.Task[Any] = asyncio.create_task(stop.now.wait())
+    await asyncio.wait([draining, now], return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    now.cancel()
 
 
 def _config(service: Service) -> uvicorn.Config:
@@ -160,7 +161,9 @@ def _bootstrap(tokens: Tokens, url: str) -> None:
     if tokens.is_empty:
         minted = tokens.mint(BOOTSTRAP_NAME)
         path = _credentials.write(endpoint=url, token=minted.text)
-        print(f"octoai: your API token, shown once: {minted.text}\noctoai: endpoint and token are in {path}", flush=True)
+        print(
+            f"octoai: your API token, shown once: {minted.text}\noctoai: endpoint and token are in {path}", flush=True
+        )
     elif stored is not None and stored.token and stored.endpoint != url and tokens.is_valid(stored.token):
         _credentials.write(endpoint=url, token=stored.token)
 

@@ -36,13 +36,26 @@ class Service:
     metrics: Metrics
     drain_seconds: float = 30.0
     is_draining: bool = False
-    jobs: set["Job"] = field(default_factory=set)
+    jobs: set[Job] = field(default_factory=set)
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._idle.set()
+
+    def enter(self, job: Job) -> None:
+        self.jobs.add(job)
+        self._idle.clear()
+
+    def leave(self, job: Job) -> None:
+        self.jobs.discard(job)
+        if not self.jobs:
+            self._idle.set()
 
     def authenticate(self, authorization: str | None) -> Account:
         """401 without a valid token: a hash and one look-up, nothing else."""
         return self.tokens.authenticate(authorization)
 
-    def admit(self, account: Account, request: TextRequest, request_id: str) -> "Job":
+    def admit(self, account: Account, request: TextRequest, request_id: str) -> Job:
         """Everything that can refuse before an engine is asked."""
         deployment = self.router.find(request.model)
         if self.is_draining:
@@ -63,8 +76,7 @@ class Service:
         """Accept nothing more; return when every running request has ended, or after `drain_seconds`."""
         self.is_draining = True
         with anyio.move_on_after(self.drain_seconds):
-            while self.jobs:
-                await anyio.sleep(0.05)
+            await self._idle.wait()
 
 
 @dataclass(eq=False)
@@ -80,7 +92,7 @@ class Job:
     _events: AsyncGenerator[Batch] | None = None
 
     async def __aenter__(self) -> Self:
-        self.service.jobs.add(self)
+        self.service.enter(self)
         return self
 
     async def __aexit__(
@@ -92,7 +104,7 @@ class Job:
                 if self._events is not None:
                     await self._events.aclose()
             finally:
-                self.service.jobs.discard(self)
+                self.service.leave(self)
                 self._settle(error)
 
     def events(self) -> AsyncGenerator[Batch]:
@@ -110,7 +122,7 @@ class Job:
         part = self.meter.part(prompt)
         async with self.deployment.queue.turn(self.account.id):
             self.meter.took_turn()
-            async with aclosing(self.deployment.engine.generate(generation)) as batches:  # type: ignore[type-var]
+            async with aclosing(self.deployment.engine.generate(generation)) as batches:
                 async for batch in batches:
                     part.count(batch)
                     self._observe(batch)
@@ -227,4 +239,3 @@ def _renumber(event: Event, first: int) -> Event:
     if isinstance(event, Finished):
         return replace(event, reasons={index + first: reason for index, reason in event.reasons.items()})
     return event
-

@@ -21,7 +21,8 @@ from octoai.server.catalogue import EMBEDDED_MODEL_ID, BadCatalogue, Catalogue, 
 FILENAME = "octoai.toml"
 # Which keys an environment variable may set: OCTOAI_HOST, OCTOAI_PORT, …
 _FROM_ENVIRONMENT = (
-    "host", "port", "data_dir", "cache_dir", "drain_seconds", "engine_stall_seconds", "max_waiting", "stand_in", "log_level",
+    "host", "port", "data_dir", "cache_dir", "drain_seconds", "engine_stall_seconds", "max_waiting",
+    "stand_in", "log_level",
 )  # fmt: skip
 _FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached_input_price", "output_price", "sha256")
 
@@ -127,7 +128,9 @@ def load(
     if is_default and isinstance(values["models"][0], dict):
         # The default configuration says so: ids of the past are served by the first model, openly.
         values.setdefault("stand_in", values["models"][0].get("id"))
-    values |= {key: environ[f"OCTOAI_{key.upper()}"] for key in _FROM_ENVIRONMENT if environ.get(f"OCTOAI_{key.upper()}")}
+    values |= {
+        key: environ[f"OCTOAI_{key.upper()}"] for key in _FROM_ENVIRONMENT if environ.get(f"OCTOAI_{key.upper()}")
+    }
     values |= {key: value for key, value in (overrides or {}).items() if value is not None}
     values.setdefault("data_dir", places.data_dir(environ))
     values.setdefault("cache_dir", places.cache_dir(environ))
@@ -147,7 +150,9 @@ def _canonical(settings: Settings, name: str, environ: Mapping[str, str]) -> Set
             raise BadSettings(f"{name}: model {model.id!r}: engine_key_env: {model.engine_key_env} is not set")
     known = {candidate.lower() for model in models for candidate in model.described(shipped).names}
     if settings.stand_in and settings.stand_in.lower() not in known:
-        raise BadSettings(f"{name}: stand_in: {settings.stand_in!r} is not one of the models served ({', '.join(m.id for m in models)})")
+        raise BadSettings(
+            f"{name}: stand_in: {settings.stand_in!r} is not served; these are: {', '.join(model.id for model in models)}"
+        )
     return settings.model_copy(update={"models": models})
 
 
@@ -218,5 +223,9 @@ def _checked(values: Mapping[str, Any], name: str) -> Settings:
 
 def _changed(said: Mapping[str, Any]) -> list[str]:
     """The fields of a `Model` that these keys set."""
-    names = {"input_price": "input_price_nanos", "cached_input_price": "cached_input_price_nanos", "output_price": "output_price_nanos"}
+    names = {
+        "input_price": "input_price_nanos",
+        "cached_input_price": "cached_input_price_nanos",
+        "output_price": "output_price_nanos",
+    }
     return [names.get(key, key) for key in said if key != "aliases"]

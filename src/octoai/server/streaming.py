@@ -128,4 +128,3 @@ async def _until_disconnected(receive: Receive, leave: Callable[[], None]) -> No
     while (await receive())["type"] != "http.disconnect":
         pass
     leave()
-

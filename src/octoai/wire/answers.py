@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from octoai.wire.messages import ChatMessage
 from octoai.wire.record import Answer, Record
 
-FinishReason = Union[
-    Literal["stop", "length", "tool_calls", "content_filter", "function_call", "cancelled"], Any
-]
+FinishReason = Union[Literal["stop", "length", "tool_calls", "content_filter", "function_call", "cancelled"], Any]
 
 
 class UsageStats(Record):
@@ -21,7 +19,7 @@ class UsageStats(Record):
 
 
 class TopLogprobs(Record):
-    bytes: Optional[List[Any]] = None
+    bytes: Optional[list[Any]] = None
     logprob: float
     token: str
 
@@ -29,14 +27,14 @@ class TopLogprobs(Record):
 class LogprobsContent(Record):
     """One generated token; `logprob` in nats, `bytes` its UTF-8 where the token is not a whole character."""
 
-    bytes: Optional[List[Any]] = None
+    bytes: Optional[list[Any]] = None
     logprob: float
     token: str
-    top_logprobs: Optional[List[TopLogprobs]] = None
+    top_logprobs: Optional[list[TopLogprobs]] = None
 
 
 class Logprobs(Record):
-    content: Optional[List[Optional[LogprobsContent]]] = None
+    content: Optional[list[Optional[LogprobsContent]]] = None
 
 
 class ChatCompletionChoice(Record):
@@ -47,7 +45,7 @@ class ChatCompletionChoice(Record):
 
 
 class ChatCompletionResponse(Answer):
-    choices: List[ChatCompletionChoice]
+    choices: list[ChatCompletionChoice]
     created: int
     id: str
     model: str
@@ -70,7 +68,7 @@ class ChatCompletionDeltaToolCall(Record):
 class ChatCompletionDelta(Record):
     content: Optional[str] = None
     role: Optional[str] = None
-    tool_calls: Optional[List[ChatCompletionDeltaToolCall]] = None
+    tool_calls: Optional[list[ChatCompletionDeltaToolCall]] = None
 
 
 class ChatCompletionChunkChoice(Record):
@@ -81,7 +79,7 @@ class ChatCompletionChunkChoice(Record):
 
 
 class ChatCompletionChunk(Record):
-    choices: List[ChatCompletionChunkChoice]
+    choices: list[ChatCompletionChunkChoice]
     created: int
     id: str
     model: str
@@ -99,7 +97,7 @@ class CompletionChoice(Record):
 class CompletionResponse(Answer):
     """A whole completion, and each event of a streamed one."""
 
-    choices: List[CompletionChoice]
+    choices: list[CompletionChoice]
     created: int
     id: str
     model: str
@@ -108,7 +106,7 @@ class CompletionResponse(Answer):
     usage: Optional[UsageStats] = None
 
 
-ErrorResponseValidationErrorsValue = Union[str, List[str]]
+ErrorResponseValidationErrorsValue = Union[str, list[str]]
 
 
 class ErrorResponse(Record):
@@ -117,7 +115,7 @@ class ErrorResponse(Record):
     object: Optional[str] = None
     param: Optional[str] = None
     type: str
-    validation_errors: Optional[Dict[str, Optional[ErrorResponseValidationErrorsValue]]] = None
+    validation_errors: Optional[dict[str, Optional[ErrorResponseValidationErrorsValue]]] = None
 
 
 ValidationErrorLocItem = Union[str, int]
@@ -126,10 +124,10 @@ ValidationErrorLocItem = Union[str, int]
 class ValidationError(Record):
     """One wrong field: `loc` is the path to it, from "body" down."""
 
-    loc: List[ValidationErrorLocItem]
+    loc: list[ValidationErrorLocItem]
     msg: str
     type: str
 
 
 class HttpValidationError(Record):
-    detail: Optional[List[ValidationError]] = None
+    detail: Optional[list[ValidationError]] = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from pydantic import Field, field_validator
 
@@ -33,7 +33,7 @@ class MultiModalTextMessage(Record):
 
 
 ChatMessageContentItem = Union[ChatMessageContentItem_ImageUrl, ChatMessageContentItem_Text]
-Content = Union[str, List[ChatMessageContentItem]]
+Content = Union[str, list[ChatMessageContentItem]]
 
 
 class FunctionCall(Record):
@@ -52,7 +52,7 @@ class ToolCall(Record):
 class FunctionDefinition(Record):
     description: Optional[str] = None
     name: str
-    parameters: Optional[Dict[str, Any]] = None
+    parameters: Optional[dict[str, Any]] = None
 
 
 class ToolDefinition(Record):
@@ -76,7 +76,7 @@ CreateChatCompletionStreamRequestToolChoice = CreateChatCompletionRequestToolCho
 class ChatMessage(Record):
     content: Optional[Content] = None
     role: str
-    tool_calls: Optional[List[ToolCall]] = None
+    tool_calls: Optional[list[ToolCall]] = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -91,7 +91,7 @@ class ChatMessage(Record):
 class ChatCompletionResponseFormat(Record):
     """`type` is "text", "json_object" (with an optional `schema`) or "json_schema"."""
 
-    schema_: Optional[Dict[str, Any]] = Field(default=None, alias="schema")
+    schema_: Optional[dict[str, Any]] = Field(default=None, alias="schema")
     type: str
 
 

@@ -8,19 +8,25 @@ null, which means the same as leaving it out. Unknown keys are kept and ignored,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Dict, List, Literal, Optional, Union
+from typing import Annotated, Any, Literal, NotRequired, Optional, Required, Union
 
 from pydantic import ConfigDict, Field, GetPydanticSchema
-from typing_extensions import NotRequired, Required, TypedDict
+from typing_extensions import TypedDict
 
-from octoai.wire.messages import ChatCompletionResponseFormat, ChatMessage, FunctionChoice, StreamOptions, ToolDefinition
+from octoai.wire.messages import (
+    ChatCompletionResponseFormat,
+    ChatMessage,
+    FunctionChoice,
+    StreamOptions,
+    ToolDefinition,
+)
 
 MAX_TOOLS = 128
 MAX_STOPS = 16
 MAX_CHOICES = 16
 
-Prompt = Union[str, List[str], List[int], List[List[int]]]
-Stop = Union[str, List[str]]
+Prompt = Union[str, list[str], list[int], list[list[int]]]
+Stop = Union[str, list[str]]
 
 _JSON = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -61,8 +67,8 @@ class _ToolCall(TypedDict):
 class _Message(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
     role: Required[Annotated[str, Field(min_length=1, max_length=64)]]
-    content: NotRequired[Union[str, List[_ContentPart], None]]
-    tool_calls: NotRequired[Optional[List[_ToolCall]]]
+    content: NotRequired[Union[str, list[_ContentPart], None]]
+    tool_calls: NotRequired[Optional[list[_ToolCall]]]
     tool_call_id: NotRequired[Optional[str]]
     name: NotRequired[Optional[str]]
 
@@ -71,7 +77,7 @@ class _FunctionDefinition(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
     name: Required[str]
     description: NotRequired[Optional[str]]
-    parameters: NotRequired[Optional[Dict[str, Any]]]
+    parameters: NotRequired[Optional[dict[str, Any]]]
 
 
 class _Tool(TypedDict):
@@ -94,14 +100,14 @@ class _FunctionChoice(TypedDict):
 class _JsonSchema(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
     name: NotRequired[Optional[str]]
-    schema: NotRequired[Optional[Dict[str, Any]]]
+    schema: NotRequired[Optional[dict[str, Any]]]
     strict: NotRequired[Optional[bool]]
 
 
 class _ResponseFormat(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
     type: Required[Literal["text", "json_object", "json_schema"]]
-    schema: NotRequired[Optional[Dict[str, Any]]]
+    schema: NotRequired[Optional[dict[str, Any]]]
     json_schema: NotRequired[Optional[_JsonSchema]]
 
 
@@ -121,7 +127,7 @@ class SamplingParams(TypedDict, total=False):
     frequency_penalty: Annotated[Optional[float], Field(ge=-2, le=2)]
     ignore_eos: Optional[bool]
     log_prompt: Optional[bool]
-    logit_bias: Annotated[Optional[Dict[str, Annotated[float, Field(ge=-100, le=100)]]], Field(max_length=1024)]
+    logit_bias: Annotated[Optional[dict[str, Annotated[float, Field(ge=-100, le=100)]]], Field(max_length=1024)]
     loglikelihood: Optional[bool]
     max_tokens: Annotated[Optional[int], Field(ge=1, le=2**31 - 1)]
     min_p: Annotated[Optional[float], Field(ge=0, le=1)]
@@ -132,7 +138,7 @@ class SamplingParams(TypedDict, total=False):
     seed: Annotated[Optional[int], Field(ge=-(2**63), lt=2**63)]
     stop: Annotated[
         Union[Stop, None],
-        _checked_as(Union[_StopWord, Annotated[List[_StopWord], Field(max_length=MAX_STOPS)], None]),
+        _checked_as(Union[_StopWord, Annotated[list[_StopWord], Field(max_length=MAX_STOPS)], None]),
     ]
     stream_options: Annotated[Union[StreamOptions, Mapping[str, Any], None], _checked_as(Optional[_StreamOptions])]
     temperature: Annotated[Optional[float], Field(ge=0, le=2)]
@@ -148,7 +154,7 @@ class ChatParams(SamplingParams, total=False):
     messages: Required[
         Annotated[
             Sequence[Union[ChatMessage, Mapping[str, Any]]],
-            _checked_as(Annotated[List[_Message], Field(min_length=1)]),
+            _checked_as(Annotated[list[_Message], Field(min_length=1)]),
         ]
     ]
     logprobs: Optional[bool]
@@ -161,7 +167,7 @@ class ChatParams(SamplingParams, total=False):
     ]
     tools: Annotated[
         Optional[Sequence[Union[ToolDefinition, Mapping[str, Any]]]],
-        _checked_as(Optional[Annotated[List[_Tool], Field(max_length=MAX_TOOLS)]]),
+        _checked_as(Optional[Annotated[list[_Tool], Field(max_length=MAX_TOOLS)]]),
     ]
     top_logprobs: Annotated[Optional[int], Field(ge=0, le=20)]
 

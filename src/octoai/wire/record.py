@@ -11,20 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Optional, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Optional, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict
 
 Self = TypeVar("Self", bound="Record")
-RecordType = type(BaseModel)
+if TYPE_CHECKING:  # pydantic's metaclass has no public name
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 
-class _RecordType(RecordType):  # type: ignore[valid-type, misc]  # pydantic's metaclass has no public name
+JsonObject = dict[str, Any]  # inside the class, `dict` is a method
+
+
+class _RecordType(ModelMetaclass):
     """Keeps `Model.__fields__`, which pydantic v2 answers with a deprecation warning."""
 
     @property
     def __fields__(cls) -> dict[str, Any]:
-        return cast("dict[str, Any]", cls.model_fields)
+        return cast("dict[str, Any]", getattr(cls, "__pydantic_fields__", {}))
 
 
 class Record(BaseModel, metaclass=_RecordType):
@@ -47,42 +53,48 @@ class Record(BaseModel, metaclass=_RecordType):
 
     # What pydantic v1 called these. Names, arguments and results are v1's, as the original SDK set them.
 
-    def dict(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def dict(self, **kwargs: Any) -> JsonObject:
         """Keys as on the wire: what was received or set (null included), and every value that is not null."""
         received = self.model_dump(**{"by_alias": True, "exclude_unset": True, **kwargs})
         present = self.model_dump(**{"by_alias": True, "exclude_none": True, **kwargs})
-        return cast("dict[str, Any]", _union(received, present))
+        return cast("JsonObject", _union(received, present))
 
-    def json(self, **kwargs: Any) -> str:  # type: ignore[override]
+    def json(self, **kwargs: Any) -> str:
         return self.model_dump_json(**{"by_alias": True, "exclude_unset": True, **kwargs})
 
-    def copy(self: Self, *, update: Optional[Mapping[str, Any]] = None, deep: bool = False) -> Self:  # type: ignore[override]
+    def copy(  # type: ignore[override]
+        self: Self, *, update: Optional[Mapping[str, Any]] = None, deep: bool = False
+    ) -> Self:
         return self.model_copy(update=update, deep=deep)
 
     @property
-    def __fields_set__(self) -> set[str]:  # type: ignore[override]
+    def __fields__(self) -> JsonObject:
+        return cast("JsonObject", type(self).__pydantic_fields__)
+
+    @property
+    def __fields_set__(self) -> set[str]:
         return self.model_fields_set
 
     @classmethod
-    def parse_obj(cls: type[Self], obj: Any) -> Self:  # type: ignore[override]
+    def parse_obj(cls: type[Self], obj: Any) -> Self:
         return cls.model_validate(obj)
 
     @classmethod
-    def parse_raw(cls: type[Self], b: str | bytes, **_: Any) -> Self:  # type: ignore[override]
+    def parse_raw(cls: type[Self], b: str | bytes, **_: Any) -> Self:
         return cls.model_validate_json(b)
 
     @classmethod
-    def schema(cls, by_alias: bool = True, **_: Any) -> dict[str, Any]:  # type: ignore[override, valid-type]
+    def schema(cls, by_alias: bool = True, **_: Any) -> JsonObject:  # type: ignore[override]
         return cls.model_json_schema(by_alias=by_alias)
 
     @classmethod
-    def schema_json(cls, *, by_alias: bool = True, **kwargs: Any) -> str:  # type: ignore[override]
+    def schema_json(cls, *, by_alias: bool = True, **kwargs: Any) -> str:
         import json
 
         return json.dumps(cls.model_json_schema(by_alias=by_alias), **kwargs)
 
     @classmethod
-    def construct(cls: type[Self], _fields_set: Optional[set[str]] = None, **values: Any) -> Self:  # type: ignore[override]
+    def construct(cls: type[Self], _fields_set: Optional[set[str]] = None, **values: Any) -> Self:
         return cls.model_construct(_fields_set, **values)
 
 

@@ -6,7 +6,7 @@ the request can be refused by name instead of being answered with something else
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -104,7 +104,7 @@ class Engine(Protocol):
     def unsupported(self, generation: Generation) -> str | None:
         """The name of the first parameter that this engine cannot honour, or None."""
 
-    def generate(self, generation: Generation) -> AsyncIterator[Sequence[Event]]:
+    def generate(self, generation: Generation) -> AsyncGenerator[Sequence[Event]]:
         """Events in batches, as they came in one read. Closing the iterator frees the engine's slot.
 
         Raises BadRequest for what only the engine can know (a schema it cannot compile, a prompt too long),

@@ -20,12 +20,17 @@ from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed
 
 _JSON_SCHEMA_NAME = "answer"
 _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
-_VLLM_CONTEXT = re.compile(r"maximum context length is (\d+) tokens.*?(\d+)\D+(?:in the messages|input tokens|in the prompt)", re.S)
+_VLLM_CONTEXT = re.compile(
+    r"maximum context length is (\d+) tokens.*?(\d+)\D+(?:in the messages|input tokens|in the prompt)", re.S
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """`renamed` maps our parameter names to the server's; those in `refused` it has no equivalent of."""
+    """`renamed` maps our parameter names to the server's; those in `refused` it has no equivalent of.
+
+    `keeps_alive`: whether a connection can carry another request after a stream.
+    """
 
     name: str
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -33,6 +38,7 @@ class Dialect:
     extra: Mapping[str, Any] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=lambda: {"developer": "system"})
     max_choices: int = 128
+    keeps_alive: bool = True
 
     def unsupported(self, generation: Generation) -> str | None:
         """The first parameter given that this server cannot honour."""
@@ -137,6 +143,7 @@ DIALECTS: Mapping[str, Dialect] = {
             # timings: tokens generated so far on every event. return_progress: signs of life while a prompt is read.
             extra={"timings_per_token": True, "return_progress": True, "cache_prompt": True},
             max_choices=1,
+            keeps_alive=False,  # it closes the connection after every stream, without saying so beforehand
         ),
         Dialect("vllm", extra={"stream_options": {"include_usage": True, "continuous_usage_stats": True}}),
         Dialect(
@@ -304,7 +311,12 @@ def refusal(status: int, body: bytes, generation: Generation) -> Refusal:
 
 def _suspect(message: str, param: str) -> str | None:
     """Which parameter an engine's complaint is about, where its words tell."""
-    for words, name in (("schema", "response_format"), ("grammar", "response_format"), ("token", param), ("role", param)):
+    for words, name in (
+        ("schema", "response_format"),
+        ("grammar", "response_format"),
+        ("token", param),
+        ("role", param),
+    ):
         if words in message.lower():
             return name
     return None

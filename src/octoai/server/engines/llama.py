@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,9 @@ class LlamaOptions:
 
     @property
     def threads(self) -> int:
-        return self.num_threads or max(1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+        return self.num_threads or max(
+            1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        )
 
 
 class LlamaEngine:
@@ -95,7 +97,7 @@ class LlamaEngine:
     def unsupported(self, generation: Generation) -> str | None:
         return DIALECTS["llama.cpp"].unsupported(generation)
 
-    async def generate(self, generation: Generation) -> AsyncIterator[Sequence[Event]]:
+    async def generate(self, generation: Generation) -> AsyncGenerator[Sequence[Event]]:
         http = self._http
         if http is None or not self._is_ready:
             raise Unavailable("The engine is starting again.", retry_after=2, code="engine_not_ready")
@@ -129,7 +131,11 @@ class LlamaEngine:
             log.error("engine of %s %s; starting it again in %.1f s", self.model, reason, delay)
             await self._stop()
             await asyncio.sleep(delay)
-            delay = FIRST_DELAY_SECONDS if time.monotonic() - started > STEADY_SECONDS else min(delay * 2, MAX_DELAY_SECONDS)
+            delay = (
+                FIRST_DELAY_SECONDS
+                if time.monotonic() - started > STEADY_SECONDS
+                else min(delay * 2, MAX_DELAY_SECONDS)
+            )
             self.num_restarts += 1
             try:
                 await self._spawn()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -91,7 +91,7 @@ class OpenAIEngine:
     def unsupported(self, generation: Generation) -> str | None:
         return self.dialect.unsupported(generation)
 
-    async def generate(self, generation: Generation) -> AsyncIterator[Sequence[Event]]:
+    async def generate(self, generation: Generation) -> AsyncGenerator[Sequence[Event]]:
         reader, decoder, is_finished = Reader(), EventDecoder(), False
         async with self._post(generation) as response:
             while block := await self._block(response):
@@ -109,11 +109,7 @@ class OpenAIEngine:
         body = self.dialect.body(generation, self.model)
         path = self.dialect.path(generation)
         try:
-            async with self._http().post(
-                ("/v1" if self._is_unix else self._base) + path,
-                data=body,
-                headers={"content-type": "application/json"},
-            ) as response:
+            async with await self._sent(path, body) as response:
                 if response.status != 200:
                     raise refusal(response.status, await response.content.read(MAX_ERROR_BYTES), generation)
                 yield response
@@ -124,6 +120,17 @@ class OpenAIEngine:
             raise EngineFailed("The engine sent an event without an end.") from None
         except (aiohttp.ClientError, OSError) as error:
             raise EngineFailed("The engine broke off in the middle of its answer.") from error
+
+    async def _sent(self, path: str, body: bytes) -> aiohttp.ClientResponse:
+        """The request, once more on a fresh connection where a kept one was closed under it unanswered."""
+        url = ("/v1" if self._is_unix else self._base) + path
+        headers = {"content-type": "application/json"}
+        try:
+            return await self._http().post(url, data=body, headers=headers)
+        except aiohttp.ServerDisconnectedError:
+            if not self.dialect.keeps_alive:
+                raise
+            return await self._http().post(url, data=body, headers=headers)
 
     async def _block(self, response: aiohttp.ClientResponse) -> bytes:
         """All that has arrived, at once. The stall limit is for servers without a supervisor of ours."""
@@ -146,12 +153,18 @@ class OpenAIEngine:
     def _base(self) -> str:
         return self.url.rstrip("/")
 
+    def _connector(self) -> aiohttp.BaseConnector:
+        once = not self.dialect.keeps_alive
+        if self._is_unix:
+            path = self.url.removeprefix("unix:").removeprefix("//")
+            return aiohttp.UnixConnector(path, limit=0, force_close=once)
+        return aiohttp.TCPConnector(limit=0, force_close=once)
+
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
-            path = self.url.removeprefix("unix:").removeprefix("//")
             self._session = aiohttp.ClientSession(
                 base_url="http://engine" if self._is_unix else None,
-                connector=aiohttp.UnixConnector(path, limit=0) if self._is_unix else aiohttp.TCPConnector(limit=0),
+                connector=self._connector(),
                 headers={"authorization": f"Bearer {self._key}"} if self._key else {},
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
                 json_serialize=lambda value: orjson.dumps(value).decode(),
@@ -165,4 +178,6 @@ def _described(listed: Mapping[str, Any], model: str) -> Mapping[str, Any] | Non
     """The server's entry for our model, or its only one."""
     entries = [entry for entry in listed.get("data") or () if isinstance(entry, dict)]
     named = [entry for entry in entries if entry.get("id") == model]
-    return (named or (entries if len(entries) == 1 else [None]))[0]
+    if named:
+        return named[0]
+    return entries[0] if len(entries) == 1 else None

@@ -6,7 +6,7 @@ A script is a list of steps. Text is one token a step; a number is a pause in se
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.errors import ContextLengthExceeded
@@ -43,7 +43,7 @@ class ScriptedEngine:
     def unsupported(self, generation: Generation) -> str | None:
         return next((name for name in self.refused if getattr(generation, name)), None)
 
-    async def generate(self, generation: Generation) -> AsyncIterator[Sequence[Event]]:
+    async def generate(self, generation: Generation) -> AsyncGenerator[Sequence[Event]]:
         self.seen.append(generation)
         prompt_tokens = _num_words(generation)
         assert self.context_length is not None
@@ -59,7 +59,7 @@ class ScriptedEngine:
             self.running -= 1
             self.abandoned += not is_whole
 
-    async def _play(self, generation: Generation, prompt_tokens: int) -> AsyncIterator[Sequence[Event]]:
+    async def _play(self, generation: Generation, prompt_tokens: int) -> AsyncGenerator[Sequence[Event]]:
         steps = self.script(generation) if callable(self.script) else self.script
         said = 0
         for step in steps:

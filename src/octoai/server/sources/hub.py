@@ -64,9 +64,7 @@ def _metadata(source: HfSource, endpoint: str | None) -> HfFileMetadata:
 
     metadata = get_hf_file_metadata(_url(source, endpoint, None), endpoint=endpoint)
     if metadata.size is None:
-        raise PullFailed(
-            f"the hub does not say how large {source.repo}/{source.filename} is: check HF_ENDPOINT"
-        )
+        raise PullFailed(f"the hub does not say how large {source.repo}/{source.filename} is: check HF_ENDPOINT")
     return metadata
 
 
@@ -114,9 +112,7 @@ def _append(url: str, file: IO[bytes], size: int, progress: Progress) -> None:
     session = get_session()
     with session.stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
         hf_raise_for_status(response)
-        if (
-            response.status_code != 206 and file.tell()
-        ):  # the range was ignored: this is the file from its start
+        if response.status_code != 206 and file.tell():  # the range was ignored: this is the file from its start
             file.truncate(0)
         # As they come: bytes that waited for a chunk to fill would be lost in a cut.
         for chunk in response.iter_bytes():

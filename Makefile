@@ -1,0 +1,52 @@
+# The two commands: `make demo` and `make test`. Both set up everything from a clean clone; nothing but Python ≥ 3.11
+# (with its venv module) and a package registry is needed.
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+  $$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-slow check format bench clean
+
+help:
+	@echo "make demo       the two OctoAI samples, unchanged, against a service started for them"
+	@echo "make test       every test, the real model included (minutes)"
+	@echo "make test-slow  the suites that take longer"
+	@echo "make check      format, lint, types, architecture"
+	@echo "make bench      a short form of the measurements in bench/"
+
+setup: $(READY)
+
+$(READY): pyproject.toml uv.lock
+	@test -n "$(PYTHON)" || { echo "octoai needs Python 3.11 or newer: install it, or say PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(RUN) || { echo "setting up $(VENV) …"; $(PYTHON) -m venv $(VENV); }
+	@$(RUN) -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
+	@$(VENV)/bin/uv sync --quiet --frozen --inexact --all-extras --all-groups
+	@touch $(READY)
+
+demo: setup
+	@$(RUN) examples/demo.py
+
+test: setup
+	@$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup
+	@$(RUN) -m pytest -m slow $(ARGS)
+
+check: setup
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports --no-cache
+	@$(VENV)/bin/uv lock --check --quiet
+
+format: setup
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/ruff check --fix .
+
+bench: setup
+	@$(RUN) bench/sdk.py --short
+
+clean:
+	rm -rf $(VENV) .demo dist build

@@ -1,0 +1,361 @@
+"""The asynchronous shell: `_sync` with `await`, method by method. Decides as little as that one."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, Unpack
+
+from octoai import _answers, _calls, _endpoints
+from octoai._deadlines import Deadlines
+from octoai._settings import Settings
+from octoai._transport import AsyncResponse, Request, async_transport
+from octoai.core.request_options import RequestOptions
+from octoai.errors import ApiConnectionError, ApiError, ServerError
+from octoai.wire.answers import ChatCompletionChunk, ChatCompletionResponse, CompletionResponse
+from octoai.wire.inference import InferenceFuture
+from octoai.wire.params import ChatParams, CompletionParams
+from octoai.wire.record import Answer, RawResponse, Record
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Record)
+A = TypeVar("A", bound=Answer)
+_CLOSING: set[asyncio.Task[None]] = set()  # a loop keeps only weak references to its tasks
+
+
+class Shell:
+    """Carries calls out, over one transport."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.defaults = _calls.Defaults(
+            settings.access.base_url, settings.timeout, settings.max_retries, settings.default_headers
+        )
+        self._access = settings.access
+        self._transport = settings.transport or async_transport(settings.httpx_client)
+
+    async def open(self, call: _calls.Call, deadlines: Deadlines) -> tuple[AsyncResponse, int]:
+        """The answer to a call, from its head on, and how many attempts it took."""
+        failures = 0
+        while True:
+            try:
+                return await self._attempt(call, failures, deadlines), failures + 1
+            except ApiError as error:
+                failures += 1
+                error.attempts = failures
+                wait = call.policy.delay(failures, error, chance=random.random())  # noqa: S311  # jitter, no secret
+                if wait is None or not deadlines.allow(wait):
+                    raise
+            await asyncio.sleep(wait)
+
+    async def answer(self, call: _calls.Call) -> RawResponse:
+        """The whole answer to a call."""
+        deadlines = Deadlines(call.timeout, streams=False)
+        response, attempts = await self.open(call, deadlines)
+        try:
+            return RawResponse(response.status, response.headers, await _body(response, deadlines))
+        except ApiError as error:
+            error.attempts = attempts
+            raise
+
+    async def infer(self, endpoint_url: str, inputs: Mapping[str, Any]) -> Any:
+        return _answers.parsed_json(await self.answer(_endpoints.infer(self.defaults, endpoint_url, inputs)))
+
+    def infer_stream(
+        self, endpoint_url: str, inputs: Mapping[str, Any], map_fn: Callable[[Any], Any] | None
+    ) -> AsyncJsonStream:
+        return AsyncJsonStream(
+            self, _endpoints.infer(self.defaults, endpoint_url, inputs, streams=True), _answers.JsonReader(map_fn)
+        )
+
+    async def infer_async(self, endpoint_url: str, inputs: Mapping[str, Any]) -> InferenceFuture:
+        call = _endpoints.infer(self.defaults, endpoint_url, inputs, later=True)
+        return _answers.record(InferenceFuture, await self.answer(call))
+
+    async def response_url(self, future: InferenceFuture) -> str | None:
+        return _answers.response_url(await self.answer(_endpoints.poll(self.defaults, future.poll_url)))
+
+    async def future_result(self, future: InferenceFuture) -> Any:
+        url = await self.response_url(future)
+        return None if url is None else _answers.parsed_json(await self.answer(_endpoints.poll(self.defaults, url)))
+
+    async def health_check(self, endpoint_url: str, timeout: float) -> int:
+        ends = time.monotonic() + timeout
+        while True:
+            left = ends - time.monotonic()
+            try:
+                return (await self.answer(_endpoints.health(self.defaults, endpoint_url, left))).status_code
+            except ServerError:
+                if time.monotonic() + 1 >= ends:
+                    raise
+            await asyncio.sleep(1)
+
+    async def close(self) -> None:
+        await self._transport.close()
+
+    async def _attempt(self, call: _calls.Call, failures: int, deadlines: Deadlines) -> AsyncResponse:
+        request = call.request(await self._token(call.url), failures)
+        response = await self._send(request, deadlines)
+        for _ in range(5):
+            follow = _calls.redirected(request, response.status, response.headers)
+            if follow is None:
+                break
+            await response.close()
+            request = follow
+            response = await self._send(request, deadlines)
+        if response.status < 300:
+            return response
+        raw = RawResponse(response.status, response.headers, await _body(response, deadlines, whole=False))
+        raise _answers.status_error(raw, token_sent="authorization" in request.headers, now=time.time())
+
+    async def _send(self, request: Request, deadlines: Deadlines) -> AsyncResponse:
+        deadlines.send()
+        return await self._transport.send(request, deadlines)
+
+    async def _token(self, url: str) -> str | None:
+        if not self._access.covers(url):
+            return None
+        token = self._access.token
+        if callable(token):
+            token = token()
+        return _calls.bearer(await token if inspect.isawaitable(token) else token)
+
+
+async def _body(response: AsyncResponse, deadlines: Deadlines, *, whole: bool = True) -> bytes:
+    """The body. Where not the `whole` is needed, what came of it before it broke off."""
+    blocks = []
+    try:
+        decompressor = _answers.Decompressor(response.headers)
+        while block := await response.receive(deadlines.waiting()):
+            blocks.append(decompressor.feed(block))
+    except TimeoutError as error:
+        await response.close()
+        if whole:
+            raise deadlines.passed() from error
+    except (OSError, ValueError) as error:
+        await response.close()
+        if whole:
+            raise ApiConnectionError(message=f"the answer was cut off: {error}", headers=response.headers) from error
+    except BaseException:
+        await response.close()
+        raise
+    return b"".join(blocks)
+
+
+class AsyncEventStream(Generic[T]):
+    """The events of an answer, as they come: an iterator and a context manager.
+
+    The request is sent when the first event is asked for, or on entering the context; its errors show then. Leaving
+    a `for` loop early closes the connection at once, and so do `close()` and leaving the context.
+    """
+
+    def __init__(self, shell: Shell, call: _calls.Call, reader: _answers.EventReader[T]) -> None:
+        self._shell = shell
+        self._call = call
+        self._reader = reader
+        self._response: AsyncResponse | None = None
+        self._raw: RawResponse | None = None
+        self._attempts = 1
+        self._failure: ApiError | None = None
+        self._over = False
+
+    @property
+    def raw_response(self) -> RawResponse | None:
+        """Status and headers of the answer, once the request is sent. Its `body` is empty."""
+        return self._raw
+
+    @property
+    def request_id(self) -> str | None:
+        return None if self._raw is None else _answers.request_id(self._raw.headers)
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        queue = self._reader.queue
+        try:
+            while await self._advance():
+                while queue:
+                    yield queue.popleft()
+        finally:
+            await self.close()
+
+    async def __anext__(self) -> T:
+        if not await self._advance():
+            raise StopAsyncIteration
+        return self._reader.queue.popleft()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._begin()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection, unless the answer is complete. What has not been read is lost."""
+        self._over = True
+        self._reader.queue.clear()
+        if self._response is not None:
+            await self._response.close()
+
+    def __del__(self) -> None:
+        response = getattr(self, "_response", None)
+        if response is None or self._over:
+            return
+        # Forgotten half-read: closing takes an await, so the running loop, if there is one, is asked for it.
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        _CLOSING.add(task := loop.create_task(response.close()))
+        task.add_done_callback(_CLOSING.discard)
+
+    async def _begin(self) -> AsyncResponse:
+        if self._response is None:
+            self._deadlines = Deadlines(self._call.timeout, streams=True)
+            self._response, self._attempts = await self._shell.open(self._call, self._deadlines)
+            self._raw = RawResponse(self._response.status, self._response.headers, b"")
+            self._reader.check_head(self._raw)
+        return self._response
+
+    async def _advance(self) -> bool:
+        """Read on until the queue holds something; False at the end."""
+        reader = self._reader
+        if reader.queue:
+            return True
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if self._over:
+            return False
+        try:
+            await self._read(await self._begin())
+        except ApiError as error:
+            await self._fail(error)
+        except BaseException:
+            await self.close()
+            raise
+        return bool(reader.queue)
+
+    async def _read(self, response: AsyncResponse) -> None:
+        reader, deadlines = self._reader, self._deadlines
+        while not reader.queue and not reader.done:
+            try:
+                block = await response.receive(deadlines.waiting())
+            except TimeoutError as error:
+                raise deadlines.passed() from error
+            except (OSError, ValueError) as error:
+                raise reader.interrupted(f"too early: {error}") from error
+            if not block:
+                reader.end()
+                self._over = not reader.queue
+                return
+            if reader.feed(block):
+                deadlines.content(started=reader.started)
+        if not reader.queue:
+            await response.finish()
+            self._over = True
+
+    async def _fail(self, error: ApiError) -> None:
+        """Close, and raise once what came before the error has been given out."""
+        waiting = tuple(self._reader.queue)
+        await self.close()
+        self._reader.describe(error, self._raw, self._attempts)
+        if not waiting:
+            raise error
+        self._failure = error
+        self._reader.queue.extend(waiting)
+
+
+class AsyncJsonStream(AsyncEventStream[Any]):
+    """The events of any endpoint's stream, as parsed JSON or what the user's function made of it."""
+
+
+class AsyncStream(AsyncEventStream[C], Generic[C, A]):
+    """The chunks `C` of an answer `A`."""
+
+    def __init__(
+        self, shell: Shell, call: _calls.Call, reader: _answers.ChunkReader[C], whole: _endpoints.Gather[A]
+    ) -> None:
+        super().__init__(shell, call, reader)
+        self._whole = whole
+
+    @property
+    def usage(self) -> Any:
+        """What the service counted (`UsageStats`), as soon as it has said so; None until then."""
+        return self._reader.usage
+
+    async def text(self) -> AsyncIterator[str]:
+        """Only the text, of the first choice, piece by piece."""
+        async for chunk in self:
+            piece = _answers.text_of_chunk(chunk)
+            if piece:
+                yield piece
+
+    async def final(self) -> A:
+        """The whole answer, as the call without `_stream` returns it: all choices, tool calls, log probabilities and
+        usage, whether or not some of its chunks have been read already."""
+        async for _ in self:
+            pass
+        return self._whole(self._reader, self._raw)
+
+
+class AsyncTextGenClient:
+    """Text generation. The parameters are `ChatParams` and `CompletionParams` (in `octoai.wire.params`); one that is
+    None is sent as null. `extra_body` is for what is not a parameter."""
+
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+
+    async def create_chat_completion(
+        self,
+        *,
+        request_options: RequestOptions | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **params: Unpack[ChatParams],
+    ) -> ChatCompletionResponse:
+        """The answer to a chat, when it is complete."""
+        call = _endpoints.CHAT.call(self._shell.defaults, params, options=request_options, extra_body=extra_body)
+        return _answers.record(ChatCompletionResponse, await self._shell.answer(call))
+
+    def create_chat_completion_stream(
+        self,
+        *,
+        request_options: RequestOptions | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **params: Unpack[ChatParams],
+    ) -> AsyncStream[ChatCompletionChunk, ChatCompletionResponse]:
+        """The answer to a chat, chunk by chunk."""
+        call = _endpoints.CHAT_STREAM.call(self._shell.defaults, params, options=request_options, extra_body=extra_body)
+        return AsyncStream(self._shell, call, _answers.ChunkReader(ChatCompletionChunk), _endpoints.whole_chat)
+
+    async def create_completion(
+        self,
+        *,
+        request_options: RequestOptions | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **params: Unpack[CompletionParams],
+    ) -> CompletionResponse:
+        """A prompt's continuation, when it is complete."""
+        call = _endpoints.COMPLETION.call(self._shell.defaults, params, options=request_options, extra_body=extra_body)
+        return _answers.record(CompletionResponse, await self._shell.answer(call))
+
+    def create_completion_stream(
+        self,
+        *,
+        request_options: RequestOptions | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **params: Unpack[CompletionParams],
+    ) -> AsyncStream[CompletionResponse, CompletionResponse]:
+        """A prompt's continuation, piece by piece."""
+        call = _endpoints.COMPLETION_STREAM.call(
+            self._shell.defaults, params, options=request_options, extra_body=extra_body
+        )
+        return AsyncStream(self._shell, call, _answers.ChunkReader(CompletionResponse), _endpoints.whole_completion)

@@ -1,0 +1,70 @@
+"""The endpoints there are, as values: which parameters they take, and how a stream of theirs becomes a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Optional, TypeVar
+
+from pydantic import ValidationError
+
+from octoai import _answers, _credentials, _gather
+from octoai._calls import Call, Defaults, Endpoint
+from octoai.errors import ResponseError
+from octoai.wire.answers import ChatCompletionResponse, CompletionResponse
+from octoai.wire.params import ChatParams, CompletionParams
+from octoai.wire.record import Answer, RawResponse
+
+A = TypeVar("A", bound=Answer)
+Gather = Callable[[_answers.EventReader[Any], Optional[RawResponse]], A]
+
+
+def _endpoint(name: str, path: str, params: Any, *, streams: bool) -> Endpoint:
+    return Endpoint(name, path, streams, frozenset(params.__annotations__), frozenset(params.__required_keys__))
+
+
+CHAT = _endpoint("create_chat_completion", "/v1/chat/completions", ChatParams, streams=False)
+CHAT_STREAM = _endpoint("create_chat_completion_stream", "/v1/chat/completions", ChatParams, streams=True)
+COMPLETION = _endpoint("create_completion", "/v1/completions", CompletionParams, streams=False)
+COMPLETION_STREAM = _endpoint("create_completion_stream", "/v1/completions", CompletionParams, streams=True)
+
+
+def infer(
+    defaults: Defaults, endpoint_url: str, inputs: Mapping[str, Any], *, streams: bool = False, later: bool = False
+) -> Call:
+    """Any endpoint; `later`: the service answers at once, with where to ask for the result."""
+    options = {"additional_headers": {"x-octoai-async": "1"}} if later else None
+    return defaults.call("POST", _credentials.checked_url(endpoint_url), body=inputs, options=options, streams=streams)
+
+
+def poll(defaults: Defaults, url: str) -> Call:
+    return defaults.call("GET", _credentials.checked_url(url))
+
+
+def health(defaults: Defaults, endpoint_url: str, seconds: float) -> Call:
+    """One question, which the caller repeats."""
+    options = {"max_retries": 0, "timeout_in_seconds": max(seconds, 0.001)}
+    return defaults.call("GET", _credentials.checked_url(endpoint_url), options=options)
+
+
+def whole_chat(reader: _answers.EventReader[Any], raw: RawResponse | None) -> ChatCompletionResponse:
+    return _whole(ChatCompletionResponse, _gather.chat_completion, reader, raw)
+
+
+def whole_completion(reader: _answers.EventReader[Any], raw: RawResponse | None) -> CompletionResponse:
+    return _whole(CompletionResponse, _gather.completion, reader, raw)
+
+
+def _whole(
+    model: type[A], gather: Callable[[list[bytes]], dict[str, Any]], reader: _answers.EventReader[Any], raw: Any
+) -> A:
+    if not reader.is_complete:
+        raise reader.interrupted("before its end: it was closed, or has failed")
+    body = gather(reader.events)
+    try:
+        answer = model.model_validate(body)
+    except ValidationError as error:
+        raise ResponseError(body=body, message=f"the stream does not make a {model.__name__}: {error}") from error
+    if raw is None:
+        return answer
+    return answer.attach(dataclasses.replace(raw), _answers.request_id(raw.headers))

@@ -1,0 +1,5 @@
+"""Historical place of `ApiError`."""
+
+from octoai.errors import ApiError
+
+__all__ = ["ApiError"]

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
+from octoai.server.engines.base import Engine
+from octoai.server.places import cache_dir
+from octoai.server.sources import WeightStore
+from tests.running import InProcess, Serve
+
+OURS = [name for name in os.environ if name.startswith(("OCTOAI_", "OPENAI_")) and name != "OCTOAI_CACHE_DIR"]
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes what belongs to the person running it; models stay in the usual cache."""
+    for name in OURS:
+        monkeypatch.delenv(name, raising=False)
+    place = tmp_path_factory.mktemp("place")
+    monkeypatch.setenv("OCTOAI_CACHE_DIR", str(CACHE))
+    monkeypatch.setenv("OCTOAI_CONFIG_DIR", str(place / "config"))
+    monkeypatch.setenv("OCTOAI_DATA_DIR", str(place / "data"))
+
+
+CACHE = cache_dir(os.environ)
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    """The weights of the embedded model, downloaded once."""
+    return WeightStore(CACHE).pull(Catalogue.load()[EMBEDDED_MODEL_ID])
+
+
+@pytest.fixture
+def in_process(tmp_path: Path) -> Iterator[Callable[..., InProcess]]:
+    """Start the application over an engine; stopped after the test."""
+    running: list[InProcess] = []
+
+    def start(engine: Engine, **options: object) -> InProcess:
+        running.append(InProcess(engine, tmp_path / f"data{len(running)}", **options))  # type: ignore[arg-type]
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def served(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """The service with the real model, as a person starts it. Shared: a test must leave it as it found it."""
+    service = Serve(tmp_path_factory.mktemp("served"), environ={"OCTOAI_CACHE_DIR": str(CACHE)})
+    yield service
+    assert service.stop() == 0

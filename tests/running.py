@@ -1,0 +1,150 @@
+"""Services to test against: one in this process over a scripted engine, one as people start it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from octoai.server import app
+from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
+from octoai.server.engines.base import Engine
+from octoai.server.metrics import Metrics
+from octoai.server.queue import FairQueue
+from octoai.server.router import Deployment, Router
+from octoai.server.service import Service
+from octoai.server.store import connect
+from octoai.server.store.tokens import TokenTable
+from octoai.server.tokens import Tokens
+
+START_SECONDS = 60
+
+
+class InProcess:
+    """The real application on a real socket, over the engine given; `model` and historical ids are served."""
+
+    def __init__(self, engine: Engine, data_dir: Path, *, max_waiting: int = 64, drain_seconds: float = 5) -> None:
+        catalogue = Catalogue.load()
+        deployment = Deployment(catalogue[EMBEDDED_MODEL_ID], engine, FairQueue(engine.num_slots, max_waiting))
+        metrics = Metrics()
+        metrics.watch([deployment])
+        self.engine = engine
+        self.queue = deployment.queue
+        self.model = EMBEDDED_MODEL_ID
+        self._connection = connect(data_dir)
+        self.tokens = Tokens(TokenTable(self._connection))
+        self.token = self.tokens.mint("tests").text
+        self.router = Router([deployment], catalogue, stand_in=deployment)
+        self._make: Callable[[], Service] = lambda: Service(self.tokens, self.router, metrics, drain_seconds)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.service = self._make()
+        await self.engine.start()
+        config = uvicorn.Config(
+            app.application(self.service),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=1,
+            ws="none",
+        )
+        self._server = uvicorn.Server(config)
+        task = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        while not self._server.started:
+            await asyncio.sleep(0.005)
+        self._ready.set()
+        await task
+        await self.engine.close()
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(15)
+        self._listener.close()
+        self._connection.close()
+
+
+class Serve:
+    """`octoai serve` as a process of its own, with everything it keeps in `place`."""
+
+    def __init__(self, place: Path, *arguments: str, environ: dict[str, str] | None = None, wait: bool = True) -> None:
+        self.config_dir, self.data_dir = place / "config", place / "data"
+        self.environ = {
+            **os.environ,
+            "OCTOAI_CONFIG_DIR": str(self.config_dir),
+            "OCTOAI_DATA_DIR": str(self.data_dir),
+            **(environ or {}),
+        }
+        place.mkdir(parents=True, exist_ok=True)
+        self.log = place / "log"
+        self.lines: list[str] = []
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "octoai", "serve", "--port", "0", *arguments],
+                env=self.environ,
+                cwd=place,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.url = ""
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if wait:
+            assert self._ready.wait(START_SECONDS) and self.url, (self.lines, self.log.read_text()[-2000:])
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if ready := re.match(r"octoai ready on (\S+)", line):
+                self.url = ready[1]
+                self._ready.set()
+        self._ready.set()
+
+    @property
+    def token(self) -> str:
+        return str(tomllib.loads((self.config_dir / "credentials.toml").read_text())["token"])
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Another `octoai` command, beside the service."""
+        command: Sequence[str] = [sys.executable, "-m", "octoai", *arguments]
+        return subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=60, check=False)
+
+    def children(self) -> list[int]:
+        """Process ids of the engines."""
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in listed.split()]
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 40) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(seconds)
+        self._reader.join(5)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return status

@@ -1,0 +1,359 @@
+"""The service as a person starts it, with the real model, over a real socket."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.running import Serve
+
+pytestmark = pytest.mark.model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+class Client:
+    """Plain HTTP: what the service says, without an SDK in between."""
+
+    def __init__(self, service: Serve) -> None:
+        place = urlsplit(service.url)
+        self.address = (place.hostname, place.port)
+        self.headers = {"authorization": f"Bearer {service.token}", "content-type": "application/json"}
+
+    def send(self, path: str, body: Any = None, method: str | None = None) -> tuple[int, http.client.HTTPMessage, bytes]:
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        payload = None if body is None else json.dumps(body)
+        try:
+            connection.request(method or ("GET" if body is None else "POST"), path, payload, self.headers)
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+        finally:
+            connection.close()
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        status, _, text = self.send(path, body)
+        assert status == 200, text
+        return json.loads(text)
+
+    def chat(self, **params: Any) -> Any:
+        return self.ask("/v1/chat/completions", {**CHAT, **params})
+
+    def stream(self, path: str = "/v1/chat/completions", **params: Any) -> list[Any]:
+        status, _, text = self.send(path, {**(CHAT if "prompt" not in params else {}), **params, "stream": True})
+        assert status == 200, text
+        events = [line.removeprefix(b"data: ") for line in text.split(b"\n\n") if line]
+        assert events[-1] == b"[DONE]"
+        return [json.loads(event) for event in events[:-1]]
+
+    def refused(self, body: Any, path: str = "/v1/chat/completions") -> tuple[int, Any]:
+        status, headers, text = self.send(path, body)
+        answer = json.loads(text)
+        assert headers["x-request-id"]
+        assert {"object", "message", "type", "param", "code", "error"} <= answer.keys()
+        assert answer["error"]["message"] == answer["message"]
+        return status, answer
+
+
+CHAT = {
+    "model": "meta-llama-3-8b-instruct",
+    "messages": [{"role": "user", "content": "Write a blog about Seattle"}],
+    "max_tokens": 12,
+    "temperature": 0,
+}
+
+
+@pytest.fixture
+def client(served: Serve) -> Client:
+    return Client(served)
+
+
+@pytest.mark.parametrize("name", ["chat.py", "chat_stream.py"])
+def test_the_samples_run_unchanged(served: Serve, name: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / name], env=served.environ, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    text = json.loads(ran.stdout)["choices"][0]["message"]["content"] if name == "chat.py" else ran.stdout
+    assert len(text.split()) > 40
+
+
+def test_the_first_start_leaves_a_token_for_clients_of_this_machine(served: Serve) -> None:
+    file = served.config_dir / "credentials.toml"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert served.url in file.read_text()
+    assert sum(served.token in line for line in served.lines) == 1
+    assert served.lines[-1] == f"octoai ready on {served.url}"
+
+
+def test_a_chat_answers_with_text_and_usage(client: Client) -> None:
+    answer = client.chat()
+    assert answer["model"] == CHAT["model"]
+    assert answer["id"].startswith("cmpl-")
+    assert answer["object"] == "chat.completion"
+    (choice,) = answer["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert choice["message"]["content"].strip()
+    assert choice["finish_reason"] == "length"
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == 12
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 12
+
+
+def test_a_stand_in_is_named_openly(client: Client, served: Serve) -> None:
+    _, headers, _ = client.send("/v1/chat/completions", CHAT)
+    assert headers["x-octoai-served-model"] == "smollm2-135m-instruct"
+    assert any("smollm2-135m-instruct stands in for" in line for line in served.lines)
+    (listed,) = [row for row in client.ask("/v1/models")["data"] if row["id"] == CHAT["model"]]
+    assert listed["served_by"] == "smollm2-135m-instruct"
+    assert client.ask(f"/v1/models/{CHAT['model']}") == listed
+
+
+def test_a_stream_says_the_same_as_the_whole_answer(client: Client) -> None:
+    whole = client.chat(seed=7)
+    chunks = client.stream(seed=7, stream_options={"include_usage": True})
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+    assert text == whole["choices"][0]["message"]["content"]
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert len({chunk["id"] for chunk in chunks}) == len({chunk["created"] for chunk in chunks}) == 1
+
+
+def test_the_same_seed_gives_the_same_text(client: Client) -> None:
+    def text(seed: int) -> str:
+        return str(client.chat(seed=seed, temperature=1.5, max_tokens=20)["choices"][0]["message"]["content"])
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_choices_differ_and_the_prompt_is_counted_once(client: Client) -> None:
+    answer = client.chat(n=6, temperature=1.5, seed=3)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert len({choice["message"]["content"] for choice in answer["choices"]}) > 1
+    assert answer["usage"]["completion_tokens"] == 6 * 12
+    assert answer["usage"]["prompt_tokens"] == client.chat()["usage"]["prompt_tokens"]
+
+
+def test_stop_ends_the_text_before_the_word(client: Client) -> None:
+    words = client.chat(max_tokens=30)["choices"][0]["message"]["content"].split()
+    answer = client.chat(max_tokens=30, stop=[words[3]])
+    assert words[3] not in answer["choices"][0]["message"]["content"]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_schema_is_followed(client: Client) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "rain": {"type": "boolean"}},
+        "required": ["city", "rain"],
+        "additionalProperties": False,
+    }
+    forms = (
+        {"type": "json_object", "schema": schema},
+        {"type": "json_schema", "json_schema": {"name": "weather", "schema": schema, "strict": True}},
+    )
+    for response_format in forms:
+        text = client.chat(response_format=response_format, max_tokens=80)["choices"][0]["message"]["content"]
+        answer = json.loads(text)
+        assert answer.keys() == {"city", "rain"}
+        assert isinstance(answer["rain"], bool)
+
+
+def test_any_json_object_is_json(client: Client) -> None:
+    # A schema bounds the text, free JSON does not: only that it begins as an object can be promised of a cut answer.
+    answer = client.chat(response_format={"type": "json_object"}, max_tokens=300)
+    text = answer["choices"][0]["message"]["content"]
+    assert text.lstrip().startswith("{")
+    if answer["choices"][0]["finish_reason"] == "stop":
+        json.loads(text)
+
+
+def test_a_schema_that_cannot_be_followed_is_refused_by_name(client: Client) -> None:
+    wrong = {"type": "json_object", "schema": {"type": "no-such-type"}}
+    status, answer = client.refused({**CHAT, "response_format": wrong})
+    assert (status, answer["param"]) == (400, "response_format")
+
+
+def test_a_bias_decides(client: Client) -> None:
+    ids = {57: "I"}  # a token of the embedded model
+    answer = client.chat(logit_bias=dict.fromkeys(map(str, ids), 100), max_tokens=3)
+    assert answer["choices"][0]["message"]["content"] == "III"
+
+
+def test_a_bias_for_a_token_that_does_not_exist_is_refused(client: Client) -> None:
+    status, answer = client.refused({**CHAT, "logit_bias": {"4000000": 5}})
+    assert (status, answer["param"]) == (400, "logit_bias")
+
+
+def test_logprobs_are_reported_per_token(client: Client) -> None:
+    answer = client.chat(logprobs=True, top_logprobs=3, max_tokens=5)
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert len(content) == 5
+    for token in content:
+        assert token["logprob"] <= 0
+        assert bytes(token["bytes"]).decode() == token["token"]
+        assert len(token["top_logprobs"]) == 3
+    assert "".join(token["token"] for token in content) == answer["choices"][0]["message"]["content"]
+
+
+def test_completions_report_logprobs_in_both_forms(client: Client) -> None:
+    body = {"model": "smollm2", "prompt": "Hello my", "max_tokens": 3, "temperature": 0, "logprobs": 2}
+    logprobs = client.ask("/v1/completions", body)["choices"][0]["logprobs"]
+    assert [token["token"] for token in logprobs["content"]] == logprobs["tokens"]
+    assert len(logprobs["token_logprobs"]) == len(logprobs["text_offset"]) == 3
+
+
+def test_ignore_eos_goes_on_to_max_tokens(client: Client) -> None:
+    question = [{"role": "user", "content": "Answer with one word: yes or no?"}]
+    answer = client.chat(messages=question, max_tokens=60, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 60
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_prefilled_answer_is_continued(client: Client) -> None:
+    messages = [{"role": "user", "content": "Describe a person as JSON."}, {"role": "assistant", "content": '{"name": "'}]
+    whole = client.chat(messages=messages)["choices"][0]["message"]["content"]
+    chunks = client.stream(messages=messages)
+    assert not whole.startswith('{"name"')
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == whole
+
+
+def test_completions_take_text_token_ids_and_lists_of_both(client: Client) -> None:
+    for prompt, count in (("Hello my", 1), ([19556, 957], 1), (["Hello", "Bye"], 2), ([[19556], [957]], 2), ("", 1)):
+        answer = client.ask("/v1/completions", {"model": "smollm2", "prompt": prompt, "max_tokens": 3})
+        assert answer["object"] == "text_completion"
+        assert isinstance(answer["system_fingerprint"], str)
+        assert len(answer["choices"]) == count
+    echoed = client.ask("/v1/completions", {"model": "smollm2", "prompt": "Hello my", "max_tokens": 3, "echo": True})
+    assert echoed["choices"][0]["text"].startswith("Hello my")
+
+
+def test_emoji_and_cjk_arrive_whole_in_every_event(client: Client) -> None:
+    asked = "😀😃😄 你好世界"
+    chunks = client.stream(
+        messages=[{"role": "user", "content": f"Repeat after me: {asked}"}],
+        max_tokens=40,
+        logit_bias=None,
+    )
+    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+    assert any(ord(character) > 0x1F000 for character in text)
+    assert "�" not in text
+    text.encode("utf-8")  # no half characters
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(client: Client) -> None:
+    for stream in (False, True):
+        long = [{"role": "user", "content": "word " * 9000}]
+        status, answer = client.refused({**CHAT, "messages": long, "stream": stream})
+        assert (status, answer["code"]) == (400, "context_length_exceeded")
+        assert "8192" in answer["message"]
+        assert "9031" in answer["message"] or "90" in answer["message"]
+
+
+def test_images_are_refused_by_a_model_that_sees_none(client: Client) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    status, answer = client.refused({**CHAT, "messages": [{"role": "user", "content": [part]}]})
+    assert (status, answer["param"]) == (400, "messages")
+
+
+def test_an_unknown_model_is_refused_with_the_closest_ids(client: Client) -> None:
+    status, answer = client.refused({**CHAT, "model": "meta-llama-3-8b"})
+    assert (status, answer["code"]) == (404, "model_not_found")
+    assert "meta-llama-3-8b-instruct" in answer["message"]
+
+
+def test_a_wrong_token_is_refused_within_a_millisecond(client: Client) -> None:
+    connection = http.client.HTTPConnection(*client.address)
+    times = []
+    for number in range(60):
+        wrong = {"authorization": f"Bearer {client.headers['authorization'][7:-1]}{number % 10}"}
+        began = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", b"{}", wrong)
+        response = connection.getresponse()
+        response.read()
+        times.append(time.perf_counter() - began)
+        assert response.status == 401
+    connection.close()
+    # The client's own share and the machine's noise included: the best quarter shows the service's.
+    assert sorted(times)[15] < 0.002
+
+
+def slots_in_use(client: Client) -> float:
+    _, _, text = client.send("/metrics")
+    (line,) = [row for row in text.decode().splitlines() if row.startswith("vllm:num_requests_running{")]
+    return float(line.rsplit(" ", 1)[1])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("words", [5, 3000], ids=["decoding", "prefill"])
+def test_a_client_that_leaves_frees_its_slot_within_a_second(client: Client, stream: bool, words: int) -> None:
+    unique = f"{time.time()} "
+    body = {
+        **CHAT,
+        "messages": [{"role": "user", "content": unique + "word " * words}],
+        "stream": stream,
+        "max_tokens": 4000,
+        "ignore_eos": True,
+    }
+    text = json.dumps(body).encode()
+    connection = socket.create_connection(client.address)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: {client.headers['authorization']}\r\n"
+    connection.sendall(f"{head}content-length: {len(text)}\r\n\r\n".encode() + text)
+    until(lambda: slots_in_use(client) == 1, 5)
+    time.sleep(0.7)
+    connection.close()
+    until(lambda: slots_in_use(client) == 0, 1)
+    # The engine itself is free as well: a short request is not kept waiting.
+    began = time.perf_counter()
+    client.chat(max_tokens=1, messages=[{"role": "user", "content": "Hi"}])
+    assert time.perf_counter() - began < 5
+
+
+def until(fact: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def test_more_requests_than_slots_all_finish(client: Client) -> None:
+    answers: list[Any] = []
+    threads = [threading.Thread(target=lambda: answers.append(client.chat(max_tokens=8))) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [8] * 10
+
+
+def test_one_line_is_logged_per_request_without_its_text(client: Client, served: Serve) -> None:
+    secret = "the zebra crosses at noon"
+    client.chat(messages=[{"role": "user", "content": secret}])
+    lines = [json.loads(line) for line in served.log.read_text().splitlines()]
+    request = [line for line in lines if line["message"] == "request"][-1]
+    assert request["completion_tokens"] == 12
+    assert request["account"] == "default"
+    assert request["total_ms"] >= request["first_token_ms"] > 0
+    assert "zebra" not in served.log.read_text()
+    assert served.token not in served.log.read_text()
+
+
+@pytest.fixture
+def _quiet(served: Serve) -> Iterator[None]:
+    yield
+    assert served.process.poll() is None
