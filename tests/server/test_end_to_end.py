@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -262,7 +262,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(client: C
         status, answer = client.refused({**CHAT, "messages": long, "stream": stream})
         assert (status, answer["code"]) == (400, "context_length_exceeded")
         assert "8192" in answer["message"]
-        assert "9031" in answer["message"] or "90" in answer["message"]
+        assert re.search(r"prompt has 90\d\d tokens", answer["message"])
 
 
 def test_images_are_refused_by_a_model_that_sees_none(client: Client) -> None:
@@ -279,17 +279,20 @@ def test_an_unknown_model_is_refused_with_the_closest_ids(client: Client) -> Non
 
 def test_a_wrong_token_is_refused_within_a_millisecond(client: Client) -> None:
     connection = http.client.HTTPConnection(*client.address)
+    right = client.headers["authorization"]
+    wrong = {"authorization": right[:-1] + ("a" if right[-1] != "a" else "b")}
     times = []
-    for number in range(60):
-        wrong = {"authorization": f"Bearer {client.headers['authorization'][7:-1]}{number % 10}"}
-        began = time.perf_counter()
-        connection.request("POST", "/v1/chat/completions", b"{}", wrong)
-        response = connection.getresponse()
-        response.read()
-        times.append(time.perf_counter() - began)
-        assert response.status == 401
-    connection.close()
-    # The client's own share and the machine's noise included: the best quarter shows the service's.
+    try:
+        for _ in range(60):
+            began = time.perf_counter()
+            connection.request("POST", "/v1/chat/completions", b"{}", wrong)
+            response = connection.getresponse()
+            response.read()
+            times.append(time.perf_counter() - began)
+            assert response.status == 401
+    finally:
+        connection.close()
+    # The client's own share and the machine's noise are in it: the best quarter shows what the service takes.
     assert sorted(times)[15] < 0.002
 
 
@@ -352,8 +355,3 @@ def test_one_line_is_logged_per_request_without_its_text(client: Client, served:
     assert "zebra" not in served.log.read_text()
     assert served.token not in served.log.read_text()
 
-
-@pytest.fixture
-def _quiet(served: Serve) -> Iterator[None]:
-    yield
-    assert served.process.poll() is None

@@ -34,7 +34,12 @@ def usage_json(usage: Usage) -> dict[str, Any]:
 
 
 def error_event(body: Mapping[str, Any]) -> bytes:
-    return b"data: " + _json(body) + b"\n\n"
+    return b"data: " + _without_end(_json(body).decode("ascii")).encode("ascii") + b"\n\n"
+
+
+def _without_end(data: str) -> str:
+    """JSON in which no text looks like the end of the stream: OctoAI's TypeScript client stops at `[DONE]` anywhere."""
+    return data.replace("[DONE]", "\\u005bDONE]") if "[DONE]" in data else data
 
 
 def _json(value: Any) -> bytes:
@@ -52,6 +57,7 @@ class _Encoder:
         self.id = new_id()
         self.created = int(time.time()) if created is None else created
         self.fingerprint = fingerprint
+        self._is_open = False
         self._usage = ',"usage":null' if request.include_usage else ""
         # Text that stands before what is generated, by choice (`echo`).
         self._echoed = _echoed(request)
@@ -62,12 +68,16 @@ class _Encoder:
 
     def stream(self, batch: Sequence[Event]) -> bytes:
         """The server-sent events of a batch, as one block."""
-        return "".join(chunk for event in batch for chunk in self._chunks(event)).encode("ascii")
+        block = "".join(chunk for event in batch for chunk in self._chunks(event))
+        return _without_end(block).encode("ascii")
 
     def _chunks(self, event: Event) -> Iterable[str]:
         if isinstance(event, Delta):
             yield self._chunk(event.index, self._delta(event), "null")
         elif isinstance(event, Started):
+            if self._is_open:
+                return  # several requests to the engine make one answer, and each of them starts
+            self._is_open = True
             for index in range(self.request.num_choices):
                 opening = self._opening(index)
                 if opening is not None:

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Optional, Union, cast
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, GetPydanticSchema, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from octoai.server.engines.base import Generation
 from octoai.server.errors import BadRequest, InvalidBody, MalformedBody, UnsupportedParameter
-from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams
+from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, _Message
 
 DEFAULT_MAX_TOKENS = 512
 MAX_PROMPTS = 128
@@ -35,6 +35,9 @@ IMPOSSIBLE = (
 )
 
 
+_TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
 class _BodyParams(TypedDict, total=False):
     """What only the body says: the SDK's methods say it by their name, or it is an old or foreign spelling."""
 
@@ -50,14 +53,15 @@ class ChatBody(ChatParams, _BodyParams, total=False):
 
 class CompletionBody(CompletionParams, _BodyParams, total=False):
     __pydantic_config__ = CompletionParams.__pydantic_config__  # type: ignore[misc]
+    messages: Annotated[Any, GetPydanticSchema(lambda _source, handler: handler(Optional[list[_Message]]))]
     # `prompt` as on the wire: bounded, and null for "start from nothing".
     prompt: Annotated[
         Union[
             str,
-            Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)],
+            Annotated[list[_TokenId], Field(min_length=1)],
             Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)],
             Annotated[
-                list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]],
+                list[Annotated[list[_TokenId], Field(min_length=1)]],
                 Field(min_length=1, max_length=MAX_PROMPTS),
             ],
             None,
@@ -184,6 +188,8 @@ def _old_vllm_options(params: Mapping[str, Any]) -> Mapping[str, Any]:
     top_k = options.get("top_k")
     if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool)):
         raise _invalid(("octoai", "vllm", "top_k"), "Input should be a valid integer", "int_type")
+    if top_k is not None and not -1 <= top_k < 2**31:
+        raise _invalid(("octoai", "vllm", "top_k"), "Input should be between -1 and 2147483647", "int_range")
     for name in ("use_beam_search", "stop_token_ids"):
         if options.get(name):
             raise UnsupportedParameter(f"octoai.vllm.{name}: not offered here", param=f"octoai.vllm.{name}")
@@ -192,7 +198,7 @@ def _old_vllm_options(params: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
     for key in bias:
-        if not (key.isascii() and key.isdigit()):
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
             raise _invalid(("logit_bias", key[:64]), "Keys should be token ids: whole numbers", "int_parsing")
     return {int(key): value for key, value in bias.items()}
 

@@ -72,18 +72,20 @@ class FairQueue:
             raise
 
     def _leave(self, account: str, place: asyncio.Future[None]) -> None:
-        waiting = self._waiting[account]
-        waiting.remove(place)
-        if not waiting:
-            del self._waiting[account]
+        waiting = self._waiting.get(account, ())
+        if place in waiting:  # a turn that came in the same moment has passed it over already
+            self._waiting[account].remove(place)
+            if not waiting:
+                del self._waiting[account]
 
     def _give_back(self) -> None:
         """Hand the slot to the account whose turn it is, which then goes to the end of the round."""
-        if not self._waiting:
-            self.num_running -= 1
-            return
-        account, waiting = self._waiting.popitem(last=False)
-        place = waiting.popleft()
-        if waiting:
-            self._waiting[account] = waiting
-        place.set_result(None)
+        while self._waiting:
+            account, waiting = self._waiting.popitem(last=False)
+            place = waiting.popleft()
+            if waiting:
+                self._waiting[account] = waiting
+            if not place.cancelled():  # its task may not have noticed yet that it was cancelled
+                place.set_result(None)
+                return
+        self.num_running -= 1

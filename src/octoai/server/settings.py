@@ -21,9 +21,10 @@ from octoai.server.catalogue import EMBEDDED_MODEL_ID, BadCatalogue, Catalogue, 
 FILENAME = "octoai.toml"
 # Which keys an environment variable may set: OCTOAI_HOST, OCTOAI_PORT, …
 _FROM_ENVIRONMENT = (
-    "host", "port", "data_dir", "cache_dir", "drain_seconds", "engine_stall_seconds", "max_waiting",
+    "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting",
     "stand_in", "log_level",
 )  # fmt: skip
+_PLACES = {"data_dir": places.data_dir, "cache_dir": places.cache_dir}  # "~" and relative ones as everywhere else
 _FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached_input_price", "output_price", "sha256")
 
 
@@ -131,9 +132,10 @@ def load(
     values |= {
         key: environ[f"OCTOAI_{key.upper()}"] for key in _FROM_ENVIRONMENT if environ.get(f"OCTOAI_{key.upper()}")
     }
+    values |= {key: place(environ) for key, place in _PLACES.items() if environ.get(f"OCTOAI_{key.upper()}")}
     values |= {key: value for key, value in (overrides or {}).items() if value is not None}
-    values.setdefault("data_dir", places.data_dir(environ))
-    values.setdefault("cache_dir", places.cache_dir(environ))
+    for key, place in _PLACES.items():
+        values.setdefault(key, place(environ))
     return _canonical(_checked(values, name), name, environ)
 
 

@@ -20,9 +20,11 @@ from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed
 
 _JSON_SCHEMA_NAME = "answer"
 _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
-_VLLM_CONTEXT = re.compile(
-    r"maximum context length is (\d+) tokens.*?(\d+)\D+(?:in the messages|input tokens|in the prompt)", re.S
-)
+# How vLLM has worded a prompt too long: "(9000 in the messages, 512 in the completion)", "your request has 9000 input
+# tokens", "You passed 9000 input tokens … context length is only 8192", "your prompt contains at least 8193 input
+# tokens", "contains 90000 characters (more than 65536 …, which is the upper bound for 8192 input tokens)".
+_WINDOW = re.compile(r"context length is (?:only )?(\d+) tokens")
+_PROMPT_TOKENS = re.compile(r"(?<!\d)(?<!upper bound for )(\d+) (?:in the messages|input tokens|in the prompt)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,10 @@ class Dialect:
             body["response_format"] = self._response_format(generation.schema)
         if generation.tools:
             body |= {"tools": generation.tools, "tool_choice": generation.tool_choice or "auto"}
-        return orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
+        try:
+            return orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
+        except orjson.JSONEncodeError as error:  # a number of more than 64 bits, in a schema or a tool
+            raise BadRequest(f"The body cannot be passed on to the engine: {error}") from None
 
     def _prompt(self, generation: Generation) -> dict[str, Any]:
         if generation.messages is None:
@@ -180,8 +185,14 @@ class Reader:
             if payload == b"[DONE]":
                 events.append(self._finished())
             else:
-                self._read(_decoded(payload), events)
+                self._read_checked(_decoded(payload), events)
         return events
+
+    def _read_checked(self, chunk: Mapping[str, Any], events: list[Event]) -> None:
+        try:
+            self._read(chunk, events)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise EngineFailed("The engine sent an event of a shape that is not the protocol's.") from None
 
     def _read(self, chunk: Mapping[str, Any], events: list[Event]) -> None:
         if chunk.get("error") or chunk.get("object") == "error":
@@ -226,6 +237,8 @@ class Reader:
         said = choice.get("delta")
         text = (choice.get("text") if said is None else said.get("content")) or ""
         calls = None if said is None else said.get("tool_calls")
+        if not isinstance(text, str):
+            raise TypeError(text)
         if not text and not calls:
             return None
         index = choice.get("index", 0)
@@ -295,11 +308,9 @@ def refusal(status: int, body: bytes, generation: Generation) -> Refusal:
     error = error if isinstance(error, dict) else {"message": str(error)}
     message = _message_of({"error": error})
     param = "prompt" if generation.messages is None else "messages"
-    if error.get("type") == "exceed_context_size_error":
-        return ContextLengthExceeded(error["n_prompt_tokens"], error["n_ctx"], param=param)
-    too_long = _VLLM_CONTEXT.search(message)
-    if status == 400 and too_long:
-        return ContextLengthExceeded(int(too_long[2]), int(too_long[1]), param=param)
+    too_long = _too_long(error, message, param) if status == 400 else None
+    if too_long is not None:
+        return too_long
     if status in (400, 422):
         return BadRequest(f"The engine refused: {message}", param=error.get("param") or _suspect(message, param))
     if "image input is not supported" in message:
@@ -307,6 +318,21 @@ def refusal(status: int, body: bytes, generation: Generation) -> Refusal:
     if status in (429, 503):
         return Unavailable("The engine is busy.", retry_after=1)
     return EngineFailed(f"The engine answered {status}.")
+
+
+def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | None:
+    """llama.cpp says both numbers; of vLLM's words some count `max_tokens` in, and then they are passed on."""
+    counted = error.get("n_prompt_tokens"), error.get("n_ctx")
+    if error.get("type") == "exceed_context_size_error" and all(isinstance(number, int) for number in counted):
+        return ContextLengthExceeded(*counted, param=param)
+    window, prompt = _WINDOW.search(message), _PROMPT_TOKENS.search(message)
+    if window is None:
+        return None
+    if prompt is not None and int(prompt[1]) > int(window[1]):
+        return ContextLengthExceeded(int(prompt[1]), int(window[1]), param=param)
+    refused = BadRequest(f"The engine refused: {message}", param=param)
+    refused.code = ContextLengthExceeded.code
+    return refused
 
 
 def _suspect(message: str, param: str) -> str | None:

@@ -70,15 +70,20 @@ class OpenAIEngine:
     async def connect(self) -> Mapping[str, Any] | None:
         """Whether it answers, and what it says of its model. Sets `is_ready` and `context_length`."""
         try:
-            async with self._http().get("/v1/models" if self._is_unix else self._base + "/models") as response:
+            async with (
+                asyncio.timeout(PROBE_SECONDS),
+                self._http().get("/v1/models" if self._is_unix else self._base + "/models") as response,
+            ):
                 listed = await response.json(content_type=None) if response.status == 200 else None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
             listed = None
         self._is_ready = isinstance(listed, dict)
         described = _described(listed, self.model) if isinstance(listed, dict) else None
         if described is not None:
-            meta = described.get("meta") or {}
-            self.context_length = described.get("max_model_len") or meta.get("n_ctx") or self.context_length
+            meta = described.get("meta")
+            meta = meta if isinstance(meta, dict) else {}
+            window = described.get("max_model_len") or meta.get("n_ctx")
+            self.context_length = window if isinstance(window, int) else self.context_length
         return described
 
     async def close(self) -> None:
@@ -176,7 +181,8 @@ class OpenAIEngine:
 
 def _described(listed: Mapping[str, Any], model: str) -> Mapping[str, Any] | None:
     """The server's entry for our model, or its only one."""
-    entries = [entry for entry in listed.get("data") or () if isinstance(entry, dict)]
+    data = listed.get("data")
+    entries = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
     named = [entry for entry in entries if entry.get("id") == model]
     if named:
         return named[0]
