@@ -322,9 +322,9 @@ def refusal(status: int, body: bytes, generation: Generation) -> Refusal:
 
 def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | None:
     """llama.cpp says both numbers; of vLLM's words some count `max_tokens` in, and then they are passed on."""
-    counted = error.get("n_prompt_tokens"), error.get("n_ctx")
-    if error.get("type") == "exceed_context_size_error" and all(isinstance(number, int) for number in counted):
-        return ContextLengthExceeded(*counted, param=param)
+    counted, limit = error.get("n_prompt_tokens"), error.get("n_ctx")
+    if isinstance(counted, int) and isinstance(limit, int):
+        return ContextLengthExceeded(counted, limit, param=param)
     window, prompt = _WINDOW.search(message), _PROMPT_TOKENS.search(message)
     if window is None:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -25,6 +25,7 @@ log = logging.getLogger("octoai.engine")
 
 CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 5.0
+END_SECONDS = 0.5
 MAX_ERROR_BYTES = 64 * 1024
 
 
@@ -99,7 +100,7 @@ class OpenAIEngine:
     async def generate(self, generation: Generation) -> AsyncGenerator[Sequence[Event]]:
         reader, decoder, is_finished = Reader(), EventDecoder(), False
         async with self._post(generation) as response:
-            while block := await self._block(response):
+            while not is_finished and (block := await self._block(response)):
                 self._on_progress()
                 payloads = [event.data for event in decoder.feed(block)]
                 events = reader.events(payloads)
@@ -108,13 +109,16 @@ class OpenAIEngine:
                 is_finished = is_finished or b"[DONE]" in payloads
             if not is_finished:
                 raise EngineFailed("The engine broke off in the middle of its answer.")
+            await _end(response)
 
     @asynccontextmanager
     async def _post(self, generation: Generation) -> AsyncIterator[aiohttp.ClientResponse]:
         body = self.dialect.body(generation, self.model)
         path = self.dialect.path(generation)
         try:
-            async with await self._sent(path, body) as response:
+            async with asyncio.timeout(self._stall_seconds):
+                answered = await self._sent(path, body)
+            async with answered as response:
                 if response.status != 200:
                     raise refusal(response.status, await response.content.read(MAX_ERROR_BYTES), generation)
                 yield response
@@ -123,6 +127,8 @@ class OpenAIEngine:
             raise Unavailable("The engine does not answer.", retry_after=PROBE_SECONDS) from None
         except EventTooLargeError:
             raise EngineFailed("The engine sent an event without an end.") from None
+        except TimeoutError:
+            raise EngineFailed(f"The engine did not answer for {self._stall_seconds:.0f} s.") from None
         except (aiohttp.ClientError, OSError) as error:
             raise EngineFailed("The engine broke off in the middle of its answer.") from error
 
@@ -177,6 +183,13 @@ class OpenAIEngine:
                 trust_env=False,
             )
         return self._session
+
+
+async def _end(response: aiohttp.ClientResponse) -> None:
+    """A moment for the body to end, so that its connection can be used again; no more, the answer is whole."""
+    with suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(END_SECONDS):
+            await response.content.readany()
 
 
 def _described(listed: Mapping[str, Any], model: str) -> Mapping[str, Any] | None:

@@ -1,0 +1,495 @@
+"""What a body may say: each parameter alone, the old spellings, and every body there could be."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octoai.server import params
+from octoai.server.engines.base import Generation
+from octoai.server.engines.dialects import DIALECTS
+from octoai.server.errors import BadRequest, InvalidBody, MalformedBody, Refusal, UnsupportedParameter
+from octoai.server.params import TextRequest
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+TEXT: dict[str, Any] = {"model": "m", "prompt": "Hi"}
+ENDPOINTS = pytest.mark.parametrize(("decode", "base"), [(params.chat, CHAT), (params.completion, TEXT)])
+
+SHARED_DEFAULTS = {
+    "frequency_penalty": 0.0,
+    "ignore_eos": False,
+    "logit_bias": {},
+    "max_tokens": 512,
+    "min_p": 0.0,
+    "n": 1,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": None,
+    "stop": (),
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}
+OTHER_OPTIONAL = ("log_prompt", "loglikelihood", "logprobs", "peft", "stream", "stream_options", "user")
+CHAT_OPTIONAL = (
+    *SHARED_DEFAULTS,
+    *OTHER_OPTIONAL,
+    *("response_format", "tool_choice", "tools", "top_logprobs", "functions", "function_call", "octoai"),
+    *("max_completion_tokens", "modalities", "metadata", "store", "parallel_tool_calls", "reasoning_effort"),
+)
+TEXT_OPTIONAL = (*SHARED_DEFAULTS, *OTHER_OPTIONAL, "best_of", "echo", "suffix", "octoai", "max_completion_tokens")
+
+
+def chat(**changes: Any) -> TextRequest:
+    return params.chat(json.dumps({**CHAT, **changes}).encode())
+
+
+def completion(**changes: Any) -> TextRequest:
+    return params.completion(json.dumps({**TEXT, **changes}).encode())
+
+
+def only(request: TextRequest) -> Generation:
+    (generation,) = request.generations
+    return generation
+
+
+def refused(decode: Any, body: Any) -> Refusal:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(Refusal) as caught:
+        decode(raw)
+    assert 400 <= caught.value.status < 500
+    return caught.value
+
+
+# Defaults and nulls
+
+
+@ENDPOINTS
+def test_what_is_left_out_has_the_octoai_default(decode: Any, base: dict[str, Any]) -> None:
+    request = decode(json.dumps(base).encode())
+    generation = only(request)
+    assert {name: getattr(generation, name) for name in SHARED_DEFAULTS} == SHARED_DEFAULTS
+    assert (request.stream, request.include_usage, request.echo) == (False, False, False)
+    assert (generation.logprobs, generation.schema, tuple(generation.tools)) == (None, None, ())
+
+
+@pytest.mark.parametrize(
+    ("decode", "base", "name"),
+    [(params.chat, CHAT, name) for name in CHAT_OPTIONAL] + [(params.completion, TEXT, name) for name in TEXT_OPTIONAL],
+)
+def test_null_means_left_out(decode: Any, base: dict[str, Any], name: str) -> None:
+    assert decode(json.dumps({**base, name: None}).encode()) == decode(json.dumps(base).encode())
+
+
+def test_every_optional_may_be_null_at_once() -> None:
+    assert chat(**dict.fromkeys(CHAT_OPTIONAL)) == chat()
+    assert completion(**dict.fromkeys(TEXT_OPTIONAL)) == completion()
+
+
+def test_a_null_prompt_starts_from_nothing() -> None:
+    assert only(completion(prompt=None)).text == ""
+    assert only(params.completion(b'{"model":"m"}')).text == ""
+
+
+@ENDPOINTS
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_model_is_required(decode: Any, base: dict[str, Any], value: Any) -> None:
+    for body in ({**base, "model": value}, {key: base[key] for key in base if key != "model"}):
+        refusal = refused(decode, body)
+        assert (refusal.status, refusal.param) == (422, "model")
+
+
+# Ranges
+
+EDGES: list[tuple[str, list[Any], list[Any]]] = [
+    ("frequency_penalty", [-2, 2, 0.5], [-2.001, 2.001]),
+    ("presence_penalty", [-2, 2, 0.5], [-2.001, 2.001]),
+    ("repetition_penalty", [0.001, 1.5], [0, -1]),
+    ("temperature", [0, 2, 0.7], [-0.001, 2.001]),
+    ("top_p", [0.001, 1], [0, -0.1, 1.001]),
+    ("min_p", [0, 1], [-0.001, 1.001]),
+    ("max_tokens", [1, 2**31 - 1], [0, -1, 2**31]),
+    ("max_completion_tokens", [1, 2**31 - 1], [0, -1, 2**31]),
+    ("n", [1, 16], [0, -1, 17]),
+    ("top_k", [-1, 0, 40], [-2, 2**31]),
+    ("seed", [0, -(2**63), 2**63 - 1], [2**63, -(2**63) - 1, 10**40]),
+    ("stop", ["x", ["x"] * 16, []], ["", ["x"] * 17, [""], "x" * 1025]),
+    ("logit_bias", [{"1": -100}, {"1": 100.0}, {}], [{"1": -100.1}, {"1": 101}]),
+]
+
+
+@ENDPOINTS
+@pytest.mark.parametrize(("name", "good", "bad"), EDGES, ids=[edge[0] for edge in EDGES])
+def test_a_range_holds_at_its_edge_and_not_beyond(
+    decode: Any, base: dict[str, Any], name: str, good: list[Any], bad: list[Any]
+) -> None:
+    for value in good:
+        assert isinstance(decode(json.dumps({**base, name: value}).encode()), TextRequest)
+    for value in bad:
+        refusal = refused(decode, {**base, name: value})
+        assert refusal.status == 422
+        assert (refusal.param or "").split(".")[0] == name
+
+
+def test_logprobs_have_ranges_of_their_own_at_each_endpoint() -> None:
+    assert only(chat(logprobs=True, top_logprobs=20)).logprobs == 20
+    assert only(chat(logprobs=True)).logprobs == 0
+    assert only(chat(logprobs=False, top_logprobs=0)).logprobs is None
+    assert only(completion(logprobs=5)).logprobs == 5
+    assert only(completion(logprobs=0)).logprobs == 0
+    assert refused(params.chat, {**CHAT, "logprobs": True, "top_logprobs": 21}).param == "top_logprobs"
+    assert refused(params.completion, {**TEXT, "logprobs": 6}).param == "logprobs"
+    assert refused(params.completion, {**TEXT, "logprobs": True}).param == "logprobs"
+
+
+def test_top_logprobs_without_logprobs_is_refused_not_ignored() -> None:
+    assert refused(params.chat, {**CHAT, "top_logprobs": 3}).param == "top_logprobs"
+
+
+def test_the_answer_to_a_wrong_field_serves_every_client() -> None:
+    body = refused(params.chat, {**CHAT, "temperature": 3, "top_p": 0}).body()
+    assert [row["loc"] for row in body["detail"]] == [["body", "temperature"], ["body", "top_p"]]
+    assert all(row["msg"] and row["type"] for row in body["detail"])
+    assert (body["object"], body["type"], body["param"]) == ("error", "invalid_request_error", "temperature")
+    assert body["error"] == {key: body[key] for key in ("message", "type", "param", "code")}
+    assert body["validation_errors"].keys() == {"temperature", "top_p"}
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({**CHAT, "messages": [{"role": "user", "content": 5}]}, ["messages", 0, "content"]),
+        ({**CHAT, "messages": [CHAT["messages"][0], {"content": "x"}]}, ["messages", 1, "role"]),
+        ({**CHAT, "messages": [{"role": "user", "content": [{"text": 5}]}]}, ["messages", 0, "content", 0, "text"]),
+        ({**CHAT, "messages": [{"role": "user", "content": [{}]}]}, ["messages", 0, "content", 0]),
+        ({**CHAT, "messages": []}, ["messages"]),
+        ({"model": "m"}, ["messages"]),
+        ({**CHAT, "stop": ["a", 5]}, ["stop", 1]),
+        ({**CHAT, "stop": 5}, ["stop"]),
+        ({**CHAT, "logit_bias": {"one": 5}}, ["logit_bias", "one"]),
+        ({**CHAT, "logit_bias": {"1": "5"}}, ["logit_bias", "1"]),
+        ({**CHAT, "stream_options": {"include_usage": "yes"}}, ["stream_options", "include_usage"]),
+        ({**CHAT, "response_format": {"type": "yaml"}}, ["response_format", "type"]),
+        ({**CHAT, "response_format": {"type": "json_schema"}}, ["response_format", "json_schema"]),
+        ({**CHAT, "response_format": {}}, ["response_format", "type"]),
+        ({**CHAT, "tools": [{"function": {}}]}, ["tools", 0, "function", "name"]),
+        ({**CHAT, "tool_choice": {"type": "function"}}, ["tool_choice", "function"]),
+    ],
+)
+def test_the_place_is_the_path_in_the_body(body: Any, place: list[Any]) -> None:
+    refusal = refused(params.chat, body)
+    assert isinstance(refusal, InvalidBody)
+    assert refusal.detail[0]["loc"] == ["body", *place]
+
+
+# Types
+
+
+@ENDPOINTS
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "max_tokens", "n", "seed", "top_k"])
+@pytest.mark.parametrize("value", ["1", True, False, [], {}, [1]], ids=repr)
+def test_a_number_is_a_number(decode: Any, base: dict[str, Any], name: str, value: Any) -> None:
+    assert refused(decode, {**base, name: value}).param == name
+
+
+@ENDPOINTS
+@pytest.mark.parametrize("name", ["stream", "ignore_eos", "log_prompt"])
+@pytest.mark.parametrize("value", ["true", 1, 0, [], {}], ids=repr)
+def test_a_boolean_is_a_boolean(decode: Any, base: dict[str, Any], name: str, value: Any) -> None:
+    assert refused(decode, {**base, name: value}).param == name
+
+
+@ENDPOINTS
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize("name", ["temperature", "frequency_penalty", "repetition_penalty", "min_p"])
+def test_a_number_is_finite(decode: Any, base: dict[str, Any], name: str, literal: str) -> None:
+    body = json.dumps(base)[:-1] + f', "{name}": {literal}}}'
+    assert refused(decode, body.encode()).param == name
+
+
+def test_a_token_id_that_no_model_has_is_refused_whatever_its_length() -> None:
+    for key in ("9" * 11, "9" * 5000, "-1", "1.5", "²", ""):
+        refusal = refused(params.chat, {**CHAT, "logit_bias": {key: 1}})
+        assert (refusal.param or "").startswith("logit_bias")
+    for prompt in ([10**30], [[10**30]], [-1], [True], [1.5]):
+        assert (refused(params.completion, {**TEXT, "prompt": prompt}).param or "").startswith("prompt")
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], [[]], [1, "a"], [["a"]], {"text": "a"}, 5, True, [None], ["a", None], ["x"] * 129], ids=repr
+)
+def test_a_prompt_is_text_tokens_or_a_list_of_one_kind(prompt: Any) -> None:
+    assert (refused(params.completion, {**TEXT, "prompt": prompt}).param or "").split(".")[0] == "prompt"
+
+
+def test_prompts_become_a_generation_each() -> None:
+    texts = completion(prompt=["a", "b"], n=2)
+    assert [generation.text for generation in texts.generations] == ["a", "b"]
+    assert texts.num_choices == 4
+    assert [generation.tokens for generation in completion(prompt=[[1], [2, 3]]).generations] == [[1], [2, 3]]
+    assert only(completion(prompt=[1, 2])).tokens == [1, 2]
+
+
+def test_too_many_choices_in_all_are_refused() -> None:
+    assert completion(prompt=["a"] * 8, n=16).num_choices == 128
+    assert refused(params.completion, {**TEXT, "prompt": ["a"] * 9, "n": 16}).param == "prompt"
+
+
+# Bodies that are not what they should be
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"   ",
+        b"{",
+        b"{} {}",
+        b"\xef\xbb\xbf" + json.dumps(CHAT).encode(),
+        json.dumps(CHAT).encode("utf-16"),
+        b'{"model":"m","messages":[{"role":"user","content":"\xff"}]}',
+        b'{"model":"m","messages":[{"role":"user","content":"\\ud83d"}]}',
+        b"[" * 100_000,
+        b'{"a":' * 5_000 + b"1" + b"}" * 5_000,
+        b"model=m",
+        b"{'model': 'm'}",
+    ],
+    ids=lambda body: repr(body[:20]),
+)
+@ENDPOINTS
+def test_what_is_not_json_is_refused(decode: Any, base: dict[str, Any], body: bytes) -> None:
+    refusal = refused(decode, body)
+    assert isinstance(refusal, MalformedBody)
+    assert (refusal.status, refusal.code) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b"5", b'"x"', b"true", b"[{}]"])
+@ENDPOINTS
+def test_what_is_not_an_object_is_refused(decode: Any, base: dict[str, Any], body: bytes) -> None:
+    refusal = refused(decode, body)
+    assert isinstance(refusal, InvalidBody)
+    assert refusal.detail[0]["loc"] == ["body"]
+
+
+def test_of_a_key_said_twice_the_last_counts() -> None:
+    request = params.chat(json.dumps(CHAT)[:-1].encode() + b', "max_tokens": "x", "max_tokens": 7}')
+    assert request.max_tokens == 7
+
+
+def test_nesting_that_json_allows_is_no_error_of_ours() -> None:
+    nested: Any = 1
+    for _ in range(150):
+        nested = [nested]
+    assert isinstance(chat(metadata=nested), TextRequest)
+
+
+# What old and foreign clients send
+
+
+def test_unknown_keys_are_passed_over() -> None:
+    assert chat(no_such_parameter=1, service_tier="auto", store=True, metadata={"a": "b"}) == chat()
+
+
+def test_octoai_0_x_sends_explicit_nulls() -> None:
+    nulls = dict.fromkeys(("function_call", "functions", "logit_bias", "max_tokens", "response_format", "stop", "user"))
+    assert chat(**nulls, n=1, stream=False) == chat()
+
+
+def test_the_old_vllm_extension_is_understood() -> None:
+    said = {"vllm": {"top_k": 5, "ignore_eos": True, "skip_special_tokens": True, "best_of": 1}, "loras": []}
+    generation = only(chat(octoai=said))
+    assert (generation.top_k, generation.ignore_eos) == (5, True)
+    assert only(chat(octoai=said, top_k=7)).top_k == 7
+    assert chat(octoai={"vllm": None, "loras": None}) == chat(octoai={}) == chat()
+
+
+@pytest.mark.parametrize(
+    ("extension", "param"),
+    [
+        ({"loras": ["x"]}, "octoai.loras"),
+        ({"vllm": {"use_beam_search": True}}, "octoai.vllm.use_beam_search"),
+        ({"vllm": {"stop_token_ids": [2]}}, "octoai.vllm.stop_token_ids"),
+        ({"vllm": 5}, "octoai.vllm"),
+        ({"vllm": {"top_k": "5"}}, "octoai.vllm.top_k"),
+        ({"vllm": {"top_k": True}}, "octoai.vllm.top_k"),
+        ({"vllm": {"top_k": 10**30}}, "octoai.vllm.top_k"),
+        (5, "octoai"),
+    ],
+)
+def test_what_the_old_extension_asks_for_is_never_ignored(extension: Any, param: str) -> None:
+    assert refused(params.chat, {**CHAT, "octoai": extension}).param == param
+
+
+def test_types_that_the_original_sdk_dropped_are_put_back() -> None:
+    message = only(
+        chat(
+            messages=[
+                {"role": "user", "content": [{"text": "a"}, {"image_url": {"url": "data:"}}]},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+            ],
+            tools=[{"function": {"name": "brave_search"}}],
+        )
+    )
+    assert message.messages is not None
+    assert message.messages[0]["content"] == [
+        {"type": "text", "text": "a"},
+        {"type": "image_url", "image_url": {"url": "data:"}},
+    ]
+    assert message.messages[1]["tool_calls"][0]["type"] == "function"
+    assert message.messages[1]["content"] == ""
+    assert message.tools == ({"type": "function", "function": {"name": "brave_search"}},)
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_absent_and_null_content_is_no_text(content: dict[str, Any]) -> None:
+    assert only(chat(messages=[{"role": "assistant", **content, "tool_calls": None}])).messages == (
+        {"role": "assistant", "content": ""},
+    )
+
+
+def test_a_tool_message_needs_no_tool_call_id_and_a_role_may_be_any() -> None:
+    for role in ("tool", "developer", "system", "ipython"):
+        assert only(chat(messages=[{"role": role, "content": "x"}])).messages == ({"role": role, "content": "x"},)
+
+
+def test_max_completion_tokens_wins_over_max_tokens() -> None:
+    assert chat(max_tokens=5, max_completion_tokens=7).max_tokens == 7
+
+
+def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None:
+    body = {"model": "m", "messages": CHAT["messages"]}
+    assert only(params.completion(json.dumps(body).encode())).messages == tuple(CHAT["messages"])
+    for messages in ("hello", [1], [{"content": "x"}], [{"role": "user", "content": [1]}], {"role": "user"}, 5):
+        refusal = refused(params.completion, {"model": "m", "messages": messages})
+        assert (refusal.param or "").split(".")[0] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("decode", "base", "name", "value"),
+    [
+        (params.chat, CHAT, "functions", [{"name": "f"}]),
+        (params.chat, CHAT, "function_call", {"name": "f"}),
+        (params.chat, CHAT, "loglikelihood", True),
+        (params.chat, CHAT, "peft", "my-lora"),
+        (params.chat, CHAT, "modalities", ["audio"]),
+        (params.chat, CHAT, "audio", {"voice": "x"}),
+        (params.completion, TEXT, "suffix", "x"),
+        (params.completion, TEXT, "best_of", 3),
+        (params.completion, TEXT, "echo", True),
+    ],
+)
+def test_what_nothing_here_can_do_is_refused_by_name(decode: Any, base: dict[str, Any], name: str, value: Any) -> None:
+    more = {"logprobs": 1} if name == "echo" else {}
+    refusal = refused(decode, {**base, name: value, **more})
+    assert isinstance(refusal, UnsupportedParameter)
+    assert (refusal.status, refusal.param) == (400, name)
+
+
+def test_harmless_forms_of_it_are_not() -> None:
+    assert chat(functions=[], function_call="auto", loglikelihood=False, peft="", modalities=["text"]) == chat()
+    assert completion(suffix="", best_of=1) == completion()
+    assert completion(n=3, best_of=3).num_choices == 3
+
+
+def test_the_response_formats_say_a_schema() -> None:
+    schema = {"type": "object"}
+    assert only(chat(response_format={"type": "text"})).schema is None
+    assert only(chat(response_format={"type": "json_object"})).schema == {}
+    assert only(chat(response_format={"type": "json_object", "schema": schema})).schema == schema
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": False}}
+    assert only(chat(response_format=named)).schema == schema
+
+
+# Any body at all
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**31, 2**63, 2**64, 10**30, -(10**30)])
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "auto", "none", "text", "json_object", "json_schema", "function", "1", "9" * 4400]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.text(max_size=4)
+        | st.sampled_from(
+            ["model", "messages", "role", "content", "prompt", "type", "text", "image_url", "url", "function", "name"]
+            + ["schema", "json_schema", "tool_calls", "vllm", "loras", "top_k", "include_usage", "arguments", "1", "str"]
+        ),
+        inner,
+        max_size=3,
+    ),
+    max_leaves=8,
+)
+
+
+def outcome(decode: Any, body: bytes) -> None:
+    """A request that every dialect can word, or a refusal that is the caller's fault."""
+    try:
+        request = decode(body)
+        for generation in request.generations:
+            for dialect in DIALECTS.values():
+                json.loads(dialect.body(generation, "m"))
+                dialect.unsupported(generation)
+    except Refusal as refusal:
+        assert 400 <= refusal.status < 500
+        json.dumps(refusal.body()).encode("ascii")
+
+
+def encoded(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+@settings(max_examples=250, deadline=None)
+@given(json_values)
+def test_any_json_is_a_request_or_a_refusal(value: Any) -> None:
+    outcome(params.chat, encoded(value))
+    outcome(params.completion, encoded(value))
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.sampled_from([*CHAT_OPTIONAL, "model", "messages"]), json_values)
+def test_any_json_in_place_of_a_chat_parameter_too(name: str, value: Any) -> None:
+    outcome(params.chat, encoded({**CHAT, name: value}))
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.sampled_from([*TEXT_OPTIONAL, "model", "messages", "prompt"]), json_values)
+def test_any_json_in_place_of_a_completion_parameter_too(name: str, value: Any) -> None:
+    base = {"model": "m"} if name == "messages" else TEXT
+    outcome(params.completion, encoded({**base, name: value}))
+
+
+@settings(max_examples=300, deadline=None)
+@given(json_values)
+def test_any_json_as_a_message_part_tool_or_schema_too(value: Any) -> None:
+    for body in (
+        {**CHAT, "messages": [value]},
+        {**CHAT, "messages": [{"role": "user", "content": [value]}]},
+        {**CHAT, "messages": [{"role": "user", "content": "x", "tool_calls": [value]}]},
+        {**CHAT, "tools": [{"function": {"name": "f", "parameters": {"x": value}}}]},
+        {**CHAT, "response_format": {"type": "json_object", "schema": {"x": value}}},
+        {**CHAT, "response_format": {"type": "json_schema", "json_schema": value}},
+    ):
+        outcome(params.chat, encoded(body))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_too(body: bytes) -> None:
+    outcome(params.chat, body)
+    outcome(params.completion, body)
+
+
+def test_numbers_that_no_engine_could_be_told_are_the_callers_fault() -> None:
+    request = chat(response_format={"type": "json_object", "schema": {"maximum": 10**40}})
+    for dialect in DIALECTS.values():
+        with pytest.raises(BadRequest):
+            dialect.body(only(request), "m")
+    assert math.isfinite(only(request).temperature)

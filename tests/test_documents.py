@@ -1,0 +1,55 @@
+"""Documents that cannot rot: the README's programs are the examples, and they run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from octoai.server.settings import ModelSettings, Settings
+from tests.running import Serve
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_samples_are_the_examples() -> None:
+    programs = blocks("python")
+    assert programs[0] == (ROOT / "examples/chat.py").read_text()
+    assert programs[1] == (ROOT / "examples/chat_stream.py").read_text()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("number", range(2, len(blocks("python"))))
+def test_the_other_programs_run(served: Serve, number: int) -> None:
+    environ = {**served.environ, "OCTOAI_BASE_URL": served.url, "OCTOAI_TOKEN": served.token}
+    ran = subprocess.run(
+        [sys.executable, "-c", blocks("python")[number]], env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
+
+
+def test_every_setting_is_in_the_table() -> None:
+    for key in Settings.model_fields:
+        assert f"`{key}`" in README or key == "models"
+
+
+def test_the_configuration_shown_is_one_that_can_be_read() -> None:
+    (shown,) = blocks("toml")
+    for model in tomllib.loads(shown)["models"]:
+        ModelSettings.model_validate(model)
+
+
+def test_links_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), (document.name, target)
