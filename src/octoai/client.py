@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     _C = TypeVar("_C")
 
-__all__ = ["DEFAULT_HEALTH_CHECK_TIMEOUT_SECONDS", "AsyncOctoAI", "InferenceFuture", "OctoAI"]
+__all__ = ["AsyncOctoAI", "DEFAULT_HEALTH_CHECK_TIMEOUT_SECONDS", "InferenceFuture", "OctoAI"]
 
 DEFAULT_HEALTH_CHECK_TIMEOUT_SECONDS = 900.0
 

@@ -35,13 +35,14 @@ def add_parsers(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 def pull(args: argparse.Namespace) -> int:
     """Download the weights of models and print where they lie."""
     from octoai.server.catalogue import BadCatalogue
+    from octoai.server.settings import BadSettings
     from octoai.server.sources import PullFailed
 
     try:
         catalogue, store = _catalogue_and_store()
         for model in [_model(catalogue, name) for name in args.ids]:
             print(pulled(store, model), flush=True)
-    except (BadCatalogue, PullFailed) as error:
+    except (BadCatalogue, BadSettings, PullFailed) as error:
         return fail(str(error))
     except ModuleNotFoundError as error:
         return fail(f"{error.name} is missing: install octoai[server]")
@@ -54,10 +55,11 @@ def pull(args: argparse.Namespace) -> int:
 def models(args: argparse.Namespace) -> int:
     """Show the models there are: context, price per million tokens, licence, where the weights are."""
     from octoai.server.catalogue import BadCatalogue
+    from octoai.server.settings import BadSettings
 
     try:
         catalogue, store = _catalogue_and_store()
-    except BadCatalogue as error:
+    except (BadCatalogue, BadSettings) as error:
         return fail(str(error))
     if args.json:
         print(json.dumps([_described(model, store.path(model)) for model in catalogue.values()], indent=2))
@@ -68,11 +70,13 @@ def models(args: argparse.Namespace) -> int:
 
 
 def _catalogue_and_store() -> tuple[Catalogue, WeightStore]:
-    from octoai.server.catalogue import Catalogue
-    from octoai.server.places import cache_dir
+    """With the models of octoai.toml, where there is one."""
+    from octoai.server import app
+    from octoai.server.settings import load
     from octoai.server.sources import WeightStore
 
-    return Catalogue.load(), WeightStore(cache_dir(os.environ))
+    settings = load(path=None, environ=os.environ)
+    return app.catalogue(settings), WeightStore(settings.cache_dir)
 
 
 def _model(catalogue: Catalogue, name: str) -> Model:

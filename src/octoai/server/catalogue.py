@@ -151,7 +151,7 @@ class Catalogue(Mapping[str, Model]):
             for model in self._models.values()
             if model.id.lower() not in taken
         ]
-        return Catalogue([*kept, *models])
+        return Catalogue([*models, *kept])
 
     def __getitem__(self, model_id: str) -> Model:
         return self._models[model_id]
