@@ -22,9 +22,10 @@ import sdk_clients
 import sdk_wire
 
 NUM_CHUNKS = 1000
+PACED_CHUNKS = 250
 NUM_STREAMS = 100
 CHUNKS_OF_MANY = 100
-_TEXTS = {count: sdk_wire.streamed_text(count) for count in (10, CHUNKS_OF_MANY, NUM_CHUNKS)}
+_TEXTS = {count: sdk_wire.streamed_text(count) for count in (10, CHUNKS_OF_MANY, PACED_CHUNKS, NUM_CHUNKS)}
 
 
 class WrongTextError(Exception):
@@ -56,27 +57,44 @@ async def many_streams(client: Any) -> None:
     await asyncio.gather(*(stream_async(client, CHUNKS_OF_MANY) for _ in range(NUM_STREAMS)))
 
 
+class Meter:
+    """Wall and CPU time of several runs; their medians per unit, in microseconds."""
+
+    def __init__(self) -> None:
+        self.walls: list[float] = []
+        self.cpus: list[float] = []
+
+    def __enter__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.cpus.append(time.process_time() - self.cpu)
+        self.walls.append(time.perf_counter() - self.wall)
+
+    def medians(self, per: int) -> dict[str, float]:
+        return {
+            "cpu_us": statistics.median(self.cpus) * 1e6 / per,
+            "wall_us": statistics.median(self.walls) * 1e6 / per,
+        }
+
+
 def cost(work: Callable[[], None], repeats: int, per: int) -> dict[str, float]:
-    """Medians per unit, in microseconds, of `repeats` runs after one that is not counted."""
+    """Of `repeats` runs after one that is not counted."""
+    meter = Meter()
     work()
-    samples = []
     for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        work()
-        samples.append((time.process_time() - cpu, time.perf_counter() - wall))
-    cpus, walls = zip(*samples, strict=True)
-    return {"cpu_us": statistics.median(cpus) * 1e6 / per, "wall_us": statistics.median(walls) * 1e6 / per}
+        with meter:
+            work()
+    return meter.medians(per)
 
 
 async def cost_async(work: Callable[[], Awaitable[None]], repeats: int, per: int) -> dict[str, float]:
+    meter = Meter()
     await work()
-    samples = []
     for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        await work()
-        samples.append((time.process_time() - cpu, time.perf_counter() - wall))
-    cpus, walls = zip(*samples, strict=True)
-    return {"cpu_us": statistics.median(cpus) * 1e6 / per, "wall_us": statistics.median(walls) * 1e6 / per}
+        with meter:
+            await work()
+    return meter.medians(per)
 
 
 def ask(client: Any, count: int) -> None:
@@ -89,10 +107,10 @@ async def ask_async(client: Any, count: int) -> None:
         check(await client.ask_async(), sdk_wire.ANSWER)
 
 
-async def calls_async(burst: Any, each: Any, repeats: int, asked: int) -> dict[str, dict[str, float]]:
+async def calls_async(burst: Any, paced: Any, repeats: int, asked: int) -> dict[str, dict[str, float]]:
     return {
         "stream, async": await cost_async(lambda: stream_async(burst, NUM_CHUNKS), repeats, NUM_CHUNKS),
-        "stream, async, paced": await cost_async(lambda: stream_async(each, NUM_CHUNKS), repeats, NUM_CHUNKS),
+        "stream, async, paced": await cost_async(lambda: stream_async(paced, PACED_CHUNKS), repeats, PACED_CHUNKS),
         "plain, async": await cost_async(lambda: ask_async(burst, asked), repeats, asked),
         "100 streams": await cost_async(lambda: many_streams(burst), repeats, NUM_STREAMS * CHUNKS_OF_MANY),
     }
@@ -100,13 +118,13 @@ async def calls_async(burst: Any, each: Any, repeats: int, asked: int) -> dict[s
 
 def calls(name: str, url: str, scale: float) -> dict[str, dict[str, float]]:
     make = sdk_clients.CLIENTS[name]
-    burst, each = make(url), make(f"{url}/each")
+    burst, paced = make(url), make(f"{url}/paced")
     repeats, asked = max(1, round(5 * scale)), max(20, round(100 * scale))
     return {
         "stream": cost(lambda: stream(burst, NUM_CHUNKS), repeats, NUM_CHUNKS),
-        "stream, paced": cost(lambda: stream(each, NUM_CHUNKS), repeats, NUM_CHUNKS),
+        "stream, paced": cost(lambda: stream(paced, PACED_CHUNKS), repeats, PACED_CHUNKS),
         "plain": cost(lambda: ask(burst, asked), repeats, asked),
-        **asyncio.run(calls_async(burst, each, repeats, asked)),
+        **asyncio.run(calls_async(burst, paced, repeats, asked)),
     }
 
 

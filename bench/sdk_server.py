@@ -2,8 +2,8 @@
 
     python bench/sdk_server.py        prints its port and serves until its standard input ends
 
-A path that begins with `/each` gets an event per write and turn of the loop, as tokens come; any other gets the whole
-stream in one write. Either way each event is an HTTP chunk of its own.
+A path that begins with `/paced` gets an event per write and a millisecond between them, as tokens come; any other gets
+the whole stream in one write. Either way each event is an HTTP chunk of its own.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ _SHAPES: dict[bytes, tuple[Callable[[], bytes], Callable[[int], list[bytes]], by
 _LENGTH = re.compile(rb"(?i)content-length: *(\d+)")
 _CHUNKS = re.compile(rb"chunks-(\d+)")
 _STREAMS = re.compile(rb'"stream": ?true')
+PACE_SECONDS = 0.001  # longer than any client here takes for an event
 _NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -72,15 +73,15 @@ class Connection(asyncio.Protocol):
         else:
             asked = _CHUNKS.search(body)
             num_chunks = int(asked[1]) if asked else 100
-            if path.startswith(b"/each"):
-                self.task = asyncio.ensure_future(self.each(stream(suffix, num_chunks)))
+            if path.startswith(b"/paced"):
+                self.task = asyncio.ensure_future(self.paced(stream(suffix, num_chunks)))
             else:
                 self.transport.write(whole_stream(suffix, num_chunks))
 
-    async def each(self, writes: tuple[bytes, ...]) -> None:
+    async def paced(self, writes: tuple[bytes, ...]) -> None:
         for data in writes:
             self.transport.write(data)
-            await asyncio.sleep(0)
+            await asyncio.sleep(PACE_SECONDS)
 
 
 async def main() -> None:

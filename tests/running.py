@@ -21,7 +21,7 @@ from octoai.server import app
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine
 from octoai.server.metrics import Metrics
-from octoai.server.protocol import OneWriteProtocol
+from octoai.server.protocol import BoundedProtocol
 from octoai.server.queue import FairQueue
 from octoai.server.router import Deployment, Router
 from octoai.server.service import Service
@@ -67,7 +67,7 @@ class InProcess:
         await self.engine.start()
         config = uvicorn.Config(
             app.application(self.service),
-            http=OneWriteProtocol,
+            http=BoundedProtocol,
             lifespan="off",
             log_config=None,
             access_log=False,

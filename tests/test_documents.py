@@ -32,7 +32,12 @@ def test_the_samples_are_the_examples() -> None:
 def test_the_other_programs_run(served: Serve, number: int) -> None:
     environ = {**served.environ, "OCTOAI_BASE_URL": served.url, "OCTOAI_TOKEN": served.token}
     ran = subprocess.run(
-        [sys.executable, "-c", blocks("python")[number]], env=environ, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", blocks("python")[number]],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()

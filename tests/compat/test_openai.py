@@ -115,5 +115,8 @@ def test_errors_arrive_typed(client: openai.OpenAI, change: dict, error: type, p
 
 
 def test_a_wrong_token_is_an_authentication_error(served: Serve) -> None:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+    with (
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong") as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
         client.models.list()

@@ -269,7 +269,13 @@ def test_a_reason_without_an_end_is_not_an_end() -> None:
     [
         *("not json", "[]", "null", "5", '"x"', '{"choices": 5}', '{"choices": [null]}', '{"choices": ["x"]}'),
         *('{"choices": [{"delta": "x"}]}', '{"choices": [{"delta": {"content": 5}}]}', '{"choices": {"a": 1}}'),
-        *('{"usage": 5}', '{"usage": [1]}', '{"timings": {}}', '{"timings": 5}', '{"timings": {"cache_n": "a"}}'),
+        *(
+            '{"usage": 5}',
+            '{"usage": [1]}',
+            '{"timings": {"cache_n": 1}}',
+            '{"timings": 5}',
+            '{"timings": {"cache_n": "a"}}',
+        ),
         '{"choices": [{"text": "a", "logprobs": {"content": [{}]}}]}',
         '{"choices": [{"text": "a", "logprobs": 5}]}',
         '{"choices": [{"text": "a", "index": []}]}',

@@ -15,7 +15,23 @@ from octoai.server.encoding import ChatEncoder, CompletionEncoder, error_event
 from octoai.server.engines.base import Delta, Event, Finished, Started, Usage
 
 USAGE = Usage(prompt_tokens=3, cached_tokens=1, completion_tokens=2)
-AWKWARD = ['"', "\\", "\n", "\r", "\u2028", "\u2029", "\x00", "\x7f", "é", "你", "😀", "\ufffd", "[DONE]", "[", "data: [DONE]\n\n"]
+AWKWARD = [
+    '"',
+    "\\",
+    "\n",
+    "\r",
+    "\u2028",
+    "\u2029",
+    "\x00",
+    "\x7f",
+    "é",
+    "你",
+    "😀",
+    "\ufffd",
+    "[DONE]",
+    "[",
+    "data: [DONE]\n\n",
+]
 
 
 def chat(**changes: Any) -> ChatEncoder:
@@ -119,7 +135,10 @@ def test_text_that_looks_like_the_end_does_not_end_the_typescript_client() -> No
         token = {"token": said, "logprob": -0.5, "bytes": [1], "top_logprobs": [{"token": said, "logprob": -1.0}]}
         for encoder in (chat(logprobs=True, top_logprobs=1), text(logprobs=1)):
             read = chunks(encoder, [Started(1), Delta(0, said, 1, [token])], [finished("stop")])
-            assert any(said in (choice["choices"][0].get("text"), choice["choices"][0].get("delta", {}).get("content")) for choice in read)
+            assert any(
+                said in (choice["choices"][0].get("text"), choice["choices"][0].get("delta", {}).get("content"))
+                for choice in read
+            )
     event = error_event({"error": {"message": "said [DONE]"}})
     assert b"[DONE]" not in event
     assert json.loads(event[6:])["error"]["message"] == "said [DONE]"
@@ -132,9 +151,12 @@ def test_logprobs_have_the_chat_form_and_both_forms_for_completions() -> None:
 
     deltas = [Delta(0, "ab", 2, [token("a"), token("b")]), Delta(0, "c", 3, [token("c")])]
     events = [Started(1), *deltas, finished("stop")]
-    assert [
-        chunk["choices"][0]["logprobs"] for chunk in chunks(chat(logprobs=True, top_logprobs=1), events)
-    ] == [None, {"content": [token("a"), token("b")]}, {"content": [token("c")]}, None]
+    assert [chunk["choices"][0]["logprobs"] for chunk in chunks(chat(logprobs=True, top_logprobs=1), events)] == [
+        None,
+        {"content": [token("a"), token("b")]},
+        {"content": [token("c")]},
+        None,
+    ]
     encoder = text(logprobs=1)
     read = [chunk["choices"][0]["logprobs"] for chunk in chunks(encoder, events)]
     assert [row and row["text_offset"] for row in read] == [[0, 1], [2], None]

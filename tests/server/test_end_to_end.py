@@ -32,7 +32,9 @@ class Client:
         self.address = (place.hostname, place.port)
         self.headers = {"authorization": f"Bearer {service.token}", "content-type": "application/json"}
 
-    def send(self, path: str, body: Any = None, method: str | None = None) -> tuple[int, http.client.HTTPMessage, bytes]:
+    def send(
+        self, path: str, body: Any = None, method: str | None = None
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
         connection = http.client.HTTPConnection(*self.address, timeout=60)
         payload = None if body is None else json.dumps(body)
         try:
@@ -226,7 +228,10 @@ def test_ignore_eos_goes_on_to_max_tokens(client: Client) -> None:
 
 
 def test_a_prefilled_answer_is_continued(client: Client) -> None:
-    messages = [{"role": "user", "content": "Describe a person as JSON."}, {"role": "assistant", "content": '{"name": "'}]
+    messages = [
+        {"role": "user", "content": "Describe a person as JSON."},
+        {"role": "assistant", "content": '{"name": "'},
+    ]
     whole = client.chat(messages=messages)["choices"][0]["message"]["content"]
     chunks = client.stream(messages=messages)
     assert not whole.startswith('{"name"')
@@ -354,4 +359,3 @@ def test_one_line_is_logged_per_request_without_its_text(client: Client, served:
     assert request["total_ms"] >= request["first_token_ms"] > 0
     assert "zebra" not in served.log.read_text()
     assert served.token not in served.log.read_text()
-

@@ -415,15 +415,40 @@ json_values = st.recursive(
     | st.floats()
     | st.text(max_size=8)
     | st.sampled_from(["user", "auto", "none", "text", "json_object", "json_schema", "function", "1", "9" * 4400]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.text(max_size=4)
-        | st.sampled_from(
-            ["model", "messages", "role", "content", "prompt", "type", "text", "image_url", "url", "function", "name"]
-            + ["schema", "json_schema", "tool_calls", "vllm", "loras", "top_k", "include_usage", "arguments", "1", "str"]
-        ),
-        inner,
-        max_size=3,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(max_size=4)
+            | st.sampled_from(
+                [
+                    "model",
+                    "messages",
+                    "role",
+                    "content",
+                    "prompt",
+                    "type",
+                    "text",
+                    "image_url",
+                    "url",
+                    "function",
+                    "name",
+                ]
+                + [
+                    "schema",
+                    "json_schema",
+                    "tool_calls",
+                    "vllm",
+                    "loras",
+                    "top_k",
+                    "include_usage",
+                    "arguments",
+                    "1",
+                    "str",
+                ]
+            ),
+            inner,
+            max_size=3,
+        )
     ),
     max_leaves=8,
 )

@@ -38,3 +38,38 @@ def test_done_and_the_end_of_the_body_leave_together(in_process: Start) -> None:
         _, last = first_and_last_read(service)
         assert last.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert b'"finish_reason":"stop"' in last
+
+
+def test_a_request_head_without_an_end_is_cut_off(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\nx-long: ")
+        received = b""
+        try:
+            for _ in range(200):
+                connection.sendall(b"a" * 10_000)
+        except OSError:
+            pass  # it hung up while we were still sending: that is the point
+        else:
+            received = connection.recv(1000)
+    assert received == b"" or received.startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_large_body_does_not_count_as_a_head(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    text = "word " * 7000
+    for _ in range(2):
+        body = json.dumps({"model": service.model, "messages": [{"role": "user", "content": text}], "x": "y" * 300_000})
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {service.token}\r\n"
+            connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_body_that_is_too_large_is_answered_even_when_the_client_sends_all_of_it_first(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {service.token}\r\n"
+        connection.sendall(f"{head}content-length: 12000000\r\n\r\n".encode())
+        connection.sendall(b"x" * 12_000_000)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")

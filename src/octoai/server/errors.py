@@ -105,9 +105,7 @@ class TooLarge(Refusal):
     code = "body_too_large"
 
     def __init__(self, max_bytes: int) -> None:
-        # The rest of the body is not read, so the connection cannot carry another request.
-        headers = {"connection": "close"}
-        super().__init__(f"The request body is larger than {max_bytes} bytes, the most that is read.", headers=headers)
+        super().__init__(f"The request body is larger than {max_bytes} bytes, the most that is read.")
 
 
 class InvalidBody(Refusal):

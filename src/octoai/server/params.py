@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from octoai.server.engines.base import Generation
 from octoai.server.errors import BadRequest, InvalidBody, MalformedBody, UnsupportedParameter
+from octoai.server.json_schema import bounded
 from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, _Message
 
 DEFAULT_MAX_TOKENS = 512
@@ -236,11 +237,11 @@ def _schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | No
     if response_format is None or response_format["type"] == "text":
         return None
     if response_format["type"] == "json_object":
-        return cast("Mapping[str, Any]", response_format.get("schema") or {})
+        return bounded(response_format.get("schema") or {})
     named = response_format.get("json_schema")
     if named is None:
         raise _invalid(("response_format", "json_schema"), "Field required", "missing")
-    return cast("Mapping[str, Any]", named.get("schema") or {})
+    return bounded(named.get("schema") or {})
 
 
 def _refuse_impossible(params: Mapping[str, Any]) -> None:

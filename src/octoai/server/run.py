@@ -21,7 +21,7 @@ import uvicorn
 from octoai import _credentials
 from octoai.server import app
 from octoai.server.errors import Refusal
-from octoai.server.protocol import OneWriteProtocol
+from octoai.server.protocol import BoundedProtocol
 from octoai.server.service import Service
 from octoai.server.settings import Settings
 from octoai.server.tokens import Tokens
@@ -118,7 +118,7 @@ async def _drain(service: Service, stop: _Stop) -> None:
 def _config(service: Service) -> uvicorn.Config:
     return uvicorn.Config(
         app.application(service),
-        http=OneWriteProtocol,
+        http=BoundedProtocol,
         lifespan="off",
         log_config=None,
         access_log=False,

@@ -152,9 +152,8 @@ def _canonical(settings: Settings, name: str, environ: Mapping[str, str]) -> Set
             raise BadSettings(f"{name}: model {model.id!r}: engine_key_env: {model.engine_key_env} is not set")
     known = {candidate.lower() for model in models for candidate in model.described(shipped).names}
     if settings.stand_in and settings.stand_in.lower() not in known:
-        raise BadSettings(
-            f"{name}: stand_in: {settings.stand_in!r} is not served; these are: {', '.join(model.id for model in models)}"
-        )
+        served = ", ".join(model.id for model in models)
+        raise BadSettings(f"{name}: stand_in: {settings.stand_in!r} is not served; these are: {served}")
     return settings.model_copy(update={"models": models})
 
 

@@ -335,20 +335,14 @@ def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | N
     return refused
 
 
-def _suspect(message: str, param: str) -> str | None:
-    """Which parameter an engine's complaint is about, where its words tell."""
-    for words, name in (
-        ("schema", "response_format"),
-        ("grammar", "response_format"),
-        ("token", param),
-        ("role", param),
-    ):
-        if words in message.lower():
-            return name
-    return None
+def _suspect(message: str, param: str) -> str:
+    """Which parameter an engine's complaint is about. What its words do not tell is about the prompt."""
+    is_about_schema = any(word in message.lower() for word in ("schema", "grammar"))
+    return "response_format" if is_about_schema else param
 
 
 def _message_of(said: Mapping[str, Any]) -> str:
     error = said.get("error", said)
     message = error.get("message") if isinstance(error, dict) else error
-    return " ".join(str(message or "it did not say why").split())[:500]
+    text = " ".join(str(message or "it did not say why").split())
+    return text.rpartition("Automatic parser generation failed: ")[2][:500]

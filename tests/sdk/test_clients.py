@@ -1,0 +1,245 @@
+"""Clients as objects: where their settings come from, copies, processes and event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import os
+import pickle
+import stat
+import threading
+from typing import Any
+
+import pytest
+
+from octoai import ApiError, AsyncOctoAI, OctoAI, OctoAIEnvironment, Timeout, _credentials
+from tests.sdk.conftest import MESSAGES
+from tests.sdk.misbehaving import Exchange, answer, words
+
+FILE_URL = "http://127.0.0.1:7001"
+
+
+def token_of(client: OctoAI) -> Any:
+    return client._settings.access.token
+
+
+def test_the_local_service_is_the_default() -> None:
+    assert OctoAI().base_url == "http://127.0.0.1:8000"
+    assert token_of(OctoAI()) is None
+
+
+def test_argument_then_environment_then_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    _credentials.write(endpoint=FILE_URL, token='from "file" \\')
+    assert OctoAI().base_url == FILE_URL
+    assert token_of(OctoAI()) == 'from "file" \\'
+    for older, newer in (("OCTOAI_API_KEY", "OCTOAI_API_TOKEN"), ("OCTOAI_API_TOKEN", "OCTOAI_TOKEN")):
+        monkeypatch.setenv(older, older)
+        monkeypatch.setenv(newer, newer)
+        assert token_of(OctoAI()) == newer
+    monkeypatch.setenv("OCTOAI_API_BASE", "http://base:1/v1")
+    assert OctoAI().base_url == "http://base:1"
+    monkeypatch.setenv("OCTOAI_BASE_URL", "http://url:1/v1/")
+    assert OctoAI().base_url == "http://url:1"
+    assert OctoAIEnvironment.PRODUCTION.text_gen == "http://url:1"
+    own = OctoAIEnvironment(default="http://x", image_gen="http://x", text_gen="http://own:1")
+    assert OctoAI(environment=own).base_url == "http://own:1"
+    assert OctoAI(environment=own, base_url="http://arg:1", api_key="arg").base_url == "http://arg:1"
+    assert token_of(OctoAI(api_key="arg")) == "arg"
+
+
+def test_the_files_token_goes_only_to_the_files_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    _credentials.write(endpoint=FILE_URL, token="secret")
+    assert token_of(OctoAI(base_url=f"{FILE_URL}/v1")) == "secret"
+    assert token_of(OctoAI(base_url="http://127.0.0.1:7002")) is None
+    assert not OctoAI()._settings.access.covers("http://127.0.0.1:7002/infer")
+    monkeypatch.setenv("OCTOAI_BASE_URL", "http://other")
+    assert token_of(OctoAI()) is None
+
+
+def test_the_credentials_file_is_private(tmp_path: Any) -> None:
+    written = _credentials.write(endpoint=FILE_URL, token="t")
+    assert written == _credentials.path() == tmp_path / "config" / "credentials.toml"
+    assert stat.S_IMODE(written.stat().st_mode) == 0o600
+    assert stat.S_IMODE(written.parent.stat().st_mode) == 0o700
+    assert list(written.parent.iterdir()) == [written]
+    stored = _credentials.read()
+    assert stored is not None
+    assert (stored.endpoint, stored.token) == (FILE_URL, "t")
+    written.write_text("endpoint = [")
+    with pytest.raises(ApiError, match="not valid TOML"):
+        OctoAI()
+    assert OctoAI(base_url="http://x", api_key="y")
+
+
+def test_dead_hosts_are_refused_wherever_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = OctoAIEnvironment(default="x", image_gen="x", text_gen="https://text.octoai.run")
+    with pytest.raises(ApiError, match="shut down"):
+        OctoAI(environment=dead)
+    monkeypatch.setenv("OCTOAI_API_BASE", "https://text.octoai.run/v1")
+    with pytest.raises(ApiError, match="shut down"):
+        AsyncOctoAI()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://a b", "http://u:p@host", ""])
+def test_a_bad_address_is_refused_at_once(url: str) -> None:
+    if url:
+        with pytest.raises(ApiError):
+            OctoAI(base_url=url)
+    else:
+        assert OctoAI(base_url=url).base_url == "http://127.0.0.1:8000"
+
+
+def test_a_client_never_shows_its_token() -> None:
+    for client in OctoAI(api_key="s3cret"), AsyncOctoAI(api_key="s3cret"):
+        assert "s3cret" not in repr(client) + str(vars(client)) + repr(client._settings.access)
+
+
+@pytest.mark.parametrize("settings", [{"timeout": "3"}, {"timeout": True}, {"max_retries": -1}, {"api_key": 3}])
+def test_settings_of_the_wrong_type_are_refused(settings: Any) -> None:
+    with pytest.raises(TypeError):
+        OctoAI(**settings)
+
+
+@pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, lambda client: pickle.loads(pickle.dumps(client))])
+def test_a_copy_works_and_shares_no_connection(serve: Any, made: Any) -> None:
+    server = serve(lambda x: x.reply(200, answer()))
+    with OctoAI(base_url=server.url, api_key="k", timeout=Timeout(read=3), max_retries=1) as client:
+        client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+        with made(client) as twin:
+            assert twin.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+    assert server.connections == 2
+    assert server.requests[1].headers["authorization"] == "Bearer k"
+
+
+def test_an_async_client_can_be_copied_and_pickled() -> None:
+    client = AsyncOctoAI(base_url="http://x", api_key="k")
+    for twin in copy.deepcopy(client), pickle.loads(pickle.dumps(client)):
+        assert twin.base_url == "http://x"
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def methods(cls: type) -> set[str]:
+        return {name for name in vars(cls) if not name.startswith("_")}
+
+    from octoai.text_gen.client import AsyncTextGenClient, TextGenClient
+
+    assert methods(OctoAI) == methods(AsyncOctoAI)
+    assert methods(TextGenClient) == methods(AsyncTextGenClient)
+    for name in methods(TextGenClient):
+        sync, other = (inspect.signature(getattr(cls, name)) for cls in (TextGenClient, AsyncTextGenClient))
+        assert sync.parameters.keys() == other.parameters.keys()
+
+
+def test_an_async_client_serves_two_event_loops(serve: Any) -> None:
+    server = serve(lambda x: x.stream(words()) if x.json["stream"] else x.reply(200, answer()))
+    client = AsyncOctoAI(base_url=server.url, api_key="k", max_retries=0)
+
+    async def work() -> int:
+        await client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+        stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+        return len([item async for item in stream])
+
+    assert asyncio.run(work()) == 3
+    assert asyncio.run(work()) == 3
+
+
+def test_an_async_token_callable_is_awaited(serve: Any) -> None:
+    server = serve(lambda x: x.reply(200, answer()))
+
+    async def token() -> str:
+        await asyncio.sleep(0)
+        return "later"
+
+    async def work() -> None:
+        async with AsyncOctoAI(base_url=server.url, api_key=token) as client:
+            await client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+
+    asyncio.run(work())
+    assert server.requests[0].headers["authorization"] == "Bearer later"
+    with pytest.raises(ApiError, match="not a string"):
+        OctoAI(base_url=server.url, api_key=token).text_gen.create_chat_completion(  # type: ignore[arg-type]
+            model="m", messages=[]
+        )
+
+
+def test_a_cancelled_call_closes_its_connection(serve: Any) -> None:
+    waited: list[float | None] = []
+
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        waited.append(x.seconds_until_closed())
+
+    async def work() -> None:
+        async with AsyncOctoAI(base_url=serve(script).url, api_key="k") as client:
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(stream.final(), 0.3)
+            await asyncio.sleep(0.2)
+        assert waited
+
+    asyncio.run(work())
+    assert waited[0] is not None
+    assert waited[0] < 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forked_children_get_their_own_answers(serve: Any) -> None:
+    """Parent and children share a warmed client, and ask at the same time."""
+
+    def script(x: Exchange) -> None:
+        x.reply(200, answer(x.json["messages"][0]["content"]))
+
+    server = serve(script)
+    client = OctoAI(base_url=server.url, api_key="k", max_retries=0)
+
+    def asks(name: str) -> bool:
+        for number in range(20):
+            messages = [{"role": "user", "content": f"{name}-{number}"}]
+            got = client.text_gen.create_chat_completion(model="m", messages=messages)
+            if got.choices[0].message.content != f"{name}-{number}":
+                return False
+        return True
+
+    assert asks("warm")
+    children = []
+    for name in "abc":
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if asks(name) else 1)
+        children.append(pid)
+    assert asks("parent")
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0, 0]
+    assert server.connections == 4  # the parent's own is still the first
+    client.close()
+
+
+def test_threads_may_share_a_client(serve: Any) -> None:
+    server = serve(lambda x: x.reply(200, answer(x.json["messages"][0]["content"])))
+    wrong: list[str] = []
+    with OctoAI(base_url=server.url, api_key="k") as client:
+
+        def ask(name: str) -> None:
+            for _ in range(20):
+                messages = [{"role": "user", "content": name}]
+                got = client.text_gen.create_chat_completion(model="m", messages=messages)
+                if got.choices[0].message.content != name:
+                    wrong.append(name)
+
+        threads = [threading.Thread(target=ask, args=(f"t{number}",)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert server.connections <= 8
+
+
+def test_a_client_can_be_used_after_it_was_closed(serve: Any) -> None:
+    server = serve(lambda x: x.reply(200, answer()))
+    client = OctoAI(base_url=server.url, api_key="k")
+    for _ in range(2):
+        client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+        client.close()
+    assert server.connections == 2
