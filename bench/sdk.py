@@ -23,7 +23,7 @@ from sdk_report import bars, report
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="fewer rounds, less in each: about a minute")
+    parser.add_argument("--short", action="store_true", help="fewer rounds, less in each: about two minutes")
     parser.add_argument(
         "--rounds", type=int, help="of the calls (default 5, short 1); cold starts get 2 more, at least 7"
     )

@@ -119,7 +119,7 @@ async def calls_async(burst: Any, paced: Any, repeats: int, asked: int) -> dict[
 def calls(name: str, url: str, scale: float) -> dict[str, dict[str, float]]:
     make = sdk_clients.CLIENTS[name]
     burst, paced = make(url), make(f"{url}/paced")
-    repeats, asked = max(1, round(5 * scale)), max(20, round(100 * scale))
+    repeats, asked = max(1, round(3 * scale)), max(20, round(100 * scale))
     return {
         "stream": cost(lambda: stream(burst, NUM_CHUNKS), repeats, NUM_CHUNKS),
         "stream, paced": cost(lambda: stream(paced, PACED_CHUNKS), repeats, PACED_CHUNKS),

@@ -29,7 +29,8 @@ class Bar:
     @property
     def line(self) -> str:
         verdict = "ok  " if self.value <= self.limit else "MISS"
-        return f"  {verdict}  {self.value:8.2f}  (at most {self.limit:g}; {self.value / self.limit:.2f} of it)  {self.what}"
+        share = f"{self.value / self.limit:.2f} of it"
+        return f"  {verdict}  {self.value:8.2f}  (at most {self.limit:g}; {share})  {self.what}"
 
 
 def median(rounds: list[dict[str, Any]], figure: Callable[[dict[str, Any]], float]) -> float:

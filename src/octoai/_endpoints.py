@@ -19,14 +19,18 @@ A = TypeVar("A", bound=Answer)
 Gather = Callable[[_answers.EventReader[Any], Optional[RawResponse]], A]
 
 
-def _endpoint(name: str, path: str, params: Any, *, streams: bool) -> Endpoint:
-    return Endpoint(name, path, streams, frozenset(params.__annotations__), frozenset(params.__required_keys__))
+def _pair(name: str, path: str, params: Any, *required: str) -> tuple[Endpoint, Endpoint]:
+    """An endpoint's plain and its streaming form. `required` is said once more here, because a `TypedDict` whose
+    annotations are strings does not know it."""
+    known = frozenset(params.__annotations__)
+    return (
+        Endpoint(name, path, False, known, frozenset(required)),
+        Endpoint(f"{name}_stream", path, True, known, frozenset(required)),
+    )
 
 
-CHAT = _endpoint("create_chat_completion", "/v1/chat/completions", ChatParams, streams=False)
-CHAT_STREAM = _endpoint("create_chat_completion_stream", "/v1/chat/completions", ChatParams, streams=True)
-COMPLETION = _endpoint("create_completion", "/v1/completions", CompletionParams, streams=False)
-COMPLETION_STREAM = _endpoint("create_completion_stream", "/v1/completions", CompletionParams, streams=True)
+CHAT, CHAT_STREAM = _pair("create_chat_completion", "/v1/chat/completions", ChatParams, "messages", "model")
+COMPLETION, COMPLETION_STREAM = _pair("create_completion", "/v1/completions", CompletionParams, "model")
 
 
 def infer(

@@ -127,8 +127,8 @@ def _goes_through_proxy(url: str) -> bool:
 
 def connection_error(error: BaseException, request: Request, *, retryable: bool = True) -> ApiError:
     """A failure of the network, in the user's words. `retryable`: no byte of an answer has come."""
-    refused = isinstance(error, ConnectionRefusedError) or "refused" in str(error).lower()
+    reason = str(error) or type(error).__name__
+    refused = isinstance(error, ConnectionRefusedError) or reason == "All connection attempts failed"  # anyio's words
     hint = " Is the service running? `octoai serve` starts one; OCTOAI_BASE_URL says where it is." if refused else ""
     where = "/".join(request.url.split("/", 3)[:3])
-    reason = str(error) or type(error).__name__
     return ApiConnectionError(message=f"no answer from {where}: {reason}.{hint}", retryable=retryable)

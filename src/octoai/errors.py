@@ -188,6 +188,8 @@ class ConfigurationError(ApiError):
 
 def status_class(status: int) -> type[ApiError]:
     """The class of error that an answer with this status is."""
+    if status < 400:
+        return ResponseError
     return _BY_STATUS.get(status) or (ServerError if status >= 500 else ApiError)
 
 

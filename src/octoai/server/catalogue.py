@@ -26,7 +26,6 @@ _CHECKED = ConfigDict(extra="forbid")
 _PRICE = re.compile(r"[0-9]{1,6}(\.[0-9]{1,12})?")
 _OLD_SUFFIXES = ("-fp16", "-int4")
 _LONGEST_NAME = 128
-_LEAST_LIKENESS = 0.5
 _WORD = re.compile(r"[a-z]{2,}|[0-9.]+[a-z]*")
 
 
@@ -139,7 +138,7 @@ class Catalogue(Mapping[str, Model]):
         return model
 
     def nearest(self, name: str, n: int = 3) -> tuple[str, ...]:
-        """The ids most like that name, best first; fewer than `n` when little is like it."""
+        """The ids most like that name, best first; none where nothing is like it."""
         return nearest(name, self.values(), n)
 
     def with_models(self, models: Sequence[Model]) -> Catalogue:
@@ -167,12 +166,9 @@ def nearest(name: str, models: Iterable[Model], n: int = 3) -> tuple[str, ...]:
     """The ids of the models whose id or alias is most like that name, best first."""
     # Cut short: the name comes from a request, and the comparison takes quadratic time.
     wanted = name.lower()[:_LONGEST_NAME]
-    likeness: dict[str, float] = {}
-    for model in models:
-        best = max(_likeness(wanted, known.lower()) for known in model.names)
-        if best > _LEAST_LIKENESS:
-            likeness[model.id] = best
-    return tuple(sorted(likeness, key=lambda model_id: -likeness[model_id])[:n])
+    likeness = {model.id: max(_likeness(wanted, known.lower()) for known in model.names) for model in models}
+    alike = [model_id for model_id, value in likeness.items() if value > 0]
+    return tuple(sorted(alike, key=lambda model_id: -likeness[model_id])[:n])
 
 
 def _likeness(wanted: str, known: str) -> float:

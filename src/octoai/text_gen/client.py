@@ -4,4 +4,4 @@ from octoai._async import AsyncTextGenClient
 from octoai._calls import OMIT
 from octoai._sync import TextGenClient
 
-__all__ = ["OMIT", "AsyncTextGenClient", "TextGenClient"]
+__all__ = ["AsyncTextGenClient", "OMIT", "TextGenClient"]

@@ -1,0 +1,210 @@
+"""The pure middle: bytes to events, bytes to HTTP, deadlines, retries."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octoai import ApiError, RateLimitError, Timeout, UnprocessableEntityError
+from octoai._deadlines import DEFAULT_TIMEOUT, Deadlines
+from octoai._http1 import ProtocolError, ResponseParser
+from octoai._retry import RetryPolicy, is_retryable, retry_after
+from octoai.errors import ApiTimeoutError, StreamInterrupted
+from octoai.sse import Event, EventDecoder, EventTooLargeError
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    at = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
+    return [data[a:b] for a, b in zip(at, at[1:], strict=False)]
+
+
+def reference(data: bytes) -> list[Event]:
+    """The rules for event streams, read line by line and whole."""
+    text = data.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    events, lines, name = [], [], ""
+    *complete, _ = text.split("\n")
+    for line in complete:
+        if not line:
+            if lines:
+                events.append(Event("\n".join(lines).encode(), name))
+            lines, name = [], ""
+            continue
+        key, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if key == "data":
+            lines.append(value)
+        elif key == "event":
+            name = value
+    return events
+
+
+line = st.sampled_from(
+    ["data: {}", "data:x", "data", "data:  two", "event: e", ": ping", "id: 1", "retry: 2", "", "", "", "nonsense"]
+)
+body = st.tuples(st.sampled_from(["", "\ufeff"]), st.lists(st.tuples(line, st.sampled_from(["\n", "\r\n", "\r"]))))
+
+
+@given(body, st.lists(st.integers(0, 500)))
+def test_events_do_not_depend_on_the_cutting(parts: Any, places: list[int]) -> None:
+    data = (parts[0] + "".join(text + end for text, end in parts[1])).encode()
+    decoder = EventDecoder()
+    assert [event for piece in cut(data, places) for event in decoder.feed(piece)] == reference(data)
+
+
+@given(st.binary(max_size=200), st.lists(st.integers(0, 200)))
+def test_any_bytes_give_the_same_events_however_cut(data: bytes, places: list[int]) -> None:
+    whole, decoder = EventDecoder().feed(data), EventDecoder()
+    assert [event for piece in cut(data, places) for event in decoder.feed(piece)] == whole
+
+
+def test_an_event_ends_at_a_carriage_return() -> None:
+    decoder = EventDecoder()
+    assert decoder.feed(b"data: a\r\r") == [Event(b"a")]
+    assert decoder.feed(b"\ndata: b\r\n\r\n") == [Event(b"b")]
+
+
+def test_an_event_without_end_is_refused() -> None:
+    decoder = EventDecoder(max_bytes=100)
+    with pytest.raises(EventTooLargeError):
+        decoder.feed(b"data: " + b"x" * 200)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nX-A: 1\r\nx-a: 2\r\n\r\n"
+ANSWERS = {
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello": b"hello",
+    CHUNKED + b"3;ext=1\r\nhel\r\n2\r\nlo\r\n0\r\nTrailer: x\r\n\r\n": b"hello",
+    b"HTTP/1.1 204 No\r\n\r\n": b"",
+}
+
+
+@pytest.mark.parametrize("data", ANSWERS)
+@given(st.lists(st.integers(0, 200)))
+def test_an_answer_does_not_depend_on_the_cutting(data: bytes, places: list[int]) -> None:
+    parser = ResponseParser()
+    assert b"".join(parser.feed(piece) for piece in cut(data, places)) == ANSWERS[data]
+    assert parser.reusable
+
+
+def test_repeated_headers_are_joined() -> None:
+    parser = ResponseParser()
+    parser.feed(CHUNKED)
+    assert parser.headers["x-a"] == "1, 2"
+
+
+@pytest.mark.parametrize(
+    "tail", [b"-3\r\n", b"+3\r\n", b"0x3\r\n", b"1_0\r\n", b"\r\n", b"3\r\nhelp\r\n", b"g\r\n", b"f" * 17000]
+)
+def test_malformed_chunks_are_refused(tail: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        ResponseParser().feed(CHUNKED + tail)
+
+
+@given(st.binary(max_size=100))
+def test_no_bytes_break_the_parser_in_another_way(data: bytes) -> None:
+    for start in (b"", CHUNKED):
+        parser = ResponseParser()
+        try:
+            parser.feed(start + data)
+            parser.end()
+        except ProtocolError:
+            pass
+
+
+def test_a_body_until_the_end_of_the_connection() -> None:
+    parser = ResponseParser()
+    assert parser.feed(b"HTTP/1.0 200 OK\r\n\r\nabc") == b"abc"
+    parser.end()
+    assert parser.done
+    assert not parser.reusable
+
+
+def test_bytes_nobody_asked_for_spoil_the_connection() -> None:
+    parser = ResponseParser()
+    assert parser.feed(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nab") == b"a"
+    assert parser.done
+    assert not parser.reusable
+
+
+def test_a_number_is_a_timeout_for_every_single_wait() -> None:
+    assert Timeout.of(20) == Timeout(connect=10, read=20, total=None, first_token=20, idle=20)
+    assert Timeout.of(None) == Timeout(None, None, None, None, None)
+    assert Timeout() == DEFAULT_TIMEOUT
+    assert Timeout(idle=3).first_token == 3
+    assert pickle.loads(pickle.dumps(Timeout(idle=3))) == Timeout(idle=3)
+    for wrong in 0, -1, float("nan"):
+        with pytest.raises(ValueError, match="more than 0"):
+            Timeout(read=wrong)
+
+
+def test_deadlines_run_only_while_somebody_waits() -> None:
+    now = [0.0]
+    deadlines = Deadlines(Timeout(read=5, first_token=10, idle=3), streams=True, clock=lambda: now[0])
+    deadlines.send()
+    assert deadlines.waiting() == 5
+    now[0] = 9
+    assert deadlines.waiting() == 1
+    deadlines.content()
+    now[0] = 100
+    assert deadlines.waiting() == 3
+    now[0] = 103
+    with pytest.raises(ApiTimeoutError) as caught:
+        deadlines.waiting()
+    assert (caught.value.deadline, caught.value.seconds) == ("idle", 3)
+
+
+def test_waits_double_up_to_the_cap() -> None:
+    policy, error = RetryPolicy(max_retries=10), ApiError(retryable=True)
+    assert [policy.delay(n, error, chance=0.0) for n in range(1, 7)] == [0.5, 1, 2, 4, 8, 8]
+    assert policy.delay(1, error, chance=0.999) == pytest.approx(0.375, abs=0.01)
+    assert policy.delay(11, error) is None
+    assert policy.delay(1, ApiError()) is None
+
+
+def test_what_the_service_asks_for_wins() -> None:
+    policy = RetryPolicy()
+    for _ in range(20):
+        delay = policy.delay(1, RateLimitError(retryable=True, retry_after=5), chance=random.random())
+        assert delay is not None
+        assert 5 <= delay <= 5.5
+    assert policy.delay(1, RateLimitError(retryable=True, retry_after=61)) is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after": "-3"}, 0),
+        ({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, 40),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:40 GMT"}, 0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after-ms": "x", "retry-after": "2"}, 2),
+        ({}, None),
+    ],
+)
+def test_the_forms_of_retry_after(headers: Any, seconds: float | None) -> None:
+    assert retry_after(headers, now=60) == seconds
+
+
+def test_the_service_decides_what_is_retryable() -> None:
+    assert is_retryable(503, {})
+    assert not is_retryable(503, {"x-should-retry": "false"})
+    assert is_retryable(400, {"x-should-retry": "true"})
+
+
+def test_errors_look_as_they_always_did_and_can_be_pickled() -> None:
+    assert str(ApiError(status_code=418, body="tea")) == "status_code: 418, body: tea"
+    with pytest.raises(TypeError):
+        ApiError(418, "tea")  # type: ignore[misc]
+    error = UnprocessableEntityError({"detail": []})
+    assert error.status_code == 422
+    for original in (error, StreamInterrupted(partial="p", message="m"), ApiTimeoutError(deadline="idle")):
+        twin = pickle.loads(pickle.dumps(original))
+        assert type(twin) is type(original)
+        assert (str(twin), vars(twin).keys()) == (str(original), vars(original).keys())

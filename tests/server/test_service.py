@@ -1,0 +1,790 @@
+"""The HTTP surface, over a real socket and the scripted engine, as clients that behave and that do not see it."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import openai
+import pytest
+
+from octoai.server.engines.base import Generation
+from octoai.server.engines.scripted import ScriptedEngine, Step
+from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Unavailable
+from tests.running import InProcess
+
+Start = Callable[..., InProcess]
+MESSAGES = [{"role": "user", "content": "Hi there"}]
+LONG: Sequence[Step] = tuple(step for _ in range(4000) for step in ("word ", 0.005))
+
+
+class Talk:
+    """One connection, read and written byte by byte."""
+
+    def __init__(self, service: InProcess) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", service.port), timeout=5)
+        self.authorization = f"authorization: Bearer {service.token}\r\n"
+        self.received = b""
+
+    def send(self, path: str, body: Any = None, *, head: str = "", method: str = "POST", auth: bool = True) -> None:
+        raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        length = "" if "content-length" in head or "transfer-encoding" in head else f"content-length: {len(raw)}\r\n"
+        lines = f"{method} {path} HTTP/1.1\r\nhost: x\r\n{self.authorization if auth else ''}{head}{length}\r\n"
+        self.socket.sendall(lines.encode("latin-1") + raw)
+
+    def until(self, mark: bytes) -> bytes:
+        while mark not in self.received:
+            block = self.socket.recv(65536)
+            assert block, self.received[-500:]
+            self.received += block
+        before, _, self.received = self.received.partition(mark)
+        return before + mark
+
+    def answer(self) -> tuple[int, dict[str, str], bytes]:
+        """One answer with a length; the connection stays usable."""
+        head = self.until(b"\r\n\r\n").decode("latin-1")
+        headers = dict(line.lower().split(": ", 1) for line in head.strip().split("\r\n")[1:])
+        length = int(headers.get("content-length", 0))
+        while len(self.received) < length:
+            self.received += self.socket.recv(65536)
+        body, self.received = self.received[:length], self.received[length:]
+        return int(head.split()[1]), headers, body
+
+    def rest(self) -> bytes:
+        """All until the service ends the connection."""
+        while True:
+            try:
+                block = self.socket.recv(65536)
+            except ConnectionResetError:
+                block = b""
+            if not block:
+                return self.received
+            self.received += block
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@pytest.fixture
+def talk() -> Iterator[Callable[[InProcess], Talk]]:
+    open_: list[Talk] = []
+
+    def start(service: InProcess) -> Talk:
+        open_.append(Talk(service))
+        return open_[-1]
+
+    yield start
+    for each in open_:
+        each.close()
+
+
+def ask(
+    service: InProcess, path: str, body: Any = None, method: str | None = None, **headers: str
+) -> tuple[int, dict[str, str], Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+    try:
+        raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        all_headers = {"authorization": f"Bearer {service.token}"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+        connection.request(method or ("GET" if body is None else "POST"), path, raw, all_headers)
+        response = connection.getresponse()
+        text = response.read()
+        return response.status, {name.lower(): value for name, value in response.getheaders()}, text
+    finally:
+        connection.close()
+
+
+def chat(service: InProcess, **params: Any) -> tuple[int, dict[str, str], Any]:
+    status, headers, text = ask(service, "/v1/chat/completions", request(service, **params))
+    return status, headers, json.loads(text) if headers["content-type"] == "application/json" else text
+
+
+def request(service: InProcess, **params: Any) -> dict[str, Any]:
+    return {"model": service.model, "messages": MESSAGES, **params}
+
+
+def events(text: bytes) -> list[Any]:
+    *chunks, last, rest = text.split(b"\n\n")
+    assert (last, rest) == (b"data: [DONE]", b"")
+    return [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
+
+
+def until(fact: Callable[[], bool], seconds: float = 1.0) -> None:
+    end = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.01)
+
+
+def is_idle(service: InProcess) -> bool:
+    engine = service.engine
+    assert isinstance(engine, ScriptedEngine)
+    queue = service.queue
+    return (engine.running, queue.num_running, queue.num_waiting, len(service.service.jobs)) == (0, 0, 0, 0)
+
+
+def metric(service: InProcess, name: str) -> float:
+    _, _, text = ask(service, "/metrics")
+    rows = [line for line in text.decode().splitlines() if re.match(rf"{re.escape(name)}[{{ ]", line)]
+    return sum(float(row.rsplit(" ", 1)[1]) for row in rows)
+
+
+# Who may ask
+
+
+def test_a_missing_or_wrong_token_is_refused_before_the_body_is_sent(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine())
+    for token in ("", "authorization: Bearer octoai_wrong\r\n", "authorization: Basic x\r\n"):
+        client = talk(service)
+        began = time.monotonic()
+        client.send("/v1/chat/completions", head=token + "content-length: 9000000\r\n", auth=False)
+        status, headers, body = client.answer()
+        assert time.monotonic() - began < 0.5
+        assert (status, headers["www-authenticate"]) == (401, "bearer")
+        assert json.loads(body)["code"] == "invalid_api_key"
+    assert not service.engine.seen
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/smollm2", "/v1/chat/completions", "/v1/completions"])
+def test_everything_under_v1_wants_a_token(in_process: Start, path: str) -> None:
+    service = in_process(ScriptedEngine())
+    status, headers, text = ask(
+        service, path, None if "models" in path else b"not json", authorization="Bearer " + service.token[:-1] + "!"
+    )
+    assert status == 401
+    assert headers["x-request-id"]
+    assert json.loads(text)["error"]["code"] == "invalid_api_key"
+
+
+def test_a_revoked_token_is_refused_by_the_next_request(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    minted = service.tokens.mint("other")
+    assert ask(service, "/v1/models", authorization=f"Bearer {minted.text}")[0] == 200
+    service.tokens.revoke(minted.id)
+    assert ask(service, "/v1/models", authorization=f"Bearer {minted.text}")[0] == 401
+
+
+# Bodies
+
+
+def test_a_body_that_says_it_is_too_large_is_not_read(in_process: Start, talk: Any) -> None:
+    client = talk(in_process(ScriptedEngine()))
+    client.send("/v1/chat/completions", head="content-length: 10000001\r\n")
+    status, headers, body = client.answer()
+    assert (status, json.loads(body)["code"]) == (413, "body_too_large")
+    assert headers["x-request-id"]
+
+
+def test_a_body_that_turns_out_too_large_is_not_kept(in_process: Start, talk: Any) -> None:
+    client = talk(in_process(ScriptedEngine()))
+    client.send("/v1/chat/completions", head="transfer-encoding: chunked\r\n")
+    block = b"%x\r\n%s\r\n" % (1_000_000, b" " * 1_000_000)
+    try:
+        for _ in range(11):
+            client.socket.sendall(block)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    status, _, body = client.answer()
+    assert (status, json.loads(body)["code"]) == (413, "body_too_large")
+
+
+def test_ten_megabytes_are_read(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(context_length=10**9))
+    body = json.dumps(request(service)).encode().ljust(10_000_000)
+    status, _, text = ask(service, "/v1/chat/completions", body)
+    assert status == 200, text
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/json"])
+def test_a_body_is_json_whatever_its_type_says(in_process: Start, kind: str | None) -> None:
+    service = in_process(ScriptedEngine())
+    headers = {} if kind is None else {"content_type": kind}
+    assert ask(service, "/v1/chat/completions", json.dumps(request(service)).encode(), **headers)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 400, "invalid_json"),
+        (b"{", 400, "invalid_json"),
+        (b"[]", 422, "invalid_value"),
+        (b'{"model": "smollm2"}', 422, "invalid_value"),
+        (b'{"model": "nothing", "messages": [{"role": "user"}]}', 404, "model_not_found"),
+        (b'{"model": "smollm2", "messages": [{"role": "user"}], "peft": "x"}', 400, "unsupported_parameter"),
+    ],
+)
+def test_a_wrong_body_is_refused_in_the_one_shape(in_process: Start, body: bytes, status: int, code: str) -> None:
+    service = in_process(ScriptedEngine())
+    got, headers, text = ask(service, "/v1/chat/completions", body)
+    answer = json.loads(text)
+    assert (got, answer["code"], answer["error"]["code"]) == (status, code, code)
+    assert answer["object"] == "error"
+    assert headers["x-request-id"]
+    assert isinstance(answer.get("detail", []), list)
+    assert ("detail" in answer) == (status == 422)
+    assert not service.engine.seen
+
+
+# Paths and methods
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("POST", "/v1", 404),
+        ("GET", "/v1/embeddings", 404),
+        ("GET", "/v1/%2e%2e/%0d%0aset-cookie:x", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("OPTIONS", "/v1/chat/completions", 405),
+        ("BREW", "/v1/completions", 405),
+    ],
+)
+def test_what_is_not_there_is_said_in_the_one_shape(in_process: Start, method: str, path: str, status: int) -> None:
+    service = in_process(ScriptedEngine())
+    got, headers, text = ask(service, path, method=method)
+    assert got == status
+    answer = json.loads(text)
+    assert answer["error"]["message"] == answer["message"]
+    assert headers["x-request-id"]
+    assert "set-cookie" not in headers
+    if status == 405:
+        assert headers["allow"]
+
+
+def test_head_answers_as_get_without_a_body(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine())
+    for path in ("/health/live", "/v1/models", "/openapi.json"):
+        client = talk(service)
+        client.send(path, method="HEAD", head="connection: close\r\n")
+        head, _, body = client.rest().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert body == b""
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/chat/completions/chat/completions", "/chat/completions"]
+)
+def test_paths_that_clients_put_together_wrongly_answer_too(in_process: Start, path: str) -> None:
+    service = in_process(ScriptedEngine())
+    assert ask(service, path, request(service))[0] == 200
+
+
+# Ids
+
+
+def test_every_answer_has_an_id_also_errors_and_streams(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    seen = [
+        ask(service, path, body, **more)[1]["x-request-id"]
+        for path, body, more in (
+            ("/health/live", None, {}),
+            ("/health/ready", None, {}),
+            ("/metrics", None, {}),
+            ("/docs", None, {}),
+            ("/nothing", None, {}),
+            ("/v1/models", None, {"authorization": "Bearer x"}),
+            ("/v1/chat/completions", b"{", {}),
+            ("/v1/chat/completions", request(service), {}),
+            ("/v1/chat/completions", request(service, stream=True), {}),
+            ("/v1/completions", {"model": "smollm2", "prompt": "x"}, {}),
+        )
+    ]
+    assert len(set(seen)) == len(seen)
+    assert all(re.fullmatch(r"req_[0-9a-f]{32}", each) for each in seen)
+
+
+def test_a_sane_id_of_the_client_is_echoed(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    for own in ("abc-1", "A.b:c_d", "x" * 128):
+        assert ask(service, "/health/live", x_request_id=own)[1]["x-request-id"] == own
+
+
+@pytest.mark.parametrize("own", ["x" * 129, "x" * 1000, "a b", "a\tb", "é", "", "a;b", "<script>", "a,b"])
+def test_another_id_is_not(in_process: Start, talk: Any, own: str) -> None:
+    client = talk(in_process(ScriptedEngine()))
+    client.send("/health/live", method="GET", head=f"x-request-id: {own}\r\n")
+    _, headers, _ = client.answer()
+    assert headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize("own", ["a\rset-cookie: x=1", "a\nset-cookie: x=1", "a\x00b"])
+def test_an_id_cannot_carry_a_header_of_its_own(in_process: Start, talk: Any, own: str) -> None:
+    client = talk(in_process(ScriptedEngine()))
+    client.send("/health/live", method="GET", head=f"x-request-id: {own}\r\nconnection: close\r\n")
+    head = client.rest().partition(b"\r\n\r\n")[0].lower()
+    assert b"\r\nset-cookie" not in head
+    assert b"x=1" not in head
+
+
+# Streams
+
+
+def test_the_end_of_the_events_and_of_the_body_leave_in_one_write(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine(("a", 0.05, "b", 0.05)))
+    client = talk(service)
+    client.send("/v1/chat/completions", request(service, stream=True))
+    blocks = []
+    while not blocks or not blocks[-1].endswith(b"0\r\n\r\n"):
+        blocks.append(client.socket.recv(65536))
+        assert blocks[-1]
+    assert blocks[-1].endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert b'"finish_reason":"stop"' in blocks[-1]
+    client.send("/health/live", method="GET")  # the connection is as good as new
+    assert client.answer()[0] == 200
+
+
+def test_events_leave_as_they_come(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine(("first", 0.4, "second")))
+    client = talk(service)
+    client.send("/v1/chat/completions", request(service, stream=True))
+    began = time.monotonic()
+    head = client.until(b"\r\n\r\n").lower()
+    client.until(b'"first"')
+    assert time.monotonic() - began < 0.3
+    assert b"content-type: text/event-stream" in head
+    assert b"x-accel-buffering: no" in head
+    assert b"x-octoai-served-model: " + service.model.encode() in head
+    client.until(b'"second"')
+
+
+def test_an_error_in_mid_stream_is_an_event_and_a_body_without_its_end(in_process: Start, talk: Any) -> None:
+    for error, code in ((EngineFailed("it broke"), "engine_failed"), (ValueError("internal detail"), None)):
+        service = in_process(ScriptedEngine(("one ", "two ", 0.02, error)))
+        client = talk(service)
+        client.send("/v1/chat/completions", request(service, stream=True))
+        said = client.rest()
+        assert said.startswith(b"HTTP/1.1 200")
+        assert b'"content":"two "' in said
+        last = json.loads(said.rpartition(b"data: ")[2].split(b"\n\n")[0])
+        assert last["error"]["code"] == code
+        assert last["error"]["message"] == last["message"]
+        assert b"internal detail" not in said
+        assert b"[DONE]" not in said
+        assert not said.endswith(b"0\r\n\r\n")
+        assert is_idle(service)
+        assert metric(service, "octoai_requests_failed_total") == 1
+
+
+def test_the_openai_client_notices_an_error_in_mid_stream(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(("one ", EngineFailed("it broke"))))
+    with openai.OpenAI(base_url=service.url + "/v1", api_key=service.token, max_retries=0) as client:
+        stream = client.chat.completions.create(model=service.model, messages=MESSAGES, stream=True)  # type: ignore[call-overload]
+        with pytest.raises(openai.APIError, match="it broke"):
+            list(stream)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (EngineFailed("it broke"), 502, "engine_failed"),
+        (Unavailable("later", retry_after=3), 503, "unavailable"),
+        (BadRequest("no", param="response_format"), 400, "invalid_value"),
+        (ContextLengthExceeded(9000, 8192, param="messages"), 400, "context_length_exceeded"),
+        (RuntimeError("internal detail"), 500, None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_an_engine_refuses_before_its_first_token_is_a_plain_answer(
+    in_process: Start, error: Exception, status: int, code: str | None, stream: bool
+) -> None:
+    service = in_process(ScriptedEngine((error,)))
+    got, headers, answer = chat(service, stream=stream)
+    assert (got, answer["code"], headers["content-type"]) == (status, code, "application/json")
+    assert "internal detail" not in json.dumps(answer)
+    assert ("retry-after" in headers) == (status == 503)
+    assert is_idle(service)
+
+
+def test_an_engine_that_breaks_off_a_whole_answer_is_a_502(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(("one ", "two ", EngineFailed("it broke"))))
+    status, _, answer = chat(service)
+    assert (status, answer["code"]) == (502, "engine_failed")
+    assert metric(service, "octoai_requests_failed_total") == 1
+
+
+def test_usage_is_in_the_stream_only_when_asked_for(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(("a", "b")))
+    for options, wanted in ((None, False), ({}, False), ({"include_usage": False}, False), ({"include_usage": True}, True)):
+        _, _, text = chat(service, stream=True, stream_options=options)
+        read = events(text)
+        assert all(len(chunk["choices"]) == 1 for chunk in read)
+        assert bool(read[-1].get("usage")) is wanted
+    assert read[-1]["usage"]["completion_tokens"] == 2
+
+
+def test_choices_and_prompts_make_one_answer(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(lambda generation: (str(generation.text), " and", 0.01, " on"), num_slots=2))
+    status, _, text = ask(service, "/v1/completions", {"model": "smollm2", "prompt": ["a b", "c"], "n": 2})
+    assert status == 200
+    whole = json.loads(text)
+    said = ["a b and on", "a b and on", "c and on", "c and on"]
+    assert [choice["text"] for choice in whole["choices"]] == said
+    assert whole["usage"]["completion_tokens"] == 12
+    assert whole["usage"]["prompt_tokens"] == 3
+    _, _, text = ask(
+        service, "/v1/completions", {"model": "smollm2", "prompt": ["a b", "c"], "n": 2, "stream": True, "echo": True}
+    )
+    streamed = [""] * 4
+    for chunk in events(text):
+        streamed[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert streamed == ["a b" + said[0], "a b" + said[1], "c" + said[2], "c" + said[3]]
+
+
+def test_three_streamed_choices_open_and_close_once_each(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(("a", 0.01, "b"), num_slots=1))
+    _, _, text = chat(service, n=3, stream=True, seed=5)
+    read = [chunk["choices"][0] for chunk in events(text)]
+    assert sorted(choice["index"] for choice in read if "role" in choice["delta"]) == [0, 1, 2]
+    assert sorted(choice["index"] for choice in read if choice["finish_reason"]) == [0, 1, 2]
+    assert sorted(generation.seed for generation in service.engine.seen) == [5, 6, 7]
+    assert is_idle(service)
+
+
+def test_one_failing_choice_ends_them_all(in_process: Start) -> None:
+    def script(generation: Generation) -> Sequence[Step]:
+        return ("x", 0.05, EngineFailed("it broke")) if generation.seed == 2 else LONG
+
+    service = in_process(ScriptedEngine(script))
+    status, _, answer = chat(service, n=3, seed=1)
+    assert (status, answer["code"]) == (502, "engine_failed")
+    until(lambda: is_idle(service))
+
+
+# Clients that leave
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("moment", ["before the first token", "in the middle", "queued"])
+def test_a_client_that_leaves_frees_its_slot_within_a_second(
+    in_process: Start, talk: Any, moment: str, stream: bool, n: int
+) -> None:
+    script: Sequence[Step] = (30.0, "late") if moment == "before the first token" else LONG
+    service = in_process(ScriptedEngine(script, num_slots=1 if moment == "queued" else 3))
+    engine = service.engine
+    first = talk(service)
+    first.send("/v1/chat/completions", request(service, stream=stream, n=1 if moment == "queued" else n))
+    until(lambda: engine.running == (1 if moment == "queued" else n), 3)
+    if moment == "queued":
+        second = talk(service)
+        second.send("/v1/chat/completions", request(service, stream=stream, n=n))
+        until(lambda: service.queue.num_waiting == n, 3)
+        assert metric(service, "vllm:num_requests_waiting") == n
+        second.close()
+        until(lambda: service.queue.num_waiting == 0)
+        assert engine.running == 1
+    elif moment == "in the middle" and stream:
+        first.until(b"word")
+    assert metric(service, "vllm:num_requests_running") == engine.running
+    first.close()
+    until(lambda: is_idle(service))
+    assert metric(service, "vllm:num_requests_running") == metric(service, "vllm:num_requests_waiting") == 0
+    assert metric(service, "octoai_requests_aborted_total") == (2 if moment == "queued" else 1)
+    assert engine.abandoned >= 1
+
+
+def test_a_client_that_leaves_in_its_body_leaves_nothing(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine())
+    client = talk(service)
+    client.send("/v1/chat/completions", b'{"model"', head="content-length: 5000\r\n")
+    time.sleep(0.1)
+    client.close()
+    assert chat(service)[0] == 200
+    assert is_idle(service)
+
+
+def test_what_an_aborted_stream_used_is_counted(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine(LONG))
+    client = talk(service)
+    client.send("/v1/chat/completions", request(service, stream=True))
+    for _ in range(5):
+        client.until(b"word")
+    client.close()
+    until(lambda: is_idle(service))
+    assert metric(service, "vllm:generation_tokens_total") >= 5
+    assert metric(service, "vllm:prompt_tokens_total") == 2
+
+
+def test_a_client_that_stops_reading_holds_up_nobody_else(in_process: Start, talk: Any) -> None:
+    def script(generation: Generation) -> Sequence[Step]:
+        return ("x" * 20_000,) * 2000 if generation.max_tokens > 100 else ("Hello",)
+
+    service = in_process(ScriptedEngine(script, num_slots=2))
+    slow = talk(service)
+    slow.send("/v1/chat/completions", request(service, stream=True, max_tokens=100_000))
+    slow.until(b"xxxx")
+    time.sleep(0.3)
+    for _ in range(5):
+        began = time.monotonic()
+        assert chat(service, max_tokens=5)[0] == 200
+        assert time.monotonic() - began < 0.5
+    assert service.engine.running == 1  # bounded: the engine waits for its reader, and does not fill the memory
+    slow.close()
+    until(lambda: is_idle(service))
+
+
+# Connections
+
+
+def test_a_connection_carries_many_requests(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine())
+    client = talk(service)
+    for body, status in ((request(service), 200), (b"{", 400), ({"model": "x"}, 422), (request(service), 200)):
+        client.send("/v1/chat/completions", body)
+        assert client.answer()[0] == status
+
+
+def test_requests_sent_all_at_once_are_answered_in_order(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine(lambda generation: (0.02, f"answer {generation.max_tokens}")))
+    client = talk(service)
+    for number in range(1, 6):
+        client.send("/v1/chat/completions", request(service, max_tokens=number))
+    for number in range(1, 6):
+        status, _, body = client.answer()
+        assert status == 200
+        assert json.loads(body)["choices"][0]["message"]["content"] == f"answer {number}"
+
+
+# Overload and shutdown
+
+
+def test_a_full_queue_refuses_with_the_time_to_come_back(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine(LONG, num_slots=1), max_waiting=1)
+    for _ in range(2):
+        talk(service).send("/v1/chat/completions", request(service, stream=True))
+    until(lambda: service.queue.num_waiting == 1, 3)
+    for stream in (True, False):
+        status, headers, answer = chat(service, stream=stream)
+        assert (status, answer["code"]) == (503, "overloaded")
+        assert int(headers["retry-after"]) >= 1
+
+
+def test_draining_refuses_the_new_and_finishes_the_running(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine(("a", 0.5, "b")))
+    running = talk(service)
+    running.send("/v1/chat/completions", request(service, stream=True))
+    running.until(b'"a"')
+    draining = asyncio.run_coroutine_threadsafe(service.service.drain(), service.loop)  # type: ignore[arg-type]
+    until(lambda: service.service.is_draining)
+    status, headers, answer = chat(service)
+    assert (status, answer["code"]) == (503, "shutting_down")
+    assert int(headers["retry-after"]) >= 1
+    status, headers, text = ask(service, "/health/ready")
+    assert (status, json.loads(text)["status"]) == (503, "draining")
+    assert ask(service, "/health/live")[0] == 200
+    assert not draining.done()
+    running.until(b"data: [DONE]\n\n")
+    draining.result(2)
+
+
+def test_draining_waits_no_longer_than_it_was_told(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine(LONG), drain_seconds=0.3)
+    running = talk(service)
+    running.send("/v1/chat/completions", request(service, stream=True))
+    running.until(b"word")
+    began = time.monotonic()
+    asyncio.run_coroutine_threadsafe(service.service.drain(), service.loop).result(5)  # type: ignore[arg-type]
+    assert 0.25 < time.monotonic() - began < 1
+
+
+def test_an_engine_that_is_away_is_said_by_readiness_and_by_503(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    assert ask(service, "/health/ready")[0] == 200
+    service.engine.is_ready = False
+    status, headers, _ = ask(service, "/health/ready")
+    assert (status, headers["retry-after"]) == (503, "2")
+    status, headers, answer = chat(service)
+    assert (status, answer["code"], headers["retry-after"]) == (503, "engine_not_ready", "2")
+
+
+# Models, parameters
+
+
+def test_models_are_listed_with_what_serves_them(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    listed = json.loads(ask(service, "/v1/models")[2])
+    assert listed["object"] == "list"
+    rows = {row["id"]: row for row in listed["data"]}
+    assert all(row["object"] == "model" and isinstance(row["created"], int) and row["owned_by"] for row in rows.values())
+    assert rows["meta-llama-3-8b-instruct"]["served_by"] == service.model
+    assert rows["meta-llama-3-8b-instruct"]["price"]["input_usd_per_million"] == "0.15"
+    assert "thenlper/gte-large" not in rows
+    for name in ("meta-llama-3-8b-instruct", "META-Llama-3-8B-instruct", "smollm2", "mistral-7b-instruct-fp16"):
+        status, _, text = ask(service, f"/v1/models/{name}")
+        assert status == 200
+        assert json.loads(text)["served_by"] == service.model
+    status, _, text = ask(service, "/v1/models/gpt-4")
+    assert (status, json.loads(text)["code"]) == (404, "model_not_found")
+
+
+def test_the_model_that_was_asked_for_is_echoed_and_the_one_that_served_is_named(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    for stream in (False, True):
+        _, headers, answer = chat(service, model="mixtral-8x7b-instruct-fp16", stream=stream)
+        assert headers["x-octoai-served-model"] == service.model
+        model = events(answer)[0]["model"] if stream else answer["model"]
+        assert model == "mixtral-8x7b-instruct-fp16"
+
+
+def test_what_the_engine_cannot_honour_is_refused_by_name(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(refused=("top_k", "logit_bias")))
+    for name, value in (("top_k", 5), ("logit_bias", {"1": 5})):
+        status, _, answer = chat(service, **{name: value})
+        assert (status, answer["code"], answer["param"]) == (400, "unsupported_parameter", name)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(context_length=100))
+    for stream in (False, True):
+        status, _, answer = chat(service, messages=[{"role": "user", "content": "w " * 150}], stream=stream)
+        assert (status, answer["code"]) == (400, "context_length_exceeded")
+        assert "100" in answer["message"]
+        assert "150" in answer["message"]
+
+
+@pytest.mark.parametrize("text", ["😀 e\u0301 你好 \u2028 \x00 \"quoted\" \\ \n [DONE] </script>", "\U0010ffff"])
+def test_any_text_comes_back_as_it_was(in_process: Start, text: str) -> None:
+    service = in_process(ScriptedEngine(tuple(text)))
+    _, _, whole = chat(service)
+    _, _, raw = chat(service, stream=True)
+    assert raw.isascii()
+    assert whole["choices"][0]["message"]["content"] == text
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in events(raw)) == text
+
+
+def test_the_openai_client_works(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    with openai.OpenAI(base_url=service.url + "/v1", api_key=service.token, max_retries=0) as client:
+        answer = client.chat.completions.create(model=service.model, messages=MESSAGES)  # type: ignore[call-overload]
+        assert answer.choices[0].message.content == "Hello, world!"
+        assert answer._request_id.startswith("req_")
+        assert service.model in {model.id for model in client.models.list()}
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.chat.completions.create(model="gpt-4", messages=MESSAGES)  # type: ignore[call-overload]
+        assert missing.value.code == "model_not_found"
+        with pytest.raises(openai.UnprocessableEntityError) as wrong:
+            client.chat.completions.create(model=service.model, messages=MESSAGES, temperature=9)  # type: ignore[call-overload]
+        assert wrong.value.param == "temperature"
+
+
+# What the operator sees
+
+VLLM_NAMES = (
+    *("num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc"),
+    *("cache_config_info", "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total"),
+    *("prompt_tokens_total", "generation_tokens_total", "request_success_total"),
+    *(
+        f"{name}_{part}"
+        for name in (
+            *("iteration_tokens_total", "request_prompt_tokens", "request_generation_tokens", "request_params_n"),
+            *("request_params_max_tokens", "time_to_first_token_seconds", "inter_token_latency_seconds"),
+            *("time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"),
+            *("request_inference_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds"),
+            "request_num_preemptions",
+        )
+        for part in ("bucket", "sum", "count")
+    ),
+)
+
+
+def test_metrics_have_vllms_names_and_labels(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    chat(service)
+    status, headers, text = ask(service, "/metrics", authorization="")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain")
+    lines = text.decode().splitlines()
+    for name in VLLM_NAMES:
+        rows = [line for line in lines if line.startswith(f"vllm:{name}{{")]
+        assert rows, name
+        assert all(f'model_name="{service.model}"' in row and 'engine="scripted"' in row for row in rows)
+    assert metric(service, "vllm:generation_tokens_total") == 5
+    assert metric(service, "vllm:prompt_tokens_total") == 2
+    assert any('finished_reason="stop"' in line for line in lines)
+
+
+def test_nothing_that_a_client_sends_becomes_a_label(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    chat(service, model="zebra-model")
+    chat(service, model="meta-llama-3-8b-instruct")
+    chat(service, no_such_zebra=1, user="zebra", temperature="zebra")
+    ask(service, "/zebra/path")
+    ask(service, "/v1/models/zebra")
+    ask(service, "/v1/models", method="ZEBRA")
+    ask(service, "/v1/models", authorization="Bearer zebra", x_request_id="zebra")
+    text = ask(service, "/metrics")[2].decode()
+    assert "zebra" not in text.lower()
+    assert "meta-llama" not in text
+
+
+def references(node: Any) -> Iterator[str]:
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from references(value)
+    if isinstance(node, dict) and isinstance(node.get("$ref"), str):
+        yield node["$ref"]
+
+
+def test_the_description_is_openapi_and_whole(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    spec = json.loads(ask(service, "/openapi.json", authorization="")[2])
+    assert spec["openapi"].startswith("3.1")
+    assert {"title", "version"} <= spec["info"].keys()
+    for reference in references(spec):
+        node = spec
+        for step in reference.removeprefix("#/").split("/"):
+            node = node[step]
+    for path, item in spec["paths"].items():
+        for method, operation in item.items():
+            assert method in {"get", "post"}
+            assert operation["responses"]
+            assert all(answer["description"] for answer in operation["responses"].values())
+            named = {each["name"] for each in operation.get("parameters", ()) if each["in"] == "path"}
+            assert named == set(re.findall(r"{(\w+)}", path))
+    for name in ("ChatCompletionRequest", "CompletionRequest"):
+        schema = spec["components"]["schemas"][name]
+        assert "model" in schema["required"]
+        assert {"temperature", "stream", "stop", "n"} <= schema["properties"].keys()
+    assert b"<h1>" in ask(service, "/docs")[2]
+
+
+def test_one_line_is_logged_per_request_without_its_text(in_process: Start, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    service = in_process(ScriptedEngine(("secret", "answer")))
+    chat(service, messages=[{"role": "user", "content": "the zebra crosses"}], user="zebra")
+    chat(service, messages=[{"role": "zebra", "content": 5}])
+    until(lambda: any(record.name == "octoai.request" for record in caplog.records))
+    (line,) = [record.fields for record in caplog.records if record.name == "octoai.request"]  # type: ignore[attr-defined]
+    assert (line["model"], line["completion_tokens"], line["prompt_tokens"]) == (service.model, 2, 3)
+    assert (line["outcome"], line["finish_reason"], line["account"]) == ("finished", "stop", "default")
+    assert line["total_ms"] >= line["first_token_ms"] >= 0
+    everything = " ".join(f"{record.getMessage()} {vars(record)}" for record in caplog.records)
+    assert "zebra" not in everything
+    assert "secret" not in everything
+    assert service.token not in everything
+
+
+def test_many_clients_at_once_are_all_answered(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(("a", 0.01, "b"), num_slots=3))
+    answers: list[int] = []
+    threads = [
+        threading.Thread(target=lambda number=number: answers.append(chat(service, stream=number % 2 == 0)[0]))
+        for number in range(40)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 40
+    assert is_idle(service)
