@@ -151,6 +151,8 @@ class AsyncHttpxTransport:
     """
 
     def __init__(self, client: Any) -> None:
+        if client is None:
+            import httpx2  # noqa: F401  # now: its import is not part of any call's deadlines
         self._given = client
         self._pid = os.getpid()
         self._clients: WeakKeyDictionary[Any, tuple[Any, AsyncGenerator[Any, None]]] = WeakKeyDictionary()

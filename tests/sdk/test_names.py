@@ -63,7 +63,9 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 def fresh(code: str) -> str:
     """What a new Python prints, with warnings as errors."""
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_submodules_are_there_after_a_bare_import() -> None:
@@ -73,7 +75,9 @@ def test_submodules_are_there_after_a_bare_import() -> None:
 HEAVY = "{'asyncio', 'pydantic', 'httpx2', 'httpx', 'ssl', 'json', 'typing', 'dataclasses', 'http', 'email'}"
 
 
-@pytest.mark.parametrize("code", ["import octoai", "from octoai.client import OctoAI, AsyncOctoAI; OctoAI(); AsyncOctoAI()"])
+@pytest.mark.parametrize(
+    "code", ["import octoai", "from octoai.client import OctoAI, AsyncOctoAI; OctoAI(); AsyncOctoAI()"]
+)
 def test_nothing_heavy_is_imported_before_the_first_call(code: str) -> None:
     # `-S` and `-E`: what site packages import at start-up is not ours.
     source = str(Path(octoai.__file__).parents[1])
@@ -126,9 +130,12 @@ def test_messages_keep_the_originals_manners() -> None:
     assert ChatMessage(role="user", content=parts).dict()["content"] == [{"text": "t", "type": "text"}]
     with pytest.raises(TypeError):
         ChatMessage("user")  # type: ignore[call-arg]
-    for made in ChatCompletionResponseFormat(type="j", schema={"a": 1}), ChatCompletionResponseFormat(
-        type="j",
-        schema_={"a": 1},  # type: ignore[call-arg]
+    for made in (
+        ChatCompletionResponseFormat(type="j", schema={"a": 1}),
+        ChatCompletionResponseFormat(
+            type="j",
+            schema_={"a": 1},  # type: ignore[call-arg]
+        ),
     ):
         assert made.dict() == {"schema": {"a": 1}, "type": "j"}
         assert made.schema_ == {"a": 1}

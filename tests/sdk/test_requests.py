@@ -81,7 +81,7 @@ def test_models_and_other_objects_are_sent_as_json(api: Any, echo: Server) -> No
 
 def test_a_misspelt_parameter_is_a_type_error_that_names_the_nearest(api: Any, echo: Server) -> None:
     client = api.client(base_url=echo.url)
-    with pytest.raises(TypeError, match="'temprature'.*'temperature'"):
+    with pytest.raises(TypeError, match=r"'temprature'.*'temperature'"):
         api.chat(client, temprature=1)
     with pytest.raises(TypeError, match="'prompt'"):
         api.stream(client, prompt="x")
@@ -231,7 +231,7 @@ def test_the_time_to_retry_is_honoured(api: Any, serve: Any) -> None:
 
     began = time.monotonic()
     api.chat(api.client(base_url=serve(script).url))
-    assert 0.5 <= time.monotonic() - began < 1.5
+    assert 0.5 <= time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("date", [False, True])
@@ -241,7 +241,7 @@ def test_a_wait_beyond_the_cap_is_raised_at_once_with_its_value(api: Any, serve:
     began = time.monotonic()
     with pytest.raises(RateLimitError) as caught:
         api.chat(api.client(base_url=server.url))
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
     assert caught.value.retry_after == pytest.approx(3600, abs=5)
     assert len(server.requests) == 1
 
@@ -321,7 +321,7 @@ def test_a_service_that_never_answers_times_out_once(api: Any, serve: Any) -> No
     began = time.monotonic()
     with pytest.raises(ApiTimeoutError, match="read"):
         api.chat(api.client(base_url=server.url, timeout=0.4))
-    assert 0.3 < time.monotonic() - began < 1.5
+    assert 0.3 < time.monotonic() - began < 3
     assert len(server.requests) == 1
 
 
@@ -343,7 +343,7 @@ def test_an_answer_that_drips_ends_at_the_total(api: Any, serve: Any) -> None:
     began = time.monotonic()
     with pytest.raises(ApiTimeoutError, match="total"):
         api.chat(api.client(base_url=serve(script).url, timeout=Timeout(total=0.5)))
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 3
 
 
 def test_redirects_stay_within_the_origin(api: Any, serve: Any) -> None:

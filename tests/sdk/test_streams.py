@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import gzip
+import json
 import time
 from typing import Any
 
@@ -31,10 +33,7 @@ def test_a_stream_gives_typed_chunks(api: Any, serve: Any) -> None:
 def test_an_error_event_raises_after_what_came_before_it(api: Any, serve: Any) -> None:
     def script(x: Exchange) -> None:
         x.begin_stream()
-        x.send(b"")
         body = b'data: {"error": {"message": "engine died", "type": "server_error", "code": "engine"}}\n\n'
-        import json
-
         x.part(b"data: " + json.dumps(chunk("part ")).encode() + b"\n\n" + body)
         x.end_stream()
 
@@ -121,8 +120,6 @@ def test_either_sign_of_the_end_is_enough(api: Any, serve: Any, done: bool) -> N
 
 
 def test_legal_event_streams_are_read(api: Any, serve: Any) -> None:
-    import json
-
     def script(x: Exchange) -> None:
         x.begin_stream()
         first, second = json.dumps(chunk("a")).encode(), json.dumps(chunk("b", finish="stop"), indent=1).encode()
@@ -272,7 +269,7 @@ def test_a_service_that_keeps_the_body_open_after_the_end_delays_nobody(api: Any
 
     began = time.monotonic()
     assert api.text(api.stream(api.client(base_url=serve(script).url))) == ["a"]
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
 
 
 def _pings(x: Exchange, first: list[Any], seconds: float = 4.0) -> None:
@@ -301,7 +298,7 @@ def test_keep_alive_bytes_are_not_content(api: Any, serve: Any, timeout: Any, fi
     began = time.monotonic()
     with pytest.raises(ApiTimeoutError, match=deadline) as caught:
         api.all(api.stream(api.client(base_url=server.url, timeout=timeout)))
-    assert 0.3 < time.monotonic() - began < 1.5
+    assert 0.3 < time.monotonic() - began < 3
     assert caught.value.deadline == deadline
     assert len(server.requests) == 1
 
@@ -317,7 +314,7 @@ def test_a_silent_stall_ends_in_time(api: Any, serve: Any, first: Any) -> None:
     began = time.monotonic()
     with pytest.raises(ApiTimeoutError) as caught:
         api.all(api.stream(api.client(base_url=serve(script).url, timeout=0.4)))
-    assert 0.3 < time.monotonic() - began < 1.5
+    assert 0.3 < time.monotonic() - began < 3
     assert caught.value.partial == ("a" if first else "")
 
 
@@ -339,7 +336,6 @@ def test_a_slow_first_token_is_waited_for_when_only_that_may_be_slow(api: Any, s
     def script(x: Exchange) -> None:
         x.begin_stream()
         time.sleep(0.5)
-        x.stream_rest = None  # type: ignore[attr-defined]
         x.event(chunk("a", finish="stop"))
         x.end_stream()
 
@@ -356,9 +352,6 @@ def test_every_error_of_a_stream_is_an_api_error(api: Any, serve: Any) -> None:
 
 
 def test_a_compressed_stream_is_read(api: Any, serve: Any) -> None:
-    import gzip
-    import json
-
     def script(x: Exchange) -> None:
         x.begin_stream(content_encoding="gzip")
         body = b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in words())
@@ -369,7 +362,12 @@ def test_a_compressed_stream_is_read(api: Any, serve: Any) -> None:
 
 
 def test_a_stream_closed_early_has_no_final_answer(api: Any, serve: Any) -> None:
-    stream = api.stream(api.client(base_url=serve(lambda x: x.stream(words())).url))
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.event(chunk("a"))
+        x.seconds_until_closed()
+
+    stream = api.stream(api.client(base_url=serve(script).url))
     api.take(stream, 1)
     with pytest.raises(StreamInterrupted):
         api.final(stream)

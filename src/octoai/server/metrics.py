@@ -56,12 +56,19 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which no dashboard reads
         self.registry = CollectorRegistry()
+        self._per_deployment: list[Counter | Histogram] = []
 
         def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
-            return Counter(name, text, labels, registry=self.registry)
+            made = Counter(name, text, labels, registry=self.registry)
+            if labels == _LABELS:
+                self._per_deployment.append(made)
+            return made
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = _LABELS) -> Histogram:
-            return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+            made = Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+            if labels == _LABELS:
+                self._per_deployment.append(made)
+            return made
 
         self.prompt_tokens = counter("vllm:prompt_tokens_total", "Prompt tokens processed.")
         self.generation_tokens = counter("vllm:generation_tokens_total", "Tokens generated.")
@@ -102,8 +109,12 @@ class Metrics:
         )
 
     def watch(self, deployments: Iterable[Deployment]) -> None:
-        """Report queues and readiness of these deployments, read at every scrape."""
-        self.registry.register(_DeploymentCollector(tuple(deployments)))
+        """Report queues and readiness of these deployments, read at every scrape; and their counters, from zero on."""
+        deployments = tuple(deployments)
+        for made in self._per_deployment:
+            for deployment in deployments:
+                made.labels(*self.labels(deployment))
+        self.registry.register(_DeploymentCollector(deployments))
 
     def labels(self, deployment: Deployment) -> tuple[str, str]:
         return deployment.model.id, _engine_name(deployment)

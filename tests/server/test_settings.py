@@ -1,0 +1,247 @@
+"""octoai.toml, the environment and the command line: what each may say, and who wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octoai.server import places
+from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
+from octoai.server.settings import BadSettings, Settings, load
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    return {"HOME": str(tmp_path / "home"), "OCTOAI_CONFIG_DIR": str(tmp_path / "config")}
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "octoai.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(tmp_path: Path, text: str, environ: dict[str, str], **more: Any) -> str:
+    path = write(tmp_path, text)
+    with pytest.raises(BadSettings) as caught:
+        load(path=path, environ=environ, **more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nothing_said_is_the_embedded_model_standing_in(environ: dict[str, str], tmp_path: Path) -> None:
+    settings = load(path=None, environ=environ)
+    assert (settings.host, settings.port, settings.drain_seconds) == ("127.0.0.1", 8000, 30.0)
+    assert [model.id for model in settings.models] == [EMBEDDED_MODEL_ID]
+    assert settings.stand_in == EMBEDDED_MODEL_ID
+    assert settings.data_dir == places.data_dir(environ) == tmp_path / "home/.local/share/octoai"
+    assert settings.cache_dir == places.cache_dir(environ)
+
+
+def test_every_key_may_be_said_in_the_file(environ: dict[str, str], tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        host = "0.0.0.0"
+        port = 9000
+        data_dir = "data"
+        cache_dir = "/cache"
+        drain_seconds = 1.5
+        engine_stall_seconds = 2
+        max_waiting = 3
+        log_level = "debug"
+        stand_in = "OWN"
+        [[models]]
+        id = "acme"
+        aliases = ["own"]
+        engine_url = "http://127.0.0.1:8001/v1"
+        upstream_model = "Acme/Acme-7B"
+        engine_key_env = "ACME_KEY"
+        dialect = "vllm"
+        context_length = 4096
+        num_slots = 8
+        num_threads = 2
+        licence = "mit"
+        input_price = "0.15"
+        cached_input_price = "0.05"
+        output_price = "0.20"
+        [[models]]
+        id = "smollm2"
+        [[models]]
+        id = "file"
+        path = "weights.gguf"
+        sha256 = "0000000000000000000000000000000000000000000000000000000000000000"
+        [[models]]
+        id = "hub"
+        engine_url = "unix:/run/engine.sock"
+        [[models]]
+        id = "pulled"
+        source = { kind = "hf", repo = "acme/model", filename = "m.gguf" }
+        """,
+    )
+    settings = load(path=path, environ={**environ, "ACME_KEY": "k"})
+    assert settings.port == 9000
+    assert (settings.data_dir, settings.cache_dir) == (tmp_path / "data", Path("/cache"))
+    assert settings.stand_in == "OWN"
+    assert [model.id for model in settings.models] == ["acme", EMBEDDED_MODEL_ID, "file", "hub", "pulled"]
+    assert settings.models[2].path == tmp_path / "weights.gguf"
+    catalogue = Catalogue.load()
+    described = settings.models[0].described(catalogue)
+    assert (described.input_price_nanos, described.cached_input_price_nanos, described.output_price_nanos) == (150, 50, 200)
+    assert described.names == ("acme", "own")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "nearest"),
+    [
+        ("prot = 1", "prot", "port"),
+        ("dataDir = 'x'", "dataDir", "data_dir"),
+        ("drain_second = 1", "drain_second", "drain_seconds"),
+        ("[model]\nid = 'x'", "model", "models"),
+        ("[[models]]\nid = 'smollm2'\nalias = ['x']", "models.0.alias", "aliases"),
+        ("[[models]]\nid = 'smollm2'\n[[models]]\nid = 'x'\nengineurl = 'http://x'", "models.1.engineurl", "engine_url"),
+        ("zzz = 1", "zzz", ""),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(
+    environ: dict[str, str], tmp_path: Path, text: str, key: str, nearest: str
+) -> None:
+    said = complaint(tmp_path, text, environ)
+    assert f"unknown key '{key}'" in said
+    assert f"'{nearest}" in said
+    assert "octoai.toml" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("port = 'high'", "port"),
+        ("port = 65536", "port"),
+        ("port = -1", "port"),
+        ("port = 1.5", "port"),
+        ("port = true", "port"),
+        ("max_waiting = false", "max_waiting"),
+        ("drain_seconds = true", "drain_seconds"),
+        ("drain_seconds = nan", "drain_seconds"),
+        ("drain_seconds = inf", "drain_seconds"),
+        ("drain_seconds = -1", "drain_seconds"),
+        ("engine_stall_seconds = 0", "engine_stall_seconds"),
+        ("host = 5", "host"),
+        ("host = ['a']", "host"),
+        ("log_level = 'loud'", "log_level"),
+        ("data_dir = 5", "data_dir"),
+        ("stand_in = 'nobody'", "stand_in"),
+        ("stand_in = true", "stand_in"),
+        ("models = []", "models"),
+        ("models = 'x'", "models"),
+        ("models = [1]", "models.0"),
+        ("[models]\nid = 'x'", "models"),
+        ("[[models]]\naliases = []", "models.0.id"),
+        ("[[models]]\nid = ''", "models.0.id"),
+        ("[[models]]\nid = 5", "models.0.id"),
+        ("[[models]]\nid = 'x y'\nengine_url = 'http://x/v1'", "id"),
+        ("[[models]]\nid = 'x'\nengine_url = 'ftp://x'", "models.0.engine_url"),
+        ("[[models]]\nid = 'x'\nengine_url = 'http://x'\ndialect = 'klingon'", "models.0.dialect"),
+        ("[[models]]\nid = 'x'\nengine_url = 'http://x'\nnum_slots = 0", "models.0.num_slots"),
+        ("[[models]]\nid = 'x'\nengine_url = 'http://x'\naliases = 'y'", "models.0.aliases"),
+        ("[[models]]\nid = 'x'\nengine_url = 'http://x'\ninput_price = 'free'", "price"),
+        ("[[models]]\nid = 'x'\nengine_url = 'http://x'\npath = 'y.gguf'", "engine_url"),
+        ("[[models]]\nid = 'smollm2'\ndialect = 'vllm'", "dialect"),
+        ("[[models]]\nid = 'smollm2'\nengine_key_env = 'K'", "engine_key_env"),
+        ("[[models]]\nid = 'smollm2'\nupstream_model = 'x'", "upstream_model"),
+        ("[[models]]\nid = 'x'\nengine_url = 'http://x'\nengine_key_env = 'UNSET'", "UNSET"),
+        ("[[models]]\nid = 'x'\nsource = { kind = 'torrent' }", "source"),
+        ("[[models]]\nid = 'no-such-model'", "no-such-model"),
+        ("[[models]]\nid = 'meta-llama-3-8b-instruct'", "meta-llama-3-8b-instruct"),
+        ("[[models]]\nid = 'a'\nengine_url = 'http://x'\n[[models]]\nid = 'a'\nengine_url = 'http://y'", "a"),
+        ("[[models]]\nid = 'a'\nengine_url = 'http://x'\n[[models]]\nid = 'b'\naliases = ['A']\nengine_url = 'http://y'", "A"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_its_key(
+    environ: dict[str, str], tmp_path: Path, text: str, key: str
+) -> None:
+    assert key in complaint(tmp_path, text, environ)
+
+
+@pytest.mark.parametrize("content", [b"port = ", b"port = 1\nport = 2", b"\xff\xfe", b"[[models]\n"])
+def test_what_is_not_toml_is_said(environ: dict[str, str], tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "octoai.toml"
+    path.write_bytes(content)
+    with pytest.raises(BadSettings, match="not valid TOML"):
+        load(path=path, environ=environ)
+
+
+def test_a_file_that_was_named_must_be_there(environ: dict[str, str], tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.toml", tmp_path):
+        with pytest.raises(BadSettings, match="cannot read"):
+            load(path=path, environ=environ)
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    path = write(tmp_path, "port = 1\nhost = 'file'\nmax_waiting = 1\n")
+    environ |= {"OCTOAI_PORT": "2", "OCTOAI_HOST": "env", "OCTOAI_DRAIN_SECONDS": "2.5"}
+    settings = load(path=path, environ=environ, overrides={"port": 3, "host": None})
+    assert (settings.port, settings.host, settings.max_waiting, settings.drain_seconds) == (3, "env", 1, 2.5)
+
+
+def test_an_empty_variable_says_nothing_and_a_wrong_one_is_named(environ: dict[str, str]) -> None:
+    assert load(path=None, environ={**environ, "OCTOAI_PORT": ""}).port == 8000
+    with pytest.raises(BadSettings, match="port"):
+        load(path=None, environ={**environ, "OCTOAI_PORT": "high"})
+
+
+def test_variables_of_the_sdk_are_no_settings(environ: dict[str, str]) -> None:
+    assert load(path=None, environ={**environ, "OCTOAI_TOKEN": "x", "OCTOAI_BASE_URL": "y"}).port == 8000
+
+
+@pytest.mark.parametrize("chosen", ["~/d", "/d", "d"])
+def test_the_service_keeps_its_data_where_the_other_commands_look_for_it(environ: dict[str, str], chosen: str) -> None:
+    environ |= {"OCTOAI_DATA_DIR": chosen, "OCTOAI_CACHE_DIR": chosen}
+    settings = load(path=None, environ=environ)
+    assert settings.data_dir == places.data_dir(environ)
+    assert settings.cache_dir == places.cache_dir(environ)
+
+
+def test_a_file_is_found_here_and_then_in_the_configuration_directory(environ: dict[str, str], tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "octoai.toml").write_text("port = 1")
+    assert load(path=None, environ=environ).port == 1
+    write(tmp_path, "port = 2")
+    assert load(path=None, environ=environ).port == 2
+
+
+def test_models_of_the_command_line_replace_those_of_the_file(environ: dict[str, str], tmp_path: Path) -> None:
+    weights = tmp_path / "Mine.GGUF"
+    weights.touch()
+    path = write(tmp_path, "[[models]]\nid = 'x'\nengine_url = 'http://x/v1'\n")
+    settings = load(path=path, environ=environ, models=[str(weights), "smollm2"])
+    assert [(model.id, model.path) for model in settings.models] == [("mine", weights), (EMBEDDED_MODEL_ID, None)]
+    with pytest.raises(BadSettings, match="there is no file"):
+        load(path=None, environ=environ, models=["missing.gguf"])
+    with pytest.raises(BadSettings, match="smollm2-135m-instruct"):
+        load(path=None, environ=environ, models=["smollm3"])
+
+
+def test_only_a_configuration_that_says_so_has_a_stand_in(environ: dict[str, str], tmp_path: Path) -> None:
+    own = "[[models]]\nid = 'x'\naliases = ['y']\nengine_url = 'http://x/v1'\n"
+    assert load(path=write(tmp_path, own), environ=environ).stand_in == ""
+    assert load(path=write(tmp_path, "stand_in = 'y'\n" + own), environ=environ).stand_in == "y"
+    assert load(path=write(tmp_path, "port = 1"), environ=environ).stand_in == EMBEDDED_MODEL_ID
+    assert load(path=write(tmp_path, "stand_in = ''"), environ=environ).stand_in == ""
+
+
+def test_settings_are_frozen(environ: dict[str, str]) -> None:
+    settings = load(path=None, environ=environ)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]
+    assert isinstance(settings, Settings)
