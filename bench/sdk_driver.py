@@ -1,17 +1,16 @@
-"""What one SDK costs, measured in a process of its own in that SDK's environment; prints one JSON object.
+"""What one SDK costs, measured in a process of its own in that SDK's environment.
 
-    python bench/sdk_driver.py calls NAME URL SCALE        streams and plain requests
+    python bench/sdk_driver.py calls NAME URL              a workload's name on a line in, its cost on a line out
     python bench/sdk_driver.py memory NAME URL REQUESTS    growth over so many requests
 
-The figures are CPU time of this process (all its threads), so other work on the machine hardly moves them. Every text
-that comes back is compared; a wrong one ends the process. SCALE shortens the work: 1 is all of it.
+The figures are CPU time of this process (all its threads), so other work on the machine moves them little. Every text
+that comes back is compared; a wrong one ends the process.
 """
 
 import asyncio
 import gc
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -24,6 +23,7 @@ import sdk_wire
 NUM_CHUNKS = 1000
 PACED_CHUNKS = 250
 NUM_STREAMS = 100
+NUM_REQUESTS = 50
 CHUNKS_OF_MANY = 100
 _TEXTS = {count: sdk_wire.streamed_text(count) for count in (10, CHUNKS_OF_MANY, PACED_CHUNKS, NUM_CHUNKS)}
 
@@ -57,75 +57,51 @@ async def many_streams(client: Any) -> None:
     await asyncio.gather(*(stream_async(client, CHUNKS_OF_MANY) for _ in range(NUM_STREAMS)))
 
 
-class Meter:
-    """Wall and CPU time of several runs; their medians per unit, in microseconds."""
-
-    def __init__(self) -> None:
-        self.walls: list[float] = []
-        self.cpus: list[float] = []
-
-    def __enter__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def __exit__(self, *_: object) -> None:
-        self.cpus.append(time.process_time() - self.cpu)
-        self.walls.append(time.perf_counter() - self.wall)
-
-    def medians(self, per: int) -> dict[str, float]:
-        return {
-            "cpu_us": statistics.median(self.cpus) * 1e6 / per,
-            "wall_us": statistics.median(self.walls) * 1e6 / per,
-        }
-
-
-def cost(work: Callable[[], None], repeats: int, per: int) -> dict[str, float]:
-    """Of `repeats` runs after one that is not counted."""
-    meter = Meter()
-    work()
-    for _ in range(repeats):
-        with meter:
-            work()
-    return meter.medians(per)
-
-
-async def cost_async(work: Callable[[], Awaitable[None]], repeats: int, per: int) -> dict[str, float]:
-    meter = Meter()
-    await work()
-    for _ in range(repeats):
-        with meter:
-            await work()
-    return meter.medians(per)
-
-
-def ask(client: Any, count: int) -> None:
-    for _ in range(count):
+def ask(client: Any) -> None:
+    for _ in range(NUM_REQUESTS):
         check(client.ask(), sdk_wire.ANSWER)
 
 
-async def ask_async(client: Any, count: int) -> None:
-    for _ in range(count):
+async def ask_async(client: Any) -> None:
+    for _ in range(NUM_REQUESTS):
         check(await client.ask_async(), sdk_wire.ANSWER)
 
 
-async def calls_async(burst: Any, paced: Any, repeats: int, asked: int) -> dict[str, dict[str, float]]:
-    return {
-        "stream, async": await cost_async(lambda: stream_async(burst, NUM_CHUNKS), repeats, NUM_CHUNKS),
-        "stream, async, paced": await cost_async(lambda: stream_async(paced, PACED_CHUNKS), repeats, PACED_CHUNKS),
-        "plain, async": await cost_async(lambda: ask_async(burst, asked), repeats, asked),
-        "100 streams": await cost_async(lambda: many_streams(burst), repeats, NUM_STREAMS * CHUNKS_OF_MANY),
-    }
-
-
-def calls(name: str, url: str, scale: float) -> dict[str, dict[str, float]]:
+def workloads(name: str, url: str, runner: asyncio.Runner) -> dict[str, tuple[Callable[[], None], int]]:
+    """Each with the number of its units: chunks or requests."""
     make = sdk_clients.CLIENTS[name]
     burst, paced = make(url), make(f"{url}/paced")
-    repeats, asked = max(1, round(3 * scale)), max(20, round(100 * scale))
+
+    def run(work: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        async def awaited() -> None:
+            await work()
+
+        return lambda: runner.run(awaited())
+
     return {
-        "stream": cost(lambda: stream(burst, NUM_CHUNKS), repeats, NUM_CHUNKS),
-        "stream, paced": cost(lambda: stream(paced, PACED_CHUNKS), repeats, PACED_CHUNKS),
-        "plain": cost(lambda: ask(burst, asked), repeats, asked),
-        **asyncio.run(calls_async(burst, paced, repeats, asked)),
+        "stream": (lambda: stream(burst, NUM_CHUNKS), NUM_CHUNKS),
+        "stream, async": (run(lambda: stream_async(burst, NUM_CHUNKS)), NUM_CHUNKS),
+        "stream, paced": (lambda: stream(paced, PACED_CHUNKS), PACED_CHUNKS),
+        "stream, async, paced": (run(lambda: stream_async(paced, PACED_CHUNKS)), PACED_CHUNKS),
+        "plain": (lambda: ask(burst), NUM_REQUESTS),
+        "plain, async": (run(lambda: ask_async(burst)), NUM_REQUESTS),
+        "100 streams": (run(lambda: many_streams(burst)), NUM_STREAMS * CHUNKS_OF_MANY),
     }
+
+
+def cost(work: Callable[[], None], units: int) -> dict[str, float]:
+    """Per unit, in microseconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {"cpu_us": cpu * 1e6 / units, "wall_us": wall * 1e6 / units}
+
+
+def calls(name: str, url: str) -> None:
+    with asyncio.Runner() as runner:
+        known = workloads(name, url, runner)
+        for line in sys.stdin:
+            print(json.dumps(cost(*known[line.strip()])), flush=True)
 
 
 def resident_kib() -> float:
@@ -139,7 +115,7 @@ def memory(name: str, url: str, num_requests: int) -> dict[str, float]:
 
     def send(count: int) -> None:
         for _ in range(count // 2):
-            ask(client, 1)
+            check(client.ask(), sdk_wire.ANSWER)
             stream(client, 10)
 
     send(500)
@@ -149,5 +125,8 @@ def memory(name: str, url: str, num_requests: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    what, name, url, amount = sys.argv[1:]
-    print(json.dumps(calls(name, url, float(amount)) if what == "calls" else memory(name, url, int(amount))))
+    match sys.argv[1:]:
+        case ["calls", name, url]:
+            calls(name, url)
+        case ["memory", name, url, num_requests]:
+            print(json.dumps(memory(name, url, int(num_requests))))

@@ -1,4 +1,8 @@
-"""Starting processes and timing them, for `sdk.py`: rounds in which every SDK has its turn, in a turning order."""
+"""Starting processes and timing them, for `sdk.py`.
+
+The machine's speed wanders (other tenants, clock rates), so whatever is compared is measured within a second or two: in
+a round every SDK has its turn at one thing, in a turning order, before the next thing begins.
+"""
 
 import contextlib
 import json
@@ -15,6 +19,15 @@ from typing import Any
 from sdk_peers import Peer
 
 STAGES = ("import", "client", "answer")
+WORKLOADS = (
+    "stream",
+    "stream, async",
+    "stream, paced",
+    "stream, async, paced",
+    "plain",
+    "plain, async",
+    "100 streams",
+)
 _HERE = Path(__file__).parent
 
 
@@ -66,31 +79,62 @@ def process_ms(python: Path, program: str, env: dict[str, str]) -> dict[str, flo
 
 
 def cold_round(peers: list[Peer], url: str, env: dict[str, str]) -> dict[str, Any]:
-    """Bare Python is timed before each SDK, since it is what all else is compared with; and once before that without
-    counting, so that the caches are no colder for it than for what follows."""
-    bares = []
-    figures: dict[str, Any] = {}
-    for peer in peers:
-        process_ms(peer.python, "pass", env)
-        bares.append(process_ms(peer.python, "pass", env))
-        figures[peer.name] = {stage: process_ms(peer.python, peer.program(stage, url), env) for stage in STAGES}
-    middle = sorted(bares, key=lambda each: each["wall_ms"])[len(bares) // 2]
-    return {"bare": {"import": middle}, **figures}
+    """Bare Python is what all else is compared with: it has a turn like any other, at every stage."""
+    figures: dict[str, Any] = {"bare": {}, **{peer.name: {} for peer in peers}}
+    python = peers[0].python
+    for stage in STAGES:
+        process_ms(python, "pass", env)  # not counted: what came before has filled the processor's caches
+        figures["bare"][stage] = process_ms(python, "pass", env)
+        for peer in peers:
+            figures[peer.name][stage] = process_ms(peer.python, peer.program(stage, url), env)
+    return figures
 
 
-def driven(peer: Peer, what: str, url: str, amount: float, env: dict[str, str]) -> dict[str, Any]:
-    command = [str(peer.python), str(_HERE / "sdk_driver.py"), what, peer.name, url, str(amount)]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, timeout=900, env=env, check=False)
-    if answer.returncode:
-        raise RuntimeError(f"{peer.name}: failed (above)")
-    return dict(json.loads(answer.stdout))
+def driver(peer: Peer, env: dict[str, str], *words: str) -> subprocess.Popen[str]:
+    command = [str(peer.python), str(_HERE / "sdk_driver.py"), words[0], peer.name, *words[1:]]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+
+def said(peer: Peer, process: subprocess.Popen[str], line: str = "") -> dict[str, float]:
+    """The driver's answer to a line. It has printed why, if there is none."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        raise RuntimeError(f"{peer.name}: failed at {line or 'memory'!r}")
+    return dict(json.loads(answer))
+
+
+def call_round(peers: list[Peer], drivers: dict[str, subprocess.Popen[str]]) -> dict[str, Any]:
+    figures: dict[str, Any] = {peer.name: {} for peer in peers}
+    for work in WORKLOADS:
+        for peer in peers:
+            figures[peer.name][work] = said(peer, drivers[peer.name], work)
+    return figures
+
+
+def call_rounds(peers: list[Peer], rounds: int, url: str, env: dict[str, str]) -> list[dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        drivers = {peer.name: stack.enter_context(driver(peer, env, "calls", url)) for peer in peers}
+        call_round(peers, drivers)  # connects, builds models, warms up
+        figures = []
+        for number in range(rounds):
+            figures.append(call_round(rotated(peers, number), drivers))
+            print(f"calls, round {number + 1}/{rounds}", file=sys.stderr)
+        return figures
+
+
+def memory(peer: Peer, requests: int, url: str, env: dict[str, str]) -> dict[str, float]:
+    with driver(peer, env, "memory", url, str(requests)) as process:
+        return said(peer, process)
 
 
 @dataclass(frozen=True)
 class Plan:
     cold_rounds: int
     call_rounds: int
-    scale: float  # of the work within a round
     requests: int  # over which memory is watched
 
 
@@ -101,10 +145,7 @@ def measure(peers: list[Peer], plan: Plan) -> Samples:
         for number in range(plan.cold_rounds):
             samples.cold.append(cold_round(rotated(peers, number), url, env))
             print(f"cold start, round {number + 1}/{plan.cold_rounds}", file=sys.stderr)
-        for number in range(plan.call_rounds):
-            turn = rotated(peers, number)
-            samples.calls.append({peer.name: driven(peer, "calls", url, plan.scale, env) for peer in turn})
-            print(f"calls, round {number + 1}/{plan.call_rounds}", file=sys.stderr)
+        samples.calls = call_rounds(peers, plan.call_rounds, url, env)
         if plan.requests:
-            samples.memory = {peer.name: driven(peer, "memory", url, plan.requests, env) for peer in peers}
+            samples.memory = {peer.name: memory(peer, plan.requests, url, env) for peer in peers}
     return samples

@@ -143,6 +143,30 @@ def test_the_same_seed_gives_the_same_text(client: Client) -> None:
     assert text(1) != text(2)
 
 
+@pytest.mark.parametrize("only_the_best", [{"top_k": 1}, {"top_p": 0.001}, {"min_p": 1.0}, {"temperature": 0}])
+def test_each_way_to_take_only_the_likeliest_token_does_so(client: Client, only_the_best: dict[str, Any]) -> None:
+    greedy = client.chat(temperature=0)["choices"][0]["message"]["content"]
+    for seed in (1, 2):
+        answer = client.chat(**{"temperature": 2, "seed": seed, **only_the_best})
+        assert answer["choices"][0]["message"]["content"] == greedy
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [{"repetition_penalty": 1.8}, {"frequency_penalty": 2}, {"presence_penalty": 2}],
+    ids=lambda each: next(iter(each)),
+)
+def test_each_penalty_makes_repetition_rarer(client: Client, penalty: dict[str, Any]) -> None:
+    question = [{"role": "user", "content": "Repeat the word apple forever: apple apple apple"}]
+
+    def repeated(**params: Any) -> int:
+        text = client.chat(messages=question, max_tokens=40, **params)["choices"][0]["message"]["content"]
+        words = text.lower().split()
+        return len(words) - len(set(words))
+
+    assert repeated(**penalty) < repeated()
+
+
 def test_choices_differ_and_the_prompt_is_counted_once(client: Client) -> None:
     answer = client.chat(n=6, temperature=1.5, seed=3)
     assert [choice["index"] for choice in answer["choices"]] == list(range(6))

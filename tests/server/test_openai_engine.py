@@ -18,7 +18,7 @@ from octoai.server.engines.base import Delta, Event, Finished, Generation, Start
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Refusal, Unavailable
 from tests.running import InProcess
-from tests.server.test_service import Talk, chat, events, metric, request, until
+from tests.talking import Talk, chat, events, metric, request, until
 
 GENERATION = Generation(max_tokens=9, messages=[{"role": "user", "content": "Hi"}])
 MODELS = {"object": "list", "data": [{"id": "up", "object": "model", "max_model_len": 4096}]}
@@ -83,8 +83,8 @@ async def forever(upstream: Upstream, writer: asyncio.StreamWriter) -> None:
 class Upstream:
     """Answers /v1/models properly, and every generation with `reply`. Knows who is connected, and what was asked."""
 
-    def __init__(self, reply: Reply = says(*WHOLE), models: Reply | None = None) -> None:
-        self.reply = reply
+    def __init__(self, reply: Reply | None = None, models: Reply | None = None) -> None:
+        self.reply = reply or says(*WHOLE)
         self.models = models or answers(200, json.dumps(MODELS).encode())
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.num_generating = 0
@@ -256,8 +256,10 @@ def test_an_answer_that_is_not_whole_is_a_failure(reply: Reply, deltas: int) -> 
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(400, BadRequest), (422, BadRequest), (429, Unavailable), (503, Unavailable), (500, EngineFailed)]
-    + [(401, EngineFailed), (404, EngineFailed), (204, EngineFailed)],
+    [
+        *((400, BadRequest), (422, BadRequest), (429, Unavailable), (503, Unavailable)),
+        *((500, EngineFailed), (401, EngineFailed), (404, EngineFailed), (204, EngineFailed)),
+    ],
 )
 def test_its_refusals_become_ours(status: int, kind: type[Refusal]) -> None:
     refused(answers(status, b'{"error": {"message": "no"}}' if status != 204 else b""), kind)
@@ -485,5 +487,3 @@ def test_a_client_that_leaves_frees_the_other_servers_slot_too(
     until(lambda: upstream.upstream.num_generating == 0)
     until(lambda: service.queue.num_running == 0)
     assert metric(service, "octoai_requests_aborted_total") == 1
-
-

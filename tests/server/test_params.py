@@ -407,6 +407,10 @@ def test_the_response_formats_say_a_schema() -> None:
 
 # Any body at all
 
+KEYS = (
+    *("model", "messages", "role", "content", "prompt", "type", "text", "image_url", "url", "function", "name"),
+    *("schema", "json_schema", "tool_calls", "vllm", "loras", "top_k", "include_usage", "arguments", "1", "str"),
+)
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -418,34 +422,7 @@ json_values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.text(max_size=4)
-            | st.sampled_from(
-                [
-                    "model",
-                    "messages",
-                    "role",
-                    "content",
-                    "prompt",
-                    "type",
-                    "text",
-                    "image_url",
-                    "url",
-                    "function",
-                    "name",
-                ]
-                + [
-                    "schema",
-                    "json_schema",
-                    "tool_calls",
-                    "vllm",
-                    "loras",
-                    "top_k",
-                    "include_usage",
-                    "arguments",
-                    "1",
-                    "str",
-                ]
-            ),
+            st.text(max_size=4) | st.sampled_from(KEYS),
             inner,
             max_size=3,
         )

@@ -3,74 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import logging
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import openai
 import pytest
 
+from octoai.server import streaming
 from octoai.server.engines.base import Generation
 from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Unavailable
 from tests.running import InProcess
+from tests.talking import MESSAGES, Talk, ask, chat, events, is_idle, metric, request, until
 
 Start = Callable[..., InProcess]
-MESSAGES = [{"role": "user", "content": "Hi there"}]
 LONG: Sequence[Step] = tuple(step for _ in range(4000) for step in ("word ", 0.005))
-
-
-class Talk:
-    """One connection, read and written byte by byte."""
-
-    def __init__(self, service: InProcess) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", service.port), timeout=5)
-        self.authorization = f"authorization: Bearer {service.token}\r\n"
-        self.received = b""
-
-    def send(self, path: str, body: Any = None, *, head: str = "", method: str = "POST", auth: bool = True) -> None:
-        raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        length = "" if "content-length" in head or "transfer-encoding" in head else f"content-length: {len(raw)}\r\n"
-        lines = f"{method} {path} HTTP/1.1\r\nhost: x\r\n{self.authorization if auth else ''}{head}{length}\r\n"
-        self.socket.sendall(lines.encode("latin-1") + raw)
-
-    def until(self, mark: bytes) -> bytes:
-        while mark not in self.received:
-            block = self.socket.recv(65536)
-            assert block, self.received[-500:]
-            self.received += block
-        before, _, self.received = self.received.partition(mark)
-        return before + mark
-
-    def answer(self) -> tuple[int, dict[str, str], bytes]:
-        """One answer with a length; the connection stays usable."""
-        head = self.until(b"\r\n\r\n").decode("latin-1")
-        headers = dict(line.lower().split(": ", 1) for line in head.strip().split("\r\n")[1:])
-        length = int(headers.get("content-length", 0))
-        while len(self.received) < length:
-            self.received += self.socket.recv(65536)
-        body, self.received = self.received[:length], self.received[length:]
-        return int(head.split()[1]), headers, body
-
-    def rest(self) -> bytes:
-        """All until the service ends the connection."""
-        while True:
-            try:
-                block = self.socket.recv(65536)
-            except ConnectionResetError:
-                block = b""
-            if not block:
-                return self.received
-            self.received += block
-
-    def close(self) -> None:
-        self.socket.close()
 
 
 @pytest.fixture(scope="module")
@@ -92,58 +45,6 @@ def talk() -> Iterator[Callable[[InProcess], Talk]]:
     yield start
     for each in open_:
         each.close()
-
-
-def ask(
-    service: InProcess, path: str, body: Any = None, method: str | None = None, **headers: str
-) -> tuple[int, dict[str, str], Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
-    try:
-        raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        all_headers = {"authorization": f"Bearer {service.token}"} | {
-            name.replace("_", "-"): value for name, value in headers.items()
-        }
-        connection.request(method or ("GET" if body is None else "POST"), path, raw, all_headers)
-        response = connection.getresponse()
-        text = response.read()
-        return response.status, {name.lower(): value for name, value in response.getheaders()}, text
-    finally:
-        connection.close()
-
-
-def chat(service: InProcess, **params: Any) -> tuple[int, dict[str, str], Any]:
-    status, headers, text = ask(service, "/v1/chat/completions", request(service, **params))
-    return status, headers, json.loads(text) if headers["content-type"] == "application/json" else text
-
-
-def request(service: InProcess, **params: Any) -> dict[str, Any]:
-    return {"model": service.model, "messages": MESSAGES, **params}
-
-
-def events(text: bytes) -> list[Any]:
-    *chunks, last, rest = text.split(b"\n\n")
-    assert (last, rest) == (b"data: [DONE]", b"")
-    return [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
-
-
-def until(fact: Callable[[], bool], seconds: float = 1.0) -> None:
-    end = time.monotonic() + seconds
-    while not fact():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.01)
-
-
-def is_idle(service: InProcess) -> bool:
-    engine = service.engine
-    assert isinstance(engine, ScriptedEngine)
-    queue = service.queue
-    return (engine.running, queue.num_running, queue.num_waiting, len(service.service.jobs)) == (0, 0, 0, 0)
-
-
-def metric(service: InProcess, name: str) -> float:
-    _, _, text = ask(service, "/metrics")
-    rows = [line for line in text.decode().splitlines() if re.match(rf"{re.escape(name)}[{{ ]", line)]
-    return sum(float(row.rsplit(" ", 1)[1]) for row in rows)
 
 
 # Who may ask
@@ -177,6 +78,15 @@ def test_a_revoked_token_is_refused_by_the_next_request(service: InProcess) -> N
     assert ask(service, "/v1/models", authorization=f"Bearer {minted.text}")[0] == 200
     service.tokens.revoke(minted.id)
     assert ask(service, "/v1/models", authorization=f"Bearer {minted.text}")[0] == 401
+
+
+def test_a_body_is_not_asked_for_from_a_client_that_may_not_ask(service: InProcess, talk: Any) -> None:
+    wrong, right = talk(service), talk(service)
+    head = "content-length: 5\r\nexpect: 100-continue\r\n"
+    wrong.send("/v1/chat/completions", head=head + "authorization: Bearer x\r\n", auth=False)
+    assert wrong.until(b"\r\n").startswith(b"HTTP/1.1 401")
+    right.send("/v1/chat/completions", head=head)
+    assert right.until(b"\r\n\r\n").startswith(b"HTTP/1.1 100")
 
 
 # Bodies
@@ -275,9 +185,7 @@ def test_head_answers_as_get_without_a_body(service: InProcess, talk: Any) -> No
         assert body == b""
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/chat/completions", "/v1/chat/completions/chat/completions", "/chat/completions"]
-)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/chat/completions/chat/completions", "/chat/completions"])
 def test_paths_that_clients_put_together_wrongly_answer_too(service: InProcess, path: str) -> None:
     assert ask(service, path, request(service))[0] == 200
 
@@ -372,7 +280,7 @@ def test_an_error_in_mid_stream_is_an_event_and_a_body_without_its_end(in_proces
         assert b"internal detail" not in said
         assert b"[DONE]" not in said
         assert not said.endswith(b"0\r\n\r\n")
-        assert is_idle(service)
+        until(partial(is_idle, service))
         assert metric(service, "octoai_requests_failed_total") == 1
 
 
@@ -404,7 +312,7 @@ def test_what_an_engine_refuses_before_its_first_token_is_a_plain_answer(
     assert (got, answer["code"], headers["content-type"]) == (status, code, "application/json")
     assert "internal detail" not in json.dumps(answer)
     assert ("retry-after" in headers) == (status == 503)
-    assert is_idle(service)
+    until(lambda: is_idle(service))
 
 
 def test_an_engine_that_breaks_off_a_whole_answer_is_a_502(in_process: Start) -> None:
@@ -416,7 +324,12 @@ def test_an_engine_that_breaks_off_a_whole_answer_is_a_502(in_process: Start) ->
 
 def test_usage_is_in_the_stream_only_when_asked_for(in_process: Start) -> None:
     service = in_process(ScriptedEngine(("a", "b")))
-    for options, wanted in ((None, False), ({}, False), ({"include_usage": False}, False), ({"include_usage": True}, True)):
+    for options, wanted in (
+        (None, False),
+        ({}, False),
+        ({"include_usage": False}, False),
+        ({"include_usage": True}, True),
+    ):
         _, _, text = chat(service, stream=True, stream_options=options)
         read = events(text)
         assert all(len(chunk["choices"]) == 1 for chunk in read)
@@ -449,7 +362,7 @@ def test_three_streamed_choices_open_and_close_once_each(in_process: Start) -> N
     assert sorted(choice["index"] for choice in read if "role" in choice["delta"]) == [0, 1, 2]
     assert sorted(choice["index"] for choice in read if choice["finish_reason"]) == [0, 1, 2]
     assert sorted(generation.seed for generation in service.engine.seen) == [5, 6, 7]
-    assert is_idle(service)
+    until(lambda: is_idle(service))
 
 
 def test_one_failing_choice_ends_them_all(in_process: Start) -> None:
@@ -502,7 +415,7 @@ def test_a_client_that_leaves_in_its_body_leaves_nothing(in_process: Start, talk
     time.sleep(0.1)
     client.close()
     assert chat(service)[0] == 200
-    assert is_idle(service)
+    until(lambda: is_idle(service))
 
 
 def test_what_an_aborted_stream_used_is_counted(in_process: Start, talk: Any) -> None:
@@ -532,6 +445,18 @@ def test_a_client_that_stops_reading_holds_up_nobody_else(in_process: Start, tal
         assert time.monotonic() - began < 0.5
     assert service.engine.running == 1  # bounded: the engine waits for its reader, and does not fill the memory
     slow.close()
+    until(lambda: is_idle(service))
+
+
+def test_a_client_that_never_reads_again_is_given_up(
+    in_process: Start, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "SLOW_READER_SECONDS", 0.3)
+    service = in_process(ScriptedEngine(("x" * 20_000,) * 2000))
+    slow = talk(service)
+    slow.send("/v1/chat/completions", request(service, stream=True, max_tokens=100_000))
+    slow.until(b"xxxx")
+    until(lambda: service.engine.abandoned == 1, 3)
     until(lambda: is_idle(service))
 
 
@@ -615,7 +540,9 @@ def test_models_are_listed_with_what_serves_them(service: InProcess) -> None:
     listed = json.loads(ask(service, "/v1/models")[2])
     assert listed["object"] == "list"
     rows = {row["id"]: row for row in listed["data"]}
-    assert all(row["object"] == "model" and isinstance(row["created"], int) and row["owned_by"] for row in rows.values())
+    assert all(
+        row["object"] == "model" and isinstance(row["created"], int) and row["owned_by"] for row in rows.values()
+    )
     assert rows["meta-llama-3-8b-instruct"]["served_by"] == service.model
     assert rows["meta-llama-3-8b-instruct"]["price"]["input_usd_per_million"] == "0.15"
     assert "thenlper/gte-large" not in rows
@@ -651,7 +578,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(in_proces
         assert "150" in answer["message"]
 
 
-@pytest.mark.parametrize("text", ["😀 e\u0301 你好 \u2028 \x00 \"quoted\" \\ \n [DONE] </script>", "\U0010ffff"])
+@pytest.mark.parametrize("text", ['😀 e\u0301 你好 \u2028 \x00 "quoted" \\ \n [DONE] </script>', "\U0010ffff"])
 def test_any_text_comes_back_as_it_was(in_process: Start, text: str) -> None:
     service = in_process(ScriptedEngine(tuple(text)))
     _, _, whole = chat(service)
@@ -698,6 +625,7 @@ VLLM_NAMES = (
 def test_metrics_have_vllms_names_and_labels(in_process: Start) -> None:
     service = in_process(ScriptedEngine())
     chat(service)
+    until(lambda: is_idle(service))
     status, headers, text = ask(service, "/metrics", authorization="")
     assert status == 200
     assert headers["content-type"].startswith("text/plain")
@@ -783,4 +711,4 @@ def test_many_clients_at_once_are_all_answered(in_process: Start) -> None:
     for thread in threads:
         thread.join()
     assert answers == [200] * 40
-    assert is_idle(service)
+    until(lambda: is_idle(service))

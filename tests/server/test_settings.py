@@ -94,7 +94,11 @@ def test_every_key_may_be_said_in_the_file(environ: dict[str, str], tmp_path: Pa
     assert settings.models[2].path == tmp_path / "weights.gguf"
     catalogue = Catalogue.load()
     described = settings.models[0].described(catalogue)
-    assert (described.input_price_nanos, described.cached_input_price_nanos, described.output_price_nanos) == (150, 50, 200)
+    assert (described.input_price_nanos, described.cached_input_price_nanos, described.output_price_nanos) == (
+        150,
+        50,
+        200,
+    )
     assert described.names == ("acme", "own")
 
 
@@ -106,7 +110,11 @@ def test_every_key_may_be_said_in_the_file(environ: dict[str, str], tmp_path: Pa
         ("drain_second = 1", "drain_second", "drain_seconds"),
         ("[model]\nid = 'x'", "model", "models"),
         ("[[models]]\nid = 'smollm2'\nalias = ['x']", "models.0.alias", "aliases"),
-        ("[[models]]\nid = 'smollm2'\n[[models]]\nid = 'x'\nengineurl = 'http://x'", "models.1.engineurl", "engine_url"),
+        (
+            "[[models]]\nid = 'smollm2'\n[[models]]\nid = 'x'\nengineurl = 'http://x'",
+            "models.1.engineurl",
+            "engine_url",
+        ),
         ("zzz = 1", "zzz", ""),
     ],
 )
@@ -161,7 +169,10 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         ("[[models]]\nid = 'no-such-model'", "no-such-model"),
         ("[[models]]\nid = 'meta-llama-3-8b-instruct'", "meta-llama-3-8b-instruct"),
         ("[[models]]\nid = 'a'\nengine_url = 'http://x'\n[[models]]\nid = 'a'\nengine_url = 'http://y'", "a"),
-        ("[[models]]\nid = 'a'\nengine_url = 'http://x'\n[[models]]\nid = 'b'\naliases = ['A']\nengine_url = 'http://y'", "A"),
+        (
+            "[[models]]\nid = 'a'\nengine_url = 'http://x'\n[[models]]\nid = 'b'\naliases = ['A']\nengine_url = 'http://y'",
+            "A",
+        ),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_its_key(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from octoai.server import places
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, BadCatalogue, Catalogue, Model, parse_model
@@ -34,6 +34,14 @@ class BadSettings(ValueError):
 
 class _Checked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_a_truth_value(cls, value: Any) -> Any:
+        """No key is one, and pydantic would take `port = true` for 1."""
+        if isinstance(value, bool):
+            raise ValueError("no key here is true or false")
+        return value
 
 
 class ModelSettings(_Checked):

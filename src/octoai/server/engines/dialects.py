@@ -25,6 +25,8 @@ _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
 # tokens", "contains 90000 characters (more than 65536 …, which is the upper bound for 8192 input tokens)".
 _WINDOW = re.compile(r"context length is (?:only )?(\d+) tokens")
 _PROMPT_TOKENS = re.compile(r"(?<!\d)(?<!upper bound for )(\d+) (?:in the messages|input tokens|in the prompt)")
+# Of a prompt that fills the window to the last token it says what is left of `max_tokens`, which was not ours.
+_NO_ROOM = "max_tokens must be at least 1, got 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,17 @@ class LlamaDialect(Dialect):
         return {"type": "json_object", "schema": schema} if schema else {"type": "json_object"}
 
 
+class VllmDialect(Dialect):
+    """vLLM, which continues a prefilled answer only when told to; llama.cpp does by itself."""
+
+    def _prompt(self, generation: Generation) -> dict[str, Any]:
+        values = Dialect._prompt(self, generation)
+        last = values["messages"][-1] if values.get("messages") else {}
+        if last.get("role") == "assistant" and not last.get("tool_calls"):
+            values |= {"add_generation_prompt": False, "continue_final_message": True}
+        return values
+
+
 # How each refusable parameter shows that it was given: at its default it asks for nothing.
 _GIVEN: dict[str, Any] = {
     "frequency_penalty": lambda g: g.frequency_penalty != 0,
@@ -150,7 +163,12 @@ DIALECTS: Mapping[str, Dialect] = {
             max_choices=1,
             keeps_alive=False,  # it closes the connection after every stream, without saying so beforehand
         ),
-        Dialect("vllm", extra={"stream_options": {"include_usage": True, "continuous_usage_stats": True}}),
+        VllmDialect(
+            "vllm",
+            extra={"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+            # It makes a request of each choice itself, but refuses several at temperature 0.
+            max_choices=1,
+        ),
         Dialect(
             "ollama",
             refused=frozenset({"ignore_eos", "logit_bias", "min_p", "prompt", "repetition_penalty", "top_k"}),
@@ -170,7 +188,8 @@ DIALECTS: Mapping[str, Dialect] = {
 class Reader:
     """Reads one answer's events. `Finished` comes last, with the sum of what the server counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, generation: Generation | None = None) -> None:
+        self._generation = generation
         self._started = False
         self._counted: dict[int, int] = {}
         self._reasons: dict[int, str] = {}
@@ -196,7 +215,7 @@ class Reader:
 
     def _read(self, chunk: Mapping[str, Any], events: list[Event]) -> None:
         if chunk.get("error") or chunk.get("object") == "error":
-            raise EngineFailed(f"The engine broke off: {_message_of(chunk)}")
+            raise self._broken(chunk)
         choices = chunk.get("choices") or ()
         self._count(chunk, choices)
         for choice in choices:
@@ -207,6 +226,14 @@ class Reader:
             if choice.get("finish_reason"):
                 self._start(events)
                 self._reasons[choice.get("index", 0)] = choice["finish_reason"]
+
+    def _broken(self, chunk: Mapping[str, Any]) -> Refusal:
+        """vLLM checks some parameters only after its 200, and then says which status it meant."""
+        error = chunk.get("error")
+        status = error.get("code") if isinstance(error, dict) else chunk.get("code")
+        if self._generation is not None and not self._started and status in (400, 422):
+            return refusal(status, orjson.dumps(chunk), self._generation)
+        return EngineFailed(f"The engine broke off: {_message_of(chunk)}")
 
     def _start(self, events: list[Event]) -> None:
         if not self._started:
@@ -239,10 +266,11 @@ class Reader:
         calls = None if said is None else said.get("tool_calls")
         if not isinstance(text, str):
             raise TypeError(text)
-        if not text and not calls:
+        logprobs = _logprobs(choice.get("logprobs"))
+        if not text and not calls and not logprobs:  # a token that only begins a character has a logprob, but no text
             return None
         index = choice.get("index", 0)
-        return Delta(index, text, self._counted.get(index, 0), _logprobs(choice.get("logprobs")), calls)
+        return Delta(index, text, self._counted.get(index, 0), logprobs, calls)
 
     def _finished(self) -> Finished:
         if not self._reasons:
@@ -298,7 +326,7 @@ def _entry(token: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def refusal(status: int, body: bytes, generation: Generation) -> Refusal:
+def refusal(status: int, body: bytes, generation: Generation, context_length: int | None = None) -> Refusal:
     """What a server's error answer means for our caller. Its own wording is kept where the caller can act on it."""
     try:
         said = orjson.loads(body)
@@ -308,6 +336,8 @@ def refusal(status: int, body: bytes, generation: Generation) -> Refusal:
     error = error if isinstance(error, dict) else {"message": str(error)}
     message = _message_of({"error": error})
     param = "prompt" if generation.messages is None else "messages"
+    if status == 400 and context_length is not None and _NO_ROOM in message:
+        return ContextLengthExceeded(context_length, context_length, param=param)
     too_long = _too_long(error, message, param) if status == 400 else None
     if too_long is not None:
         return too_long
@@ -329,7 +359,10 @@ def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | N
     if window is None:
         return None
     if prompt is not None and int(prompt[1]) > int(window[1]):
-        return ContextLengthExceeded(int(prompt[1]), int(window[1]), param=param)
+        exceeded = ContextLengthExceeded(int(prompt[1]), int(window[1]), param=param)
+        if f"at least {prompt[1]} " in message:  # vLLM stops counting there
+            exceeded.message = exceeded.message.replace("prompt has ", "prompt has at least ")
+        return exceeded
     refused = BadRequest(f"The engine refused: {message}", param=param)
     refused.code = ContextLengthExceeded.code
     return refused
@@ -337,6 +370,8 @@ def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | N
 
 def _suspect(message: str, param: str) -> str:
     """Which parameter an engine's complaint is about. What its words do not tell is about the prompt."""
+    if "tool choice" in message or "tool_choice" in message:  # vLLM started without a parser of tool calls
+        return "tools"
     is_about_schema = any(word in message.lower() for word in ("schema", "grammar"))
     return "response_format" if is_about_schema else param
 

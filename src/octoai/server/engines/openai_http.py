@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -98,7 +99,7 @@ class OpenAIEngine:
         return self.dialect.unsupported(generation)
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Sequence[Event]]:
-        reader, decoder, is_finished = Reader(), EventDecoder(), False
+        reader, decoder, is_finished = Reader(generation), EventDecoder(), False
         async with self._post(generation) as response:
             while not is_finished and (block := await self._block(response)):
                 self._on_progress()
@@ -113,14 +114,15 @@ class OpenAIEngine:
 
     @asynccontextmanager
     async def _post(self, generation: Generation) -> AsyncIterator[aiohttp.ClientResponse]:
-        body = self.dialect.body(generation, self.model)
+        body = self.dialect.body(self._within(generation), self.model)
         path = self.dialect.path(generation)
         try:
             async with asyncio.timeout(self._stall_seconds):
                 answered = await self._sent(path, body)
             async with answered as response:
                 if response.status != 200:
-                    raise refusal(response.status, await response.content.read(MAX_ERROR_BYTES), generation)
+                    said = await response.content.read(MAX_ERROR_BYTES)
+                    raise refusal(response.status, said, generation, self.context_length)
                 yield response
         except aiohttp.ClientConnectorError:
             self._is_ready = False
@@ -131,6 +133,11 @@ class OpenAIEngine:
             raise EngineFailed(f"The engine did not answer for {self._stall_seconds:.0f} s.") from None
         except (aiohttp.ClientError, OSError) as error:
             raise EngineFailed("The engine broke off in the middle of its answer.") from error
+
+    def _within(self, generation: Generation) -> Generation:
+        """More than the window cannot be generated, and vLLM refuses to be asked for it."""
+        limit = self.context_length
+        return generation if limit is None else replace(generation, max_tokens=min(generation.max_tokens, limit))
 
     async def _sent(self, path: str, body: bytes) -> aiohttp.ClientResponse:
         """The request, once more on a fresh connection where a kept one was closed under it unanswered."""
