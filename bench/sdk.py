@@ -24,9 +24,7 @@ from sdk_report import bars, report
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer rounds, less in each: about two minutes")
-    parser.add_argument(
-        "--rounds", type=int, help="of the calls (default 5, short 1); cold starts get 2 more, at least 7"
-    )
+    parser.add_argument("--rounds", type=int, help="of cold starts and calls (default 9, short 3)")
     parser.add_argument("--requests", type=int, help="over which memory is watched (default 2000, short 500; 0: not)")
     parser.add_argument("--only", action="append", choices=[peer.name for peer in PEERS], help="may be repeated")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "sdk.json", metavar="PATH")
@@ -38,10 +36,9 @@ def chosen(only: list[str] | None) -> list[Peer]:
 
 
 def plan(options: argparse.Namespace) -> Plan:
-    rounds = options.rounds or (1 if options.short else 5)
+    rounds = options.rounds or (3 if options.short else 9)
     requests = options.requests if options.requests is not None else (500 if options.short else 2000)
-    cold = max(3, rounds) if options.short else max(7, rounds + 2)
-    return Plan(cold_rounds=cold, call_rounds=rounds, scale=0.4 if options.short else 1.0, requests=requests)
+    return Plan(cold_rounds=rounds, call_rounds=rounds, requests=requests)
 
 
 def main() -> None:
