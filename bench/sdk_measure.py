@@ -99,9 +99,10 @@ def said(peer: Peer, process: subprocess.Popen[str], line: str = "") -> dict[str
     """The driver's answer to a line. It has printed why, if there is none."""
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(f"{line}\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
+    answer = ""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=process.stdin, flush=True)
+        answer = process.stdout.readline()
     if not answer:
         raise RuntimeError(f"{peer.name}: failed at {line or 'memory'!r}")
     return dict(json.loads(answer))

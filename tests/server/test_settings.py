@@ -164,7 +164,6 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         ("[[models]]\nid = 'smollm2'\ndialect = 'vllm'", "dialect"),
         ("[[models]]\nid = 'smollm2'\nengine_key_env = 'K'", "engine_key_env"),
         ("[[models]]\nid = 'smollm2'\nupstream_model = 'x'", "upstream_model"),
-        ("[[models]]\nid = 'x'\nengine_url = 'http://x'\nengine_key_env = 'UNSET'", "UNSET"),
         ("[[models]]\nid = 'x'\nsource = { kind = 'torrent' }", "source"),
         ("[[models]]\nid = 'no-such-model'", "no-such-model"),
         ("[[models]]\nid = 'meta-llama-3-8b-instruct'", "meta-llama-3-8b-instruct"),

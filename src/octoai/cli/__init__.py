@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("octoai"):
             raise
-        return fail(f"{error.name} is not installed; the service needs: pip install 'octoai[server]'")
+        package = (error.name or "a package").partition(".")[0]
+        return fail(f"{package} is not installed; the service needs: pip install 'octoai[server]'")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

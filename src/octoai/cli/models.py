@@ -44,8 +44,6 @@ def pull(args: argparse.Namespace) -> int:
             print(pulled(store, model), flush=True)
     except (BadCatalogue, BadSettings, PullFailed) as error:
         return fail(str(error))
-    except ModuleNotFoundError as error:
-        return fail(f"{error.name} is missing: install octoai[server]")
     except KeyboardInterrupt:
         print("octoai: stopped; nothing half-done was left in place", file=sys.stderr)
         return 130

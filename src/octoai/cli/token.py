@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,14 +45,16 @@ def revoke(args: argparse.Namespace) -> int:
 
 
 def _with_tokens(args: argparse.Namespace, action: Callable[[Tokens], int]) -> int:
-    from octoai.server.places import data_dir
+    from octoai.server.settings import BadSettings, load
     from octoai.server.store import StoreError, connect
     from octoai.server.store.tokens import TokenTable
     from octoai.server.tokens import Tokens
 
     try:
-        return action(Tokens(TokenTable(connect(args.data_dir or data_dir(os.environ)))))
-    except StoreError as error:
+        settings = load(path=None, environ=os.environ, overrides={"data_dir": args.data_dir})
+        with closing(connect(settings.data_dir)) as connection:
+            return action(Tokens(TokenTable(connection)))
+    except (BadSettings, StoreError) as error:
         return fail(str(error))
 
 

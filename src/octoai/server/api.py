@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from starlette.types import ASGIApp
 from octoai.server import params
 from octoai.server.catalogue import Model, price_usd_per_million
 from octoai.server.encoding import ChatEncoder, CompletionEncoder
-from octoai.server.errors import TooLarge, UnknownModel
+from octoai.server.errors import TooLarge, TooSlow, UnknownModel
 from octoai.server.metrics import CONTENT_TYPE
 from octoai.server.params import TextRequest
 from octoai.server.router import Deployment
@@ -20,6 +21,7 @@ from octoai.server.service import Service
 from octoai.server.streaming import EventStream, WholeAnswer
 
 MAX_BODY_BYTES = 10_000_000
+BODY_SECONDS = 120.0
 _STARTED = int(time.time())
 
 
@@ -91,11 +93,15 @@ async def _body(request: Request) -> bytes:
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise TooLarge(MAX_BODY_BYTES)
     blocks, size = [], 0
-    async for block in request.stream():
-        size += len(block)
-        if size > MAX_BODY_BYTES:
-            raise TooLarge(MAX_BODY_BYTES)
-        blocks.append(block)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for block in request.stream():
+                size += len(block)
+                if size > MAX_BODY_BYTES:
+                    raise TooLarge(MAX_BODY_BYTES)
+                blocks.append(block)
+    except TimeoutError:
+        raise TooSlow(f"The request body did not arrive within {BODY_SECONDS:.0f} s.") from None
     return b"".join(blocks)
 
 

@@ -18,7 +18,7 @@ from octoai.server.metrics import Metrics
 from octoai.server.queue import FairQueue
 from octoai.server.router import Deployment, Router
 from octoai.server.service import Service
-from octoai.server.settings import ModelSettings, Settings
+from octoai.server.settings import BadSettings, ModelSettings, Settings
 from octoai.server.sources import WeightStore
 from octoai.server.store import connect
 from octoai.server.store.tokens import TokenTable
@@ -47,7 +47,7 @@ def routes() -> list[BaseRoute]:
 
 
 def application(service: Service) -> ASGIApp:
-    return Edge(Routes(routes=routes()), service)
+    return Edge(Routes(routes=routes(), redirect_slashes=False), service)
 
 
 def tokens(settings: Settings) -> Tokens:
@@ -92,6 +92,16 @@ def _deployment(chosen: ModelSettings, model: Model, weights: Path | None, setti
     return Deployment(model, engine, FairQueue(engine.num_slots, settings.max_waiting))
 
 
+def _engine_key(chosen: ModelSettings) -> str | None:
+    """Looked up when the service starts: other commands read the same file where the variable is not set."""
+    if chosen.engine_key_env is None:
+        return None
+    key = os.environ.get(chosen.engine_key_env)
+    if not key:
+        raise BadSettings(f"model {chosen.id!r}: engine_key_env: {chosen.engine_key_env} is not set in the environment")
+    return key
+
+
 def _engine(chosen: ModelSettings, model: Model, weights: Path | None, settings: Settings) -> Engine:
     if chosen.engine_url is not None:
         from octoai.server.engines.openai_http import OpenAIEngine
@@ -100,7 +110,7 @@ def _engine(chosen: ModelSettings, model: Model, weights: Path | None, settings:
             chosen.engine_url,
             model=chosen.upstream_model or chosen.id,
             dialect=chosen.dialect or "openai",
-            key=os.environ[chosen.engine_key_env] if chosen.engine_key_env else None,
+            key=_engine_key(chosen),
             num_slots=chosen.num_slots or 256,
             context_length=chosen.context_length,
         )

@@ -6,6 +6,7 @@
     ├── Unauthenticated       401  invalid_api_key
     ├── UnknownModel          404  model_not_found
     ├── UnknownPath           404 / 405
+    ├── TooSlow               408  request_timeout
     ├── TooLarge              413  body_too_large
     ├── InvalidBody           422  with FastAPI's `detail` list, as OctoAI documented
     ├── InternalError         500  our fault
@@ -97,6 +98,14 @@ class MethodNotAllowed(Refusal):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class TooSlow(Refusal):
+    """The body did not come. It may be sent again at once."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
 
 
 class TooLarge(Refusal):

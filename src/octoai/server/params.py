@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from octoai.server.engines.base import Generation
 from octoai.server.errors import BadRequest, InvalidBody, MalformedBody, UnsupportedParameter
 from octoai.server.json_schema import bounded
-from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, _Message
+from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, MessageParam
 
 DEFAULT_MAX_TOKENS = 512
 MAX_PROMPTS = 128
@@ -54,7 +54,7 @@ class ChatBody(ChatParams, _BodyParams, total=False):
 
 class CompletionBody(CompletionParams, _BodyParams, total=False):
     __pydantic_config__ = CompletionParams.__pydantic_config__  # type: ignore[misc]
-    messages: Annotated[Any, GetPydanticSchema(lambda _source, handler: handler(Optional[list[_Message]]))]
+    messages: Annotated[Any, GetPydanticSchema(lambda _source, handler: handler(Optional[list[MessageParam]]))]
     # `prompt` as on the wire: bounded, and null for "start from nothing".
     prompt: Annotated[
         Union[
@@ -222,7 +222,7 @@ def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 def _part(part: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:
     for kind in ("text", "image_url"):
-        if kind in part and part.get("type") in (None, kind):
+        if part.get(kind) is not None and part.get("type") in (None, kind):
             return {"type": kind, kind: part[kind]}
     where = ("messages", place[0], "content", place[1])
     raise _invalid(where, "A content part is {type: text, text} or {type: image_url, image_url}", "value_error")

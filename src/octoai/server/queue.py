@@ -41,8 +41,9 @@ class FairQueue:
         return ahead * self._turn_seconds / self.num_slots
 
     @asynccontextmanager
-    async def turn(self, account: str) -> AsyncIterator[None]:
-        await self._take(account)
+    async def turn(self, account: str, *, is_admitted: bool = False) -> AsyncIterator[None]:
+        """`is_admitted`: more of a request that had a turn already, which must not be refused half-way."""
+        await self._take(account, is_admitted)
         began = self._clock()
         try:
             yield
@@ -50,11 +51,11 @@ class FairQueue:
             self._turn_seconds += _WEIGHT * (self._clock() - began - self._turn_seconds)
             self._give_back()
 
-    async def _take(self, account: str) -> None:
+    async def _take(self, account: str, is_admitted: bool) -> None:
         if self.num_running < self.num_slots and not self._waiting:
             self.num_running += 1
             return
-        if self.num_waiting >= self.max_waiting:
+        if self.num_waiting >= self.max_waiting and not is_admitted:
             raise Unavailable(
                 f"Too many requests are waiting ({self.num_waiting}).",
                 retry_after=self.expected_wait,

@@ -120,7 +120,7 @@ class Job:
     async def _part(self, prompt: int, first: int, generation: Generation) -> AsyncGenerator[Batch]:
         """One request to the engine, in its turn."""
         part = self.meter.part(prompt)
-        async with self.deployment.queue.turn(self.account.id):
+        async with self.deployment.queue.turn(self.account.id, is_admitted=self.meter.turn is not None):
             self.meter.took_turn()
             async with aclosing(self.deployment.engine.generate(generation)) as batches:
                 async for batch in batches:
@@ -140,12 +140,16 @@ class Job:
                 metrics.inter_token.labels(*labels).observe((meter.last_token - before) / num_tokens)
 
     async def _merged(self, parts: Sequence[tuple[int, int, Generation]]) -> AsyncGenerator[Batch]:
-        """Several requests to the engine as one: their events as they come, and one end for all."""
+        """Several requests to the engine as one: their events as they come, and one end for all.
+
+        No more of them than the engine has slots wait at once: a request with many choices is still one request.
+        """
+        slots = asyncio.Semaphore(self.deployment.queue.num_slots)
         arrived: asyncio.Queue[Batch | BaseException | None] = asyncio.Queue(maxsize=2 * len(parts))
 
         async def read(prompt: int, first: int, generation: Generation) -> None:
             try:
-                async with aclosing(self._part(prompt, first, generation)) as batches:
+                async with slots, aclosing(self._part(prompt, first, generation)) as batches:
                     async for batch in batches:
                         await arrived.put(batch)
                 await arrived.put(None)

@@ -144,10 +144,10 @@ def load(
     values |= {key: value for key, value in (overrides or {}).items() if value is not None}
     for key, place in _PLACES.items():
         values.setdefault(key, place(environ))
-    return _canonical(_checked(values, name), name, environ)
+    return _canonical(_checked(values, name), name)
 
 
-def _canonical(settings: Settings, name: str, environ: Mapping[str, str]) -> Settings:
+def _canonical(settings: Settings, name: str) -> Settings:
     """Aliases of the catalogue become ids; what refers to something is checked to have it."""
     try:
         shipped = Catalogue.load()
@@ -155,9 +155,6 @@ def _canonical(settings: Settings, name: str, environ: Mapping[str, str]) -> Set
         shipped.with_models([model.described(shipped) for model in models])
     except BadCatalogue as error:
         raise BadSettings(f"{name}: {error}") from None
-    for model in models:
-        if model.engine_key_env and not environ.get(model.engine_key_env):
-            raise BadSettings(f"{name}: model {model.id!r}: engine_key_env: {model.engine_key_env} is not set")
     known = {candidate.lower() for model in models for candidate in model.described(shipped).names}
     if settings.stand_in and settings.stand_in.lower() not in known:
         served = ", ".join(model.id for model in models)

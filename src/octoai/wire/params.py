@@ -47,8 +47,8 @@ class _ContentPart(TypedDict):
 
     __pydantic_config__ = _JSON  # type: ignore[misc]
     type: NotRequired[Optional[str]]
-    text: NotRequired[str]
-    image_url: NotRequired[_ImageUrl]
+    text: NotRequired[Optional[str]]
+    image_url: NotRequired[Optional[_ImageUrl]]
 
 
 class _Function(TypedDict):
@@ -64,7 +64,7 @@ class _ToolCall(TypedDict):
     type: NotRequired[Optional[str]]
 
 
-class _Message(TypedDict):
+class MessageParam(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
     role: Required[Annotated[str, Field(min_length=1, max_length=64)]]
     content: NotRequired[Union[str, list[_ContentPart], None]]
@@ -154,7 +154,7 @@ class ChatParams(SamplingParams, total=False):
     messages: Required[
         Annotated[
             Sequence[Union[ChatMessage, Mapping[str, Any]]],
-            _checked_as(Annotated[list[_Message], Field(min_length=1)]),
+            _checked_as(Annotated[list[MessageParam], Field(min_length=1)]),
         ]
     ]
     logprobs: Optional[bool]
