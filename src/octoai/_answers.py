@@ -68,6 +68,14 @@ def record(model: type[R], raw: RawResponse) -> R:
     return answer
 
 
+def no_stream(raw: RawResponse) -> ResponseError:
+    """The error that a whole answer in place of a stream is."""
+    error = _not_understood(raw, f"the answer is {_content_type(raw.headers)}, not an event stream")
+    said = ApiError(body=error.body).message
+    error.message = f"{error.message}: {said}" if said else error.message
+    return error
+
+
 def response_url(raw: RawResponse) -> str | None:
     """Where the result of an asynchronous inference is; None while there is none. Raises if there never will be."""
     state = parsed_json(raw)
@@ -115,13 +123,11 @@ class EventReader(Generic[T]):
         self._open: set[int] = set()
         self._finished: set[int] = set()
 
-    def check_head(self, raw: RawResponse) -> None:
-        """Before any event: is this a stream at all?"""
-        kind = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind in ("application/json", "text/html"):
-            raise ResponseError(message=f"the answer is {kind}, not an event stream")
-        if raw.headers.get("content-encoding"):
-            self._decompress = Decompressor(raw.headers).feed
+    def accepts(self, headers: Mapping[str, str]) -> bool:
+        """Before any event: whether this is a stream at all."""
+        if headers.get("content-encoding"):
+            self._decompress = Decompressor(headers).feed
+        return _content_type(headers) not in ("application/json", "text/html")
 
     def feed(self, block: bytes) -> bool:
         """Whether the block held content."""
@@ -250,7 +256,8 @@ class JsonReader(EventReader[Any]):
         if isinstance(value, dict) and isinstance(value.get("choices"), list):
             for choice in value["choices"]:
                 if isinstance(choice, dict):
-                    index = choice.get("index") or 0
+                    index = choice.get("index")
+                    index = index if isinstance(index, int) else 0
                     self._open.add(index)
                     if choice.get("finish_reason") is not None:
                         self._finished.add(index)
@@ -278,6 +285,10 @@ def _json_or_text(body: bytes) -> Any:
         return json.loads(body)
     except ValueError:
         return body.decode(errors="replace")
+
+
+def _content_type(headers: Mapping[str, str]) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _not_understood(raw: RawResponse, message: str) -> ResponseError:

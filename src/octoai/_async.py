@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 import random
 import time
@@ -16,7 +17,7 @@ from octoai._settings import Settings
 from octoai._transport import AsyncResponse, Request, async_transport
 from octoai.core.request_options import RequestOptions
 from octoai.errors import ApiConnectionError, ApiError, ServerError
-from octoai.wire.answers import ChatCompletionChunk, ChatCompletionResponse, CompletionResponse
+from octoai.wire.answers import ChatCompletionChunk, ChatCompletionResponse, CompletionResponse, UsageStats
 from octoai.wire.inference import InferenceFuture
 from octoai.wire.params import ChatParams, CompletionParams
 from octoai.wire.record import Answer, RawResponse, Record
@@ -161,6 +162,7 @@ class AsyncEventStream(Generic[T]):
         self._attempts = 1
         self._failure: ApiError | None = None
         self._over = False
+        self._cut = False
 
     @property
     def raw_response(self) -> RawResponse | None:
@@ -199,11 +201,17 @@ class AsyncEventStream(Generic[T]):
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection, unless the answer is complete. What has not been read is lost."""
+        """Close the connection, unless the answer is complete. What has not been read is lost, and asking for it raises."""
+        if not self._over:
+            self._cut = bool(self._reader.queue) or not self._reader.done
         self._over = True
         self._reader.queue.clear()
         if self._response is not None:
             await self._response.close()
+
+    async def aclose(self) -> None:
+        """The same as `close`, under the name that asynchronous generators and `contextlib.aclosing` know."""
+        await self.close()
 
     def __del__(self) -> None:
         response = getattr(self, "_response", None)
@@ -222,7 +230,9 @@ class AsyncEventStream(Generic[T]):
             self._deadlines = Deadlines(self._call.timeout, streams=True)
             self._response, self._attempts = await self._shell.open(self._call, self._deadlines)
             self._raw = RawResponse(self._response.status, self._response.headers, b"")
-            self._reader.check_head(self._raw)
+            if not self._reader.accepts(self._raw.headers):
+                body = await _body(self._response, self._deadlines, whole=False)
+                raise _answers.no_stream(dataclasses.replace(self._raw, body=body))
         return self._response
 
     async def _advance(self) -> bool:
@@ -233,6 +243,8 @@ class AsyncEventStream(Generic[T]):
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+        if self._cut:
+            raise self._reader.interrupted("early: it was closed before all of it was read")
         if self._over:
             return False
         try:
@@ -267,6 +279,7 @@ class AsyncEventStream(Generic[T]):
         """Close, and raise once what came before the error has been given out."""
         waiting = tuple(self._reader.queue)
         await self.close()
+        self._cut = False  # this error says it
         self._reader.describe(error, self._raw, self._attempts)
         if not waiting:
             raise error
@@ -288,9 +301,10 @@ class AsyncStream(AsyncEventStream[C], Generic[C, A]):
         self._whole = whole
 
     @property
-    def usage(self) -> Any:
-        """What the service counted (`UsageStats`), as soon as it has said so; None until then."""
-        return self._reader.usage
+    def usage(self) -> UsageStats | None:
+        """What the service counted, as soon as it has said so; None until then."""
+        usage: UsageStats | None = self._reader.usage
+        return usage
 
     async def text(self) -> AsyncIterator[str]:
         """Only the text, of the first choice, piece by piece."""

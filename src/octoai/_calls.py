@@ -26,6 +26,8 @@ _HEADERS = {
     "x-fern-sdk-name": "octoai",
     "x-fern-sdk-version": __version__,
 }
+_FRAMING = frozenset({"content-length", "transfer-encoding"})
+_NAME_CHARS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
 _OPTIONS = frozenset(
     {
         "additional_body_parameters",
@@ -48,12 +50,13 @@ class Call:
     headers: Mapping[str, str] = field(repr=False)
     body: bytes | None = field(default=None, repr=False)
     streams: bool = False
+    wants_token: bool = True
 
     def request(self, token: str | None, failures: int) -> Request:
-        """The attempt after this many failed ones. A header the user set is left alone."""
+        """The attempt after this many failed ones."""
         headers = dict(self.headers)
-        if token:
-            headers.setdefault("authorization", f"Bearer {token}")
+        if token and self.wants_token:
+            headers["authorization"] = f"Bearer {token}"
         if failures:
             headers["x-octoai-retry-count"] = str(failures)
         return Request(self.method, self.url, headers, self.body)
@@ -64,7 +67,10 @@ def redirected(request: Request, status: int, headers: Mapping[str, str]) -> Req
     location = headers.get("location")
     if not location or not _keeps_method(request.method, status):
         return None
-    url = urljoin(request.url, location)
+    try:
+        url = _credentials.checked_url(urljoin(request.url, location))
+    except (ValueError, ConfigurationError):
+        return None
     if _credentials.origin(url) != _credentials.origin(request.url):
         return None
     return Request(request.method, url, request.headers, request.body)
@@ -106,9 +112,10 @@ class Defaults:
             url=_with_query(url, options.get("additional_query_parameters")),
             timeout=_timeout(options, self.timeout),
             policy=RetryPolicy(max_retries=_retries(options.get("max_retries"), self.max_retries)),
-            headers={name: _text(value) for name, value in headers.items() if value is not None},
+            headers=_sendable(headers),
             body=None if body is None else encoded(body),
             streams=streams,
+            wants_token="authorization" not in headers,
         )
 
 
@@ -212,6 +219,21 @@ def _retries(asked: Any, default: int) -> int:
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         raise TypeError(f"max_retries must be a whole number, 0 or more, not {retries!r}")
     return retries
+
+
+def _sendable(headers: Mapping[str, Any]) -> dict[str, str]:
+    """As text that HTTP can carry, whatever library then carries it."""
+    sendable = {name: _text(value).strip() for name, value in headers.items() if value is not None}
+    for name, value in sendable.items():
+        if name in _FRAMING:
+            raise ConfigurationError(message=f"the header {name!r} follows from the body and cannot be set")
+        if not name or not _NAME_CHARS.issuperset(name):
+            raise ConfigurationError(message=f"{name!r} is not the name of a header")
+        if any(char in "\r\n\0" for char in value):
+            raise ConfigurationError(message=f"the header {name!r} holds a line break")
+        if any(char > "\xff" for char in value):
+            raise ConfigurationError(message=f"the header {name!r} holds characters that HTTP cannot carry")
+    return sendable
 
 
 def _lower(headers: Mapping[str, Any] | None) -> dict[str, Any]:

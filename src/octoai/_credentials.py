@@ -150,7 +150,12 @@ def checked_url(url: str) -> str:
         raise ConfigurationError(message=f"an address must be a string, not {type(url).__name__}")
     url = url.strip()
     scheme, host, _ = _split(url)
-    if scheme not in ("http", "https") or not host or any(ord(char) <= 32 or ord(char) == 127 for char in url):
+    if (
+        scheme not in ("http", "https")
+        or not host
+        or "%" in host.partition("[")[0]
+        or any(ord(char) <= 32 or ord(char) == 127 for char in url)
+    ):
         raise ConfigurationError(message=f"not an http:// or https:// address: {url!r}")
     if "@" in url.partition("://")[2].split("/")[0]:
         raise ConfigurationError(message="an address must not hold a user name or password: use api_key=")
@@ -179,7 +184,17 @@ def _split(url: str) -> tuple[str, str, str]:
         host, port = f"{host}]", port.removeprefix(":")
     else:
         host, _, port = authority.partition(":")
+    if not host.isascii():
+        host = _looked_up(host)
     return scheme, host.rstrip("."), port or ("443" if scheme == "https" else "80")
+
+
+def _looked_up(host: str) -> str:
+    """As a resolver will ask for it: what Unicode has of dots, wide letters and invisible signs folds into ASCII."""
+    try:
+        return host.encode("idna").decode()
+    except UnicodeError:
+        return ""
 
 
 def _file(environ: Mapping[str, str] | None) -> str:

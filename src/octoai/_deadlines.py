@@ -121,10 +121,18 @@ class Deadlines:
         """Seconds that one wait for bytes may take. Raises if a deadline has passed."""
         if not self._streams:
             return self._least(self._timeout.read, self._ends_at - self._clock(), "read")
+        left = self.left()
+        return self._timeout.read if left is None else self._least(self._timeout.read, left, "read")
+
+    def left(self) -> float | None:
+        """Seconds until the next deadline that does not start anew with every byte. Raises if it has passed."""
         now = self._clock()
-        if self._content_at is None:
-            self._content_at = self._next_content(now)
-        return self._least(self._timeout.read, min(self._ends_at, self._content_at) - now, "read")
+        ends_at = self._ends_at
+        if self._streams:
+            if self._content_at is None:
+                self._content_at = self._next_content(now)
+            ends_at = min(ends_at, self._content_at)
+        return self._least(None, ends_at - now, "total")
 
     def allow(self, seconds: float) -> bool:
         """Whether the call may still go on after a pause this long."""

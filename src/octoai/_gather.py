@@ -16,12 +16,16 @@ def text_of(events: Iterable[bytes]) -> str:
     for data in events:
         chunk = json.loads(data)
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        parts.extend(_text(choice) for choice in choices or () if not choice.get("index"))
+        if isinstance(choices, list):
+            parts.extend(_text(choice) for choice in choices if isinstance(choice, dict) and not choice.get("index"))
     return "".join(parts)
 
 
 def _text(choice: Mapping[str, Any]) -> str:
-    return (choice.get("delta") or choice).get("content") or choice.get("text") or ""
+    """Of any endpoint's event: nothing about it is certain."""
+    delta = choice.get("delta")
+    text = delta.get("content") if isinstance(delta, dict) else choice.get("text")
+    return text if isinstance(text, str) else ""
 
 
 def chat_completion(events: Iterable[bytes]) -> dict[str, Any]:

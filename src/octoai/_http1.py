@@ -76,7 +76,8 @@ class ResponseParser:
             raise ProtocolError("the answer is not HTTP/1.1")
 
     def _parse_head(self, head: bytes) -> None:
-        first, *lines = head.decode("latin-1").split("\r\n")
+        text = head.decode("latin-1").replace("\r\n ", " ").replace("\r\n\t", " ")  # lines that continue the last
+        first, *lines = text.split("\r\n")
         version, _, rest = first.partition(" ")
         code = rest.lstrip()[:3]
         if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):

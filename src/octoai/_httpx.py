@@ -29,9 +29,8 @@ def _new_client(name: str) -> Any:
 
 
 def _request(client: Any, request: Request, timeout: tuple[float | None, ...]) -> Any:
-    return client.build_request(
-        request.method, request.url, headers=dict(request.headers), content=request.body, timeout=timeout
-    )
+    headers = {name: value.encode("latin-1") for name, value in request.headers.items()}
+    return client.build_request(request.method, request.url, headers=headers, content=request.body, timeout=timeout)
 
 
 # Redirects are followed by the caller, who knows what must not cross origins.
@@ -178,10 +177,10 @@ class AsyncHttpxTransport:
         async def trace(event: str, _info: Any) -> None:
             seen.add(event)
 
-        prepared = _request(client, request, (connect, wait, wait, connect))
-        prepared.extensions["trace"] = trace
         try:
-            async with asyncio.timeout(None if wait is None else (connect or 0) + wait):
+            prepared = _request(client, request, (connect, wait, wait, connect))
+            prepared.extensions["trace"] = trace
+            async with asyncio.timeout(deadlines.left()):
                 response = await client.send(prepared, **_SEND_OPTIONS)
         except failures.all as error:
             mapped = failures.mapped(error, request, deadlines)

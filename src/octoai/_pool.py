@@ -11,6 +11,7 @@ import select
 import socket
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,10 +20,10 @@ from octoai._http1 import ProtocolError, ResponseParser
 from octoai._transport import DRAIN_BYTES, DRAIN_SECONDS, Request, Response, connection_error
 from octoai.errors import ApiConnectionError, ConfigurationError
 
-_MAX_IDLE = 32
-_MAX_IDLE_SECONDS = 30.0
+MAX_IDLE = 32
+MAX_IDLE_SECONDS = 30.0
 _BLOCK_BYTES = 64 * 1024
-_Origin = tuple[str, str, int]
+Origin = tuple[str, str, int]
 
 
 class SocketTransport:
@@ -34,12 +35,12 @@ class SocketTransport:
     """
 
     def __init__(self) -> None:
-        self._idle: dict[_Origin, deque[_Connection]] = {}
+        self._idle: dict[Origin, deque[_Connection]] = {}
         self._pid = os.getpid()
         self._tls: Any = None
 
     def send(self, request: Request, deadlines: Deadlines) -> Response:
-        origin, head = _head(request)
+        origin, head = head_of(request)
         connection = self._take(origin)
         if connection is not None:
             response = SocketResponse(self, connection)
@@ -55,7 +56,7 @@ class SocketTransport:
         idle = self._own_idle().setdefault(connection.origin, deque())
         connection.idle_since = time.monotonic()
         idle.append(connection)
-        if len(idle) > _MAX_IDLE:
+        if len(idle) > MAX_IDLE:
             self._drop_one(idle)
 
     def close(self) -> None:
@@ -67,7 +68,7 @@ class SocketTransport:
     def __del__(self) -> None:
         self.close()
 
-    def _own_idle(self) -> dict[_Origin, deque[_Connection]]:
+    def _own_idle(self) -> dict[Origin, deque[_Connection]]:
         if self._pid != os.getpid():
             inherited, self._idle, self._pid = self._idle, {}, os.getpid()
             for connections in inherited.values():
@@ -75,7 +76,7 @@ class SocketTransport:
                     connection.close()  # this process's descriptor only: the parent's connection stands
         return self._idle
 
-    def _take(self, origin: _Origin) -> _Connection | None:
+    def _take(self, origin: Origin) -> _Connection | None:
         idle = self._own_idle().get(origin)
         while idle:
             try:
@@ -95,7 +96,7 @@ class SocketTransport:
             return False
         return True
 
-    def _connect(self, origin: _Origin, request: Request, deadlines: Deadlines) -> _Connection:
+    def _connect(self, origin: Origin, request: Request, deadlines: Deadlines) -> _Connection:
         scheme, host, port = origin
         try:
             raw = socket.create_connection((host, port), deadlines.connecting())
@@ -104,10 +105,11 @@ class SocketTransport:
         except (OSError, UnicodeError) as error:
             raise connection_error(error, request) from error
         try:
-            _tune(raw)
+            tune(raw)
             if scheme == "https":
                 raw.settimeout(deadlines.connecting())
-                raw = self._tls_context().wrap_socket(raw, server_hostname=host)
+                self._tls = self._tls or tls_context()
+                raw = self._tls.wrap_socket(raw, server_hostname=host)
         except TimeoutError as error:
             raw.close()
             raise deadlines.passed("connect") from error
@@ -117,25 +119,11 @@ class SocketTransport:
             raise connection_error(error, request, retryable=not certificate) from error
         return _Connection(raw, origin)
 
-    def _tls_context(self) -> Any:
-        if self._tls is None:
-            import ssl
-
-            try:
-                if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
-                    raise ImportError  # the user's own choice of authorities wins over the system's
-                import truststore
-
-                self._tls = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            except ImportError:
-                self._tls = ssl.create_default_context()
-        return self._tls
-
 
 class _Connection:
     __slots__ = ("idle_since", "origin", "pid", "socket")
 
-    def __init__(self, raw: socket.socket, origin: _Origin) -> None:
+    def __init__(self, raw: socket.socket, origin: Origin) -> None:
         self.socket = raw
         self.origin = origin
         self.pid = os.getpid()
@@ -143,7 +131,7 @@ class _Connection:
 
     def is_usable(self) -> bool:
         """Not too old, and silent: bytes that nobody asked for mean that the service has closed it."""
-        if self.pid != os.getpid() or time.monotonic() - self.idle_since > _MAX_IDLE_SECONDS:
+        if self.pid != os.getpid() or time.monotonic() - self.idle_since > MAX_IDLE_SECONDS:
             return False
         try:
             if hasattr(select, "poll"):
@@ -155,6 +143,11 @@ class _Connection:
             return False
 
     def close(self) -> None:
+        """The peer sees it at once, even where a forked child has a copy of the descriptor, and so does a thread that
+        is waiting for bytes. The child itself only lets go of its copy."""
+        if self.pid == os.getpid():
+            with suppress(OSError):  # it is closed already
+                self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
@@ -257,7 +250,7 @@ class SocketResponse:
             self.close()
 
 
-def _head(request: Request) -> tuple[_Origin, bytes]:
+def head_of(request: Request) -> tuple[Origin, bytes]:
     """Where to connect, and the bytes before the body."""
     try:
         parts = urlsplit(request.url)
@@ -265,17 +258,11 @@ def _head(request: Request) -> tuple[_Origin, bytes]:
     except ValueError as error:
         raise ConfigurationError(message=f"not a valid address: {request.url!r}") from error
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    lines = [f"{request.method} {_ascii(target)} HTTP/1.1", f"host: {_ascii(parts.netloc)}"]
-    for name, value in request.headers.items():
-        if any(char in "\r\n\0" for char in name + value):
-            raise ConfigurationError(message=f"the header {name!r} holds a line break")
-        lines.append(f"{name}: {value}")
+    lines = [f"{request.method} {_ascii(target)} HTTP/1.1"]
+    lines.extend(f"{name}: {value}" for name, value in {"host": _ascii(parts.netloc), **request.headers}.items())
     if request.body is not None:
         lines.append(f"content-length: {len(request.body)}")
-    try:
-        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-    except UnicodeEncodeError as error:
-        raise ConfigurationError(message="a header (the token?) holds characters that HTTP cannot carry") from error
+    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
     return (scheme, host, port or (443 if scheme == "https" else 80)), head
 
 
@@ -285,10 +272,24 @@ def _ascii(text: str) -> str:
     return text if text.isascii() else quote(text, safe="/?&=%:[]@!$'()*+,;~")
 
 
-def _tune(raw: socket.socket) -> None:
+def tune(raw: socket.socket) -> None:
     """No delay for small writes; and a peer that vanished behind a NAT is noticed in minutes, not hours."""
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):
             raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def tls_context() -> Any:
+    """Certificates are checked against the system's authorities, or those that `SSL_CERT_FILE` or `_DIR` names."""
+    import ssl
+
+    if not (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
+        try:
+            import truststore
+
+            return truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        except ImportError:
+            pass
+    return ssl.create_default_context()

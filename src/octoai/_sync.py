@@ -3,6 +3,7 @@ elsewhere (`_calls`, `_retry`, `_answers`); `_async` is the same with `await`.""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from octoai._settings import Settings
 from octoai._transport import Request, Response, sync_transport
 from octoai.core.request_options import RequestOptions
 from octoai.errors import ApiConnectionError, ApiError, ServerError
-from octoai.wire.answers import ChatCompletionChunk, ChatCompletionResponse, CompletionResponse
+from octoai.wire.answers import ChatCompletionChunk, ChatCompletionResponse, CompletionResponse, UsageStats
 from octoai.wire.inference import InferenceFuture
 from octoai.wire.params import ChatParams, CompletionParams
 from octoai.wire.record import Answer, RawResponse, Record
@@ -157,6 +158,7 @@ class EventStream(Generic[T]):
         self._attempts = 1
         self._failure: ApiError | None = None
         self._over = False
+        self._cut = False
 
     @property
     def raw_response(self) -> RawResponse | None:
@@ -195,7 +197,9 @@ class EventStream(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Close the connection, unless the answer is complete. What has not been read is lost."""
+        """Close the connection, unless the answer is complete. What has not been read is lost, and asking for it raises."""
+        if not self._over:
+            self._cut = bool(self._reader.queue) or not self._reader.done
         self._over = True
         self._reader.queue.clear()
         if self._response is not None:
@@ -210,7 +214,9 @@ class EventStream(Generic[T]):
             self._deadlines = Deadlines(self._call.timeout, streams=True)
             self._response, self._attempts = self._shell.open(self._call, self._deadlines)
             self._raw = RawResponse(self._response.status, self._response.headers, b"")
-            self._reader.check_head(self._raw)
+            if not self._reader.accepts(self._raw.headers):
+                body = _body(self._response, self._deadlines, whole=False)
+                raise _answers.no_stream(dataclasses.replace(self._raw, body=body))
         return self._response
 
     def _advance(self) -> bool:
@@ -221,6 +227,8 @@ class EventStream(Generic[T]):
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+        if self._cut:
+            raise self._reader.interrupted("early: it was closed before all of it was read")
         if self._over:
             return False
         try:
@@ -255,6 +263,7 @@ class EventStream(Generic[T]):
         """Close, and raise once what came before the error has been given out."""
         waiting = tuple(self._reader.queue)
         self.close()
+        self._cut = False  # this error says it
         self._reader.describe(error, self._raw, self._attempts)
         if not waiting:
             raise error
@@ -276,9 +285,10 @@ class Stream(EventStream[C], Generic[C, A]):
         self._whole = whole
 
     @property
-    def usage(self) -> Any:
-        """What the service counted (`UsageStats`), as soon as it has said so; None until then."""
-        return self._reader.usage
+    def usage(self) -> UsageStats | None:
+        """What the service counted, as soon as it has said so; None until then."""
+        usage: UsageStats | None = self._reader.usage
+        return usage
 
     def text(self) -> Iterator[str]:
         """Only the text, of the first choice, piece by piece."""

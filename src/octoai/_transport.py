@@ -85,9 +85,12 @@ def sync_transport(httpx_client: Any) -> Transport:
 
 
 def async_transport(httpx_client: Any) -> AsyncTransport:
-    from octoai._httpx import AsyncHttpxTransport
+    """The same choice, for asyncio."""
+    if httpx_client is not None:
+        from octoai._httpx import AsyncHttpxTransport
 
-    return AsyncHttpxTransport(httpx_client)
+        return AsyncHttpxTransport(httpx_client)
+    return _AsyncDirectOrProxied()
 
 
 class _DirectOrProxied:
@@ -110,6 +113,28 @@ class _DirectOrProxied:
         self._direct.close()
         if self._proxied is not None:
             self._proxied.close()
+
+
+class _AsyncDirectOrProxied:
+    def __init__(self) -> None:
+        from octoai._async_pool import AsyncSocketTransport
+
+        self._direct = AsyncSocketTransport()
+        self._proxied: AsyncTransport | None = None
+
+    async def send(self, request: Request, deadlines: Deadlines) -> AsyncResponse:
+        if not _goes_through_proxy(request.url):
+            return await self._direct.send(request, deadlines)
+        if self._proxied is None:
+            from octoai._httpx import AsyncHttpxTransport
+
+            self._proxied = AsyncHttpxTransport(None)
+        return await self._proxied.send(request, deadlines)
+
+    async def close(self) -> None:
+        await self._direct.close()
+        if self._proxied is not None:
+            await self._proxied.close()
 
 
 def _goes_through_proxy(url: str) -> bool:

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["AsyncOctoAI", "DEFAULT_HEALTH_CHECK_TIMEOUT_SECONDS", "InferenceFuture", "OctoAI"]
 
 DEFAULT_HEALTH_CHECK_TIMEOUT_SECONDS = 900.0
+# What the original's module had besides, because it imported it.
+_HISTORICAL = {
+    "AsyncBaseOctoAI": "octoai.base_client",
+    "AsyncTextGenClient": "octoai.text_gen.client",
+    "BaseOctoAI": "octoai.base_client",
+    "TextGenClient": "octoai.text_gen.client",
+    "retry": "octoai.util",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -33,10 +41,10 @@ def __getattr__(name: str) -> Any:
         from octoai.wire.inference import InferenceFuture
 
         return InferenceFuture
-    if name in ("TextGenClient", "AsyncTextGenClient"):
-        import octoai.text_gen.client as text_gen_client
+    if name in _HISTORICAL:
+        from importlib import import_module
 
-        return getattr(text_gen_client, name)
+        return getattr(import_module(_HISTORICAL[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

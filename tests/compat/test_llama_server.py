@@ -31,7 +31,7 @@ params.model.path, port, key, slots, context = sys.argv[1:]
 params.hostnames, params.port, params.api_keys, params.model_alias = ["127.0.0.1"], int(port), [key], {"smol"}
 params.n_parallel, params.n_ctx = int(slots), int(slots) * int(context)
 params.n_batch = params.n_ubatch = 64
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # two wait for each other where a neighbour has a core
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # two wait for each other
 params.endpoint_metrics, params.ui, params.ctx_shift, params.verbosity = True, False, False, 1
 server = xllamacpp.Server(params)
 time.sleep(3600)

@@ -9,13 +9,14 @@ import os
 import pickle
 import stat
 import threading
+import time
 from typing import Any
 
 import pytest
 
 from octoai import ApiError, AsyncOctoAI, OctoAI, OctoAIEnvironment, Timeout, _credentials
 from tests.sdk.conftest import MESSAGES
-from tests.sdk.misbehaving import Exchange, answer, words
+from tests.sdk.misbehaving import Exchange, answer, chunk, words
 
 FILE_URL = "http://127.0.0.1:7001"
 
@@ -243,3 +244,68 @@ def test_a_client_can_be_used_after_it_was_closed(serve: Any) -> None:
         client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
         client.close()
     assert server.connections == 2
+
+
+def test_a_child_does_not_keep_its_parents_stream_open(serve: Any) -> None:
+    """A forked child has copies of its parent's descriptors. The service notices a close all the same."""
+    waited: list[float | None] = []
+
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.event(chunk("a"))
+        waited.append(x.seconds_until_closed(3))
+
+    stream = OctoAI(base_url=serve(script).url, api_key="k").text_gen.create_chat_completion_stream(
+        model="m", messages=MESSAGES
+    )
+    next(stream)
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(2)
+        os._exit(0)
+    stream.close()
+    while not waited:
+        time.sleep(0.01)
+    os.waitpid(pid, 0)
+    assert waited[0] is not None
+    assert waited[0] < 1
+
+
+def test_a_child_leaves_its_parents_stream_alone(serve: Any) -> None:
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.event(chunk("a"))
+        time.sleep(0.5)
+        x.event(chunk("b", finish="stop"))
+        x.end_stream()
+
+    client = OctoAI(base_url=serve(script).url, api_key="k")
+    stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+    next(stream)
+    pid = os.fork()
+    if pid == 0:
+        stream.close()
+        client.close()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert list(stream.text()) == ["b"]
+    client.close()
+
+
+def test_a_stream_can_be_closed_by_another_thread(serve: Any) -> None:
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.event(chunk("a"))
+        x.seconds_until_closed()
+
+    stream = OctoAI(base_url=serve(script).url, api_key="k").text_gen.create_chat_completion_stream(
+        model="m", messages=MESSAGES
+    )
+    next(stream)
+    began = time.monotonic()
+    closing = threading.Timer(0.2, stream.close)
+    closing.start()
+    with pytest.raises(ApiError):
+        next(stream)
+    closing.join()
+    assert time.monotonic() - began < 2

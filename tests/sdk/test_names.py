@@ -162,3 +162,21 @@ def test_files_and_retries_of_the_old_helpers(tmp_path: Any) -> None:
     assert from_file(tmp_path / "f") == "aGVsbG8="
     answers = iter([503, 429, 200])
     assert retry(lambda: SimpleNamespace(status_code=next(answers)), interval=0, jitter=0).status_code == 200
+
+
+def test_json_takes_what_it_took() -> None:
+    message = ChatMessage(role="user", content="é")
+    assert message.json(sort_keys=True, ensure_ascii=False) == '{"content": "é", "role": "user"}'
+    assert message.json(separators=(",", ":"), exclude={"role"}) == '{"content":"\\u00e9"}'
+
+
+def test_historical_names_that_nobody_should_need() -> None:
+    import octoai.base_client
+    import octoai.client
+    import octoai.core.http_client
+    import octoai.util
+
+    assert octoai.client.BaseOctoAI is octoai.base_client.BaseOctoAI
+    assert octoai.client.AsyncBaseOctoAI is octoai.base_client.AsyncBaseOctoAI
+    assert octoai.client.retry is octoai.util.retry
+    assert octoai.core.http_client.MAX_RETRY_DELAY_SECONDS_FROM_HEADER == 30

@@ -17,6 +17,7 @@ from octoai import (
     AuthenticationError,
     BadRequestError,
     ChatMessage,
+    ConfigurationError,
     ConflictError,
     InternalServerError,
     NotFoundError,
@@ -465,3 +466,58 @@ def test_a_proxy_is_used_where_the_environment_names_one(api: Any, serve: Any, m
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     api.chat(api.client(base_url=direct.url))
     assert len(direct.requests) == 1
+
+
+def test_a_header_set_to_none_is_left_out_and_a_host_is_replaced(api: Any, echo: Server) -> None:
+    client = api.client(base_url=echo.url, default_headers={"Authorization": None})
+    api.chat(client, request_options={"additional_headers": {"Host": "virtual.example", "User-Agent": None}})
+    assert echo.requests[0].headers["host"] == "virtual.example"
+    assert not {"authorization", "user-agent"} & echo.requests[0].headers.keys()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Length": "3"},
+        {"Transfer-Encoding": "chunked"},
+        {"X": "a\r\nEvil: 1"},
+        {"X": "日本"},
+        {"X y": "1"},
+        {"": "1"},
+    ],
+)
+def test_headers_that_cannot_be_sent_are_refused(api: Any, echo: Server, headers: dict[str, str]) -> None:
+    with pytest.raises(ConfigurationError):
+        api.chat(api.client(base_url=echo.url), request_options={"additional_headers": headers})
+    assert not echo.requests
+
+
+@pytest.mark.parametrize("location", ["http://[bad", "/a b", "http://octoai.run/", "http://u:p@127.0.0.1/", "//"])
+def test_a_redirect_to_nowhere_is_an_api_error(api: Any, serve: Any, location: str) -> None:
+    server = serve(lambda x: x.reply(307, {}, location=location))
+    with pytest.raises(ApiError, match="redirects"):
+        api.chat(api.client(base_url=server.url))
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "host", ["octoai\u3002run", "text\uff0eoctoai\uff0erun", "\uff4fctoai.run", "octo\u00adai.run", "octo.ai\u3002"]
+)
+def test_dead_hosts_are_known_in_every_spelling(api: Any, host: str) -> None:
+    with pytest.raises(ConfigurationError, match="shut down"):
+        api.client(base_url=f"http://{host}")
+    with pytest.raises(ConfigurationError, match="shut down"):
+        api.call(api.client(), "infer", f"http://{host}/x", {})
+
+
+@pytest.mark.parametrize("host", ["octoai%2erun", "a..\u3002b", "[::ffff:octoai.run]"])
+def test_a_host_that_is_none_is_an_api_error(api: Any, host: str) -> None:
+    with pytest.raises(ApiError):
+        api.call(api.client(max_retries=0), "infer", f"http://{host}/x", {})
+
+
+def test_header_lines_that_continue_are_read(api: Any, serve: Any) -> None:
+    def script(x: Exchange) -> None:
+        x.reply(200, answer(), x_request_id="a\r\n  b")
+
+    assert api.chat(api.client(base_url=serve(script).url)).request_id == "a b"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import gzip
 import json
 import time
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -13,12 +15,14 @@ import pytest
 from octoai import (
     ApiError,
     ApiTimeoutError,
+    AsyncOctoAI,
     BadRequestError,
     ResponseError,
     StreamError,
     StreamInterrupted,
     Timeout,
 )
+from tests.sdk.conftest import MESSAGES
 from tests.sdk.misbehaving import Exchange, chunk, words
 
 
@@ -371,3 +375,92 @@ def test_a_stream_closed_early_has_no_final_answer(api: Any, serve: Any) -> None
     api.take(stream, 1)
     with pytest.raises(StreamInterrupted):
         api.final(stream)
+
+
+def test_what_was_not_read_of_a_closed_stream_is_not_silently_missing(api: Any, serve: Any) -> None:
+    client = api.client(base_url=serve(lambda x: x.stream(words())).url)
+    stream = api.stream(client)
+    api.take(stream, 1)
+    for _ in range(2):
+        with pytest.raises(StreamInterrupted, match="closed before all of it was read") as caught:
+            api.all(stream)
+        assert caught.value.partial.startswith("w0 ")
+    unopened = api.stream(client)
+    api.close_stream(unopened)
+    with pytest.raises(StreamInterrupted):
+        api.all(unopened)
+    whole = api.stream(client)
+    assert len(api.all(whole)) == 3
+    api.close_stream(whole)
+    assert api.all(whole) == []
+    assert api.final(whole).choices[0].message.content == "w0 w1 w2 "
+
+
+def test_a_loop_left_at_the_last_chunk_has_all_of_it(api: Any, serve: Any) -> None:
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.part(b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in words()) + b"data: [DONE]\n\n")
+        x.send(b"0\r\n\r\n")
+
+    stream = api.stream(api.client(base_url=serve(script).url))
+    api.take(stream, 3)
+    assert api.final(stream).choices[0].message.content == "w0 w1 w2 "
+
+
+def test_an_error_in_place_of_a_stream_is_told(api: Any, serve: Any) -> None:
+    server = serve(lambda x: x.reply(200, {"error": {"message": "engine died"}}, x_request_id="req-9"))
+    for read in (api.all, api.entered):
+        with pytest.raises(ResponseError, match="not an event stream: engine died") as caught:
+            read(api.stream(api.client(base_url=server.url)))
+        assert caught.value.request_id == "req-9"
+        assert caught.value.status_code == 200
+
+
+@pytest.mark.parametrize("choices", [{"a": 1}, ["x"], [{"delta": "x"}], [{"index": [], "text": 5}]])
+def test_a_stream_of_anything_that_is_cut_off_raises_an_api_error(api: Any, serve: Any, choices: Any) -> None:
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.event({"choices": choices})
+        x.hang_up()
+
+    stream = api.client(base_url=serve(script).url).infer_stream("http://127.0.0.1:%d/" % serve(script).port, {})
+    with pytest.raises(StreamInterrupted):
+        api.all(stream)
+
+
+def test_a_stream_may_be_closed_by_contextlib(serve: Any) -> None:
+    waited: list[float | None] = []
+
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.event(chunk("a"))
+        waited.append(x.seconds_until_closed())
+
+    async def use() -> None:
+        async with AsyncOctoAI(base_url=serve(script).url, api_key="k") as client:
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            async with aclosing(stream):
+                await anext(stream)
+            await asyncio.sleep(0.2)
+
+    asyncio.run(use())
+    assert waited[0] is not None
+
+
+@pytest.mark.parametrize("deadline", ["total", "first_token"])
+def test_connecting_and_the_head_have_no_time_of_their_own(api: Any, serve: Any, deadline: str) -> None:
+    """The deadline of the whole holds for an answer whose head drips, too: connecting does not add its own."""
+
+    def script(x: Exchange) -> None:
+        x.send(b"HTTP/1.1 200 OK\r\n")
+        for _ in range(30):
+            time.sleep(0.1)
+            x.send(b"x: y\r\n")
+
+    api.all(api.stream(api.client(base_url=serve(lambda x: x.stream(words())).url)))  # imports are not timed
+    client = api.client(base_url=serve(script).url, timeout=Timeout(**{"connect": 10, deadline: 0.5}))
+    began = time.monotonic()
+    with pytest.raises(ApiTimeoutError) as caught:
+        api.all(api.stream(client))
+    assert caught.value.deadline == deadline
+    assert time.monotonic() - began < 1.5

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
-from octoai.server.engines.dialects import DIALECTS, Reader, refusal
+from octoai.server.engines.dialects import DIALECTS
+from octoai.server.engines.reader import Reader
+from octoai.server.engines.refusals import refusal
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Refusal, Unavailable
 
 CHAT = Generation(max_tokens=9, messages=[{"role": "developer", "content": "Hi"}])

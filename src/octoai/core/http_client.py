@@ -11,6 +11,12 @@ from octoai.core.remove_none_from_dict import remove_none_from_dict
 __all__ = ["AsyncHttpClient", "HttpClient"]
 
 
+# The original's numbers, for code that names them. What is done now is in `octoai._retry`.
+INITIAL_RETRY_DELAY_SECONDS = 0.5
+MAX_RETRY_DELAY_SECONDS = 10
+MAX_RETRY_DELAY_SECONDS_FROM_HEADER = 30
+
+
 def _arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("headers"):
         kwargs["headers"] = remove_none_from_dict(kwargs["headers"])

@@ -22,6 +22,7 @@ else:
     ModelMetaclass = type(BaseModel)
 
 
+_DUMPS = frozenset({"allow_nan", "cls", "default", "separators", "skipkeys", "sort_keys"})
 JsonObject = dict[str, Any]  # inside the class, `dict` is a method
 
 
@@ -60,7 +61,14 @@ class Record(BaseModel, metaclass=_RecordType):
         return cast("JsonObject", _union(received, present))
 
     def json(self, **kwargs: Any) -> str:
-        return self.model_dump_json(**{"by_alias": True, "exclude_unset": True, **kwargs})
+        """Takes pydantic's arguments and, as v1 did, those of `json.dumps`."""
+        options = {"by_alias": True, "exclude_unset": True, **kwargs}
+        if _DUMPS.isdisjoint(options):
+            return self.model_dump_json(**options)
+        import json
+
+        dumps = {name: options.pop(name) for name in (*_DUMPS, "indent", "ensure_ascii") if name in options}
+        return json.dumps(self.model_dump(mode="json", **options), **dumps)
 
     def copy(  # type: ignore[override]
         self: Self, *, update: Optional[Mapping[str, Any]] = None, deep: bool = False

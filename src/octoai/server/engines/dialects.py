@@ -1,6 +1,6 @@
 """What each OpenAI-shaped server calls things, what it cannot honour, and how it counts tokens.
 
-Pure: a `Generation` becomes a path and a body; a server's events become ours (`Reader`). A dialect knows no sockets.
+Pure: a `Generation` becomes a path and a body; what comes back is read by `reader`. A dialect knows no sockets.
 
 Every sampling parameter is sent, also at its default: the servers' own defaults differ (llama.cpp's temperature is
 0.8, with top_k 40), and the same request must mean the same thing whichever engine answers it.
@@ -8,25 +8,17 @@ Every sampling parameter is sent, also at its default: the servers' own defaults
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
-from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Refusal, Unavailable
+from octoai.server.engines.base import Generation
+from octoai.server.errors import BadRequest
 
 _JSON_SCHEMA_NAME = "answer"
 _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
-# How vLLM has worded a prompt too long: "(9000 in the messages, 512 in the completion)", "your request has 9000 input
-# tokens", "You passed 9000 input tokens … context length is only 8192", "your prompt contains at least 8193 input
-# tokens", "contains 90000 characters (more than 65536 …, which is the upper bound for 8192 input tokens)".
-_WINDOW = re.compile(r"context length is (?:only )?(\d+) tokens")
-_PROMPT_TOKENS = re.compile(r"(?<!\d)(?<!upper bound for )(\d+) (?:in the messages|input tokens|in the prompt)")
-# Of a prompt that fills the window to the last token it says what is left of `max_tokens`, which was not ours.
-_NO_ROOM = "max_tokens must be at least 1, got 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,201 +175,3 @@ DIALECTS: Mapping[str, Dialect] = {
         ),
     )
 }
-
-
-class Reader:
-    """Reads one answer's events. `Finished` comes last, with the sum of what the server counted."""
-
-    def __init__(self, generation: Generation | None = None) -> None:
-        self._generation = generation
-        self._started = False
-        self._counted: dict[int, int] = {}
-        self._reasons: dict[int, str] = {}
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._completion_tokens: int | None = None
-
-    def events(self, payloads: Iterable[bytes]) -> list[Event]:
-        """Events for the data of one or more server-sent events."""
-        events: list[Event] = []
-        for payload in payloads:
-            if payload == b"[DONE]":
-                events.append(self._finished())
-            else:
-                self._read_checked(_decoded(payload), events)
-        return events
-
-    def _read_checked(self, chunk: Mapping[str, Any], events: list[Event]) -> None:
-        try:
-            self._read(chunk, events)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise EngineFailed("The engine sent an event of a shape that is not the protocol's.") from None
-
-    def _read(self, chunk: Mapping[str, Any], events: list[Event]) -> None:
-        if chunk.get("error") or chunk.get("object") == "error":
-            raise self._broken(chunk)
-        choices = chunk.get("choices") or ()
-        self._count(chunk, choices)
-        for choice in choices:
-            delta = self._delta(choice)
-            if delta is not None:
-                self._start(events)
-                events.append(delta)
-            if choice.get("finish_reason"):
-                self._start(events)
-                self._reasons[choice.get("index", 0)] = choice["finish_reason"]
-
-    def _broken(self, chunk: Mapping[str, Any]) -> Refusal:
-        """vLLM checks some parameters only after its 200, and then says which status it meant."""
-        error = chunk.get("error")
-        status = error.get("code") if isinstance(error, dict) else chunk.get("code")
-        if self._generation is not None and not self._started and status in (400, 422):
-            return refusal(status, orjson.dumps(chunk), self._generation)
-        return EngineFailed(f"The engine broke off: {_message_of(chunk)}")
-
-    def _start(self, events: list[Event]) -> None:
-        if not self._started:
-            self._started = True
-            events.append(Started(self._prompt_tokens, self._cached_tokens))
-
-    def _count(self, chunk: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
-        """Tokens so far: llama.cpp says them in `timings`, vLLM in `usage`; otherwise one a delta is counted."""
-        timings, usage = chunk.get("timings"), chunk.get("usage")
-        if usage:
-            self._prompt_tokens = usage.get("prompt_tokens") or self._prompt_tokens
-            details = usage.get("prompt_tokens_details") or {}
-            self._cached_tokens = details.get("cached_tokens") or self._cached_tokens
-            self._completion_tokens = usage.get("completion_tokens")
-        elif timings:
-            self._cached_tokens = timings["cache_n"]
-            self._prompt_tokens = timings["cache_n"] + timings["prompt_n"]
-            self._completion_tokens = timings["predicted_n"]
-        for choice in choices:
-            index = choice.get("index", 0)
-            if len(choices) == 1 and self._completion_tokens is not None:
-                others = sum(count for other, count in self._counted.items() if other != index)
-                self._counted[index] = max(self._counted.get(index, 0), self._completion_tokens - others)
-            elif _has_text(choice):
-                self._counted[index] = self._counted.get(index, 0) + 1
-
-    def _delta(self, choice: Mapping[str, Any]) -> Delta | None:
-        said = choice.get("delta")
-        text = (choice.get("text") if said is None else said.get("content")) or ""
-        calls = None if said is None else said.get("tool_calls")
-        if not isinstance(text, str):
-            raise TypeError(text)
-        logprobs = _logprobs(choice.get("logprobs"))
-        if not text and not calls and not logprobs:  # a token that only begins a character has a logprob, but no text
-            return None
-        index = choice.get("index", 0)
-        return Delta(index, text, self._counted.get(index, 0), logprobs, calls)
-
-    def _finished(self) -> Finished:
-        if not self._reasons:
-            raise EngineFailed("The engine ended its answer without saying why.")
-        completion_tokens = sum(self._counted.values()) if self._completion_tokens is None else self._completion_tokens
-        return Finished(self._reasons, Usage(self._prompt_tokens, self._cached_tokens, completion_tokens))
-
-
-def _decoded(payload: bytes) -> Mapping[str, Any]:
-    try:
-        chunk = orjson.loads(payload)
-    except orjson.JSONDecodeError:
-        raise EngineFailed("The engine sent an event that is not JSON.") from None
-    if not isinstance(chunk, dict):
-        raise EngineFailed("The engine sent an event that is not an object.")
-    return chunk
-
-
-def _has_text(choice: Mapping[str, Any]) -> bool:
-    said = choice.get("delta") or choice
-    return bool(said.get("content") or said.get("text") or said.get("tool_calls"))
-
-
-def _logprobs(reported: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
-    """One entry a token, in OctoAI's form, from the chat form or the completions' older four parallel lists."""
-    if not reported:
-        return None
-    if reported.get("content") is not None:
-        return [
-            {**_entry(token), "top_logprobs": [_entry(other) for other in token.get("top_logprobs") or ()]}
-            for token in reported["content"]
-        ]
-    tokens, values = reported.get("tokens") or [], reported.get("token_logprobs") or []
-    tops = reported.get("top_logprobs") or [{}] * len(tokens)
-    return [
-        {
-            **_entry({"token": token, "logprob": value}),
-            "top_logprobs": [_entry({"token": name, "logprob": other}) for name, other in (top or {}).items()],
-        }
-        for token, value, top in zip(tokens, values, tops, strict=False)
-    ]
-
-
-def _entry(token: Mapping[str, Any]) -> dict[str, Any]:
-    text = token["token"]
-    raw = token.get("bytes")
-    logprob = token["logprob"]
-    return {
-        "token": text,
-        # -inf is no JSON number: the servers' own floor for "never" is this one.
-        "logprob": -9999.0 if logprob is None or logprob < -9999.0 else logprob,
-        "bytes": list(text.encode("utf-8", "replace")) if raw is None else raw,
-    }
-
-
-def refusal(status: int, body: bytes, generation: Generation, context_length: int | None = None) -> Refusal:
-    """What a server's error answer means for our caller. Its own wording is kept where the caller can act on it."""
-    try:
-        said = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        said = {}
-    error = said.get("error", said) if isinstance(said, dict) else {}
-    error = error if isinstance(error, dict) else {"message": str(error)}
-    message = _message_of({"error": error})
-    param = "prompt" if generation.messages is None else "messages"
-    if status == 400 and context_length is not None and _NO_ROOM in message:
-        return ContextLengthExceeded(context_length, context_length, param=param)
-    too_long = _too_long(error, message, param) if status == 400 else None
-    if too_long is not None:
-        return too_long
-    if status in (400, 422):
-        return BadRequest(f"The engine refused: {message}", param=error.get("param") or _suspect(message, param))
-    if "image input is not supported" in message:
-        return BadRequest("messages: this model takes text only, no images", param="messages")
-    if status in (429, 503):
-        return Unavailable("The engine is busy.", retry_after=1)
-    return EngineFailed(f"The engine answered {status}.")
-
-
-def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | None:
-    """llama.cpp says both numbers; of vLLM's words some count `max_tokens` in, and then they are passed on."""
-    counted, limit = error.get("n_prompt_tokens"), error.get("n_ctx")
-    if isinstance(counted, int) and isinstance(limit, int):
-        return ContextLengthExceeded(counted, limit, param=param)
-    window, prompt = _WINDOW.search(message), _PROMPT_TOKENS.search(message)
-    if window is None:
-        return None
-    if prompt is not None and int(prompt[1]) > int(window[1]):
-        exceeded = ContextLengthExceeded(int(prompt[1]), int(window[1]), param=param)
-        if f"at least {prompt[1]} " in message:  # vLLM stops counting there
-            exceeded.message = exceeded.message.replace("prompt has ", "prompt has at least ")
-        return exceeded
-    refused = BadRequest(f"The engine refused: {message}", param=param)
-    refused.code = ContextLengthExceeded.code
-    return refused
-
-
-def _suspect(message: str, param: str) -> str:
-    """Which parameter an engine's complaint is about. What its words do not tell is about the prompt."""
-    if "tool choice" in message or "tool_choice" in message:  # vLLM started without a parser of tool calls
-        return "tools"
-    is_about_schema = any(word in message.lower() for word in ("schema", "grammar"))
-    return "response_format" if is_about_schema else param
-
-
-def _message_of(said: Mapping[str, Any]) -> str:
-    error = said.get("error", said)
-    message = error.get("message") if isinstance(error, dict) else error
-    text = " ".join(str(message or "it did not say why").split())
-    return text.rpartition("Automatic parser generation failed: ")[2][:500]

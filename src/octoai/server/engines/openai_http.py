@@ -18,7 +18,9 @@ import aiohttp
 import orjson
 
 from octoai.server.engines.base import Event, Generation
-from octoai.server.engines.dialects import DIALECTS, Reader, refusal
+from octoai.server.engines.dialects import DIALECTS
+from octoai.server.engines.reader import Reader
+from octoai.server.engines.refusals import refusal
 from octoai.server.errors import EngineFailed, Unavailable
 from octoai.sse import EventDecoder, EventTooLargeError
 
@@ -145,8 +147,8 @@ class OpenAIEngine:
         headers = {"content-type": "application/json"}
         try:
             return await self._http().post(url, data=body, headers=headers)
-        except aiohttp.ServerDisconnectedError:
-            if not self.dialect.keeps_alive:
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError, aiohttp.ClientOSError) as error:
+            if not self.dialect.keeps_alive or isinstance(error, aiohttp.ClientConnectorError):
                 raise
             return await self._http().post(url, data=body, headers=headers)
 

@@ -1,0 +1,158 @@
+"""An OpenAI-shaped server's events become ours, whichever server it is.
+
+Pure: the data of server-sent events in, `Started`, `Delta`s and `Finished` out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.refusals import message_of, refusal
+from octoai.server.errors import EngineFailed, Refusal
+
+
+class Reader:
+    """Reads one answer's events. `Finished` comes last, with the sum of what the server counted."""
+
+    def __init__(self, generation: Generation | None = None) -> None:
+        self._generation = generation
+        self._started = False
+        self._counted: dict[int, int] = {}
+        self._reasons: dict[int, str] = {}
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._completion_tokens: int | None = None
+
+    def events(self, payloads: Iterable[bytes]) -> list[Event]:
+        """Events for the data of one or more server-sent events."""
+        events: list[Event] = []
+        for payload in payloads:
+            if payload == b"[DONE]":
+                events.append(self._finished())
+            else:
+                self._read_checked(_decoded(payload), events)
+        return events
+
+    def _read_checked(self, chunk: Mapping[str, Any], events: list[Event]) -> None:
+        try:
+            self._read(chunk, events)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise EngineFailed("The engine sent an event of a shape that is not the protocol's.") from None
+
+    def _read(self, chunk: Mapping[str, Any], events: list[Event]) -> None:
+        if chunk.get("error") or chunk.get("object") == "error":
+            raise self._broken(chunk)
+        choices = chunk.get("choices") or ()
+        self._count(chunk, choices)
+        for choice in choices:
+            delta = self._delta(choice)
+            if delta is not None:
+                self._start(events)
+                events.append(delta)
+            if choice.get("finish_reason"):
+                self._start(events)
+                self._reasons[choice.get("index", 0)] = choice["finish_reason"]
+
+    def _broken(self, chunk: Mapping[str, Any]) -> Refusal:
+        """vLLM checks some parameters only after its 200, and then says which status it meant."""
+        error = chunk.get("error")
+        status = error.get("code") if isinstance(error, dict) else chunk.get("code")
+        if self._generation is not None and not self._started and status in (400, 422):
+            return refusal(status, orjson.dumps(chunk), self._generation)
+        return EngineFailed(f"The engine broke off: {message_of(chunk)}")
+
+    def _start(self, events: list[Event]) -> None:
+        if not self._started:
+            self._started = True
+            events.append(Started(self._prompt_tokens, self._cached_tokens))
+
+    def _count(self, chunk: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
+        """Tokens so far: llama.cpp says them in `timings`, vLLM in `usage`; otherwise one a delta is counted."""
+        timings, usage = chunk.get("timings"), chunk.get("usage")
+        if usage:
+            self._prompt_tokens = usage.get("prompt_tokens") or self._prompt_tokens
+            details = usage.get("prompt_tokens_details") or {}
+            self._cached_tokens = details.get("cached_tokens") or self._cached_tokens
+            self._completion_tokens = usage.get("completion_tokens")
+        elif timings:
+            self._cached_tokens = timings["cache_n"]
+            self._prompt_tokens = timings["cache_n"] + timings["prompt_n"]
+            self._completion_tokens = timings["predicted_n"]
+        for choice in choices:
+            index = choice.get("index", 0)
+            if len(choices) == 1 and self._completion_tokens is not None:
+                others = sum(count for other, count in self._counted.items() if other != index)
+                self._counted[index] = max(self._counted.get(index, 0), self._completion_tokens - others)
+            elif _has_text(choice):
+                self._counted[index] = self._counted.get(index, 0) + 1
+
+    def _delta(self, choice: Mapping[str, Any]) -> Delta | None:
+        said = choice.get("delta")
+        text = (choice.get("text") if said is None else said.get("content")) or ""
+        calls = None if said is None else said.get("tool_calls")
+        if not isinstance(text, str):
+            raise TypeError(text)
+        logprobs = _logprobs(choice.get("logprobs"))
+        if not text and not calls and not logprobs:  # a token that only begins a character has a logprob, but no text
+            return None
+        index = choice.get("index", 0)
+        if self._generation is not None and not 0 <= index < self._generation.n:
+            raise ValueError(f"choice {index} was not asked for")
+        return Delta(index, text, self._counted.get(index, 0), logprobs, calls)
+
+    def _finished(self) -> Finished:
+        if not self._reasons:
+            raise EngineFailed("The engine ended its answer without saying why.")
+        completion_tokens = sum(self._counted.values()) if self._completion_tokens is None else self._completion_tokens
+        return Finished(self._reasons, Usage(self._prompt_tokens, self._cached_tokens, completion_tokens))
+
+
+def _decoded(payload: bytes) -> Mapping[str, Any]:
+    try:
+        chunk = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        raise EngineFailed("The engine sent an event that is not JSON.") from None
+    if not isinstance(chunk, dict):
+        raise EngineFailed("The engine sent an event that is not an object.")
+    return chunk
+
+
+def _has_text(choice: Mapping[str, Any]) -> bool:
+    said = choice.get("delta") or choice
+    return bool(said.get("content") or said.get("text") or said.get("tool_calls"))
+
+
+def _logprobs(reported: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
+    """One entry a token, in OctoAI's form, from the chat form or the completions' older four parallel lists."""
+    if not reported:
+        return None
+    if reported.get("content") is not None:
+        return [
+            {**_entry(token), "top_logprobs": [_entry(other) for other in token.get("top_logprobs") or ()]}
+            for token in reported["content"]
+        ]
+    tokens, values = reported.get("tokens") or [], reported.get("token_logprobs") or []
+    tops = reported.get("top_logprobs") or [{}] * len(tokens)
+    return [
+        {
+            **_entry({"token": token, "logprob": value}),
+            "top_logprobs": [_entry({"token": name, "logprob": other}) for name, other in (top or {}).items()],
+        }
+        for token, value, top in zip(tokens, values, tops, strict=False)
+    ]
+
+
+def _entry(token: Mapping[str, Any]) -> dict[str, Any]:
+    text = token["token"]
+    raw = token.get("bytes")
+    logprob = token["logprob"]
+    return {
+        "token": text,
+        # -inf is no JSON number: the servers' own floor for "never" is this one.
+        "logprob": -9999.0 if logprob is None or logprob < -9999.0 else logprob,
+        "bytes": list(text.encode("utf-8", "replace")) if raw is None else raw,
+    }

@@ -1,0 +1,77 @@
+"""What an engine's error answer means for our caller. Its own wording is kept where the caller can act on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from octoai.server.engines.base import Generation
+from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Refusal, Unavailable
+
+# How vLLM has worded a prompt too long: "(9000 in the messages, 512 in the completion)", "your request has 9000 input
+# tokens", "You passed 9000 input tokens … context length is only 8192", "your prompt contains at least 8193 input
+# tokens", "contains 90000 characters (more than 65536 …, which is the upper bound for 8192 input tokens)".
+_WINDOW = re.compile(r"context length is (?:only )?(\d+) tokens")
+_PROMPT_TOKENS = re.compile(r"(?<!\d)(?<!upper bound for )(\d+) (?:in the messages|input tokens|in the prompt)")
+# Of a prompt that fills the window to the last token it says what is left of `max_tokens`, which was not ours.
+_NO_ROOM = "max_tokens must be at least 1, got 0"
+
+
+def refusal(status: int, body: bytes, generation: Generation, context_length: int | None = None) -> Refusal:
+    """What a server's error answer means for our caller. Its own wording is kept where the caller can act on it."""
+    try:
+        said = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        said = {}
+    error = said.get("error", said) if isinstance(said, dict) else {}
+    error = error if isinstance(error, dict) else {"message": str(error)}
+    message = message_of({"error": error})
+    param = "prompt" if generation.messages is None else "messages"
+    if status == 400 and context_length is not None and _NO_ROOM in message:
+        return ContextLengthExceeded(context_length, context_length, param=param)
+    too_long = _too_long(error, message, param) if status == 400 else None
+    if too_long is not None:
+        return too_long
+    if status in (400, 422):
+        return BadRequest(f"The engine refused: {message}", param=error.get("param") or _suspect(message, param))
+    if "image input is not supported" in message:
+        return BadRequest("messages: this model takes text only, no images", param="messages")
+    if status in (429, 503):
+        return Unavailable("The engine is busy.", retry_after=1)
+    return EngineFailed(f"The engine answered {status}.")
+
+
+def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | None:
+    """llama.cpp says both numbers; of vLLM's words some count `max_tokens` in, and then they are passed on."""
+    counted, limit = error.get("n_prompt_tokens"), error.get("n_ctx")
+    if isinstance(counted, int) and isinstance(limit, int):
+        return ContextLengthExceeded(counted, limit, param=param)
+    window, prompt = _WINDOW.search(message), _PROMPT_TOKENS.search(message)
+    if window is None:
+        return None
+    if prompt is not None and int(prompt[1]) > int(window[1]):
+        exceeded = ContextLengthExceeded(int(prompt[1]), int(window[1]), param=param)
+        if f"at least {prompt[1]} " in message:  # vLLM stops counting there
+            exceeded.message = exceeded.message.replace("prompt has ", "prompt has at least ")
+        return exceeded
+    refused = BadRequest(f"The engine refused: {message}", param=param)
+    refused.code = ContextLengthExceeded.code
+    return refused
+
+
+def _suspect(message: str, param: str) -> str:
+    """Which parameter an engine's complaint is about. What its words do not tell is about the prompt."""
+    if "tool choice" in message or "tool_choice" in message:  # vLLM started without a parser of tool calls
+        return "tools"
+    is_about_schema = any(word in message.lower() for word in ("schema", "grammar"))
+    return "response_format" if is_about_schema else param
+
+
+def message_of(said: Mapping[str, Any]) -> str:
+    error = said.get("error", said)
+    message = error.get("message") if isinstance(error, dict) else error
+    text = " ".join(str(message or "it did not say why").split())
+    return text.rpartition("Automatic parser generation failed: ")[2][:500]
