@@ -70,10 +70,9 @@ def record(model: type[R], raw: RawResponse) -> R:
 
 def no_stream(raw: RawResponse) -> ResponseError:
     """The error that a whole answer in place of a stream is."""
-    error = _not_understood(raw, f"the answer is {_content_type(raw.headers)}, not an event stream")
-    said = ApiError(body=error.body).message
-    error.message = f"{error.message}: {said}" if said else error.message
-    return error
+    said = ApiError(body=_json_or_text(raw.body)).message
+    kind = f"the answer is {_content_type(raw.headers)}, not an event stream"
+    return _not_understood(raw, f"{kind}: {said}" if said else kind)
 
 
 def response_url(raw: RawResponse) -> str | None:
@@ -241,7 +240,6 @@ class JsonReader(EventReader[Any]):
         super().__init__(self._parsed)
         self._map = map_fn
         self.started = True
-        self._last: Any = None
 
     def end(self) -> None:
         if self._open:

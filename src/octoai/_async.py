@@ -201,7 +201,7 @@ class AsyncEventStream(Generic[T]):
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection, unless the answer is complete. What has not been read is lost, and asking for it raises."""
+        """Close the connection, unless the answer is complete. Asking for what was not read raises."""
         if not self._over:
             self._cut = bool(self._reader.queue) or not self._reader.done
         self._over = True

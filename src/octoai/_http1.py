@@ -5,10 +5,12 @@ Knows no sockets, and only what an answer to our own requests may be: no upgrade
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 _MAX_HEAD_BYTES = 256 * 1024
 _MAX_LINE_BYTES = 16 * 1024
+_CONTINUED = re.compile(r"\r\n[ \t]+")
 _DIGITS = frozenset(b"0123456789abcdefABCDEF")
 
 
@@ -76,8 +78,7 @@ class ResponseParser:
             raise ProtocolError("the answer is not HTTP/1.1")
 
     def _parse_head(self, head: bytes) -> None:
-        text = head.decode("latin-1").replace("\r\n ", " ").replace("\r\n\t", " ")  # lines that continue the last
-        first, *lines = text.split("\r\n")
+        first, *lines = _CONTINUED.sub(" ", head.decode("latin-1")).split("\r\n")
         version, _, rest = first.partition(" ")
         code = rest.lstrip()[:3]
         if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):

@@ -197,7 +197,7 @@ class EventStream(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Close the connection, unless the answer is complete. What has not been read is lost, and asking for it raises."""
+        """Close the connection, unless the answer is complete. Asking for what was not read raises."""
         if not self._over:
             self._cut = bool(self._reader.queue) or not self._reader.done
         self._over = True

@@ -492,7 +492,7 @@ def test_headers_that_cannot_be_sent_are_refused(api: Any, echo: Server, headers
     assert not echo.requests
 
 
-@pytest.mark.parametrize("location", ["http://[bad", "/a b", "http://octoai.run/", "http://u:p@127.0.0.1/", "//"])
+@pytest.mark.parametrize("location", ["http://[bad", "/a b", "http://octoai.run/", "http://u:p@127.0.0.1/"])
 def test_a_redirect_to_nowhere_is_an_api_error(api: Any, serve: Any, location: str) -> None:
     server = serve(lambda x: x.reply(307, {}, location=location))
     with pytest.raises(ApiError, match="redirects"):

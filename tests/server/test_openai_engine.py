@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -487,3 +489,37 @@ def test_a_client_that_leaves_frees_the_other_servers_slot_too(
     until(lambda: upstream.upstream.num_generating == 0)
     until(lambda: service.queue.num_running == 0)
     assert metric(service, "octoai_requests_aborted_total") == 1
+
+
+class Resetting(Upstream):
+    """Keeps connections open, and resets each when a second generation comes on it, without a byte of an answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.served: set[asyncio.StreamWriter] = set()
+        self.num_resets = 0
+
+    def is_last(self, line: str) -> bool:
+        return False
+
+    async def _generate(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if writer in self.served:
+            self.num_resets += 1
+            writer.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+            writer.transport.abort()
+            raise ConnectionResetError
+        self.served.add(writer)
+        await self.reply(self, writer)
+
+
+def test_a_kept_connection_that_is_reset_costs_no_request(in_process: Callable[..., InProcess]) -> None:
+    upstream = Resetting()
+    running = InThread(upstream)
+    try:
+        service = in_process(OpenAIEngine(running.url, model="up", dialect="vllm"))
+        assert [chat(service)[0] for _ in range(6)] == [200] * 6
+        assert upstream.num_resets > 0
+    finally:
+        running.close()
