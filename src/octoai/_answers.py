@@ -71,8 +71,8 @@ def record(model: type[R], raw: RawResponse) -> R:
 def no_stream(raw: RawResponse) -> ResponseError:
     """The error that a whole answer in place of a stream is."""
     said = ApiError(body=_json_or_text(raw.body)).message
-    kind = f"the answer is {_content_type(raw.headers)}, not an event stream"
-    return _not_understood(raw, f"{kind}: {said}" if said else kind)
+    tail = f": {said}" if said else ""
+    return _not_understood(raw, f"the answer is {_content_type(raw.headers)}, not an event stream{tail}")
 
 
 def response_url(raw: RawResponse) -> str | None:
@@ -254,8 +254,7 @@ class JsonReader(EventReader[Any]):
         if isinstance(value, dict) and isinstance(value.get("choices"), list):
             for choice in value["choices"]:
                 if isinstance(choice, dict):
-                    index = choice.get("index")
-                    index = index if isinstance(index, int) else 0
+                    index = choice["index"] if isinstance(choice.get("index"), int) else 0
                     self._open.add(index)
                     if choice.get("finish_reason") is not None:
                         self._finished.add(index)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -104,14 +106,14 @@ class AsyncSocketTransport:
         scheme, host, port = origin
         loop = asyncio.get_running_loop()
         options: dict[str, Any] = {}
+        if isinstance(loop, asyncio.BaseEventLoop):
+            options["happy_eyeballs_delay"] = 0.25  # uvloop has no such thing
         if scheme == "https":
             self._tls = self._tls or tls_context()
-            options = {"ssl": self._tls, "server_hostname": host}
+            options.update(ssl=self._tls, server_hostname=host)
         try:
             async with asyncio.timeout(deadlines.connecting()):
-                _, connection = await loop.create_connection(
-                    lambda: _Connection(origin, loop), host, port, happy_eyeballs_delay=0.25, **options
-                )
+                _, connection = await loop.create_connection(lambda: _Connection(origin, loop), host, port, **options)
         except TimeoutError as error:
             raise deadlines.passed("connect") from error
         except (OSError, UnicodeError, ValueError) as error:
@@ -157,6 +159,7 @@ class _Connection(asyncio.Protocol):
         self.rest()
         # After a fork, closing would say goodbye on the parent's connection.
         if self._pid == os.getpid() and not self._loop.is_closed():
+            _shut_down(self._transport.get_extra_info("socket"))
             self._transport.abort()
 
     def take(self) -> bytes:
@@ -226,8 +229,7 @@ class _Connection(asyncio.Protocol):
             self._num_buffered += len(part)
             if self._num_buffered > _MAX_BUFFERED_BYTES:
                 self._transport.pause_reading()
-        if part or parser.status:
-            self._wake()
+        self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.failure is None:
@@ -321,3 +323,11 @@ class AsyncSocketResponse:
             self._pool.give_back(connection)
         else:
             connection.abort()
+
+
+def _shut_down(raw: Any) -> None:
+    """The peer sees it at once, even where a forked child has a copy of the descriptor. By way of a twin: loops do not
+    all let their sockets be shut down."""
+    # It may be closed already, or no socket.
+    with suppress(OSError, AttributeError), socket.socket(fileno=os.dup(raw.fileno())) as twin:
+        twin.shutdown(socket.SHUT_RDWR)

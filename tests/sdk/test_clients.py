@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from octoai import ApiError, AsyncOctoAI, OctoAI, OctoAIEnvironment, Timeout, _credentials
+from octoai import ApiError, ApiTimeoutError, AsyncOctoAI, OctoAI, OctoAIEnvironment, Timeout, _credentials
 from tests.sdk.conftest import MESSAGES
 from tests.sdk.misbehaving import Exchange, answer, chunk, words
 
@@ -246,7 +246,7 @@ def test_a_client_can_be_used_after_it_was_closed(serve: Any) -> None:
     assert server.connections == 2
 
 
-def test_a_child_does_not_keep_its_parents_stream_open(serve: Any) -> None:
+def test_a_child_does_not_keep_its_parents_stream_open(api: Any, serve: Any) -> None:
     """A forked child has copies of its parent's descriptors. The service notices a close all the same."""
     waited: list[float | None] = []
 
@@ -255,15 +255,13 @@ def test_a_child_does_not_keep_its_parents_stream_open(serve: Any) -> None:
         x.event(chunk("a"))
         waited.append(x.seconds_until_closed(3))
 
-    stream = OctoAI(base_url=serve(script).url, api_key="k").text_gen.create_chat_completion_stream(
-        model="m", messages=MESSAGES
-    )
-    next(stream)
+    stream = api.stream(api.client(base_url=serve(script).url))
+    api.next(stream)
     pid = os.fork()
     if pid == 0:
         time.sleep(2)
         os._exit(0)
-    stream.close()
+    api.close_stream(stream)
     while not waited:
         time.sleep(0.01)
     os.waitpid(pid, 0)
@@ -309,3 +307,36 @@ def test_a_stream_can_be_closed_by_another_thread(serve: Any) -> None:
         next(stream)
     closing.join()
     assert time.monotonic() - began < 2
+
+
+def test_an_async_client_works_on_uvloop(serve: Any) -> None:
+    """What most web servers run on: not a subclass of asyncio's own loop, and its transports differ."""
+    uvloop = pytest.importorskip("uvloop")
+    waited: list[float | None] = []
+
+    def script(x: Exchange) -> None:
+        if x.number <= 3:
+            x.stream(words())
+        else:
+            x.begin_stream()
+            x.event(chunk("a"))
+            waited.append(x.seconds_until_closed())
+
+    server = serve(script)
+
+    async def use() -> None:
+        async with AsyncOctoAI(base_url=server.url, api_key="k", timeout=Timeout(idle=0.3)) as client:
+            for number in range(4):
+                stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+                if number < 3:
+                    assert (await stream.final()).choices[0].message.content == "w0 w1 w2 "
+                else:
+                    with pytest.raises(ApiTimeoutError):
+                        await stream.final()
+            await asyncio.sleep(0.2)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(use())
+    assert server.connections == 1
+    assert waited[0] is not None
+    assert waited[0] < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import re
 import time
 from email.utils import formatdate
@@ -521,3 +522,15 @@ def test_header_lines_that_continue_are_read(api: Any, serve: Any) -> None:
         x.reply(200, answer(), x_request_id="a\r\n  b")
 
     assert api.chat(api.client(base_url=serve(script).url)).request_id == "a b"
+
+
+def test_a_head_that_drips_is_no_silence(api: Any, serve: Any) -> None:
+    def script(x: Exchange) -> None:
+        x.send(b"HTTP/1.1 200 OK\r\nx: ")
+        for _ in range(8):
+            time.sleep(0.1)
+            x.send(b"y")
+        data = json.dumps(answer()).encode()
+        x.send(b"\r\ncontent-length: %d\r\n\r\n%s" % (len(data), data))
+
+    assert api.chat(api.client(base_url=serve(script).url, timeout=0.5))
