@@ -65,7 +65,8 @@ class OctoAI:
     - `max_retries`: how often a request is sent again before its first byte of an answer, after connection errors,
       408, 409, 429 and 5xx.
     - `default_headers`: sent with every request; None as a value leaves a header out.
-    - `httpx_client`: your own `httpx.Client` or `httpx2.Client`. You close it.
+    - `httpx_client`: your own `httpx.Client` or `httpx2.Client`. You close it. Such a client's patience is fixed for a
+      whole request: total silence in mid-stream ends after the shorter of `read` and `first_token`, not after `idle`.
     - `transport`: for tests, anything with `send` and `close` as in `octoai._transport.Transport`.
     """
 
