@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -87,17 +87,18 @@ def test_nothing_heavy_is_imported_before_the_first_call(code: str) -> None:
 
 
 def test_a_client_is_made_in_less_than_three_times_bare_python() -> None:
-    def fastest(code: str) -> float:
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True)
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    bare = fastest("pass")
-    assert fastest("import octoai") < 1.5 * bare
-    assert fastest("from octoai.client import OctoAI; OctoAI()") < 3 * bare
+    # CPU time, the least of interleaved runs: what else the machine does is not measured.
+    programs = {"bare": "pass", "import": "import octoai", "client": "from octoai.client import OctoAI; OctoAI()"}
+    least = dict.fromkeys(programs, float("inf"))
+    for _ in range(7):
+        for name, code in programs.items():
+            process = subprocess.Popen([sys.executable, "-c", code])
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            assert process.returncode == 0
+            least[name] = min(least[name], used.ru_utime + used.ru_stime)
+    assert least["import"] < 1.5 * least["bare"]
+    assert least["client"] < 3 * least["bare"]
 
 
 def test_responses_keep_the_originals_manners() -> None:
