@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tests.running import Serve
 
@@ -83,10 +83,12 @@ def test_completions_with_logprobs(client: openai.OpenAI) -> None:
 
 def test_structured_output(client: openai.OpenAI) -> None:
     class City(BaseModel):
-        name: str
+        name: str = Field(max_length=20)  # bounded, or a small model may go on until max_tokens
         is_rainy: bool
 
-    answer = client.chat.completions.parse(model=MODEL, messages=CHAT, max_tokens=100, response_format=City)
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=CHAT, max_tokens=200, temperature=0, response_format=City
+    )
     message = answer.choices[0].message
     assert message.parsed is not None
     assert json.loads(message.content)["is_rainy"] == message.parsed.is_rainy
