@@ -176,11 +176,12 @@ class EventReader(Generic[T]):
     def _take(self, event: sse.Event) -> bool:
         """Whether this was the last event that matters."""
         data, name = event
-        if data.strip() == _DONE:
-            self.done = True
-            return True
-        if not data.strip():
-            return False
+        if data[:1] != b"{":  # nearly every event is an object
+            if data.strip() == _DONE:
+                self.done = True
+                return True
+            if not data.strip():
+                return False
         if b'"error"' in data or name == "error":
             self._refuse_error(data, name)
         value = self._decode(data)

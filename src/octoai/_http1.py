@@ -135,7 +135,11 @@ class ResponseParser:
                 parts.append(part)
                 at += len(part)
                 left -= len(part)
-                self._after_chunk = True
+                if not left and block[at : at + 2] == b"\r\n":  # nearly always: the line end is in the same block
+                    at += 2
+                    self._after_chunk = False
+                else:
+                    self._after_chunk = True
                 continue
             end = block.find(b"\r\n", at)
             if end < 0:

@@ -91,6 +91,16 @@ def test_an_answer_does_not_depend_on_the_cutting(data: bytes, places: list[int]
     assert parser.reusable
 
 
+@pytest.mark.parametrize("data", ANSWERS)
+def test_an_answer_does_not_depend_on_any_two_cuts(data: bytes) -> None:
+    for first in range(len(data)):
+        for second in range(first, len(data)):
+            parser = ResponseParser()
+            parts = [parser.feed(piece) for piece in (data[:first], data[first:second], data[second:]) if piece]
+            assert b"".join(parts) == ANSWERS[data]
+            assert parser.reusable
+
+
 def test_repeated_headers_are_joined() -> None:
     parser = ResponseParser()
     parser.feed(CHUNKED)
