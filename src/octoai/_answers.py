@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from octoai import _credentials, _gather, _retry, sse
+from octoai import _credentials, _retry
 from octoai.errors import (
     ApiError,
-    ApiTimeoutError,
     AuthenticationError,
     ResponseError,
-    StreamError,
-    StreamInterrupted,
     status_class,
 )
 from octoai.wire.record import Answer, RawResponse, Record
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
-_DONE = b"[DONE]"
 
 
 def status_error(raw: RawResponse, *, token_sent: bool, now: float) -> ApiError:
     """The error that an answer with a status of 300 or more is. `now`: the time of day, for dates in headers."""
-    body = _json_or_text(raw.body)
+    body = json_or_text(raw.body)
     error = status_class(raw.status_code)(
         status_code=raw.status_code,
         body=body,
@@ -38,8 +33,9 @@ def status_error(raw: RawResponse, *, token_sent: bool, now: float) -> ApiError:
         retry_after=_retry.retry_after(raw.headers, now),
     )
     if isinstance(error, AuthenticationError) and not token_sent:
+        said = (error.message or "the service wants a token").rstrip(".")
         error.message = (
-            f"{error.message or 'the service wants a token'}. No token was sent: give one as OctoAI(api_key=…), "
+            f"{said}. No token was sent: give one as OctoAI(api_key=…), "
             f"in the environment variable OCTOAI_TOKEN, or in the credentials file {_credentials.path()} "
             "(`octoai serve` writes it)"
         )
@@ -62,7 +58,7 @@ def record(model: type[R], raw: RawResponse) -> R:
     try:
         answer = model.model_validate_json(raw.body)
     except ValidationError as error:
-        raise _not_understood(raw, f"the answer is not a {model.__name__}: {_first_fault(error)}") from error
+        raise _not_understood(raw, f"the answer is not a {model.__name__}: {first_fault(error)}") from error
     if isinstance(answer, Answer):
         answer.attach(raw, request_id(raw.headers))
     return answer
@@ -70,9 +66,9 @@ def record(model: type[R], raw: RawResponse) -> R:
 
 def no_stream(raw: RawResponse) -> ResponseError:
     """The error that a whole answer in place of a stream is."""
-    said = ApiError(body=_json_or_text(raw.body)).message
+    said = ApiError(body=json_or_text(raw.body)).message
     tail = f": {said}" if said else ""
-    return _not_understood(raw, f"the answer is {_content_type(raw.headers)}, not an event stream{tail}")
+    return _not_understood(raw, f"the answer is {content_type(raw.headers)}, not an event stream{tail}")
 
 
 def response_url(raw: RawResponse) -> str | None:
@@ -103,199 +99,22 @@ class Decompressor:
             raise ValueError(f"its compression is damaged: {error}") from error
 
 
-class EventReader(Generic[T]):
-    """The body of a stream, as what its events hold. `queue` fills up; `done` once the answer is complete.
-
-    `decode` makes a value of an event's data. Errors leave `feed` after everything before them is in the queue.
-    """
-
-    def __init__(self, decode: Callable[[bytes], T]) -> None:
-        self.queue: deque[T] = deque()
-        self.events: list[bytes] = []
-        self.usage: Any = None
-        self.done = False
-        self.started = False
-        self._ended = False
-        self._decode = decode
-        self._sse = sse.EventDecoder()
-        self._decompress: Callable[[bytes], bytes] | None = None
-        self._open: set[int] = set()
-        self._finished: set[int] = set()
-
-    def accepts(self, headers: Mapping[str, str]) -> bool:
-        """Before any event: whether this is a stream at all."""
-        if headers.get("content-encoding"):
-            self._decompress = Decompressor(headers).feed
-        return _content_type(headers) not in ("application/json", "text/html")
-
-    def feed(self, block: bytes) -> bool:
-        """Whether the block held content."""
-        before = len(self.events)
-        try:
-            events = self._sse.feed(self._decompress(block) if self._decompress else block)
-        except ValueError as error:
-            raise ResponseError(message=f"the stream cannot be read: {error}") from error
-        for event in events:
-            if self._take(event):
-                break
-        return len(self.events) > before
-
-    def end(self) -> None:
-        """The body ended as bodies do. Raises unless the answer did, too."""
-        rest = self._sse.rest()
-        if rest is not None and not self.done:
-            try:
-                self._take(rest)
-            except ResponseError:
-                raise self.interrupted("within an event") from None
-        self._ended = True
-        if not self.is_complete:
-            raise self.interrupted("with neither a finish_reason nor [DONE]")
-
-    def describe(self, error: ApiError, raw: RawResponse | None, attempts: int) -> None:
-        """Say in an error what is known of the stream it happened in."""
-        error.attempts = max(error.attempts, attempts)
-        if isinstance(error, ApiTimeoutError):
-            error.partial = self.partial
-        if raw is not None and error.status_code is None:
-            error.headers = error.headers or dict(raw.headers)
-
-    def interrupted(self, how: str) -> StreamInterrupted:
-        return StreamInterrupted(partial=self.partial, message=f"the stream ended {how}", retryable=True)
-
-    @property
-    def partial(self) -> str:
-        """The text of the first choice so far."""
-        return _gather.text_of(self.events)
-
-    @property
-    def is_complete(self) -> bool:
-        """`[DONE]` came, or every choice finished and the body ended."""
-        return self.done or (self._ended and bool(self._finished) and self._open <= self._finished)
-
-    def _take(self, event: sse.Event) -> bool:
-        """Whether this was the last event that matters."""
-        data, name = event
-        if data[:1] != b"{":  # nearly every event is an object
-            if data.strip() == _DONE:
-                self.done = True
-                return True
-            if not data.strip():
-                return False
-        if b'"error"' in data or name == "error":
-            self._refuse_error(data, name)
-        value = self._decode(data)
-        self.events.append(data)
-        if self._note(value):
-            self.queue.append(value)
-        return False
-
-    def _refuse_error(self, data: bytes, name: str) -> None:
-        body = _json_or_text(data)
-        is_error = isinstance(body, dict) and (body.get("error") or body.get("object") == "error")
-        if is_error or name == "error":
-            error = StreamError(body=body, partial=self.partial)
-            error.message = f"the service reported an error in the stream: {error.message or body}"
-            raise error
-
-    def _note(self, value: Any) -> bool:
-        """Whether the user gets to see it."""
-        return True
-
-
-class ChunkReader(EventReader[R]):
-    """A stream of typed chunks. One without choices only carries usage, which is kept; it is not shown, because every
-    published loop reads `choices[0]`."""
-
-    def __init__(self, model: type[R]) -> None:
-        super().__init__(self._validated)
-        self._model = model
-        self._validate = model.model_validate_json
-
-    def _validated(self, data: bytes) -> R:
-        try:
-            return self._validate(data)
-        except ValidationError as error:
-            message = f"an event of the stream is not a {self._model.__name__}: {_first_fault(error)}"
-            raise ResponseError(body=data.decode(errors="replace"), message=message) from error
-
-    def _note(self, value: Any) -> bool:
-        if value.usage is not None:
-            self.usage = value.usage
-        choices = value.choices
-        for choice in choices:
-            self._open.add(choice.index)
-            if choice.finish_reason is not None:
-                self._finished.add(choice.index)
-        if not self.started:
-            self.started = any(_has_content(choice) for choice in choices)
-        return bool(choices)
-
-
-class JsonReader(EventReader[Any]):
-    """A stream of whatever JSON an endpoint sends, each event through the user's own function.
-
-    Such a stream may end without `[DONE]`, unless its events are chunks of a completion, which say when they end."""
-
-    def __init__(self, map_fn: Callable[[Any], Any] | None = None) -> None:
-        super().__init__(self._parsed)
-        self._map = map_fn
-        self.started = True
-
-    def end(self) -> None:
-        if self._open:
-            super().end()
-
-    def _parsed(self, data: bytes) -> Any:
-        try:
-            value = json.loads(data)
-        except ValueError as error:
-            body = data.decode(errors="replace")
-            raise ResponseError(body=body, message=f"an event of the stream is not JSON: {error}") from error
-        if isinstance(value, dict) and isinstance(value.get("choices"), list):
-            for choice in value["choices"]:
-                if isinstance(choice, dict):
-                    index = choice["index"] if isinstance(choice.get("index"), int) else 0
-                    self._open.add(index)
-                    if choice.get("finish_reason") is not None:
-                        self._finished.add(index)
-        return value if self._map is None else self._map(value)
-
-
-def text_of_chunk(chunk: Any) -> str:
-    """The text for the first choice in a chunk of either kind."""
-    for choice in chunk.choices:
-        if choice.index == 0:
-            delta = getattr(choice, "delta", None)
-            return (choice.text if delta is None else delta.content) or ""
-    return ""
-
-
-def _has_content(choice: Any) -> bool:
-    if choice.finish_reason is not None:
-        return True
-    delta = getattr(choice, "delta", None)
-    return bool(choice.text) if delta is None else any(value for name, value in delta if name != "role")
-
-
-def _json_or_text(body: bytes) -> Any:
+def json_or_text(body: bytes) -> Any:
     try:
         return json.loads(body)
     except ValueError:
         return body.decode(errors="replace")
 
 
-def _content_type(headers: Mapping[str, str]) -> str:
+def content_type(headers: Mapping[str, str]) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _not_understood(raw: RawResponse, message: str) -> ResponseError:
-    return ResponseError(
-        status_code=raw.status_code, body=_json_or_text(raw.body), headers=raw.headers, message=message
-    )
+    return ResponseError(status_code=raw.status_code, body=json_or_text(raw.body), headers=raw.headers, message=message)
 
 
-def _first_fault(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     fault = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(map(str, fault["loc"]))
     return f"{where}: {fault['msg']}" if where else str(fault["msg"])

@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
 
-from octoai import _answers, _calls, _endpoints
+from octoai import _answers, _calls, _endpoints, _events
 from octoai._deadlines import Deadlines
+from octoai._network import async_transport
 from octoai._settings import Settings
-from octoai._transport import AsyncResponse, Request, async_transport
+from octoai._transport import AsyncResponse, Request
 from octoai.core.request_options import RequestOptions
 from octoai.errors import ApiConnectionError, ApiError, ServerError
 from octoai.wire.answers import ChatCompletionChunk, ChatCompletionResponse, CompletionResponse, UsageStats
@@ -69,7 +70,7 @@ class Shell:
         self, endpoint_url: str, inputs: Mapping[str, Any], map_fn: Callable[[Any], Any] | None
     ) -> AsyncJsonStream:
         return AsyncJsonStream(
-            self, _endpoints.infer(self.defaults, endpoint_url, inputs, streams=True), _answers.JsonReader(map_fn)
+            self, _endpoints.infer(self.defaults, endpoint_url, inputs, streams=True), _events.JsonReader(map_fn)
         )
 
     async def infer_async(self, endpoint_url: str, inputs: Mapping[str, Any]) -> InferenceFuture:
@@ -153,7 +154,7 @@ class AsyncEventStream(Generic[T]):
     a `for` loop early closes the connection at once, and so do `close()` and leaving the context.
     """
 
-    def __init__(self, shell: Shell, call: _calls.Call, reader: _answers.EventReader[T]) -> None:
+    def __init__(self, shell: Shell, call: _calls.Call, reader: _events.EventReader[T]) -> None:
         self._shell = shell
         self._call = call
         self._reader = reader
@@ -295,7 +296,7 @@ class AsyncStream(AsyncEventStream[C], Generic[C, A]):
     """The chunks `C` of an answer `A`."""
 
     def __init__(
-        self, shell: Shell, call: _calls.Call, reader: _answers.ChunkReader[C], whole: _endpoints.Gather[A]
+        self, shell: Shell, call: _calls.Call, reader: _events.ChunkReader[C], whole: _endpoints.Gather[A]
     ) -> None:
         super().__init__(shell, call, reader)
         self._whole = whole
@@ -309,7 +310,7 @@ class AsyncStream(AsyncEventStream[C], Generic[C, A]):
     async def text(self) -> AsyncIterator[str]:
         """Only the text, of the first choice, piece by piece."""
         async for chunk in self:
-            piece = _answers.text_of_chunk(chunk)
+            piece = _events.text_of_chunk(chunk)
             if piece:
                 yield piece
 
@@ -348,7 +349,7 @@ class AsyncTextGenClient:
     ) -> AsyncStream[ChatCompletionChunk, ChatCompletionResponse]:
         """The answer to a chat, chunk by chunk."""
         call = _endpoints.CHAT_STREAM.call(self._shell.defaults, params, options=request_options, extra_body=extra_body)
-        return AsyncStream(self._shell, call, _answers.ChunkReader(ChatCompletionChunk), _endpoints.whole_chat)
+        return AsyncStream(self._shell, call, _events.ChunkReader(ChatCompletionChunk), _endpoints.whole_chat)
 
     async def create_completion(
         self,
@@ -372,4 +373,4 @@ class AsyncTextGenClient:
         call = _endpoints.COMPLETION_STREAM.call(
             self._shell.defaults, params, options=request_options, extra_body=extra_body
         )
-        return AsyncStream(self._shell, call, _answers.ChunkReader(CompletionResponse), _endpoints.whole_completion)
+        return AsyncStream(self._shell, call, _events.ChunkReader(CompletionResponse), _endpoints.whole_completion)

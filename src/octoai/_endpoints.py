@@ -8,7 +8,7 @@ from typing import Any, Optional, TypeVar
 
 from pydantic import ValidationError
 
-from octoai import _answers, _credentials, _gather
+from octoai import _answers, _credentials, _events, _gather
 from octoai._calls import Call, Defaults, Endpoint
 from octoai.errors import ResponseError
 from octoai.wire.answers import ChatCompletionResponse, CompletionResponse
@@ -16,7 +16,7 @@ from octoai.wire.params import ChatParams, CompletionParams
 from octoai.wire.record import Answer, RawResponse
 
 A = TypeVar("A", bound=Answer)
-Gather = Callable[[_answers.EventReader[Any], Optional[RawResponse]], A]
+Gather = Callable[[_events.EventReader[Any], Optional[RawResponse]], A]
 
 
 def _pair(name: str, path: str, params: Any, *required: str) -> tuple[Endpoint, Endpoint]:
@@ -51,16 +51,16 @@ def health(defaults: Defaults, endpoint_url: str, seconds: float) -> Call:
     return defaults.call("GET", _credentials.checked_url(endpoint_url), options=options)
 
 
-def whole_chat(reader: _answers.EventReader[Any], raw: RawResponse | None) -> ChatCompletionResponse:
+def whole_chat(reader: _events.EventReader[Any], raw: RawResponse | None) -> ChatCompletionResponse:
     return _whole(ChatCompletionResponse, _gather.chat_completion, reader, raw)
 
 
-def whole_completion(reader: _answers.EventReader[Any], raw: RawResponse | None) -> CompletionResponse:
+def whole_completion(reader: _events.EventReader[Any], raw: RawResponse | None) -> CompletionResponse:
     return _whole(CompletionResponse, _gather.completion, reader, raw)
 
 
 def _whole(
-    model: type[A], gather: Callable[[list[bytes]], dict[str, Any]], reader: _answers.EventReader[Any], raw: Any
+    model: type[A], gather: Callable[[list[bytes]], dict[str, Any]], reader: _events.EventReader[Any], raw: Any
 ) -> A:
     if not reader.is_complete:
         raise reader.interrupted("before its end: it was closed, or has failed")

@@ -7,11 +7,9 @@ asked or answered.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from octoai._deadlines import Deadlines
 from octoai.errors import ApiConnectionError, ApiError
@@ -73,81 +71,6 @@ class AsyncTransport(Protocol):
     async def send(self, request: Request, deadlines: Deadlines) -> AsyncResponse: ...
 
     async def close(self) -> None: ...
-
-
-def sync_transport(httpx_client: Any) -> Transport:
-    """The user's own client, else our sockets, which hand over to `httpx2` for addresses behind a proxy."""
-    if httpx_client is not None:
-        from octoai._httpx import HttpxTransport
-
-        return HttpxTransport(httpx_client)
-    return _DirectOrProxied()
-
-
-def async_transport(httpx_client: Any) -> AsyncTransport:
-    """The same choice, for asyncio."""
-    if httpx_client is not None:
-        from octoai._httpx import AsyncHttpxTransport
-
-        return AsyncHttpxTransport(httpx_client)
-    return _AsyncDirectOrProxied()
-
-
-class _DirectOrProxied:
-    def __init__(self) -> None:
-        from octoai._pool import SocketTransport
-
-        self._direct = SocketTransport()
-        self._proxied: Transport | None = None
-
-    def send(self, request: Request, deadlines: Deadlines) -> Response:
-        if not _goes_through_proxy(request.url):
-            return self._direct.send(request, deadlines)
-        if self._proxied is None:
-            from octoai._httpx import HttpxTransport
-
-            self._proxied = HttpxTransport(None)
-        return self._proxied.send(request, deadlines)
-
-    def close(self) -> None:
-        self._direct.close()
-        if self._proxied is not None:
-            self._proxied.close()
-
-
-class _AsyncDirectOrProxied:
-    def __init__(self) -> None:
-        from octoai._async_pool import AsyncSocketTransport
-
-        self._direct = AsyncSocketTransport()
-        self._proxied: AsyncTransport | None = None
-
-    async def send(self, request: Request, deadlines: Deadlines) -> AsyncResponse:
-        if not _goes_through_proxy(request.url):
-            return await self._direct.send(request, deadlines)
-        if self._proxied is None:
-            from octoai._httpx import AsyncHttpxTransport
-
-            self._proxied = AsyncHttpxTransport(None)
-        return await self._proxied.send(request, deadlines)
-
-    async def close(self) -> None:
-        await self._direct.close()
-        if self._proxied is not None:
-            await self._proxied.close()
-
-
-def _goes_through_proxy(url: str) -> bool:
-    """By the same rules as Python's own `urllib`: HTTP(S)_PROXY, ALL_PROXY, NO_PROXY, the system's settings."""
-    if sys.platform not in ("darwin", "win32") and not any(name.lower().endswith("_proxy") for name in os.environ):
-        return False
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies, proxy_bypass
-
-    proxies, parts = getproxies(), urlsplit(url)
-    if not (proxies.get(parts.scheme) or proxies.get("all")):
-        return False
-    return not proxy_bypass(parts.netloc)
 
 
 def connection_error(error: BaseException, request: Request, *, retryable: bool = True) -> ApiError:
