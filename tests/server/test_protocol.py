@@ -73,3 +73,22 @@ def test_a_body_that_is_too_large_is_answered_even_when_the_client_sends_all_of_
         connection.sendall(f"{head}content-length: 12000000\r\n\r\n".encode())
         connection.sendall(b"x" * 12_000_000)
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+def test_what_is_no_http_is_refused_in_the_one_shape_with_an_id(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    for nonsense in (
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GARBAGE / HTTP/9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+            connection.sendall(nonsense)
+            answer = b""
+            while block := connection.recv(65536):
+                answer += block
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert b"x-request-id: req_" in head
+        said = json.loads(body)
+        assert said["code"] == said["error"]["code"] == "invalid_http"

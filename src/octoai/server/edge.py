@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-import uuid
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octoai.server.errors import InternalError, MethodNotAllowed, Refusal, UnknownPath
+from octoai.server.errors import InternalError, MethodNotAllowed, Refusal, UnknownPath, new_request_id
 from octoai.server.service import Service
 from octoai.server.streaming import BrokenOff, SlowReader
 
@@ -96,7 +95,7 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return str(value.decode("ascii"))
-    return f"req_{uuid.uuid4().hex}"
+    return new_request_id()
 
 
 def _refusal_of(error: HTTPException, scope: Scope) -> Refusal:

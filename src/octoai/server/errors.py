@@ -8,6 +8,7 @@
     ├── UnknownPath           404 / 405
     ├── TooSlow               408  request_timeout
     ├── TooLarge              413  body_too_large
+    ├── HeadTooLarge          431  headers_too_large
     ├── InvalidBody           422  with FastAPI's `detail` list, as OctoAI documented
     ├── InternalError         500  our fault
     ├── EngineFailed          502  the engine broke off, or answered what it should not
@@ -19,8 +20,14 @@ Knows nothing of HTTP servers: `api` turns a refusal into an answer, `streaming`
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+def new_request_id() -> str:
+    """What an answer is called, where the client has no name for it."""
+    return f"req_{uuid.uuid4().hex}"
 
 
 class Refusal(Exception):
@@ -50,6 +57,10 @@ class BadRequest(Refusal):
 
 class MalformedBody(BadRequest):
     code = "invalid_json"
+
+
+class MalformedRequest(BadRequest):
+    code = "invalid_http"
 
 
 class UnsupportedParameter(BadRequest):
@@ -115,6 +126,15 @@ class TooLarge(Refusal):
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(f"The request body is larger than {max_bytes} bytes, the most that is read.")
+
+
+class HeadTooLarge(Refusal):
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"The request line and headers are larger than {max_bytes} bytes, the most that is read.")
 
 
 class InvalidBody(Refusal):

@@ -7,13 +7,16 @@ its first token. Knows nothing of what is sent.
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
+import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from octoai.server.errors import HeadTooLarge, MalformedRequest, Refusal, new_request_id
 
 MAX_HEAD_BYTES = 64 * 1024
 _HEAD = b"HTTP/1.1 "
-_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class HeldHead:
@@ -60,8 +63,20 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._reads_head and self._head_bytes > MAX_HEAD_BYTES:
-            self.transport.write(_TOO_LARGE)
-            self.transport.close()
+            self._refuse(HeadTooLarge(MAX_HEAD_BYTES))
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(MalformedRequest("This is not a request in HTTP/1.1."))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Before there is a request, nobody else can: the same body and the same headers as any refusal."""
+        body = orjson.dumps(refusal.body())
+        head = (
+            f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nx-request-id: {new_request_id()}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
 
     def on_headers_complete(self) -> None:
         self._reads_head, self._head_bytes = False, 0
