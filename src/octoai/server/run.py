@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 import sys
@@ -145,7 +146,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:
-        reason = "it is in use" if error.errno == 98 else (error.strerror or str(error))
+        reason = "it is in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
         raise CannotServe(f"cannot listen on {host}:{port}: {reason}; choose another with --port") from None
     return listener
 

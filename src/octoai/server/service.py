@@ -90,6 +90,7 @@ class Job:
     service: Service
     meter: Meter = field(default_factory=Meter)
     _events: AsyncGenerator[Batch] | None = None
+    _num_parts: int = 0
 
     async def __aenter__(self) -> Self:
         self.service.enter(self)
@@ -114,6 +115,7 @@ class Job:
             for prompt, first, generation in _numbered(self.request.generations)
             for first, part in _split(generation, first, self.deployment.engine.max_choices)
         ]
+        self._num_parts = len(parts)
         self._events = self._part(*parts[0]) if len(parts) == 1 else self._merged(parts)
         return self._events
 
@@ -177,7 +179,7 @@ class Job:
     def _settle(self, error: BaseException | None) -> None:
         # A stream's error event is sent first and the connection cut then: the refusal is the cause of that error.
         refusal = error if isinstance(error, Refusal) else getattr(error, "__cause__", None)
-        if self.meter.parts and all(part.is_finished for part in self.meter.parts):
+        if self._num_parts and sum(part.is_finished for part in self.meter.parts) == self._num_parts:
             outcome = "finished"
         elif isinstance(refusal, Refusal) and refusal.status < 500:
             outcome = "refused"

@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from octoai.server.engines.base import Event, Generation
 from octoai.server.engines.dialects import DIALECTS
@@ -31,6 +32,7 @@ log = logging.getLogger("octoai.engine")
 
 FIRST_DELAY_SECONDS = 0.2
 MAX_DELAY_SECONDS = 30.0
+NUM_FIRST_QUESTIONS = 12  # each of at most five seconds
 STEADY_SECONDS = 60.0  # a child that lived this long starts the back-off afresh
 MAX_LINE_BYTES = 1024 * 1024
 # A prompt is taken apart into tokens before there is any sign of life: 0.7 MB/s on a slow text, and noise on top.
@@ -81,10 +83,6 @@ class LlamaEngine:
     @property
     def is_ready(self) -> bool:
         return self._is_ready
-
-    @property
-    def process_id(self) -> int | None:
-        return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
         """The first start must succeed: weights that cannot be loaded now cannot be loaded later either."""
@@ -145,7 +143,7 @@ class LlamaEngine:
             self.num_restarts += 1
             try:
                 await self._spawn()
-            except EngineFailed as error:
+            except (EngineFailed, OSError) as error:  # no memory, no room for a socket: it is tried again
                 log.error("engine of %s: %s", self.model, error)
 
     async def _until_it_fails(self) -> str:
@@ -212,19 +210,30 @@ class LlamaEngine:
             stall_seconds=2 * self.options.stall_seconds,  # the supervisor acts first
             on_progress=self._made_progress,
         )
-        described = await self._http.connect() or {}
+        described = await self._described(self._http, process)
         self.context_length = self._http.context_length or self.context_length
         self._num_vocabulary = (described.get("meta") or {}).get("n_vocab")
         self._made_progress()
-        self._is_ready = self._http.is_ready
+        self._is_ready = True
+
+    async def _described(self, http: OpenAIEngine, process: asyncio.subprocess.Process) -> Mapping[str, Any]:
+        """What it says of its model, asked until it answers: on a busy machine its first answer takes its time."""
+        for _ in range(NUM_FIRST_QUESTIONS):
+            described = await http.connect()
+            if http.is_ready:
+                return described or {}
+            if process.returncode is not None:
+                break
+        await self._stop()
+        raise EngineFailed(f"loaded {self.weights}, but does not answer")
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
         """Keep the child's last words for the message when it dies; it must never block on a full pipe."""
         assert process.stderr is not None
-        async for line in process.stderr:
-            words = line.decode("utf-8", "replace").rstrip()
-            self._last_words.append(words)
-            log.debug("llama.cpp: %s", words)
+        while block := await process.stderr.read(MAX_LINE_BYTES):  # in blocks: a line has no limit
+            for words in filter(None, block.decode("utf-8", "replace").splitlines()):
+                self._last_words.append(words)
+                log.debug("llama.cpp: %s", words)
 
     async def _stop(self) -> None:
         self._is_ready = False

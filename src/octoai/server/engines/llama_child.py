@@ -24,6 +24,7 @@ def main() -> None:
     options = json.loads(sys.stdin.readline())
     server = _serve(options)
     print(json.dumps({"listening": server.listening_address}), flush=True)
+    os.dup2(2, 1)  # nobody reads standard output after this line, and a full pipe would stop us
     sys.stdin.read()
     _clean_up(options["socket"])
     # The engine's threads do not stop in the middle of a batch; there is nothing to save.

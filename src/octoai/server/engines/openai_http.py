@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import aiohttp
-import orjson
 
 from octoai.server.engines.base import Event, Generation
 from octoai.server.engines.dialects import DIALECTS
@@ -187,7 +186,6 @@ class OpenAIEngine:
                 connector=self._connector(),
                 headers={"authorization": f"Bearer {self._key}"} if self._key else {},
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-                json_serialize=lambda value: orjson.dumps(value).decode(),
                 read_bufsize=2**18,
                 trust_env=False,
             )

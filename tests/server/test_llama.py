@@ -1,0 +1,55 @@
+"""The supervisor of the child, by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from octoai.server.engines.base import Delta, Generation
+from octoai.server.engines.llama import LlamaEngine, LlamaOptions
+
+pytestmark = pytest.mark.model
+
+HELLO = Generation(max_tokens=3, messages=[{"role": "user", "content": "Hi"}])
+
+
+async def until(engine: LlamaEngine, is_ready: bool, seconds: float) -> None:
+    async with asyncio.timeout(seconds):
+        while engine.is_ready != is_ready:
+            await asyncio.sleep(0.02)
+
+
+def test_an_engine_that_cannot_be_started_again_now_is_tried_until_it_can(
+    embedded_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Path(tempfile.mkdtemp(dir=tempfile.gettempdir()))  # short: a socket's path is
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        await engine.start()
+        try:
+            process = engine._process
+            assert process is not None
+            shutil.rmtree(place)
+            os.kill(process.pid, signal.SIGKILL)
+            await until(engine, False, 5)
+            await asyncio.sleep(1)  # tries in vain meanwhile
+            assert not engine.is_ready
+            os.mkdir(place)
+            await until(engine, True, 30)
+            events = [event async for batch in engine.generate(HELLO) for event in batch]
+            assert any(isinstance(event, Delta) for event in events)
+        finally:
+            await engine.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
