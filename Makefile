@@ -1,5 +1,5 @@
 # The two commands: `make demo` and `make test`. Both set up everything from a clean clone; nothing but Python ≥ 3.11
-# (with its venv module) and a package registry is needed.
+# (with its venv module) and a package registry is needed. PostgreSQL's tests need its server: see .ci/postgres.
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
   $$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -28,11 +28,15 @@ $(READY): pyproject.toml uv.lock
 demo: setup
 	@$(RUN) examples/demo.py
 
+# PostgreSQL is installed for its tests where that is possible; where not, a line says so and they are skipped.
+PYTEST = test "$$OCTOAI_SKIP_POSTGRES" = 1 || .ci/postgres || \
+  { echo "the tests with PostgreSQL will be skipped" >&2; export OCTOAI_SKIP_POSTGRES=1; }; $(RUN) -m pytest
+
 test: setup
-	@$(RUN) -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: setup
-	@$(RUN) -m pytest -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 check: setup
 	@$(VENV)/bin/ruff format --check .

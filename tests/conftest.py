@@ -10,9 +10,14 @@ from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine
 from octoai.server.places import cache_dir
 from octoai.server.sources import WeightStore
+from octoai.server.store import Place
+from tests.postgres import PostgresServer, ServerMissing
 from tests.running import InProcess, Serve
 
 OURS = [name for name in os.environ if name.startswith(("OCTOAI_", "OPENAI_")) and name != "OCTOAI_CACHE_DIR"]
+
+
+SKIP_POSTGRES = os.environ.get("OCTOAI_SKIP_POSTGRES") == "1"
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +38,34 @@ CACHE = cache_dir(os.environ)
 def embedded_model() -> Path:
     """The weights of the embedded model, downloaded once."""
     return WeightStore(CACHE).pull(Catalogue.load()[EMBEDDED_MODEL_ID])
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """Shared: a test that stops or pauses it starts or resumes it."""
+    if SKIP_POSTGRES:
+        pytest.skip("OCTOAI_SKIP_POSTGRES=1: nothing was tested with PostgreSQL")
+    try:
+        server = PostgresServer()
+    except ServerMissing as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """An empty database of the test's own."""
+    url = postgres_server.new_database()
+    yield url
+    postgres_server.drop_database(url)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """Where a test keeps what the service keeps: each such test runs with both databases."""
+    url = request.getfixturevalue("postgres_url") if request.param == "postgres" else None
+    return Place(tmp_path / "data", url)
 
 
 @pytest.fixture

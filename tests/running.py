@@ -12,12 +12,15 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
 
-from octoai.server import app
+from octoai.server import app, tokens
+from octoai.server.accounts import DEFAULT_ACCOUNT
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine
 from octoai.server.metrics import Metrics
@@ -25,17 +28,26 @@ from octoai.server.protocol import BoundedProtocol
 from octoai.server.queue import FairQueue
 from octoai.server.router import Deployment, Router
 from octoai.server.service import Service
-from octoai.server.store import connect
-from octoai.server.store.tokens import TokenTable
-from octoai.server.tokens import Tokens
+from octoai.server.settings import Settings
+from octoai.server.store import Connection, connect
+from octoai.server.tokens import SCOPES, Minted
 
 START_SECONDS = 60
+T = TypeVar("T")
 
 
 class InProcess:
     """The real application on a real socket, over the engine given; `model` and historical ids are served."""
 
-    def __init__(self, engine: Engine, data_dir: Path, *, max_waiting: int = 64, drain_seconds: float = 5) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        data_dir: Path,
+        *,
+        max_waiting: int = 64,
+        url: str | None = None,
+        **settings: object,
+    ) -> None:
         catalogue = Catalogue.load()
         deployment = Deployment(catalogue[EMBEDDED_MODEL_ID], engine, FairQueue(engine.num_slots, max_waiting))
         metrics = Metrics()
@@ -43,11 +55,14 @@ class InProcess:
         self.engine = engine
         self.queue = deployment.queue
         self.model = EMBEDDED_MODEL_ID
-        self._connection = connect(data_dir)
-        self.tokens = Tokens(TokenTable(self._connection))
-        self.token = self.tokens.mint("tests").text
+        self.settings = Settings.model_validate(
+            {"data_dir": data_dir, "cache_dir": data_dir / "cache", "drain_seconds": 5, "database": url, **settings}
+        )
+        self.place = self.settings.place
+        app.prepare(self.settings).close()
+        self.token = self.mint("tests", scopes=SCOPES).text
         self.router = Router([deployment], catalogue, stand_in=deployment)
-        self._make: Callable[[], Service] = lambda: Service(self.tokens, self.router, metrics, drain_seconds)
+        self._make: Callable[[], Service] = lambda: app.over(self.settings, self.router, metrics)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -57,6 +72,19 @@ class InProcess:
         self._thread.start()
         assert self._ready.wait(10)
 
+    def books(self, action: Callable[[Connection], T]) -> T:
+        """Do something in the database, as another process would, in one transaction."""
+        with closing(connect(self.place)) as db, db.transaction():
+            return action(db)
+
+    def read(self, action: Callable[[Connection], T]) -> T:
+        """Ask the database, once it has all that has ended here."""
+        assert self.loop is not None
+        return asyncio.run_coroutine_threadsafe(self.service.read(action), self.loop).result(10)
+
+    def mint(self, name: str, account: str = DEFAULT_ACCOUNT, **options: Any) -> Minted:
+        return self.books(lambda db: tokens.mint(db, name, account, **options))
+
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._serve())
@@ -65,6 +93,7 @@ class InProcess:
         self.loop = asyncio.get_running_loop()
         self.service = self._make()
         await self.engine.start()
+        await self.service.start()
         config = uvicorn.Config(
             app.application(self.service),
             http=BoundedProtocol,
@@ -80,13 +109,13 @@ class InProcess:
             await asyncio.sleep(0.005)
         self._ready.set()
         await task
+        await self.service.close()
         await self.engine.close()
 
     def close(self) -> None:
         self._server.should_exit = True
         self._thread.join(15)
         self._listener.close()
-        self._connection.close()
 
 
 class Serve:

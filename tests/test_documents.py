@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -41,6 +42,22 @@ def test_the_other_programs_run(served: Serve, number: int) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
+
+
+def test_the_commands_about_accounts_run(tmp_path: Path) -> None:
+    (shown,) = [block for block in blocks("sh") if "octoai account create" in block]
+    for line in shown.strip().splitlines():
+        command = shlex.split(line, comments=True)
+        assert command[0] == "octoai"
+        ran = subprocess.run(
+            [sys.executable, "-m", *command, "--data-dir", str(tmp_path)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (ran.returncode, ran.stderr.count("\n") <= 1) == (0, True), (line, ran.stderr)
 
 
 def test_every_setting_is_in_the_table() -> None:

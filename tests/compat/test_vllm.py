@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -17,11 +18,14 @@ import openai
 import pytest
 
 from octoai.client import OctoAI
+from octoai.server.engines.base import Finished, Generation
+from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.text_gen import ChatMessage
 from tests.compat import vllm_env
 from tests.conftest import CACHE
 from tests.running import Serve
 from tests.server.test_end_to_end import CHAT, Client, until
+from tests.server.test_engine_counts import PROMPTS
 from tests.server.test_engine_failures import Raw, is_ready
 
 # The first test also builds the environment: minutes.
@@ -238,6 +242,23 @@ def test_a_prefilled_answer_is_continued(client: Client) -> None:
     assert not text.lstrip().startswith("{")
     for content in ([{"type": "text", "text": '{"name": "'}], ""):
         assert client.chat(messages=[question, {**prefill, "content": content}])
+
+
+def test_a_prompt_is_counted_beforehand_as_vllm_counts_it_afterwards(vllm: Vllm) -> None:
+    async def main() -> None:
+        engine = OpenAIEngine(f"{vllm.url}/v1", model="smol", dialect="vllm", key=vllm.token)
+        try:
+            for name, prompt in PROMPTS.items():
+                if name in ("no text", "long"):  # vLLM takes no empty prompt, and this one's window is smaller
+                    continue
+                asked = Generation(max_tokens=1, **prompt)
+                events = [event async for batch in engine.generate(asked) for event in batch]
+                assert isinstance(events[-1], Finished)
+                assert (name, await engine.count_tokens(asked)) == (name, events[-1].usage.prompt_tokens)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
 
 
 WEATHER = {

@@ -373,11 +373,17 @@ def test_more_requests_than_slots_all_finish(client: Client) -> None:
     assert [answer["usage"]["completion_tokens"] for answer in answers] == [8] * 10
 
 
+def requests_logged(served: Serve) -> list[Any]:
+    lines = [json.loads(line) for line in served.log.read_text().splitlines()]
+    return [line for line in lines if line["message"] == "request"]
+
+
 def test_one_line_is_logged_per_request_without_its_text(client: Client, served: Serve) -> None:
     secret = "the zebra crosses at noon"
+    before = len(requests_logged(served))
     client.chat(messages=[{"role": "user", "content": secret}])
-    lines = [json.loads(line) for line in served.log.read_text().splitlines()]
-    request = [line for line in lines if line["message"] == "request"][-1]
+    until(lambda: len(requests_logged(served)) > before, 2)  # it is written when the answer has left
+    request = requests_logged(served)[-1]
     assert request["completion_tokens"] == 12
     assert request["account"] == "default"
     assert request["total_ms"] >= request["first_token_ms"] > 0

@@ -1,27 +1,28 @@
-"""API tokens: what they look like, what is kept of them, and who is let in."""
+"""API tokens: what they look like, what is kept of them, and what they may be."""
 
 from __future__ import annotations
 
 import re
-import sqlite3
 import string
+import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octoai.server.errors import Unauthenticated
-from octoai.server.store import FILENAME, connect
-from octoai.server.store.tokens import TokenTable
-from octoai.server.tokens import Tokens, is_well_formed, new_token
+from octoai.server import accounts, tokens
+from octoai.server.accounts import BadAccount, UnknownAccount, UnknownToken
+from octoai.server.store import Connection, Place, connect
+from octoai.server.store import tokens as table
+from octoai.server.store.accounts import Limits
+from octoai.server.tokens import SCOPES, is_well_formed, new_token
 
 
 @pytest.fixture
-def tokens(tmp_path: Path) -> Iterator[Tokens]:
-    connection = connect(tmp_path)
-    yield Tokens(TokenTable(connection))
+def db(place: Place) -> Iterator[Connection]:
+    connection = connect(place)
+    yield connection
     connection.close()
 
 
@@ -49,85 +50,127 @@ def test_what_is_not_a_token_is_not_well_formed(text: str) -> None:
     assert not is_well_formed(new_token()[:-1])
 
 
-def test_a_token_lets_its_account_in(tokens: Tokens) -> None:
-    minted = tokens.mint("mine", account="acme")
-    account = tokens.authenticate(f"Bearer {minted.text}")
-    assert (account.id, account.token_id) == ("acme", minted.id)
-    for header in (f"bearer {minted.text}", f"BEARER {minted.text}", f"Bearer   {minted.text} "):
-        assert tokens.authenticate(header) == account
+def test_a_token_belongs_to_the_default_account_unless_told(db: Connection) -> None:
+    minted = tokens.mint(db, "mine")
+    row = tokens.find(db, minted.id)
+    assert (row.account, row.scopes, row.models, row.expires_at) == ("default", {"inference", "usage"}, None, None)
+    assert accounts.find(db, "default").plan == "unlimited"
+    assert not accounts.find(db, "default").is_limited
+
+
+def test_a_token_is_kept_as_it_was_minted(db: Connection) -> None:
+    accounts.create(db, "acme")
+    soon = int(time.time()) + 3600
+    minted = tokens.mint(
+        db,
+        "mine ✓",
+        "acme",
+        scopes=["admin", "usage"],
+        models=["b", "a", "b"],
+        expires_at=soon,
+        limits={"requests_per_minute": 3, "hard_budget_nanos": 0},
+    )
+    row = tokens.find(db, minted.id)
+    assert (row.account, row.name, row.scopes) == ("acme", "mine ✓", {"admin", "usage"})
+    assert (row.models, row.expires_at) == (("b", "a"), soon)
+    assert row.limits == Limits(requests_per_minute=3, hard_budget_nanos=0)
+    assert row.created_at == pytest.approx(time.time(), abs=5)
+    assert (row.revoked_at, row.last_used_at) == (None, None)
+
+
+def test_only_a_hash_is_stored(db: Connection, place: Place) -> None:
+    minted = tokens.mint(db, "mine")
+    row = tokens.find(db, minted.id)
+    assert row.hash == tokens.digest(minted.text)
+    assert len(row.hash) == 32
+    assert row.hint.startswith("octoai_")
+    assert len(row.hint) < 20
+    assert minted.text not in repr(minted)
+    assert repr(row.hash) not in repr(row)
+    secret = minted.text.removeprefix("octoai_").encode()
+    files = [file for file in place.data_dir.iterdir() if file.is_file()] if place.url is None else []
+    for file in files:
+        assert secret[4:12] not in file.read_bytes()
 
 
 @pytest.mark.parametrize(
-    "header",
-    [None, "", " ", "Bearer", "Bearer ", "Basic dXNlcjpwYXNz", "Token x", "Bearer x", "Bearer \xff\xfe", "Bearer null"],
+    ("options", "param"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": " "}, "name"),
+        ({"name": "x" * 201}, "name"),
+        ({"name": "a\nb"}, "name"),
+        ({"name": "nul\0"}, "name"),
+        ({"name": "\udcff"}, "name"),
+        ({"scopes": []}, "scopes"),
+        ({"scopes": ["inference", "everything"]}, "scopes"),
+        ({"models": []}, "models"),
+        ({"models": [""]}, "models"),
+        ({"models": ["x" * 129]}, "models"),
+        ({"models": ["\0"]}, "models"),
+        ({"models": [str(number) for number in range(1001)]}, "models"),
+        ({"expires_at": 1}, "expires_at"),
+        ({"expires_at": 2**63}, "expires_at"),
+        ({"limits": {"requests_per_minute": -1}}, "requests_per_minute"),
+        ({"limits": {"requests_per_second": 1}}, "requests_per_second"),
+        ({"account": "nobody"}, "account"),
+        ({"account": "\0"}, "account"),
+        ({"account": "\udcff"}, "account"),
+    ],
 )
-def test_nothing_else_lets_anybody_in(tokens: Tokens, header: str | None) -> None:
-    with pytest.raises(Unauthenticated) as caught:
-        tokens.authenticate(header)
-    assert caught.value.status == 401
-    assert caught.value.code == "invalid_api_key"
-    assert caught.value.headers["www-authenticate"] == "Bearer"
-    assert "octoai token create" in caught.value.message
+def test_what_a_token_cannot_be_is_said_and_nothing_is_kept(
+    db: Connection, options: dict[str, object], param: str
+) -> None:
+    accounts.ensure_default(db)
+    with pytest.raises(BadAccount) as caught, db.transaction():
+        tokens.mint(db, **{"name": "mine", **options})  # type: ignore[arg-type]
+    assert caught.value.param == param
+    assert "\n" not in str(caught.value)
+    assert tokens.is_empty(db)
 
 
-def test_a_well_formed_token_of_nobody_is_refused_and_not_repeated(tokens: Tokens) -> None:
-    stranger = new_token()
-    with pytest.raises(Unauthenticated) as caught:
-        tokens.authenticate(f"Bearer {stranger}")
-    assert stranger not in str(caught.value.body())
+def test_a_closed_account_gets_no_tokens(db: Connection) -> None:
+    accounts.create(db, "acme")
+    accounts.close(db, "acme")
+    with pytest.raises(BadAccount, match="closed"):
+        tokens.mint(db, "mine", "acme")
 
 
-def test_a_token_without_its_scheme_is_refused(tokens: Tokens) -> None:
-    minted = tokens.mint("mine")
-    for header in (minted.text, f"Basic {minted.text}", f"Bearer {minted.text} {minted.text}"):
-        with pytest.raises(Unauthenticated):
-            tokens.authenticate(header)
+def test_a_change_is_what_is_given_and_nothing_else(db: Connection) -> None:
+    minted = tokens.mint(db, "mine", models=["a"], limits={"requests_per_minute": 3})
+    before = tokens.find(db, minted.id)
+    assert tokens.update(db, minted.id, {}) == before
+    changed = tokens.update(db, minted.id, {"scopes": list(SCOPES), "models": None, "requests_per_minute": None})
+    assert (changed.scopes, changed.models, changed.limits) == (set(SCOPES), None, Limits())
+    assert (changed.name, changed.hash, changed.account) == (before.name, before.hash, before.account)
+    assert tokens.update(db, minted.id, {"name": "yours", "concurrent_requests": 2}).name == "yours"
+    for wrong in ({"scopes": []}, {"name": ""}, {"expires_at": 5}, {"models": []}, {"hash": 1}, {"account": 1}):
+        with pytest.raises(BadAccount):
+            tokens.update(db, minted.id, wrong)
 
 
-def test_a_revoked_token_is_refused_at_once_also_by_another_connection(tmp_path: Path) -> None:
-    connections = [connect(tmp_path), connect(tmp_path)]
-    service, command = (Tokens(TokenTable(connection)) for connection in connections)
-    minted = service.mint("mine")
-    assert service.is_valid(minted.text)
-    assert command.revoke(minted.id)
-    assert not service.is_valid(minted.text)
-    with pytest.raises(Unauthenticated, match="revoked"):
-        service.authenticate(f"Bearer {minted.text}")
-    assert not command.revoke(minted.id)
-    assert not command.revoke("tok_0")
-    for connection in connections:
-        connection.close()
+def test_a_token_is_revoked_once(db: Connection) -> None:
+    minted = tokens.mint(db, "mine")
+    assert tokens.revoke(db, minted.id)
+    assert tokens.find(db, minted.id).revoked_at == pytest.approx(time.time(), abs=5)
+    assert not tokens.revoke(db, minted.id)
 
 
-def test_only_a_hash_is_stored(tmp_path: Path) -> None:
-    connection = connect(tmp_path)
-    tokens = Tokens(TokenTable(connection))
-    minted = tokens.mint("mine")
-    tokens.authenticate(f"Bearer {minted.text}")
-    secret = minted.text.removeprefix("octoai_").encode()
-    files = list(tmp_path.iterdir())
-    assert tmp_path / FILENAME in files
-    for file in files:
-        assert secret not in file.read_bytes()
-        assert secret[4:12] not in file.read_bytes()
-    assert minted.text not in repr(minted)
-    (row,) = tokens.all()
-    assert row.hint.startswith("octoai_")
-    assert len(row.hint) < 20
-    assert len(row.hash) == 32
-    connection.close()
+@pytest.mark.parametrize("token_id", ["tok_0", "", "\0", "\udcff", "'; DROP TABLE tokens; --"])
+def test_a_token_that_is_not_there_is_said_to_be_unknown(db: Connection, token_id: str) -> None:
+    assert not tokens.revoke(db, token_id)
+    for ask in (lambda: tokens.find(db, token_id), lambda: tokens.update(db, token_id, {"name": "x"})):
+        with pytest.raises(UnknownToken):
+            ask()
 
 
-def test_a_name_is_data(tokens: Tokens) -> None:
-    name = "'; DROP TABLE tokens; -- \n😀"
-    minted = tokens.mint(name)
-    assert [row.name for row in tokens.all()] == [name]
-    assert tokens.is_valid(minted.text)
+def test_an_account_that_is_not_there_is_said_to_be_unknown(db: Connection) -> None:
+    with pytest.raises(UnknownAccount):
+        tokens.mint(db, "mine", "nobody")
 
 
-def test_a_bad_token_costs_no_look_up() -> None:
-    connection = sqlite3.connect(":memory:")  # without the table: a look-up would fail
-    for header in ("Bearer x", "Bearer octoai_" + "a" * 38):
-        with pytest.raises(Unauthenticated):
-            Tokens(TokenTable(connection)).authenticate(header)
-    connection.close()
+def test_when_a_token_was_last_used_only_moves_on(db: Connection) -> None:
+    minted = tokens.mint(db, "mine")
+    for at, kept in ((50, 50), (40, 50), (60, 60)):
+        table.used(db, {minted.id: at, "tok_0": at})
+        assert tokens.find(db, minted.id).last_used_at == kept

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from octoai.cli import models, serve, token
+from octoai.cli import account, ledger, models, price, serve, statement, token, usage
 from octoai.cli.messages import fail
 from octoai.version import __version__
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="octoai", description="Text generation on your own machine.")
     parser.add_argument("--version", action="version", version=f"octoai {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (serve, token, models):
+    for command in (serve, account, token, price, usage, statement, ledger, models):
         command.add_parsers(subparsers)
     args = parser.parse_args(arguments)
     try:
@@ -26,9 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("octoai"):
             raise
-        package = (error.name or "a package").partition(".")[0]
-        return fail(f"{package} is not installed; the service needs: pip install 'octoai[server]'")
+        return fail(missing(error))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 1
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """What to install, on one line."""
+    package = (error.name or "a package").partition(".")[0]
+    if package == "psycopg":
+        return "psycopg is not installed; a database in PostgreSQL needs: pip install 'octoai[server,postgres]'"
+    return f"{package} is not installed; the service needs: pip install 'octoai[server]'"

@@ -1,79 +1,170 @@
-"""`octoai token create|list|revoke`: API tokens, also while the service runs."""
+"""`octoai token …`: API tokens, also while the service runs."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
+import re
 import sys
-from collections.abc import Callable
-from contextlib import closing
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
+from octoai.cli import limits
+from octoai.cli.columns import aligned
+from octoai.cli.database import add_options, with_database
 from octoai.cli.messages import fail
+from octoai.cli.words import minute
 
 if TYPE_CHECKING:
-    from octoai.server.tokens import Tokens
+    from octoai.server.store import Connection
+
+SCOPES = ("inference", "usage", "admin")
+_DAYS = re.compile(r"([0-9]{1,5})d")
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("token", help="create, list and revoke API tokens")
+    parser = subparsers.add_parser("token", help="create, change and revoke API tokens", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     creating = actions.add_parser("create", help="make a token and print it, once")
     creating.add_argument("--name", required=True, help="what it is for; shown by `octoai token list`")
-    creating.set_defaults(run=create)
+    creating.add_argument("--account", default="default", metavar="ID", help="who pays (default: default)")
     listing = actions.add_parser("list", help="show every token, without its secret")
-    listing.set_defaults(run=list_)
+    listing.add_argument("--account", metavar="ID", help="only those of one account")
+    listing.add_argument("--json", action="store_true", help="for programs")
+    updating = actions.add_parser("update", help="change what is given, and nothing else")
+    updating.add_argument("--name", help="what it is for")
     revoking = actions.add_parser("revoke", help="refuse a token from now on")
-    revoking.add_argument("id", help="its id, from `octoai token list`")
-    revoking.set_defaults(run=revoke)
-    for action in (creating, listing, revoking):
-        action.add_argument("--data-dir", type=Path, metavar="DIR", help="the service's data directory")
+    for action in (updating, revoking):
+        action.add_argument("id", metavar="ID", help="its id, from `octoai token list`")
+    for action in (creating, updating):
+        _add_settings(action)
+    for action, run in {creating: create, listing: list_, updating: update, revoking: revoke}.items():
+        action.set_defaults(run=run)
+        add_options(action)
+
+
+def _add_settings(action: argparse.ArgumentParser) -> None:
+    action.add_argument(
+        "--scope",
+        dest="scopes",
+        action="append",
+        choices=SCOPES,
+        help="what it may do; may be given again (default: inference and usage)",
+    )
+    action.add_argument(
+        "--model", dest="models", action="append", metavar="ID", help='a model it may use ("none": all; the default)'
+    )
+    action.add_argument("--expires", metavar="DATE", help='a date or moment (UTC), or days from now: "30d", or "none"')
+    limits.add_options(action)
 
 
 def create(args: argparse.Namespace) -> int:
-    return _with_tokens(args, lambda tokens: _create(tokens, args.name))
+    def run(db: Connection, _: object) -> int:
+        from octoai.server import tokens
+
+        chosen, own = limits.given(args), _given(args)
+        own.setdefault("scopes", tokens.DEFAULT_SCOPES)
+        with db.transaction():
+            minted = tokens.mint(db, args.name, args.account, limits=chosen, **own)
+        print(f"octoai: token {minted.id} of {args.account}, shown once:", file=sys.stderr)
+        print(minted.text)
+        return 0
+
+    return with_database(args, run)
+
+
+def update(args: argparse.Namespace) -> int:
+    def run(db: Connection, _: object) -> int:
+        from octoai.server import tokens
+
+        changes = {**_given(args), **limits.given(args)}
+        if args.name is not None:
+            changes["name"] = args.name
+        with db.transaction():
+            tokens.update(db, args.id, changes)
+        print(f"updated {args.id}")
+        return 0
+
+    return with_database(args, run)
 
 
 def list_(args: argparse.Namespace) -> int:
-    return _with_tokens(args, _list)
+    def run(db: Connection, _: object) -> int:
+        from octoai.server import accounts, views
+        from octoai.server.store import accounts as account_table
+        from octoai.server.store import tokens as table
+
+        owner = None if args.account is None else accounts.find(db, args.account).id
+        found = [views.token(row) for row in table.all_(db, owner)]
+        if args.json:
+            print(json.dumps(found, indent=2))
+            return 0
+        closed = {row.id for row in account_table.all_(db) if row.closed_at is not None}
+        heads = ("ID", "ACCOUNT", "TOKEN", "SCOPES", "MODELS", "STATE", "EXPIRES", "LAST USED", "CREATED", "NAME")
+        print(aligned(heads, [_row(token, closed) for token in found]), end="")
+        return 0
+
+    return with_database(args, run)
 
 
 def revoke(args: argparse.Namespace) -> int:
-    return _with_tokens(args, lambda tokens: _revoke(tokens, args.id))
+    def run(db: Connection, _: object) -> int:
+        from octoai.server import tokens
+
+        with db.transaction():
+            was_active = tokens.revoke(db, args.id)
+        if not was_active:
+            return fail(f"there is no active token {args.id!r:.80}; `octoai token list` shows them")
+        print(f"revoked {args.id}")
+        return 0
+
+    return with_database(args, run)
 
 
-def _with_tokens(args: argparse.Namespace, action: Callable[[Tokens], int]) -> int:
-    from octoai.server.settings import BadSettings, load
-    from octoai.server.store import StoreError, connect
-    from octoai.server.store.tokens import TokenTable
-    from octoai.server.tokens import Tokens
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Scopes, models and expiry where they were given. Raises BadAccount."""
+    given: dict[str, Any] = {}
+    if args.scopes is not None:
+        given["scopes"] = args.scopes
+    if args.models is not None:
+        given["models"] = None if args.models == ["none"] else args.models
+    if args.expires is not None:
+        given["expires_at"] = None if args.expires == "none" else _moment(args.expires)
+    return given
+
+
+def _moment(text: str) -> int:
+    """Unix seconds of a date, a moment, or so many days from now."""
+    days = _DAYS.fullmatch(text)
+    if days is not None:
+        return int(time.time()) + int(days[1]) * 86400
+    from octoai.cli.dates import moment
+    from octoai.server.accounts import BadAccount
 
     try:
-        settings = load(path=None, environ=os.environ, overrides={"data_dir": args.data_dir})
-        with closing(connect(settings.data_dir)) as connection:
-            return action(Tokens(TokenTable(connection)))
-    except (BadSettings, StoreError) as error:
-        return fail(str(error))
+        return moment(text) // 1_000_000
+    except ValueError as error:
+        raise BadAccount(f"--expires: {error}") from None
 
 
-def _create(tokens: Tokens, name: str) -> int:
-    minted = tokens.mint(name)
-    print(f"octoai: token {minted.id}, shown once:", file=sys.stderr)
-    print(minted.text)
-    return 0
+def _row(token: dict[str, Any], closed: set[str]) -> tuple[str, ...]:
+    return (
+        token["id"],
+        token["account"],
+        token["hint"],
+        ",".join(token["scopes"]),
+        "all" if token["models"] is None else ",".join(token["models"]),
+        _state(token, closed),
+        minute(token["expires_at"]),
+        minute(token["last_used_at"]),
+        minute(token["created_at"]),
+        token["name"],
+    )
 
 
-def _list(tokens: Tokens) -> int:
-    for row in tokens.all():
-        created = datetime.fromtimestamp(row.created_at, UTC).strftime("%Y-%m-%d %H:%M")
-        print(f"{row.id}  {row.hint}  {created}  {'revoked' if row.revoked_at else 'active '}  {row.name}")
-    return 0
-
-
-def _revoke(tokens: Tokens, token_id: str) -> int:
-    if not tokens.revoke(token_id):
-        return fail(f"there is no active token {token_id!r}; `octoai token list` shows them")
-    print(f"revoked {token_id}")
-    return 0
+def _state(token: dict[str, Any], closed: set[str]) -> str:
+    if token["revoked_at"] is not None:
+        return "revoked"
+    if token["expires_at"] is not None and token["expires_at"] <= time.time():
+        return "expired"
+    return "account closed" if token["account"] in closed else "active"

@@ -11,14 +11,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from octoai.server import params
-from octoai.server.catalogue import Model, price_usd_per_million
+from octoai.server.accounts import Caller
+from octoai.server.catalogue import Model
 from octoai.server.encoding import ChatEncoder, CompletionEncoder
 from octoai.server.errors import TooLarge, TooSlow, UnknownModel
+from octoai.server.idempotency import Key, Recording
 from octoai.server.metrics import CONTENT_TYPE
 from octoai.server.params import TextRequest
+from octoai.server.pricing import price_json
 from octoai.server.router import Deployment
 from octoai.server.service import Service
-from octoai.server.streaming import EventStream, WholeAnswer
+from octoai.server.streaming import EventStream, Replay, WholeAnswer
 
 MAX_BODY_BYTES = 10_000_000
 BODY_SECONDS = 120.0
@@ -37,25 +40,39 @@ async def _generate(
     request: Request, decode: Callable[[bytes], TextRequest], encoder: type[ChatEncoder | CompletionEncoder]
 ) -> ASGIApp:
     service: Service = request.state.service
-    account = service.authenticate(request.headers.get("authorization"))
-    wanted = decode(await _body(request))
-    job = service.admit(account, wanted, request.state.request_id)
+    caller = await caller_of(request)
+    body = await body_of(request)
+    wanted = decode(body)
+    key = request.headers.get("idempotency-key")
+    job = await service.admit(
+        caller, wanted, request.state.request_id, None if key is None else Key.of(key, request.url.path, body)
+    )
+    if isinstance(job, Recording):
+        return Replay(job)
+    request.state.request_id = job.id
     served = job.deployment.model.id
-    headers = {"x-octoai-served-model": served}
+    limits = {} if job.standings is None else job.standings.headers()
     answer = EventStream if wanted.stream else WholeAnswer
-    return answer(job, encoder(wanted, fingerprint=f"octoai-{served}"), headers)
+    return answer(job, encoder(wanted, fingerprint=f"octoai-{served}"), {"x-octoai-served-model": served, **limits})
+
+
+async def caller_of(request: Request) -> Caller:
+    """Who is asking. From here on every answer carries its rate limits, where it has any."""
+    service: Service = request.state.service
+    request.state.caller = caller = await service.authenticate(request.headers.get("authorization"))
+    return caller
 
 
 async def models(request: Request) -> Response:
     service: Service = request.state.service
-    service.authenticate(request.headers.get("authorization"))
-    listed = [_model_json(model, deployment) for model, deployment in service.router.served()]
+    await caller_of(request)
+    listed = [_model_json(service, model, deployment) for model, deployment in service.router.served()]
     return JSONResponse({"object": "list", "data": listed})
 
 
 async def model(request: Request) -> Response:
     service: Service = request.state.service
-    service.authenticate(request.headers.get("authorization"))
+    await caller_of(request)
     name = request.path_params["model"]
     deployment = service.router.find(name)
     known = (
@@ -65,7 +82,7 @@ async def model(request: Request) -> Response:
     )
     if known is None:
         raise UnknownModel(name, ())
-    return JSONResponse(_model_json(known, deployment))
+    return JSONResponse(_model_json(service, known, deployment))
 
 
 async def live(_: Request) -> Response:
@@ -87,7 +104,7 @@ async def metrics(request: Request) -> Response:
     return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
-async def _body(request: Request) -> bytes:
+async def body_of(request: Request) -> bytes:
     """The whole body, never more than the limit of it in memory. It is read as JSON whatever its type says."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
@@ -105,14 +122,8 @@ async def _body(request: Request) -> bytes:
     return b"".join(blocks)
 
 
-def _model_json(model: Model, deployment: Deployment) -> dict[str, object]:
+def _model_json(service: Service, model: Model, deployment: Deployment) -> dict[str, object]:
     served_by = deployment.model
-    price = None
-    if model.input_price_nanos is not None and model.output_price_nanos is not None:
-        price = {
-            "input_usd_per_million": price_usd_per_million(model.input_price_nanos),
-            "output_usd_per_million": price_usd_per_million(model.output_price_nanos),
-        }
     return {
         "id": model.id,
         "object": "model",
@@ -123,6 +134,6 @@ def _model_json(model: Model, deployment: Deployment) -> dict[str, object]:
         "is_stand_in": served_by.id != model.id,
         "aliases": list(model.aliases),
         "licence": model.licence,
-        "price": price,
+        "price": price_json(service, model, served_by),
         "ready": deployment.engine.is_ready,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,19 +12,23 @@ from starlette.routing import BaseRoute, Route
 from starlette.routing import Router as Routes
 from starlette.types import ASGIApp
 
-from octoai.server import api, docs
+from octoai.server import admin, api, docs, organization, prices, pricing
+from octoai.server.admission import Admission
+from octoai.server.books import Books, open_journal, recover
 from octoai.server.catalogue import Catalogue, Model
+from octoai.server.directory import Directory
 from octoai.server.edge import Edge
 from octoai.server.engines.base import Engine
+from octoai.server.ledger import Ledger
 from octoai.server.metrics import Metrics
 from octoai.server.queue import FairQueue
 from octoai.server.router import Deployment, Router
 from octoai.server.service import Service
 from octoai.server.settings import BadSettings, ModelSettings, Settings
 from octoai.server.sources import WeightStore
-from octoai.server.store import connect
-from octoai.server.store.tokens import TokenTable
-from octoai.server.tokens import Tokens
+from octoai.server.store import Connection, connect
+
+log = logging.getLogger("octoai.app")
 
 DEFAULT_CONTEXT_LENGTH = 8192
 
@@ -37,6 +43,9 @@ def routes() -> list[BaseRoute]:
         *(Route(path, api.completions, methods=["POST"]) for path in _COMPLETION_PATHS),
         Route("/v1/models", api.models, methods=["GET"]),
         Route("/v1/models/{model:path}", api.model, methods=["GET"]),
+        Route("/v1/pricing", pricing.pricing, methods=["GET"]),
+        *organization.routes(),
+        *admin.routes(),
         Route("/health/live", api.live, methods=["GET"]),
         Route("/health/ready", api.ready, methods=["GET"]),
         Route("/metrics", api.metrics, methods=["GET"]),
@@ -50,8 +59,18 @@ def application(service: Service) -> ASGIApp:
     return Edge(Routes(routes=routes(), redirect_slashes=False), service)
 
 
-def tokens(settings: Settings) -> Tokens:
-    return Tokens(TokenTable(connect(settings.data_dir)))
+def prepare(settings: Settings) -> Connection:
+    """The database, up to date: migrated, with what an earlier process left in its journal, and today's prices.
+
+    Raises StoreError; StoreAway where it may be there later.
+    """
+    db = connect(settings.place)
+    left = recover(settings.place)
+    if left:
+        log.warning("%d requests of a process that ended without a word are settled by their checkpoints", left)
+    with db.transaction():
+        prices.sync(db, catalogue(settings), time.time_ns() // 1000)
+    return db
 
 
 def service(settings: Settings, catalogue: Catalogue, weights: dict[str, Path]) -> Service:
@@ -61,9 +80,25 @@ def service(settings: Settings, catalogue: Catalogue, weights: dict[str, Path]) 
     ]
     metrics = Metrics()
     metrics.watch(deployments)
+    return over(settings, Router(deployments, catalogue, stand_in=_stand_in(deployments, settings)), metrics)
+
+
+def over(settings: Settings, router: Router, metrics: Metrics) -> Service:
+    """A service over deployments that are there already."""
+    journal = None if settings.ledger == "off" else open_journal(settings.place)
+    books = Books(settings.place, journal)
+    directory = Directory(books.reader, away_seconds=settings.database_away_seconds)
+    ledger = Ledger(
+        journal,
+        books.writer,
+        away_seconds=settings.database_away_seconds,
+        serves_when_away=settings.when_database_is_away == "serve",
+    )
+    metrics.watch_books(ledger, directory)
     return Service(
-        tokens=tokens(settings),
-        router=Router(deployments, catalogue, stand_in=_stand_in(deployments, settings)),
+        directory=directory,
+        admission=Admission(ledger, books, directory.price),
+        router=router,
         metrics=metrics,
         drain_seconds=settings.drain_seconds,
     )

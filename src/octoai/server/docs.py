@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from octoai.server import admin, organization, pricing
 from octoai.server.params import ChatBody, CompletionBody
 from octoai.version import __version__
 from octoai.wire import answers
@@ -27,9 +28,13 @@ _ANSWERS: tuple[type[BaseModel], ...] = (
 _REFUSALS = {
     "400": "Malformed JSON, a parameter that the model's engine cannot honour, or a prompt longer than the context",
     "401": "No API token, or not a valid one",
+    "402": "`insufficient_quota`: the credit or a hard budget is used up",
+    "403": "The token lacks the scope `inference`, or may not use the model",
     "404": "`model_not_found`, naming the closest ids",
+    "409": "The `Idempotency-Key` was used for another request",
     "413": "A body over 10 MB",
     "422": "A field that is missing, of the wrong type or out of range; `detail` names each",
+    "429": "`rate_limit_exceeded`; `retry-after` says when this very request would be let through",
     "502": "The engine broke off",
     "503": "Draining, overloaded, or the engine is starting; `retry-after` says when to come back",
 }
@@ -52,12 +57,14 @@ def document() -> dict[str, Any]:
         schema = TypeAdapter(body).json_schema(ref_template=_REF)
         schemas |= schema.pop("$defs", {})
         schemas[name] = schema
+    schemas |= admin.schemas()
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "octoai",
             "version": __version__,
-            "description": "Text generation, compatible with OctoAI's API and with OpenAI's clients.",
+            "description": "Text generation, compatible with OctoAI's API and with OpenAI's clients; accounts, prices "
+            "and usage. Money is USD as a decimal string, times are whole seconds since 1970 (UTC).",
         },
         "components": {
             "schemas": schemas,
@@ -80,6 +87,9 @@ def _paths() -> dict[str, Any]:
         "/v1/completions": {"post": _generation(text, "CompletionRequest", "CompletionResponse", "CompletionResponse")},
         "/v1/models": {"get": _reading("Every id a request may name, with what serves it, its window and its price.")},
         "/v1/models/{model}": {"get": {**_reading("One of them."), "parameters": [name]}},
+        **pricing.paths(),
+        **organization.paths(),
+        **admin.paths(),
         "/health/live": {"get": {**_reading("The process answers."), **open_to_all}},
         "/health/ready": {"get": {**_reading("A request would be served now; 503 where not."), **open_to_all}},
         "/metrics": {"get": {**_reading("Prometheus metrics, under vLLM's names and our own."), **open_to_all}},
@@ -149,7 +159,8 @@ def _type(field: Mapping[str, Any]) -> str:
     if kind == "array":
         return f"list of {_type(field.get('items', {}))}"
     words = {"minimum": "≥", "maximum": "≤", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
-    return " ".join([kind, *(f"{sign} {field[key]:g}" for key, sign in words.items() if key in field)])
+    bounds = [f"{sign} {field[key]:g}" for key, sign in words.items() if key in field]
+    return " ".join([kind, *([f"({field['description']})"] if "description" in field else bounds)])
 
 
 def _text(markdown: str) -> str:

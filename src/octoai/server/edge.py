@@ -13,8 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octoai.server.errors import InternalError, MethodNotAllowed, Refusal, UnknownPath, new_request_id
+from octoai.server.errors import InternalError, MethodNotAllowed, Refusal, Unavailable, UnknownPath, new_request_id
 from octoai.server.service import Service
+from octoai.server.store.database import StoreAway, StoreError
 from octoai.server.streaming import BrokenOff, SlowReader
 
 log = logging.getLogger("octoai.http")
@@ -34,15 +35,19 @@ class Edge:
         if scope["type"] != "http":
             await self.routes(scope, receive, send)
             return
-        answer = _Answer(scope, send)
         scope["app"] = self  # makes the router raise what it does not find, instead of answering itself
-        scope.setdefault("state", {}).update(request_id=answer.request_id, service=self.service)
+        scope.setdefault("state", {}).update(request_id=_request_id(scope), service=self.service)
+        answer = _Answer(scope, send, self.service)
         try:
             await self.routes(scope, receive, answer.send)
         except (BrokenOff, SlowReader, ClientDisconnect):
             pass  # without the end of its body, the answer makes the server close the connection
         except Refusal as refusal:
             await self._refuse(refusal, answer)
+        except StoreAway:
+            await self._refuse(
+                Unavailable("The database does not answer.", retry_after=5, code="database_away"), answer
+            )
         except HTTPException as error:
             await self._refuse(_refusal_of(error, scope), answer)
         except Exception:
@@ -71,23 +76,41 @@ class Edge:
 class _Answer:
     """What has been sent so far, with the headers that every answer has."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send, service: Service) -> None:
         self._send = send
+        self._state = scope["state"]
+        self._service = service
         self.status: int | None = None
         self.began = time.perf_counter()
-        self.request_id = _request_id(scope)
+
+    @property
+    def request_id(self) -> str:
+        return str(self._state["request_id"])
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            headers = list(message.get("headers", ()))
             elapsed = str(int((time.perf_counter() - self.began) * 1000)).encode()
             message["headers"] = [
-                *message.get("headers", ()),
+                *headers,
+                *await self._limits(headers),
                 (b"x-request-id", self.request_id.encode()),
                 (b"openai-processing-ms", elapsed),
                 VERSION_HEADER,
             ]
         await self._send(message)
+
+    async def _limits(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """How the caller stands with its limits, where it has any and the answer does not say it already."""
+        caller = self._state.get("caller")
+        if caller is None or not caller.is_limited or any(name.startswith(b"x-ratelimit-") for name, _ in headers):
+            return []
+        try:
+            standings = await self._service.standings(caller)
+        except StoreError:
+            return []
+        return [(name.encode(), value.encode()) for name, value in standings.headers().items()]
 
 
 def _request_id(scope: Scope) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
+from octoai.server.billing import usd
 from octoai.server.engines.base import Delta, Event, Finished, Started, Usage
 from octoai.server.params import TextRequest
 
@@ -24,12 +25,15 @@ def new_id() -> str:
     return f"cmpl-{uuid.uuid4().hex}"
 
 
-def usage_json(usage: Usage) -> dict[str, Any]:
+def usage_json(usage: Usage, cost_nanos: int | None = None) -> dict[str, Any]:
+    """`cost` is in US dollars, as an exact decimal."""
+    cost = {} if cost_nanos is None else {"cost": usd(cost_nanos)}
     return {
         "completion_tokens": usage.completion_tokens,
         "prompt_tokens": usage.prompt_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        **cost,
     }
 
 
@@ -57,6 +61,7 @@ class _Encoder:
         self.id = new_id()
         self.created = int(time.time()) if created is None else created
         self.fingerprint = fingerprint
+        self.cost_nanos: int | None = None  # known when everything else is
         self._is_open = False
         self._usage = ',"usage":null' if request.include_usage else ""
         # Text that stands before what is generated, by choice (`echo`).
@@ -89,7 +94,7 @@ class _Encoder:
         *others, last = sorted(event.reasons)
         for index in others:
             yield self._chunk(index, self._closing(), quoted(event.reasons[index]))
-        usage = f',"usage":{json.dumps(usage_json(event.usage), separators=(",", ":"))}'
+        usage = f',"usage":{json.dumps(usage_json(event.usage, self.cost_nanos), separators=(",", ":"))}'
         tail = usage if self.request.include_usage else ""
         yield self._chunk(last, self._closing(), quoted(event.reasons[last]), tail)
 
@@ -121,7 +126,9 @@ class _Encoder:
             for index, reason in sorted(finished.reasons.items())
         ]
         head = {"id": self.id, "object": self.whole_object, "created": self.created, "model": self.request.model}
-        return _json({**head, **self._extra(), "choices": choices, "usage": usage_json(finished.usage)})
+        return _json(
+            {**head, **self._extra(), "choices": choices, "usage": usage_json(finished.usage, self.cost_nanos)}
+        )
 
     @property
     def _wants_logprobs(self) -> bool:

@@ -4,12 +4,18 @@
     ├── BadRequest            400  invalid_request_error    malformed JSON, a parameter this engine cannot honour
     │   └── ContextLengthExceeded  400  context_length_exceeded
     ├── Unauthenticated       401  invalid_api_key
+    ├── OutOfCredit           402  insufficient_quota       prepaid credit or a hard budget is used up
+    ├── Forbidden             403  the token lacks a scope, or the model is not among its models
     ├── UnknownModel          404  model_not_found
+    ├── NotFound              404  no account, token or request of that id
     ├── UnknownPath           404 / 405
     ├── TooSlow               408  request_timeout
+    ├── StateConflict         409  an id that is taken, a request that still runs
+    ├── KeyConflict           409  an Idempotency-Key that was used for another request
     ├── TooLarge              413  body_too_large
     ├── HeadTooLarge          431  headers_too_large
     ├── InvalidBody           422  with FastAPI's `detail` list, as OctoAI documented
+    ├── RateLimited           429  rate_limit_exceeded      always with `retry-after`
     ├── InternalError         500  our fault
     ├── EngineFailed          502  the engine broke off, or answered what it should not
     └── Unavailable           503  draining, overloaded, engine not ready; always with `retry-after`
@@ -89,6 +95,23 @@ class Unauthenticated(Refusal):
         super().__init__(message, headers={"www-authenticate": "Bearer"})
 
 
+class OutOfCredit(Refusal):
+    """No retry helps: money has to come first."""
+
+    status = 402
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"x-should-retry": "false"})
+
+
+class Forbidden(Refusal):
+    status = 403
+    type = "invalid_request_error"
+    code = "permission_denied"
+
+
 class UnknownModel(Refusal):
     status = 404
     type = "invalid_request_error"
@@ -97,6 +120,12 @@ class UnknownModel(Refusal):
     def __init__(self, model: str, nearest: Sequence[str]) -> None:
         hint = f" Closest: {', '.join(nearest)}." if nearest else " GET /v1/models lists what is."
         super().__init__(f"The model `{model[:200]}` is not served here.{hint}", param="model")
+
+
+class NotFound(Refusal):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
 
 
 class UnknownPath(Refusal):
@@ -117,6 +146,26 @@ class TooSlow(Refusal):
     status = 408
     type = "invalid_request_error"
     code = "request_timeout"
+
+
+class StateConflict(Refusal):
+    """It cannot be done as things stand; the same again would meet the same."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, headers={"x-should-retry": "false"})
+
+
+class KeyConflict(Refusal):
+    status = 409
+    type = "invalid_request_error"
+    code = "idempotency_key_conflict"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"x-should-retry": "false"})
 
 
 class TooLarge(Refusal):
@@ -153,6 +202,23 @@ class InvalidBody(Refusal):
     def body(self) -> dict[str, Any]:
         fields = {".".join(map(str, row["loc"][1:])) or "body": row["msg"] for row in self.detail}
         return {**super().body(), "validation_errors": fields, "detail": self.detail}
+
+
+class RateLimited(Refusal):
+    """`kind` is what there was too much of: "requests" or "tokens". `retry_after` (seconds) is when this very request
+    would be let through; None where it never would, being larger than the limit itself."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, kind: str, retry_after: float | None) -> None:
+        headers = {"x-should-retry": "false"}
+        if retry_after is not None:
+            milliseconds = max(1, math.ceil(retry_after * 1000))
+            headers = {"retry-after": str(math.ceil(retry_after)), "retry-after-ms": str(milliseconds)}
+        super().__init__(message, headers=headers)
+        self.type = kind
+        self.retry_after = retry_after
 
 
 class InternalError(Refusal):

@@ -9,9 +9,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from octoai.server.directory import Directory
+from octoai.server.engines.base import Usage
+from octoai.server.ledger import Ledger
 from octoai.server.metering import Meter
 from octoai.server.params import TextRequest
 from octoai.server.router import Deployment
@@ -57,6 +60,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which no dashboard reads
         self.registry = CollectorRegistry()
         self._per_deployment: list[Counter | Histogram] = []
+        self._of_tokens: dict[str, tuple[Counter, ...]] = {}
 
         def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
             made = Counter(name, text, labels, registry=self.registry)
@@ -101,6 +105,10 @@ class Metrics:
         self.decode = histogram("vllm:request_decode_time_seconds", "From the first token to the last.", _WHOLE)
         self.request_preemptions = histogram("vllm:request_num_preemptions", "Preemptions of a request.", _COUNTS)
         self.refusals = counter("octoai_refusals", "Requests refused, by reason.", ("reason",))
+        self.token_tokens = counter("octoai_tokens", "Tokens used, by API token.", ("token_id", "kind"))
+        self.token_cost = counter(
+            "octoai_cost_usd", "US dollars, by API token; the ledger has it exactly.", ("token_id",)
+        )
         self.aborted = counter("octoai_requests_aborted", "Requests whose client left before the end.")
         self.failed = counter("octoai_requests_failed", "Requests that the engine broke off.")
         self.http_requests = counter("http_requests", "HTTP requests answered.", ("handler", "method", "status"))
@@ -116,8 +124,22 @@ class Metrics:
                 made.labels(*self.labels(deployment))
         self.registry.register(_DeploymentCollector(deployments))
 
+    def watch_books(self, ledger: Ledger, directory: Directory) -> None:
+        """Report how the ledger stands with its database, and how often accounts are looked at again."""
+        self.registry.register(_BooksCollector(ledger, directory))
+
     def labels(self, deployment: Deployment) -> tuple[str, str]:
         return deployment.model.id, _engine_name(deployment)
+
+    def count_cost(self, token_id: str, usage: Usage, cost_nanos: int) -> None:
+        """What one API token used; by its id, never its text."""
+        counters = self._of_tokens.get(token_id)
+        if counters is None:  # kept: finding a labelled counter costs more than counting
+            kinds = (self.token_tokens.labels(token_id, kind) for kind in ("prompt", "cached", "completion"))
+            counters = self._of_tokens[token_id] = (*kinds, self.token_cost.labels(token_id))
+        values = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, cost_nanos / 1_000_000_000)
+        for counter, value in zip(counters, values, strict=True):
+            counter.inc(value)
 
     def count_job(self, deployment: Deployment, request: TextRequest, meter: Meter, outcome: str) -> None:
         """One ended request: "finished", "refused" (by the engine), "aborted" (its client left) or "failed"."""
@@ -193,6 +215,23 @@ class _DeploymentCollector(Collector):
             ready.add_metric(labels, float(engine.is_ready))
             restarts.add_metric(labels, getattr(engine, "num_restarts", 0))
         return (running, waiting, by_reason, kv_cache, config, ready, restarts)
+
+
+class _BooksCollector(Collector):
+    def __init__(self, ledger: Ledger, directory: Directory) -> None:
+        self._ledger = ledger
+        self._directory = directory
+
+    def collect(self) -> Iterable[Metric]:
+        looks = CounterMetricFamily("octoai_directory_looks", "Looks for changes of accounts, tokens and prices.")
+        looks.add_metric((), self._directory.num_looks)
+        running = GaugeMetricFamily("octoai_ledger_open_requests", "Requests that are not settled yet.")
+        running.add_metric((), len(self._ledger.tabs))
+        away = GaugeMetricFamily("octoai_ledger_database_away_seconds", "How long the database has taken nothing.")
+        away.add_metric((), self._ledger.writer.away_seconds or 0.0)
+        behind = GaugeMetricFamily("octoai_ledger_behind_bytes", "What the journal has and the database has not.")
+        behind.add_metric((), self._ledger.behind_bytes)
+        return (looks, running, away, behind)
 
 
 def _engine_name(deployment: Deployment) -> str:

@@ -77,13 +77,17 @@ _COMPLETION = TypeAdapter(CompletionBody)
 
 @dataclass(frozen=True, slots=True)
 class TextRequest:
-    """A request, decided. `generations` has one per prompt; their choices are numbered through in that order."""
+    """A request, decided. `generations` has one per prompt; their choices are numbered through in that order.
+
+    `has_max_tokens`: the client said how many tokens it wants; otherwise the number is our default.
+    """
 
     model: str
     generations: tuple[Generation, ...]
     stream: bool
     include_usage: bool
     echo: bool = False
+    has_max_tokens: bool = True
 
     @property
     def max_tokens(self) -> int:
@@ -136,6 +140,7 @@ def _request(params: Mapping[str, Any], generations: tuple[Generation, ...], *, 
         stream=bool(params.get("stream")),
         include_usage=bool(options.get("include_usage")),
         echo=echo,
+        has_max_tokens=params.get("max_completion_tokens") is not None or params.get("max_tokens") is not None,
     )
 
 

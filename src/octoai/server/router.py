@@ -50,6 +50,16 @@ class Router:
             return self.stand_in
         raise UnknownModel(name, nearest(name, (model for model, _ in self.served())))
 
+    def is_known(self, name: str) -> bool:
+        return name.lower() in self._by_name or self.catalogue.find(name) is not None
+
+    def named(self, name: str) -> Model:
+        """The model that a request names: what it is billed as, whichever answers. Raises UnknownModel."""
+        own = self._by_name.get(name.lower())
+        if own is not None:
+            return own.model
+        return self.catalogue.find(name) or self.find(name).model
+
     def served(self) -> Iterable[tuple[Model, Deployment]]:
         """Every id that a request may name, with what answers for it."""
         for deployment in self.deployments:

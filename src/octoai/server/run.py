@@ -11,7 +11,9 @@ import errno
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,16 @@ import anyio.lowlevel
 import uvicorn
 
 from octoai import _credentials
-from octoai.server import app
+from octoai.server import accounts, app, tokens
 from octoai.server.errors import Refusal
 from octoai.server.protocol import BoundedProtocol
 from octoai.server.service import Service
 from octoai.server.settings import Settings
-from octoai.server.tokens import Tokens
+from octoai.server.store import Connection, StoreAway
 
 BOOTSTRAP_NAME = "bootstrap"
 KEEP_ALIVE_SECONDS = 75
+DATABASE_POLL_SECONDS = 0.5
 
 
 class CannotServe(Exception):
@@ -58,10 +61,14 @@ class _Stop:
 
 def serve(settings: Settings, weights: dict[str, Path]) -> int:
     """Returns the exit status. `weights` are the files of the models that engines of ours serve."""
-    service = app.service(settings, app.catalogue(settings), weights)
+    db = _database(settings)
     listener = _listen(settings.host, settings.port)
     url = _url(settings.host, listener)
-    _bootstrap(service.tokens, url)
+    with closing(db):
+        _bootstrap(db, url)
+    service = app.service(settings, app.catalogue(settings), weights)
+    if settings.ledger == "off":
+        print("octoai: the ledger is off: nothing is recorded, billed or limited", flush=True)
     for line in _stand_in_lines(service):
         print(line, flush=True)
     runner = asyncio.Runner(loop_factory=_loop_factory())
@@ -75,6 +82,7 @@ async def _serve(service: Service, listener: socket.socket, url: str) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.ask)
+    await service.start()
     server = _Server(_config(service))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     engines = [deployment.engine for deployment in service.router.deployments]
@@ -92,6 +100,7 @@ async def _serve(service: Service, listener: socket.socket, url: str) -> int:
         await asyncio.gather(*(engine.close() for engine in engines))
         server.should_exit, server.force_exit = True, stop.now.is_set()
         await serving
+        await service.close()
     return 0
 
 
@@ -158,16 +167,34 @@ def _url(host: str, listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _bootstrap(tokens: Tokens, url: str) -> None:
+def _database(settings: Settings) -> Connection:
+    """Wait for a database that does not answer yet, as long as it may be away later."""
+    until = time.monotonic() + settings.database_away_seconds
+    has_said = False
+    while True:
+        try:
+            return app.prepare(settings)
+        except StoreAway as error:
+            if time.monotonic() > until:
+                raise
+            if not has_said:
+                print(f"octoai: {error}; waiting for it", file=sys.stderr, flush=True)
+            has_said = True
+            time.sleep(DATABASE_POLL_SECONDS)
+
+
+def _bootstrap(db: Connection, url: str) -> None:
     """On the very first start: a token, printed once, and left where `OctoAI()` on this machine finds it."""
     stored = _credentials.read()
-    if tokens.is_empty:
-        minted = tokens.mint(BOOTSTRAP_NAME)
+    with db.transaction():
+        accounts.ensure_default(db)
+        minted = tokens.mint(db, BOOTSTRAP_NAME, scopes=tokens.SCOPES) if tokens.is_empty(db) else None
+    if minted is not None:
         path = _credentials.write(endpoint=url, token=minted.text)
         print(
             f"octoai: your API token, shown once: {minted.text}\noctoai: endpoint and token are in {path}", flush=True
         )
-    elif stored is not None and stored.token and stored.endpoint != url and tokens.is_valid(stored.token):
+    elif stored is not None and stored.token and stored.endpoint != url and tokens.is_valid(db, stored.token):
         _credentials.write(endpoint=url, token=stored.token)
 
 

@@ -8,30 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import anyio
 
+from octoai.server.accounts import Caller
+from octoai.server.admission import Admission
+from octoai.server.directory import Directory
 from octoai.server.engines.base import Delta, Event, Finished, Generation
-from octoai.server.errors import Refusal, Unavailable, UnsupportedParameter
+from octoai.server.errors import Forbidden, Refusal, Unavailable, UnsupportedParameter
+from octoai.server.idempotency import Key, Recording
+from octoai.server.ledger import Tab, now_us
+from octoai.server.limits import Standings, standings
 from octoai.server.metering import Meter
 from octoai.server.metrics import Metrics
 from octoai.server.params import TextRequest
 from octoai.server.router import Deployment, Router
-from octoai.server.tokens import Account, Tokens
+from octoai.server.store.database import Connection
 
 log = logging.getLogger("octoai.request")
 
 Batch = Sequence[Event]
+T = TypeVar("T")
 
 
 @dataclass
 class Service:
-    tokens: Tokens
+    directory: Directory
+    admission: Admission
     router: Router
     metrics: Metrics
     drain_seconds: float = 30.0
@@ -42,6 +50,18 @@ class Service:
     def __post_init__(self) -> None:
         self._idle.set()
 
+    async def start(self) -> None:
+        """Raises StoreError."""
+        self.admission.books.start()
+        await self.directory.start()
+        self.admission.ledger.start()
+
+    async def close(self) -> None:
+        """After the last request: what the journal has goes into the database, if that is there."""
+        await self.admission.ledger.close()
+        await self.directory.close()
+        await self.admission.books.close()
+
     def enter(self, job: Job) -> None:
         self.jobs.add(job)
         self._idle.clear()
@@ -51,13 +71,22 @@ class Service:
         if not self.jobs:
             self._idle.set()
 
-    def authenticate(self, authorization: str | None) -> Account:
-        """401 without a valid token: a hash and one look-up, nothing else."""
-        return self.tokens.authenticate(authorization)
+    async def authenticate(self, authorization: str | None) -> Caller:
+        """401 without a valid token: a hash and a look-up in memory, nothing else."""
+        return await self.directory.authenticate(authorization)
 
-    def admit(self, account: Account, request: TextRequest, request_id: str) -> Job:
-        """Everything that can refuse before an engine is asked."""
+    def require(self, caller: Caller, *scopes: str) -> None:
+        """403 unless the token has one of these scopes."""
+        if caller.token.scopes.isdisjoint(scopes):
+            raise Forbidden(f"This API token lacks the scope {' or '.join(map(repr, scopes))}.")
+
+    async def admit(
+        self, caller: Caller, request: TextRequest, request_id: str, key: Key | None = None
+    ) -> Job | Recording:
+        """Everything that can refuse before an engine is asked. A recording is the answer where the key has one."""
+        self.require(caller, "inference")
         deployment = self.router.find(request.model)
+        self._check_model(caller, request.model)
         if self.is_draining:
             raise Unavailable("The service is shutting down.", retry_after=self.drain_seconds, code="shutting_down")
         for generation in request.generations:
@@ -66,7 +95,39 @@ class Service:
                 raise UnsupportedParameter(f"{name}: `{deployment.model.id}` cannot honour this parameter", param=name)
         if not deployment.engine.is_ready:
             raise Unavailable("The engine is not ready.", retry_after=2, code="engine_not_ready")
-        return Job(request_id, account, deployment, request, self)
+        meter = Meter()
+        admitted = await self.admission.admit(
+            caller, request, deployment, self.router.named(request.model), request_id, key, lambda: meter.usage
+        )
+        if isinstance(admitted, Recording):
+            return admitted
+        return Job(admitted.request_id, caller, deployment, admitted.request, self, admitted.tab, meter,
+                   standings=admitted.standings, recording=admitted.recording)  # fmt: skip
+
+    async def read(self, action: Callable[[Connection], T]) -> T:
+        """Ask the database, which knows by then of everything that has ended here. Raises StoreAway."""
+        return await self.admission.books.read(action)
+
+    async def standings(self, caller: Caller) -> Standings:
+        """How the caller stands with its limits. Raises StoreAway."""
+        return await self.read(lambda db: standings(db, caller, now_us()))
+
+    async def write(self, action: Callable[[Connection], T]) -> T:
+        """Change the database; when this returns the change is on disk, and in force in this process."""
+        result = await self.admission.books.write(action)
+        await self.directory.refresh()
+        return result
+
+    def _check_model(self, caller: Caller, name: str) -> None:
+        allowed = caller.token.models
+        if allowed is None:
+            return
+        ids = {self.router.named(each).id if self.router.is_known(each) else each for each in allowed}
+        if self.router.named(name).id not in ids:
+            raise Forbidden(
+                f"This API token may not use the model `{name[:200]}`; it may use {', '.join(sorted(ids))}.",
+                param="model",
+            )
 
     @property
     def is_ready(self) -> bool:
@@ -81,14 +142,18 @@ class Service:
 
 @dataclass(eq=False)
 class Job:
-    """One admitted request. Use: `async with job: async for batch in job.events(): …`"""
+    """One admitted request. Use: `async with job: async for batch in job.events(): …`, and before the last of the
+    answer leaves `await job.finish()`."""
 
     id: str
-    account: Account
+    caller: Caller
     deployment: Deployment
     request: TextRequest
     service: Service
-    meter: Meter = field(default_factory=Meter)
+    tab: Tab
+    meter: Meter
+    standings: Standings | None = None
+    recording: Recording | None = None
     _events: AsyncGenerator[Batch] | None = None
     _num_parts: int = 0
 
@@ -105,8 +170,20 @@ class Job:
                 if self._events is not None:
                     await self._events.aclose()
             finally:
+                outcome = self._outcome(error)
+                await self.tab.close(outcome)
+                self.service.admission.ended(self.caller, self.recording, error)
                 self.service.leave(self)
-                self._settle(error)
+                self._count(outcome, error)
+
+    @property
+    def cost_nanos(self) -> int:
+        """What it costs by the tokens counted so far."""
+        return self.tab.price.charge(self.meter.usage)
+
+    async def finish(self, answer: str | None = None) -> None:
+        """Settle, with the whole answer where it is to be kept. What leaves afterwards is in the ledger."""
+        await self.tab.settle("finished", answer)
 
     def events(self) -> AsyncGenerator[Batch]:
         """Batches of events, choices numbered through. The first one comes when nothing can be refused any more."""
@@ -122,12 +199,15 @@ class Job:
     async def _part(self, prompt: int, first: int, generation: Generation) -> AsyncGenerator[Batch]:
         """One request to the engine, in its turn."""
         part = self.meter.part(prompt)
-        async with self.deployment.queue.turn(self.account.id, is_admitted=self.meter.turn is not None):
+        async with self.deployment.queue.turn(self.caller.account.id, is_admitted=self.meter.turn is not None):
             self.meter.took_turn()
-            async with aclosing(self.deployment.engine.generate(generation)) as batches:
+            self.tab.open()
+            async with aclosing(self.deployment.engine.generate(generation, part.count)) as batches:
                 async for batch in batches:
                     part.count(batch)
                     self._observe(batch)
+                    if self.request.stream and not isinstance(batch[-1], Finished):  # an end waits to be settled
+                        await self.tab.durable()
                     yield batch if first == 0 else _renumbered(batch, first)
 
     def _observe(self, batch: Batch) -> None:
@@ -174,27 +254,30 @@ class Job:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            with anyio.CancelScope(shield=True):  # each still reads what its engine has written until it is left
+                await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _settle(self, error: BaseException | None) -> None:
-        # A stream's error event is sent first and the connection cut then: the refusal is the cause of that error.
-        refusal = error if isinstance(error, Refusal) else getattr(error, "__cause__", None)
+    def _outcome(self, error: BaseException | None) -> str:
+        refusal = _refusal(error)
         if self._num_parts and sum(part.is_finished for part in self.meter.parts) == self._num_parts:
-            outcome = "finished"
-        elif isinstance(refusal, Refusal) and refusal.status < 500:
-            outcome = "refused"
-        else:
-            outcome = "failed" if isinstance(error, Exception) else "aborted"
-        self.service.metrics.count_job(self.deployment, self.request, self.meter, outcome)
-        log.info("request", extra={"fields": self._line(outcome, refusal)})
+            return "finished"
+        if refusal is not None and refusal.status < 500:
+            return "refused"
+        return "failed" if isinstance(error, Exception) else "aborted"
+
+    def _count(self, outcome: str, error: BaseException | None) -> None:
+        metrics, usage = self.service.metrics, self.meter.usage
+        metrics.count_job(self.deployment, self.request, self.meter, outcome)
+        metrics.count_cost(self.caller.token.id, usage, self.cost_nanos)
+        log.info("request", extra={"fields": self._line(outcome, _refusal(error))})
 
     def _line(self, outcome: str, refusal: BaseException | None) -> dict[str, object]:
         """What is logged of a request: no prompt, no answer."""
         meter, usage, now = self.meter, self.meter.usage, self.meter.clock()
         return {
             "request_id": self.id,
-            "account": self.account.id,
-            "token": self.account.token_id,
+            "account": self.caller.account.id,
+            "token": self.caller.token.id,
             "model": self.request.model,
             "served_model": self.deployment.model.id,
             "stream": self.request.stream,
@@ -204,10 +287,19 @@ class Job:
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
             "completion_tokens": usage.completion_tokens,
+            "cost_nanos": self.cost_nanos,
             "queue_ms": _ms(meter.received, meter.turn),
             "first_token_ms": _ms(meter.received, meter.first_token),
             "total_ms": _ms(meter.received, now),
         }
+
+
+def _refusal(error: BaseException | None) -> Refusal | None:
+    """A stream's error event is sent first and the connection cut then: the refusal is the cause of that error."""
+    for each in (error, getattr(error, "__cause__", None)):
+        if isinstance(each, Refusal):
+            return each
+    return None
 
 
 def _ms(start: float, end: float | None) -> float | None:

@@ -17,12 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from octoai.server import places
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, BadCatalogue, Catalogue, Model, parse_model
+from octoai.server.store import Place
 
 FILENAME = "octoai.toml"
 # Which keys an environment variable may set: OCTOAI_HOST, OCTOAI_PORT, …
 _FROM_ENVIRONMENT = (
     "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting",
-    "stand_in", "log_level",
+    "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
 )  # fmt: skip
 _PLACES = {"data_dir": places.data_dir, "cache_dir": places.cache_dir}  # "~" and relative ones as everywhere else
 _FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached_input_price", "output_price", "sha256")
@@ -99,7 +100,12 @@ class ModelSettings(_Checked):
 
 
 class Settings(_Checked):
-    """`stand_in` is the id of the model that answers for the catalogue's ids without weights here; "" is none."""
+    """`stand_in` is the id of the model that answers for the catalogue's ids without weights here; "" is none.
+
+    `database` is a PostgreSQL URL; without one it is SQLite in `data_dir`. While it does not answer, tokens that are
+    known stay good for `database_away_seconds`, unless `when_database_is_away` is "refuse". `ledger` "off" records,
+    bills and limits nothing.
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -109,8 +115,17 @@ class Settings(_Checked):
     engine_stall_seconds: Annotated[float, Field(ge=0.5, le=86400)] = 30.0
     max_waiting: Annotated[int, Field(ge=0, le=1_000_000)] = 256
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    database: Annotated[str | None, Field(pattern=r"^postgres(ql)?://", repr=False)] = None
+    database_away_seconds: Annotated[float, Field(ge=0, le=86400)] = 300.0
+    when_database_is_away: Literal["serve", "refuse"] = "serve"
+    ledger: Literal["on", "off"] = "on"
     stand_in: str = ""
     models: list[ModelSettings] = []
+
+    @property
+    def place(self) -> Place:
+        """Where the database is."""
+        return Place(self.data_dir, self.database)
 
 
 def load(
@@ -224,6 +239,8 @@ def _checked(values: Mapping[str, Any], name: str) -> Settings:
         near = difflib.get_close_matches(str(location[-1]), known.model_fields, n=1, cutoff=0.0)
         raise BadSettings(f"{name}: unknown key {place!r}; the nearest known one is {near[0]!r}")
     message = problem["msg"].removeprefix("Value error, ")
+    if location == ("database",):  # it may hold a password
+        raise BadSettings(f"{name}: database: expected postgresql://user@host/name")
     raise BadSettings(f"{name}: {place}: {message[:1].lower()}{message[1:]}, not {problem['input']!r:.80}")
 
 

@@ -14,9 +14,11 @@ from contextlib import asynccontextmanager
 import anyio
 from starlette.types import Message, Receive, Scope, Send
 
+from octoai.server.billing import usd
 from octoai.server.encoding import DONE, ChatEncoder, CompletionEncoder, error_event
 from octoai.server.engines.base import Event, Finished
 from octoai.server.errors import InternalError, Refusal
+from octoai.server.idempotency import Recording, pack
 from octoai.server.service import Batch, Job
 
 log = logging.getLogger("octoai.http")
@@ -36,8 +38,14 @@ class _Answer:
         self.headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _watched(receive), self.job:
-            await self.answer(send)
+        recording = self.job.recording
+        if recording is None:
+            async with _watched(receive), self.job:
+                await self.answer(send)
+        else:
+            # Others may have joined: the work goes on as long as one of them is there.
+            async with _watched(receive, recording.leave), self.job:
+                await self.answer(_recorded(send, recording))
 
     async def answer(self, send: Send) -> None:
         raise NotImplementedError
@@ -55,8 +63,12 @@ class WholeAnswer(_Answer):
         events: list[Event] = []
         async for batch in self.job.events():
             events.extend(batch)
+        self.encoder.cost_nanos = cost = self.job.cost_nanos
         body = self.encoder.whole(events)
-        await send(self._start(b"application/json", (b"content-length", str(len(body)).encode())))
+        length, price = str(len(body)).encode(), usd(cost).encode()
+        start = self._start(b"application/json", (b"content-length", length), (b"x-octoai-cost", price))
+        await self.job.finish(None if self.job.recording is None else pack(start, body))
+        await send(start)
         await send({"type": "http.response.body", "body": body})
 
 
@@ -86,14 +98,44 @@ class EventStream(_Answer):
         while not isinstance(batch[-1], Finished):
             await _send_in_time(send, self.encoder.stream(batch))
             batch = await anext(batches)
+        self.encoder.cost_nanos = self.job.cost_nanos
+        last = self.encoder.stream(batch) + DONE
+        recording = self.job.recording
+        await self.job.finish(None if recording is None else recording.packed(last))
         # The end of the events and of the body in one write, or a client that stops at [DONE] loses its connection.
-        await _send_in_time(send, self.encoder.stream(batch) + DONE, more_body=False)
+        await _send_in_time(send, last, more_body=False)
 
     async def _break_off(self, refusal: Refusal, send: Send) -> None:
         """An error event, and then no end of the body: the server cuts the connection, so that clients that skip
         events they do not know notice as well."""
         await _send_in_time(send, error_event(refusal.body()))
         raise BrokenOff from refusal
+
+
+class Replay:
+    """An answer that is recorded, or being recorded, under the client's Idempotency-Key."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["request_id"] = self.recording.request_id  # it is that request's answer, and billed as that
+        try:
+            async with _watched(receive):
+                async for message in self.recording.replayed():
+                    if message["type"] == "http.response.start":
+                        message["headers"] = [*message["headers"], (b"idempotent-replayed", b"true")]
+                    await send(message)
+        finally:
+            self.recording.leave()
+
+
+def _recorded(send: Send, recording: Recording) -> Send:
+    async def both(message: Message) -> None:
+        recording.add(message)
+        await send(message)
+
+    return both
 
 
 class BrokenOff(Exception):
@@ -110,11 +152,14 @@ async def _send_in_time(send: Send, body: bytes, *, more_body: bool = True) -> N
 
 
 @asynccontextmanager
-async def _watched(receive: Receive) -> AsyncIterator[None]:
-    """Cancel what is inside when the client disconnects. Errors come out as they went in, not in a group."""
+async def _watched(
+    receive: Receive, leave: Callable[[Callable[[], None]], None] = lambda cancel: cancel()
+) -> AsyncIterator[None]:
+    """Cancel what is inside when the client disconnects, or leave that to `leave`, which is given how to. Errors come
+    out as they went in, not in a group."""
     error: BaseException | None = None
     async with anyio.create_task_group() as group:
-        group.start_soon(_until_disconnected, receive, group.cancel_scope.cancel)
+        group.start_soon(_until_disconnected, receive, lambda: leave(group.cancel_scope.cancel))
         try:
             yield
         except Exception as raised:  # noqa: BLE001  # raised again below, outside the task group

@@ -6,7 +6,7 @@ the request can be refused by name instead of being answered with something else
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,6 +81,8 @@ class Finished:
 
 
 Event = Started | Delta | Finished
+# Told once how far an answer came that did not come to its end for the one who read it.
+OnLeft = Callable[[Sequence[Event]], None]
 
 
 class Engine(Protocol):
@@ -104,8 +106,17 @@ class Engine(Protocol):
     def unsupported(self, generation: Generation) -> str | None:
         """The name of the first parameter that this engine cannot honour, or None."""
 
-    def generate(self, generation: Generation) -> AsyncGenerator[Sequence[Event]]:
-        """Events in batches, as they came in one read. Closing the iterator frees the engine's slot.
+    async def count_tokens(self, generation: Generation) -> int | None:
+        """Prompt tokens of this generation, exactly as `generate` would count them; None where the engine cannot tell
+        beforehand. Raises as `generate` does."""
+
+    def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
+        """Events in batches, as they came in one read. Closing the iterator, or cancelling who reads it, frees the
+        engine's slot, and returns within a second.
+
+        What the engine had written by then is read all the same, and `on_left` is called once, before that returns:
+        with how far everything had come, in `Started` (of a prompt still being read: with as much as was read) and one
+        `Delta` without text a choice, or in `Finished`. So it is when the engine breaks off.
 
         Raises BadRequest for what only the engine can know (a schema it cannot compile, a prompt too long),
         EngineFailed when it breaks off, Unavailable when it cannot start now.

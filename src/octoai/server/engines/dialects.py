@@ -8,7 +8,7 @@ Every sampling parameter is sent, also at its default: the servers' own defaults
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ import orjson
 
 from octoai.server.engines.base import Generation
 from octoai.server.errors import BadRequest
+
+# Requests (path from the server's root, body) out, their answers in, the number of tokens at the end.
+Counting = Generator[tuple[str, bytes], Mapping[str, Any], int]
 
 _JSON_SCHEMA_NAME = "answer"
 _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
@@ -61,10 +64,11 @@ class Dialect:
             body["response_format"] = self._response_format(generation.schema)
         if generation.tools:
             body |= {"tools": generation.tools, "tool_choice": generation.tool_choice or "auto"}
-        try:
-            return orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
-        except orjson.JSONEncodeError as error:  # a number of more than 64 bits, in a schema or a tool
-            raise BadRequest(f"The body cannot be passed on to the engine: {error}") from None
+        return _dumped(body)
+
+    def counting(self, generation: Generation, model: str) -> Counting | None:
+        """How to ask for the prompt's tokens without generating, of a server that can be asked."""
+        return None
 
     def _prompt(self, generation: Generation) -> dict[str, Any]:
         if generation.messages is None:
@@ -106,6 +110,19 @@ class Dialect:
 class LlamaDialect(Dialect):
     """llama.cpp's server, also when it is somebody else's `llama-server`."""
 
+    def counting(self, generation: Generation, model: str) -> Counting | None:
+        return self._counting(generation, model)
+
+    def _counting(self, generation: Generation, model: str) -> Counting:
+        """As it does itself: the template, for which all of the request may matter, and then the tokens."""
+        if generation.tokens is not None:
+            return len(generation.tokens)
+        text = generation.text
+        if text is None:
+            text = (yield "/apply-template", self.body(generation, model))["prompt"]
+        asked = {"content": text, "add_special": True, "parse_special": True}
+        return len((yield "/tokenize", orjson.dumps(asked))["tokens"])
+
     def _sampling(self, generation: Generation) -> dict[str, Any]:
         values = Dialect._sampling(self, generation)
         if generation.seed is not None:
@@ -120,12 +137,30 @@ class LlamaDialect(Dialect):
 class VllmDialect(Dialect):
     """vLLM, which continues a prefilled answer only when told to; llama.cpp does by itself."""
 
+    def counting(self, generation: Generation, model: str) -> Counting | None:
+        return self._counting(generation, model)
+
+    def _counting(self, generation: Generation, model: str) -> Counting:
+        if generation.tokens is not None:
+            return len(generation.tokens)
+        asked = {"model": model, **self._prompt(generation)}
+        if generation.tools:
+            asked["tools"] = generation.tools
+        return int((yield "/tokenize", _dumped(asked))["count"])
+
     def _prompt(self, generation: Generation) -> dict[str, Any]:
         values = Dialect._prompt(self, generation)
         last = values["messages"][-1] if values.get("messages") else {}
         if last.get("role") == "assistant" and not last.get("tool_calls"):
             values |= {"add_generation_prompt": False, "continue_final_message": True}
         return values
+
+
+def _dumped(body: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
+    except orjson.JSONEncodeError as error:  # a number of more than 64 bits, in a schema or a tool
+        raise BadRequest(f"The body cannot be passed on to the engine: {error}") from None
 
 
 # How each refusable parameter shows that it was given: at its default it asks for nothing.

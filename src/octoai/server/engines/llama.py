@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from octoai.server.engines.base import Event, Generation
+from octoai.server.engines.base import Event, Generation, OnLeft
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.errors import BadRequest, EngineFailed, Unavailable
@@ -98,10 +98,11 @@ class LlamaEngine:
     def unsupported(self, generation: Generation) -> str | None:
         return DIALECTS["llama.cpp"].unsupported(generation)
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[Sequence[Event]]:
-        http = self._http
-        if http is None or not self._is_ready:
-            raise Unavailable("The engine is starting again.", retry_after=2, code="engine_not_ready")
+    async def count_tokens(self, generation: Generation) -> int | None:
+        return await self._child.count_tokens(generation)
+
+    async def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
+        http = self._child
         self._check_tokens(generation)
         if self._num_running == 0:
             self._made_progress()
@@ -110,11 +111,18 @@ class LlamaEngine:
         )
         self._num_running += 1
         try:
-            async with aclosing(http.generate(generation)) as batches:
+            async with aclosing(http.generate(generation, on_left)) as batches:
                 async for batch in batches:
                     yield batch
         finally:
             self._num_running -= 1
+
+    @property
+    def _child(self) -> OpenAIEngine:
+        """The child's server; raises Unavailable while there is none."""
+        if self._http is None or not self._is_ready:
+            raise Unavailable("The engine is starting again.", retry_after=2, code="engine_not_ready")
+        return self._http
 
     def _check_tokens(self, generation: Generation) -> None:
         """The engine ignores a bias for tokens that it does not have; a caller who sent one meant something."""

@@ -2,33 +2,35 @@
 
 Requests are always streamed, whatever our client asked for: only then does leaving free the server's slot (a
 non-streaming request to llama.cpp that is left keeps its slot to the end), and only then are tokens counted as they
-come. Two paths of the server are used, never anything a client could choose.
+come. Only the paths below and those of its dialect are used, never anything a client could choose.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import aiohttp
 
-from octoai.server.engines.base import Event, Generation
+from octoai.server.engines.base import Event, Generation, OnLeft
+from octoai.server.engines.call import Call
 from octoai.server.engines.dialects import DIALECTS
-from octoai.server.engines.reader import Reader
+from octoai.server.engines.reader import Answer
 from octoai.server.engines.refusals import refusal
 from octoai.server.errors import EngineFailed, Unavailable
-from octoai.sse import EventDecoder, EventTooLargeError
 
 log = logging.getLogger("octoai.engine")
 
 CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 5.0
+COUNT_SECONDS = 5.0
 END_SECONDS = 0.5
 MAX_ERROR_BYTES = 64 * 1024
+UNKNOWN = (404, 405, 501)  # of a server that has no such path
 
 
 class OpenAIEngine:
@@ -99,39 +101,83 @@ class OpenAIEngine:
     def unsupported(self, generation: Generation) -> str | None:
         return self.dialect.unsupported(generation)
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[Sequence[Event]]:
-        reader, decoder, is_finished = Reader(generation), EventDecoder(), False
-        async with self._post(generation) as response:
-            while not is_finished and (block := await self._block(response)):
-                self._on_progress()
-                payloads = [event.data for event in decoder.feed(block)]
-                events = reader.events(payloads)
-                if events:
-                    yield events
-                is_finished = is_finished or b"[DONE]" in payloads
-            if not is_finished:
-                raise EngineFailed("The engine broke off in the middle of its answer.")
-            await _end(response)
+    async def count_tokens(self, generation: Generation) -> int | None:
+        counting = self.dialect.counting(self._within(generation), self.model)
+        if counting is None:
+            return None
+        answer: Mapping[str, Any] | None = None
+        try:
+            while True:
+                path, body = next(counting) if answer is None else counting.send(answer)
+                answer = await self._asked(path, body, generation)
+                if answer is None:
+                    return None
+        except StopIteration as counted:
+            return int(counted.value)
+        except (KeyError, TypeError, ValueError):
+            raise EngineFailed("The engine counted tokens in a shape that is not the protocol's.") from None
+
+    async def _asked(self, path: str, body: bytes, generation: Generation) -> Mapping[str, Any] | None:
+        """The whole answer to a short question, None from a server that does not know it."""
+        url = path if self._is_unix else self._base.removesuffix("/v1") + path
+        with self._failures_named():
+            try:
+                async with asyncio.timeout(COUNT_SECONDS), await self._sent(url, body) as response:
+                    if response.status == 200:
+                        return dict(await response.json(content_type=None))
+                    said = await response.content.read(MAX_ERROR_BYTES)
+            except TimeoutError:
+                raise EngineFailed(f"The engine did not count tokens in {COUNT_SECONDS:.0f} s.") from None
+        if response.status in UNKNOWN:
+            return None
+        raise refusal(response.status, said, generation, self.context_length)
+
+    async def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
+        answer, is_told = Answer(generation), False
+        try:
+            async with self._post(generation, answer) as response:
+                while not answer.is_whole and (block := await self._block(response)):
+                    self._on_progress()
+                    events = answer.events(block)
+                    is_told = answer.is_whole
+                    if events:
+                        yield events
+                if not answer.is_whole:
+                    raise EngineFailed("The engine broke off in the middle of its answer.")
+                await _end(response)
+        finally:
+            if on_left is not None and not is_told and (counted := answer.so_far()):
+                on_left(counted)
 
     @asynccontextmanager
-    async def _post(self, generation: Generation) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _post(self, generation: Generation, answer: Answer) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer's head. Who leaves this block before the answer is whole leaves the engine, and the answer reads
+        what that had already written."""
         body = self.dialect.body(self._within(generation), self.model)
-        path = self.dialect.path(generation)
+        url = ("/v1" if self._is_unix else self._base) + self.dialect.path(generation)
+        call = Call(lambda note: self._sent(url, body, note))
         try:
-            async with asyncio.timeout(self._stall_seconds):
-                answered = await self._sent(path, body)
-            async with answered as response:
+            with self._failures_named():
+                response = await call.response(self._stall_seconds)
                 if response.status != 200:
                     said = await response.content.read(MAX_ERROR_BYTES)
                     raise refusal(response.status, said, generation, self.context_length)
                 yield response
+        except (GeneratorExit, asyncio.CancelledError):
+            if not answer.is_whole:
+                await call.leave(answer.events)
+            raise
+        finally:
+            await call.close()
+
+    @contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        """What can become of a connection, as refusals."""
+        try:
+            yield
         except aiohttp.ClientConnectorError:
             self._is_ready = False
             raise Unavailable("The engine does not answer.", retry_after=PROBE_SECONDS) from None
-        except EventTooLargeError:
-            raise EngineFailed("The engine sent an event without an end.") from None
-        except TimeoutError:
-            raise EngineFailed(f"The engine did not answer for {self._stall_seconds:.0f} s.") from None
         except (aiohttp.ClientError, OSError) as error:
             raise EngineFailed("The engine broke off in the middle of its answer.") from error
 
@@ -140,16 +186,15 @@ class OpenAIEngine:
         limit = self.context_length
         return generation if limit is None else replace(generation, max_tokens=min(generation.max_tokens, limit))
 
-    async def _sent(self, path: str, body: bytes) -> aiohttp.ClientResponse:
+    async def _sent(self, url: str, body: bytes, *around: aiohttp.ClientMiddlewareType) -> aiohttp.ClientResponse:
         """The request, once more on a fresh connection where a kept one was closed under it unanswered."""
-        url = ("/v1" if self._is_unix else self._base) + path
         headers = {"content-type": "application/json"}
         try:
-            return await self._http().post(url, data=body, headers=headers)
+            return await self._http().post(url, data=body, headers=headers, middlewares=around)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError, aiohttp.ClientOSError) as error:
             if not self.dialect.keeps_alive or isinstance(error, aiohttp.ClientConnectorError):
                 raise
-            return await self._http().post(url, data=body, headers=headers)
+            return await self._http().post(url, data=body, headers=headers, middlewares=around)
 
     async def _block(self, response: aiohttp.ClientResponse) -> bytes:
         """All that has arrived, at once. The stall limit is for servers without a supervisor of ours."""

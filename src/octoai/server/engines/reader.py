@@ -1,6 +1,6 @@
 """An OpenAI-shaped server's events become ours, whichever server it is.
 
-Pure: the data of server-sent events in, `Started`, `Delta`s and `Finished` out.
+Pure: bytes or the data of server-sent events in, `Started`, `Delta`s and `Finished` out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,30 @@ import orjson
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.refusals import message_of, refusal
 from octoai.server.errors import EngineFailed, Refusal
+from octoai.sse import EventDecoder, EventTooLargeError
+
+
+class Answer:
+    """One answer's body, read as its bytes come."""
+
+    def __init__(self, generation: Generation | None = None) -> None:
+        self.is_whole = False
+        self._decoder = EventDecoder()
+        self._reader = Reader(generation)
+
+    def events(self, block: bytes) -> list[Event]:
+        """Raises EngineFailed for what is not the protocol, and what the engine's own error events mean."""
+        try:
+            payloads = [event.data for event in self._decoder.feed(block)]
+        except EventTooLargeError:
+            raise EngineFailed("The engine sent an event without an end.") from None
+        events = self._reader.events(payloads)
+        self.is_whole = self.is_whole or b"[DONE]" in payloads
+        return events
+
+    def so_far(self) -> list[Event]:
+        """Everything counted until now, again, in as few events as that takes."""
+        return self._reader.so_far(is_whole=self.is_whole)
 
 
 class Reader:
@@ -36,6 +60,20 @@ class Reader:
             else:
                 self._read_checked(_decoded(payload), events)
         return events
+
+    def so_far(self, *, is_whole: bool) -> list[Event]:
+        """The counts until now, also those of tokens that had no text of their own yet: `Started` and a `Delta` a
+        choice, or `Finished` of an answer that is whole; nothing when nothing was counted."""
+        if is_whole:
+            return [self._finished()]
+        counted = dict(self._counted)
+        if self._completion_tokens is not None:  # a last event's sum is of all choices
+            last = max(counted, default=0)
+            counted[last] = counted.get(last, 0) + max(0, self._completion_tokens - sum(counted.values()))
+        if not counted and not self._prompt_tokens:
+            return []
+        deltas = [Delta(index, "", count) for index, count in sorted(counted.items())]
+        return [Started(self._prompt_tokens, self._cached_tokens), *deltas]
 
     def _read_checked(self, chunk: Mapping[str, Any], events: list[Event]) -> None:
         try:

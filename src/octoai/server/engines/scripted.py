@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.base import Delta, Event, Finished, Generation, OnLeft, Started, Usage
 from octoai.server.errors import ContextLengthExceeded
 
 Step = str | float | Exception
@@ -18,14 +18,24 @@ GREETING: Sequence[Step] = ("Hello", ",", " ", "world", "!")
 
 
 class ScriptedEngine:
-    """Counts a prompt token per word. `running` and `abandoned` tell a test what became of each request."""
+    """Counts a prompt token per word. `running` and `abandoned` tell a test what became of each request.
+
+    `num_late_tokens`: how many more it says to have written, of choice 0, when it is left after its first.
+    """
 
     max_choices = 1
 
     def __init__(
-        self, script: Script = GREETING, *, num_slots: int = 4, context_length: int = 8192, refused: Sequence[str] = ()
+        self,
+        script: Script = GREETING,
+        *,
+        num_slots: int = 4,
+        context_length: int = 8192,
+        refused: Sequence[str] = (),
+        num_late_tokens: int = 0,
     ) -> None:
         self.script = script
+        self.num_late_tokens = num_late_tokens
         self.num_slots = num_slots
         self.context_length: int | None = context_length
         self.is_ready = True
@@ -43,7 +53,10 @@ class ScriptedEngine:
     def unsupported(self, generation: Generation) -> str | None:
         return next((name for name in self.refused if getattr(generation, name)), None)
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[Sequence[Event]]:
+    async def count_tokens(self, generation: Generation) -> int | None:
+        return _num_words(generation)
+
+    async def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
         self.seen.append(generation)
         prompt_tokens = _num_words(generation)
         assert self.context_length is not None
@@ -51,13 +64,17 @@ class ScriptedEngine:
             raise ContextLengthExceeded(prompt_tokens, self.context_length, param="messages")
         self.running += 1
         is_whole = False
+        said = 0
         try:
             async for batch in self._play(generation, prompt_tokens):
                 is_whole = is_whole or isinstance(batch[-1], Finished)
+                said += sum(isinstance(event, Delta) for event in batch)
                 yield batch
         finally:
             self.running -= 1
             self.abandoned += not is_whole
+            if on_left is not None and said and not is_whole:
+                on_left((Started(prompt_tokens), Delta(0, "", said + self.num_late_tokens)))
 
     async def _play(self, generation: Generation, prompt_tokens: int) -> AsyncGenerator[Sequence[Event]]:
         steps = self.script(generation) if callable(self.script) else self.script

@@ -2,53 +2,116 @@
 
 from __future__ import annotations
 
-import sqlite3
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+from octoai.server.store.accounts import LIMIT_NAMES, Limits, next_version, update_row
+from octoai.server.store.database import Connection, Row
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """`created_at` and `revoked_at` are Unix seconds. `hint` is the token's first and last characters."""
+    """Times are Unix seconds. `hint` is the token's first and last characters; `models` None allows every model."""
 
     id: str
     account: str
     name: str
-    hash: bytes
+    hash: bytes = field(repr=False)
     hint: str
+    scopes: frozenset[str]
+    models: tuple[str, ...] | None
+    limits: Limits
     created_at: int
-    revoked_at: int | None
+    expires_at: int | None = None
+    revoked_at: int | None = None
+    last_used_at: int | None = None
 
 
-_COLUMNS = "id, account, name, hash, hint, created_at, revoked_at"
+COLUMNS = (
+    f"id, account, name, hash, hint, scopes, models, {', '.join(LIMIT_NAMES)}, "
+    "created_at, expires_at, revoked_at, last_used_at"
+)
 
 
-class TokenTable:
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
+def row_of(row: Row) -> TokenRow:
+    id_, account, name, digest, hint, scopes, models, *limits, created_at, expires_at, revoked_at, last_used_at = row
+    return TokenRow(
+        id_,
+        account,
+        name,
+        bytes(digest),
+        hint,
+        frozenset(scopes.split()),
+        None if models is None else tuple(json.loads(models)),
+        Limits(*limits),
+        created_at,
+        expires_at,
+        revoked_at,
+        last_used_at,
+    )
 
-    def add(self, row: TokenRow) -> None:
-        self._connection.execute(
-            f"INSERT INTO tokens ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608  # constants only
-            (row.id, row.account, row.name, row.hash, row.hint, row.created_at, row.revoked_at),
-        )
 
-    def by_hash(self, digest: bytes) -> TokenRow | None:
-        row = self._connection.execute(
-            f"SELECT {_COLUMNS} FROM tokens WHERE hash = ?",  # noqa: S608
-            (digest,),
-        ).fetchone()
-        return None if row is None else TokenRow(*row)
+def add(db: Connection, token: TokenRow) -> None:
+    values = (
+        *(token.id, token.account, token.name, token.hash, token.hint),
+        *(_scopes(token.scopes), _models(token.models)),
+        *astuple(token.limits),
+        *(token.created_at, token.expires_at, token.revoked_at, token.last_used_at),
+        next_version(db),
+    )
+    marks = ", ".join("?" * len(values))
+    db.execute(f"INSERT INTO tokens ({COLUMNS}, version) VALUES ({marks})", values)  # noqa: S608  # constants only
 
-    def all(self) -> list[TokenRow]:
-        query = f"SELECT {_COLUMNS} FROM tokens ORDER BY created_at, id"  # noqa: S608
-        return [TokenRow(*row) for row in self._connection.execute(query)]
 
-    def revoke(self, token_id: str, at: int) -> bool:
-        """False where there is no such token, or it was revoked before."""
-        changed = self._connection.execute(
-            "UPDATE tokens SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", (at, token_id)
-        )
-        return changed.rowcount == 1
+def find(db: Connection, token_id: str) -> TokenRow | None:
+    row = db.row(f"SELECT {COLUMNS} FROM tokens WHERE id = ?", (token_id,))  # noqa: S608
+    return None if row is None else row_of(row)
 
-    def is_empty(self) -> bool:
-        return self._connection.execute("SELECT 1 FROM tokens LIMIT 1").fetchone() is None
+
+def by_hash(db: Connection, digest: bytes) -> TokenRow | None:
+    row = db.row(f"SELECT {COLUMNS} FROM tokens WHERE hash = ?", (digest,))  # noqa: S608
+    return None if row is None else row_of(row)
+
+
+def all_(db: Connection, account: str | None = None) -> list[TokenRow]:
+    where, values = ("", ()) if account is None else ("WHERE account = ?", (account,))
+    query = f"SELECT {COLUMNS} FROM tokens {where} ORDER BY created_at, id"  # noqa: S608
+    return [row_of(row) for row in db.rows(query, values)]
+
+
+def update(db: Connection, token_id: str, changes: Mapping[str, Any]) -> bool:
+    """`changes` by the names of columns, `scopes` and `models` as in `TokenRow`. False where there is no such token."""
+    written = dict(changes)
+    if "scopes" in written:
+        written["scopes"] = _scopes(written["scopes"])
+    if "models" in written:
+        written["models"] = _models(written["models"])
+    return update_row(db, "tokens", token_id, written)
+
+
+def revoke(db: Connection, token_id: str, at: int) -> bool:
+    """False where there is no such token, or it was revoked before."""
+    sql = "UPDATE tokens SET revoked_at = ?, version = ? WHERE id = ? AND revoked_at IS NULL"
+    return db.execute(sql, (at, next_version(db), token_id)) == 1
+
+
+def used(db: Connection, times: Mapping[str, int]) -> None:
+    """When tokens were last used, by their id. Not a change that copies need to hear of."""
+    later: Iterable[tuple[int, str, int]] = ((at, token_id, at) for token_id, at in sorted(times.items()))
+    db.execute_many(
+        "UPDATE tokens SET last_used_at = ? WHERE id = ? AND (last_used_at IS NULL OR last_used_at < ?)", later
+    )
+
+
+def _scopes(scopes: Iterable[str]) -> str:
+    return " ".join(sorted(scopes))
+
+
+def _models(models: Iterable[str] | None) -> str | None:
+    return None if models is None else json.dumps(list(models))
+
+
+def is_empty(db: Connection) -> bool:
+    return db.row("SELECT 1 FROM tokens LIMIT 1") is None

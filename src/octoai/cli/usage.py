@@ -1,0 +1,131 @@
+"""`octoai usage`: who used how much, and what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from octoai.cli import dates
+from octoai.cli.columns import Figure, aligned, csv_text
+from octoai.cli.database import add_options, with_database
+from octoai.cli.messages import fail
+
+if TYPE_CHECKING:
+    from octoai.server.statements import Usage
+    from octoai.server.store import Connection
+
+MINUTE_US = 60_000_000
+COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "usd")
+
+
+def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("usage", help="show what was used, and what it cost")
+    parser.add_argument("--since", metavar="DATE", help="from when on (default: the first of this month, UTC)")
+    parser.add_argument("--until", metavar="DATE", help="until when, without it (default: now)")
+    parser.add_argument(
+        "--by",
+        action="append",
+        metavar="WHAT",
+        help="hour, day or month, and model, token, account: several with commas, or one by one (default: model)",
+    )
+    parser.add_argument("--account", metavar="ID", help="of this account only")
+    shapes = parser.add_mutually_exclusive_group()
+    shapes.add_argument("--csv", action="store_true", help="print CSV")
+    shapes.add_argument("--json", action="store_true", help="print JSON")
+    add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        span = _span(args.since, args.until)
+    except ValueError as error:
+        fail(str(error))
+        return 2
+    by = list(dict.fromkeys(name.strip() for text in args.by or ["model"] for name in text.split(",")))
+    return with_database(args, lambda db, _: _show(db, args, span, by))
+
+
+def _show(db: Connection, args: argparse.Namespace, span: tuple[int, int], by: Sequence[str]) -> int:
+    from octoai.server import accounts, statements
+
+    chosen = None if args.account is None else [accounts.find(db, args.account).id]
+    try:
+        rows = statements.usage_by(db, *span, by, chosen)
+    except ValueError as error:
+        fail(str(error))
+        return 2
+    names = statements.token_names(db) if "token" in by else {}
+    if args.json:
+        _print_json(rows, span, by, names)
+    elif args.csv:
+        cells = [[*_keys(row, by, names), *figures(row, "")] for row in rows]
+        sys.stdout.write(csv_text([*_header(by), *COUNTS], cells))
+    else:
+        print(f"Usage from {written(span[0])} to {written(span[1])}")
+        print(usage_table(_header(by), [(_keys(row, by, names), row) for row in rows]), end="")
+    return 0
+
+
+def usage_table(header: Sequence[str], rows: Sequence[tuple[Sequence[str], Usage]], *, indent: int = 0) -> str:
+    """With a line for the total of all."""
+    from octoai.server.statements import total
+
+    cells = [[*keys, *figures(row)] for keys, row in rows]
+    sums = [*["total", *[""] * len(header)][: len(header)], *figures(total(row for _, row in rows))]
+    heads = [name.replace("_", " ").upper() for name in (*header, *COUNTS)]
+    return aligned(heads, [*cells, sums], indent=indent)
+
+
+def figures(row: Usage, separator: str = ",") -> list[Figure]:
+    """Under COUNTS; thousands with a separator."""
+    from octoai.server.billing import usd
+
+    counts = (row.num_requests, row.prompt_tokens, row.cached_tokens, row.completion_tokens)
+    return [*(Figure(f"{count:,}".replace(",", separator)) for count in counts), Figure(usd(row.cost_nanos))]
+
+
+def written(at_us: int) -> str:
+    return datetime.fromtimestamp(at_us // 1_000_000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _span(since: str | None, until: str | None) -> tuple[int, int]:
+    """In microseconds, widened to the whole minutes that usage is kept by. Raises ValueError."""
+    first = datetime.now(UTC).strftime("%Y-%m-01")
+    start_us = dates.moment(since or first) // MINUTE_US * MINUTE_US
+    end_us = time.time_ns() // 1000 if until is None else -(-dates.moment(until) // MINUTE_US) * MINUTE_US
+    if end_us <= start_us:
+        raise ValueError(f"there is nothing between {written(start_us)} and {written(end_us)}")
+    return start_us, end_us
+
+
+def _header(by: Sequence[str]) -> list[str]:
+    return [name for each in by for name in (("token_id", "token_name") if each == "token" else (each,))]
+
+
+def _keys(row: Usage, by: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """As in the header: a token has its name beside it."""
+    return [
+        cell
+        for name, key in zip(by, row.key, strict=True)
+        for cell in ((key, names.get(key, "")) if name == "token" else (key,))
+    ]
+
+
+def _print_json(rows: Sequence[Usage], span: tuple[int, int], by: Sequence[str], names: Mapping[str, str]) -> None:
+    import json
+
+    from octoai.server.statements import total
+
+    def told(row: Usage) -> dict[str, Any]:
+        *counts, cost = figures(row, "")
+        numbers: dict[str, Any] = dict(zip(COUNTS, map(int, counts), strict=False))
+        return {**numbers, "usd": cost, "cost_nanos": row.cost_nanos}
+
+    since, until = map(dates.rfc3339, span)
+    listed = [dict(zip(_header(by), _keys(row, by, names), strict=True)) | told(row) for row in rows]
+    print(json.dumps({"since": since, "until": until, "rows": listed, "total": told(total(rows))}, indent=2))

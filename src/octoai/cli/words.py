@@ -1,0 +1,14 @@
+"""How values are said to a person."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+
+def minute(at: int | None) -> str:
+    """A moment in Unix seconds, in UTC; "-" where there is none."""
+    return "-" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"

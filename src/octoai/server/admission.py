@@ -1,0 +1,243 @@
+"""May this request run now, on whose account, and has it been answered before? What a `Job` needs beyond its engine.
+
+Limits and Idempotency-Keys are asked of the database in one transaction, for callers that have limits and requests
+that have a key; for all others nothing is asked at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import orjson
+
+from octoai.server.accounts import Caller
+from octoai.server.billing import Price
+from octoai.server.books import Books
+from octoai.server.catalogue import Model
+from octoai.server.engines.base import Generation, Usage
+from octoai.server.errors import KeyConflict, Unavailable, new_request_id
+from octoai.server.idempotency import Key, Recording, Recordings, unpacked
+from octoai.server.ledger import LEASE_SECONDS, Ledger, Tab, now_us
+from octoai.server.limits import Standings
+from octoai.server.params import TextRequest
+from octoai.server.router import Deployment
+from octoai.server.store import keys, requests
+from octoai.server.store.database import Connection, StoreAway, StoreError
+from octoai.server.store.keys import KeyRow
+from octoai.server.store.reservations import Reservation
+
+POLL_SECONDS = 0.2
+ELSEWHERE_SECONDS = 600.0  # for an answer under the same key that another process is giving
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What was decided for a request that may run. `request` may have got a lower `max_tokens` than the default."""
+
+    request_id: str
+    request: TextRequest
+    tab: Tab
+    standings: Standings | None
+    recording: Recording | None
+
+
+class Admission:
+    def __init__(self, ledger: Ledger, books: Books, prices: Callable[[str, int], Price | None]) -> None:
+        self.ledger = ledger
+        self.books = books
+        self._prices = prices
+        self._recordings = Recordings()
+
+    async def admit(
+        self,
+        caller: Caller,
+        request: TextRequest,
+        deployment: Deployment,
+        model: Model,
+        request_id: str,
+        key: Key | None,
+        usage: Callable[[], Usage],
+    ) -> Admitted | Recording:
+        """Raises OutOfCredit, RateLimited, KeyConflict or Unavailable, with nothing held."""
+        self.ledger.check()
+        request_id = await self._unique(request_id)
+        tab = Tab(
+            ledger=self.ledger,
+            id=secrets.token_hex(16),
+            request_id=request_id,
+            caller=caller,
+            model=model.id,
+            served_model=deployment.model.id,
+            price=self._price(model, deployment.model),
+            usage=usage,
+            is_stream=request.stream,
+        )
+        recording = None
+        if key is not None:
+            recording, is_ours = await self._claimed(caller, key, tab)
+            if not is_ours:
+                return recording
+            tab.key = (key.value, key.body_hash.hex())
+        try:
+            request, standings = await self._reserved(caller, request, deployment, tab)
+        except BaseException as error:
+            self.ended(caller, recording, error)
+            raise
+        return Admitted(request_id, request, tab, standings, recording)
+
+    def ended(self, caller: Caller, recording: Recording | None, error: BaseException | None) -> None:
+        """The request that this recording is of has ended; who joined it is told how."""
+        if recording is not None:
+            recording.fail(error or asyncio.CancelledError())
+            self._recordings.end(caller.account.id, recording)
+
+    async def _unique(self, request_id: str) -> str:
+        """A client may send an id twice; the ledger's must tell requests apart, so the second gets a longer one."""
+        if request_id.startswith("req_") and len(request_id) == _OWN_LENGTH:
+            return request_id  # our own, and random
+        taken = any(tab.request_id == request_id for tab in self.ledger.tabs)
+        if not taken:
+            with contextlib.suppress(StoreError):
+                taken = await self.books.read(lambda db: requests.is_known(db, request_id))
+        return f"{request_id[:100]}.{secrets.token_hex(6)}" if taken else request_id
+
+    def _price(self, named: Model, served: Model) -> Price:
+        """The price of the model that was asked for; of the one that answers, where that one has none."""
+        return self._prices(named.id, now_us()) or self._prices(served.id, now_us()) or Price()
+
+    async def _claimed(self, caller: Caller, key: Key, tab: Tab) -> tuple[Recording, bool]:
+        """A new recording for this request to fill, and True; or one of the same request, to be read."""
+        account = caller.account.id
+        known = self._recordings.find(account, key)
+        if known is None:
+            recording = Recording(key, tab.request_id)
+            self._recordings.begin(account, recording)
+            try:
+                stored = await self._claim(account, key, tab)
+            except BaseException as error:
+                self.ended(caller, recording, error)
+                raise
+            if stored is None:
+                return recording, True
+            self._recordings.replace(account, recording, stored)
+            return stored, False
+        if known.key.body_hash != key.body_hash:
+            raise _conflict()
+        known.join()
+        return known, False
+
+    async def _claim(self, account: str, key: Key, tab: Tab) -> Recording | None:
+        """None when the key is this request's; otherwise the answer that stands under it, waited for where another
+        process is giving it."""
+        claimed = KeyRow(key.body_hash, tab.id, tab.request_id, 1, None)
+        until = time.monotonic() + ELSEWHERE_SECONDS
+        while True:
+            try:
+                # Not waited for until it is on disk: what is settled under a key says so again.
+                before = await self.books.writer.run(
+                    lambda db: keys.claim(db, account, key.value, claimed, now_us()), is_durable=False
+                )
+                if before is None:
+                    return None
+                if before.body_hash != key.body_hash:
+                    raise _conflict()
+                if before.answer is not None:
+                    return unpacked(key, before.request_id, before.answer)
+                await self.books.writer.caught_up()
+                taken = await self.books.write(partial(_take_over, account=account, key=key, claimed=claimed))
+            except StoreAway:
+                return None  # what is known of the key is in this process then
+            if taken:
+                return None
+            if time.monotonic() > until:
+                raise Unavailable("The same request is still running.", retry_after=5, code="still_running")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _reserved(
+        self, caller: Caller, request: TextRequest, deployment: Deployment, tab: Tab
+    ) -> tuple[TextRequest, Standings | None]:
+        if not caller.is_limited:
+            return request, None
+        request = _within_minute(caller, request)
+        prompts = [await self._prompt_tokens(caller, generation, deployment) for generation in request.generations]
+        most = _most_completion_tokens(request, prompts, deployment.context_length)
+        wanted = Reservation(
+            id=tab.id,
+            account=caller.account.id,
+            token_id=caller.token.id,
+            at_us=now_us(),
+            nanos=tab.price.most(sum(prompts), most),
+            prompt_tokens=sum(prompts),
+            completion_tokens=most,
+            lease_us=now_us() + int(LEASE_SECONDS * 1_000_000),
+        )
+        standings = await self.ledger.reserve(caller, wanted)
+        tab.reservation = None if standings is None else wanted
+        return request, standings
+
+    async def _prompt_tokens(self, caller: Caller, generation: Generation, deployment: Deployment) -> int:
+        """As the engine counts them, where a limit depends on it; the most it can be where the engine cannot tell."""
+        if not caller.needs_prompt_tokens:
+            return 0
+        counted = await deployment.engine.count_tokens(generation)
+        return _most_prompt_tokens(generation) if counted is None else counted
+
+
+_OWN_LENGTH = len(new_request_id())
+MAX_REFUNDS = 3
+_PER_MESSAGE = 16  # tokens that a chat template may put around a message
+
+
+def _take_over(db: Connection, account: str, key: Key, claimed: KeyRow) -> bool:
+    """Make the key this request's where the one before has ended without an answer: it is not billed twice, so what
+    the other was charged is given back, a few times. False while it runs elsewhere."""
+    before = keys.find(db, account, key.value)
+    if before is None or before.answer is not None:
+        return False
+    row = requests.of_id(db, before.request)
+    if row is not None and row.status == "open" and row.lease_us > now_us():
+        return False
+    if not keys.claim_again(db, account, key.value, before, claimed):
+        return False
+    is_charged = row is not None and row.status in ("settled", "interrupted") and row.cost_nanos > 0
+    if row is not None and is_charged and before.num_attempts <= MAX_REFUNDS:
+        requests.refund(db, row, f"asked again under its Idempotency-Key, as {claimed.request_id}", now_us())
+    return True
+
+
+def _within_minute(caller: Caller, request: TextRequest) -> TextRequest:
+    """A default of ours must not ask for more than the caller may have in a minute."""
+    limit = caller.max_completion_tokens
+    if limit is None or request.has_max_tokens or request.num_choices * request.max_tokens <= limit:
+        return request
+    fair = max(1, limit // request.num_choices)
+    return replace(request, generations=tuple(replace(each, max_tokens=fair) for each in request.generations))
+
+
+def _most_completion_tokens(request: TextRequest, prompts: Sequence[int], context_length: int | None) -> int:
+    most = 0
+    for generation, prompt_tokens in zip(request.generations, prompts, strict=True):
+        left = generation.max_tokens if context_length is None else max(0, context_length - prompt_tokens)
+        most += generation.n * min(generation.max_tokens, left)
+    return most
+
+
+def _most_prompt_tokens(generation: Generation) -> int:
+    """A token is at least a byte of text."""
+    if generation.tokens is not None:
+        return len(generation.tokens) + 1
+    if generation.messages is None:
+        return len((generation.text or "").encode()) + 1
+    return sum(len(orjson.dumps(message)) + _PER_MESSAGE for message in generation.messages) + _PER_MESSAGE
+
+
+def _conflict() -> KeyConflict:
+    return KeyConflict(
+        "Idempotency-Key: it was used for another request. Use a new key for a new request, and the same for a retry."
+    )

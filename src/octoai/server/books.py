@@ -1,0 +1,140 @@
+"""The database behind the ledger: read and written for others, and kept in order.
+
+At the start the journals of processes that are no more are brought in, and what they left open is settled by its last
+checkpoint; the same is done from time to time for those that die beside us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TypeVar
+
+import orjson
+
+from octoai.server.idempotency import KEEP_SECONDS
+from octoai.server.journal import Journal, Orphan, orphans
+from octoai.server.store import Place, connect, keys, requests, reservations
+from octoai.server.store.database import Connection, StoreError
+from octoai.server.store.reader import Reader
+from octoai.server.store.writer import Writer, forget, keep_position, position_of
+
+log = logging.getLogger("octoai.books")
+
+KEEP_ORDER_SECONDS = 10.0
+BATCH = 512
+T = TypeVar("T")
+
+
+def journal_dir(place: Place) -> Path:
+    return place.data_dir / "journal"
+
+
+def open_journal(place: Place) -> Journal:
+    """This process's own. Raises StoreError."""
+    try:
+        return Journal.open(journal_dir(place))
+    except OSError as error:
+        raise StoreError(f"cannot write a journal in {journal_dir(place)}: {error.strerror or error}") from error
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+class Books:
+    def __init__(self, place: Place, journal: Journal | None) -> None:
+        self.place = place
+        self.reader = Reader(place)
+        self.writer = Writer(place, journal)
+        self._journal = journal
+        self._keeping: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self.writer.start()
+        self._keeping = asyncio.create_task(self._keep_order())
+
+    async def close(self) -> None:
+        """What is in the journal goes into the database first, if that is there."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+        if self._journal is not None:
+            await asyncio.to_thread(self._journal.stop)
+            await self._give_up(self._journal)
+        await asyncio.to_thread(self.writer.close)
+        self.reader.close()
+
+    async def read(self, action: Callable[[Connection], T]) -> T:
+        """Ask the database, when it has all that is durable here. Raises StoreAway."""
+        await self.writer.caught_up()
+        return await self.reader.run(action)
+
+    async def write(self, action: Callable[[Connection], T]) -> T:
+        """In a transaction, on disk when this returns. Raises StoreAway, and what `action` raises."""
+        return await self.writer.run(action)
+
+    async def _give_up(self, journal: Journal) -> None:
+        """Its files go when the database has all of it, and stay for the next start when not."""
+        try:
+            await self.writer.caught_up()
+            await self.writer.run(lambda db: forget(db, journal.instance))
+        except StoreError:
+            log.error("the database does not have everything yet: the journal is brought in at the next start")
+            journal.close()
+        else:
+            journal.remove()
+
+    async def _keep_order(self) -> None:
+        while True:
+            await asyncio.sleep(KEEP_ORDER_SECONDS)
+            try:
+                await self.writer.caught_up()
+                await self.writer.run(self._order)
+                await asyncio.to_thread(recover, self.place)
+            except StoreError:
+                pass  # the writer has said it
+            except Exception:
+                log.exception("the books could not be kept in order; it is tried again")
+
+    def _order(self, db: Connection) -> None:
+        now_us = _now_us()
+        own = None if self._journal is None else self._journal.instance
+        # Ours are not expired while we live, however long the database was away.
+        lost = [row for row in requests.expired(db, now_us) if row.journal != own]
+        if lost:
+            log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
+        requests.interrupt(db, lost, now_us)
+        reservations.prune(db, now_us)
+        keys.prune(db, now_us - int(KEEP_SECONDS * 1_000_000))
+
+
+def recover(place: Place) -> int:
+    """Bring in the journals of processes that are no more. Returns how many requests they had left open."""
+    found = orphans(journal_dir(place))
+    if not found:
+        return 0
+    with closing(connect(place)) as db:
+        return sum(_recovered(db, orphan) for orphan in found)
+
+
+def _recovered(db: Connection, orphan: Orphan) -> int:
+    try:
+        tail = orphan.tail(position_of(db, orphan.instance))
+        while batch := tail.records(BATCH):
+            with db.transaction():
+                requests.apply(db, [orjson.loads(payload) for payload, _ in batch], _now_us())
+                keep_position(db, orphan.instance, batch[-1][1])
+        with db.transaction():
+            left = requests.open_of_journal(db, orphan.instance)
+            requests.interrupt(db, left, _now_us())
+            forget(db, orphan.instance)
+    except BaseException:
+        orphan.close()
+        raise
+    orphan.remove()
+    return len(left)

@@ -1,0 +1,158 @@
+"""Idempotency-Keys: the same key with the same request is answered once, however often it is asked.
+
+While an answer is being given it is recorded, and who asks again joins it; afterwards the record is the answer. The
+database keeps it for a day. Knows ASGI messages, not what is in them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import re
+import zlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from octoai.server.errors import BadRequest
+
+KEEP_SECONDS = 24 * 3600.0
+MAX_STORED_BYTES = 1024 * 1024
+MAX_RECENT_BYTES = 32 * 1024 * 1024
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+Message = MutableMapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An Idempotency-Key and a hash of the request that came with it."""
+
+    value: str
+    body_hash: bytes
+
+    @classmethod
+    def of(cls, value: str, path: str, body: bytes) -> Key:
+        if not _KEY.fullmatch(value):
+            raise BadRequest(
+                "Idempotency-Key: 1 to 255 visible ASCII characters, such as a UUID", param="Idempotency-Key"
+            )
+        return cls(value, hashlib.sha256(path.encode() + b"\0" + body).digest())
+
+
+@dataclass(eq=False)
+class Recording:
+    """An answer under a key: as far as it has been given, and then whole. `num_readers` connections wait for it."""
+
+    key: Key
+    request_id: str
+    messages: list[Message] = field(default_factory=list)
+    num_readers: int = 1
+    is_done: bool = False
+    error: BaseException | None = None
+    _more: asyncio.Event = field(default_factory=asyncio.Event)
+    _abandon: Callable[[], None] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(message.get("body", b"")) for message in self.messages)
+
+    def add(self, message: Message) -> None:
+        self.messages.append(dict(message))
+        self.is_done = message["type"] == "http.response.body" and not message.get("more_body", False)
+        self.tell()
+
+    def fail(self, error: BaseException) -> None:
+        """It will not be whole: those who joined get the same error."""
+        if not self.is_done:
+            self.error, self.is_done = error, True
+            self.tell()
+
+    def join(self) -> None:
+        self.num_readers += 1
+
+    def leave(self, abandon: Callable[[], None] | None = None) -> None:
+        """A connection has gone. `abandon` ends the work; it is called when nobody is left to read the answer."""
+        self._abandon = abandon or self._abandon
+        self.num_readers -= 1
+        if self.num_readers <= 0 and not self.is_done and self._abandon is not None:
+            self._abandon()
+
+    async def replayed(self) -> AsyncIterator[Message]:
+        """Every message, from the first on. Raises what ended the answer before it was whole."""
+        sent = 0
+        while True:
+            while sent < len(self.messages):
+                yield dict(self.messages[sent])
+                sent += 1
+            if self.is_done:
+                break
+            self._more.clear()
+            await self._more.wait()
+        if self.error is not None:
+            raise self.error
+
+    def packed(self, last: bytes) -> str | None:
+        """The answer for the database, with `last` as the end of its body; None where it is too large to keep."""
+        start = next(message for message in self.messages if message["type"] == "http.response.start")
+        return pack(start, b"".join([*(m.get("body", b"") for m in self.messages), last]))
+
+    def tell(self) -> None:
+        self._more.set()
+
+
+def pack(start: Message, body: bytes) -> str | None:
+    headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in start["headers"]]
+    packed = zlib.compress(orjson.dumps({"status": start["status"], "headers": headers}) + b"\n" + body, level=1)
+    return base64.b64encode(packed).decode() if len(packed) <= MAX_STORED_BYTES else None
+
+
+def unpacked(key: Key, request_id: str, packed: bytes) -> Recording:
+    """The inverse: a recording that is done."""
+    head, _, body = zlib.decompress(packed).partition(b"\n")
+    said = orjson.loads(head)
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in said["headers"]]
+    start: Message = {"type": "http.response.start", "status": said["status"], "headers": headers}
+    return Recording(key, request_id, [start, {"type": "http.response.body", "body": body}], 0, is_done=True)
+
+
+class Recordings:
+    """Those of this process, by account and key: the running ones, and the latest that are done."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, str], Recording] = OrderedDict()
+        self._done_bytes = 0
+
+    def find(self, account: str, key: Key) -> Recording | None:
+        return self._kept.get((account, key.value))
+
+    def begin(self, account: str, recording: Recording) -> None:
+        self._kept[account, recording.key.value] = recording
+
+    def replace(self, account: str, recording: Recording, stored: Recording) -> None:
+        """What was to be recorded has an answer already; who joined in the meantime is given that."""
+        recording.messages, recording.request_id = stored.messages, stored.request_id
+        recording.is_done = True
+        recording.tell()
+        self.end(account, recording)
+
+    def end(self, account: str, recording: Recording) -> None:
+        """Kept for a while where it is whole, forgotten where it is not."""
+        ident = (account, recording.key.value)
+        if self._kept.get(ident) is not recording:
+            return
+        if recording.error is not None or not recording.is_done:
+            del self._kept[ident]
+            return
+        self._done_bytes += recording.size_bytes
+        self._kept.move_to_end(ident)
+        for old, each in tuple(self._kept.items()):
+            if self._done_bytes <= MAX_RECENT_BYTES:
+                break
+            if each.is_done:
+                self._done_bytes -= each.size_bytes
+                del self._kept[old]

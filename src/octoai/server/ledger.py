@@ -1,0 +1,323 @@
+"""The ledger on a request's path: reserve, open, checkpoint, settle.
+
+What a request is and came to is written to the local journal, fsynced, before the bytes that depend on it leave; the
+writer brings it into the database behind our back. So a request never waits for the database, and the database may be
+away. Only limits are asked of it beforehand: they must hold for every process that shares it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from octoai.server.accounts import Caller
+from octoai.server.billing import Price
+from octoai.server.engines.base import Usage
+from octoai.server.errors import OutOfCredit, Unavailable
+from octoai.server.journal import START, Journal, JournalFailed, JournalFull, Position
+from octoai.server.limits import Standings, reserve
+from octoai.server.store import reservations
+from octoai.server.store.database import StoreAway, StoreError
+from octoai.server.store.reservations import Reservation
+from octoai.server.store.writer import Writer
+
+log = logging.getLogger("octoai.ledger")
+
+CHECKPOINT_SECONDS = 0.5
+RENEW_SECONDS = 15.0
+LEASE_SECONDS = 60.0
+RETRY_SECONDS = 0.2
+# How long an intent may wait for others, to be written with them. A stream's must be on disk before its first token;
+# of a whole answer nothing leaves before the settlement, and many are settled before their intent was written.
+STREAM_SECONDS = 0.002
+WHOLE_SECONDS = 0.05
+LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a limit
+
+
+def now_us() -> int:
+    return time.time_ns() // 1000
+
+
+@dataclass(slots=True, eq=False)
+class Tab:
+    """One request in the ledger. `usage` says what it has come to so far."""
+
+    ledger: Ledger
+    id: str
+    request_id: str
+    caller: Caller
+    model: str
+    served_model: str
+    price: Price
+    usage: Callable[[], Usage]
+    is_stream: bool = False
+    reservation: Reservation | None = None
+    key: tuple[str, str] | None = None  # an Idempotency-Key and the hash, in hexadecimal, of what came with it
+    opened_us: int = 0
+    _opened: asyncio.Future[Position] | None = None
+    _settled: asyncio.Future[None] | None = None
+    _checkpoint: Usage = field(default_factory=Usage)
+    _renewed: float = 0.0
+
+    def open(self) -> None:
+        """Write the intent, soon. Once; it becomes durable while the engine reads the prompt."""
+        if not self.opened_us:
+            self.opened_us, self._renewed = now_us(), time.monotonic()
+            self.ledger.opened(self, STREAM_SECONDS if self.is_stream else WHOLE_SECONDS)
+
+    async def durable(self) -> None:
+        """Return when the intent is on disk. Raises Unavailable where it cannot be: then nothing may be sent."""
+        if self._opened is None:
+            self.ledger.write_intents()
+            assert self._opened is not None
+        try:
+            if self._opened.done():
+                self._opened.result()
+            else:
+                await asyncio.shield(self._opened)
+        except (JournalFull, JournalFailed):
+            raise _no_room() from None
+
+    def write_intent(self) -> None:
+        self._opened = self.ledger.append({"kind": "intent", **self._intent()})
+        self._opened.add_done_callback(_retrieved)
+
+    def checkpoint(self) -> None:
+        """What it has come to so far, for the case that we die; and a sign of life."""
+        usage = self.usage() if self.is_stream else Usage()
+        now = time.monotonic()
+        if self._opened is None or (usage == self._checkpoint and now - self._renewed < RENEW_SECONDS):
+            return
+        self._checkpoint, self._renewed = usage, now
+        record = {"kind": "checkpoint", "id": self.id, **_counts(usage), "lease_us": _lease_us()}
+        self.ledger.append(record).add_done_callback(_retrieved)
+
+    async def settle(self, outcome: str, answer: str | None = None) -> None:
+        """What it came to in the end, on disk when this returns. Only the first call counts.
+
+        Safe to cancel: it is on its way then, and whoever calls again waits for it.
+        """
+        if self._settled is None:
+            self.ledger.closed(self)
+            record = {
+                "kind": "settlement",
+                **self._intent(),
+                **_counts(self.usage()),
+                "outcome": outcome,
+                "settled_us": now_us(),
+                "answer": answer,
+            }
+            self._settled = asyncio.ensure_future(self.ledger.settle(record, self.reservation, self.price))
+        await asyncio.shield(self._settled)
+
+    async def close(self, outcome: str) -> None:
+        """However it ended: settled when it was opened, given back when it was not."""
+        if self.opened_us:
+            await self.settle(outcome)
+        elif self.reservation is not None:
+            await self.ledger.give_back(self.reservation)
+
+    def _intent(self) -> dict[str, Any]:
+        key, key_body = self.key or (None, None)
+        return {
+            "id": self.id,
+            "request_id": self.request_id,
+            "account": self.caller.account.id,
+            "token_id": self.caller.token.id,
+            "model": self.model,
+            "served_model": self.served_model,
+            "input_nanos": self.price.input_nanos,
+            "cached_input_nanos": self.price.cached_input_nanos,
+            "output_nanos": self.price.output_nanos,
+            "opened_us": self.opened_us,
+            "journal": self.ledger.instance,
+            "is_reserved": self.reservation is not None,
+            "lease_us": _lease_us(),
+            "key": key,
+            "key_body": key_body,
+        }
+
+
+class Ledger:
+    """`journal` None records, bills and limits nothing. `serves_when_away`: whether known callers go on while the
+    database is away, for at most `away_seconds`."""
+
+    def __init__(
+        self, journal: Journal | None, writer: Writer, *, away_seconds: float = 300.0, serves_when_away: bool = True
+    ) -> None:
+        self.journal = journal
+        self.writer = writer
+        self.tabs: set[Tab] = set()
+        self._away_seconds = away_seconds if serves_when_away else 0.0
+        self._left: dict[str, int] = {}  # nano-dollars, by payer, as last heard from the database
+        self._checkpoints: asyncio.Task[None] | None = None
+        self._unwritten: dict[Tab, None] = {}
+        self._write_at: tuple[float, asyncio.TimerHandle] | None = None
+
+    def start(self) -> None:
+        self._checkpoints = asyncio.create_task(self._keep_checkpoints())
+
+    async def close(self) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.cancel()
+            await asyncio.gather(self._checkpoints, return_exceptions=True)
+
+    def check(self) -> None:
+        """Raises Unavailable where a new request could not be recorded."""
+        if self.journal is None:
+            return
+        if not self.journal.has_room or self.writer.is_full:
+            raise _no_room()
+        away = self.writer.away_seconds
+        if away is not None and away >= self._away_seconds:
+            raise Unavailable("The ledger's database does not answer.", retry_after=5, code="database_away")
+
+    @property
+    def instance(self) -> str:
+        return "" if self.journal is None else self.journal.instance
+
+    @property
+    def behind_bytes(self) -> int:
+        """What is in the journal and not yet in the database."""
+        if self.journal is None:
+            return 0
+        durable, applied = self.journal.durable, self.writer.applied
+        return (durable.segment - applied.segment) * self.journal.segment_bytes + durable.offset - applied.offset
+
+    def append(self, record: dict[str, Any]) -> asyncio.Future[Position]:
+        if self.journal is not None:
+            return self.journal.append(record)
+        written: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
+        written.set_result(START)
+        return written
+
+    def opened(self, tab: Tab, seconds: float) -> None:
+        """Its intent is written within so many seconds, together with others'."""
+        self.tabs.add(tab)
+        self._unwritten[tab] = None
+        loop = asyncio.get_running_loop()
+        at = loop.time() + seconds
+        if self._write_at is None or at < self._write_at[0]:
+            if self._write_at is not None:
+                self._write_at[1].cancel()
+            self._write_at = (at, loop.call_at(at, self.write_intents))
+
+    def write_intents(self) -> None:
+        if self._write_at is not None:
+            self._write_at[1].cancel()
+            self._write_at = None
+        unwritten, self._unwritten = self._unwritten, {}
+        for tab in unwritten:
+            tab.write_intent()
+
+    def closed(self, tab: Tab) -> None:
+        """It is about to be settled: a settlement says all that the intent would, so that need not be written now."""
+        self.tabs.discard(tab)
+        self._unwritten.pop(tab, None)
+
+    async def reserve(self, caller: Caller, wanted: Reservation) -> Standings | None:
+        """Hold what a request may need. Raises OutOfCredit, RateLimited; None while the database is away, when money
+        is counted from what was last heard and rates are not."""
+        if self.journal is None:
+            return None
+        if self.writer.away_seconds is None:
+            try:
+                # On disk or not: a reservation does not outlive what it is for.
+                held = await self.writer.run(
+                    lambda db: reserve(db, caller, wanted), seconds=LIMIT_SECONDS, is_durable=False
+                )
+            except StoreAway:
+                self.check()
+            else:
+                self._heard(caller, held, wanted)
+                return held
+        self._reserve_unheard(caller, wanted)
+        return None
+
+    async def settle(self, record: dict[str, Any], reservation: Reservation | None, price: Price) -> None:
+        position = await self._written(record)
+        if reservation is None:
+            return
+        if self._left:
+            usage = Usage(record["prompt_tokens"], record["cached_tokens"], record["completion_tokens"])
+            self._release_unheard(reservation, reservation.nanos - price.charge(usage))
+        with contextlib.suppress(StoreError):  # the journal has it
+            # The next request of the same caller must find what this one no longer holds.
+            await self.writer.reached(position, seconds=LIMIT_SECONDS)
+
+    async def give_back(self, reservation: Reservation) -> None:
+        """Of a request that never ran."""
+        self._release_unheard(reservation, reservation.nanos)
+        try:
+            await self.writer.run(lambda db: reservations.release(db, reservation.id), seconds=LIMIT_SECONDS)
+        except StoreError:
+            log.warning("the reservation of %s is given back when its lease ends", reservation.id)
+
+    async def _written(self, record: dict[str, Any]) -> Position:
+        """Nothing that was used goes unrecorded: what cannot be written now is tried until it can."""
+        has_complained = False
+        while True:
+            try:
+                return await self.append(record)
+            except (JournalFull, JournalFailed) as error:
+                if not has_complained:
+                    log.critical("request %s cannot be settled yet: %s", record["request_id"], error)
+                has_complained = True
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _keep_checkpoints(self) -> None:
+        while True:
+            await asyncio.sleep(CHECKPOINT_SECONDS)
+            for tab in tuple(self.tabs):
+                tab.checkpoint()
+
+    def _heard(self, caller: Caller, held: Standings, wanted: Reservation) -> None:
+        for payer, standing in ((caller.account.id, held.account), (caller.token.id, held.token)):
+            if standing.left_nanos is None:
+                self._left.pop(payer, None)
+            else:
+                self._left[payer] = standing.left_nanos
+
+    def _reserve_unheard(self, caller: Caller, wanted: Reservation) -> None:
+        account, token = caller.account, caller.token
+        bounded = [account.id] if account.is_prepaid or account.limits.hard_budget_nanos is not None else []
+        bounded += [token.id] if token.limits.hard_budget_nanos is not None else []
+        for payer in bounded:
+            if payer not in self._left:
+                raise Unavailable("The database of accounts does not answer.", retry_after=5, code="database_away")
+            if self._left[payer] < wanted.nanos:
+                raise OutOfCredit("The database is away, and what was last known to be left does not cover this.")
+        for payer in bounded:
+            self._left[payer] -= wanted.nanos
+
+    def _release_unheard(self, reservation: Reservation, nanos: int) -> None:
+        for payer in (reservation.account, reservation.token_id):
+            if payer in self._left:
+                self._left[payer] += nanos
+
+
+def _counts(usage: Usage) -> dict[str, int]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "completion_tokens": usage.completion_tokens,
+    }
+
+
+def _lease_us() -> int:
+    return now_us() + int(LEASE_SECONDS * 1_000_000)
+
+
+def _retrieved(written: asyncio.Future[Position]) -> None:
+    """A failure that nobody waits for is no surprise: the journal has logged it."""
+    if not written.cancelled():
+        written.exception()
+
+
+def _no_room() -> Unavailable:
+    return Unavailable("There is no room to record requests; running ones end as usual.", retry_after=5, code="no_room")

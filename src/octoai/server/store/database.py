@@ -1,0 +1,73 @@
+"""What both databases have in common: a connection, its errors, and one dialect of SQL.
+
+Statements are written once, with `?` for parameters and types that both know. What differs is behind `Connection`:
+how a transaction begins, how a row is locked, how an error is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+Row = tuple[Any, ...]
+Parameters = Sequence[Any]
+
+
+class StoreError(Exception):
+    """The database cannot be used; the text is one line for the operator.
+
+    StoreError
+    ├── StoreAway   it does not answer, or is locked: the same may work later
+    ├── StoreFull   it has no room for more
+    └── Conflict    a row with that key is there already
+    """
+
+
+class StoreAway(StoreError):
+    pass
+
+
+class StoreFull(StoreError):
+    pass
+
+
+class Conflict(StoreError):
+    pass
+
+
+class Connection(Protocol):
+    """One connection, used by one thread at a time.
+
+    `is_shared`: other machines may write to the same database. `for_update` ends a SELECT whose rows are to be kept
+    from other writers until the transaction ends (SQLite has one writer at a time anyway: there it is empty).
+    """
+
+    is_shared: bool
+    for_update: str
+
+    def row(self, sql: str, parameters: Parameters = ()) -> Row | None: ...
+
+    def rows(self, sql: str, parameters: Parameters = ()) -> list[Row]: ...
+
+    def stream(self, sql: str, parameters: Parameters = ()) -> Iterator[Row]:
+        """Rows as they are read, in bounded memory; inside a transaction."""
+
+    def execute(self, sql: str, parameters: Parameters = ()) -> int:
+        """The number of rows changed."""
+
+    def execute_many(self, sql: str, rows: Iterable[Parameters]) -> None: ...
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """Everything inside is written, or nothing; no other writer in between."""
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """Everything read inside is of one moment; writers are not held up."""
+
+    def savepoint(self) -> AbstractContextManager[None]:
+        """Inside a transaction: what fails in here is undone, the rest is not."""
+
+    def set_durable(self, is_durable: bool) -> None:
+        """Whether a commit waits for the disk from now on. It does at first."""
+
+    def close(self) -> None: ...

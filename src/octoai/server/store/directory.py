@@ -1,0 +1,40 @@
+"""What has changed of accounts, tokens and prices since a version: for copies in memory that stay fresh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octoai.server.store import accounts, prices, tokens
+from octoai.server.store.accounts import AccountRow
+from octoai.server.store.database import Connection
+from octoai.server.store.prices import PriceRow
+from octoai.server.store.tokens import TokenRow
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    version: int
+    accounts: tuple[AccountRow, ...] = ()
+    tokens: tuple[TokenRow, ...] = ()
+    prices: tuple[PriceRow, ...] = ()
+
+
+def changes_since(db: Connection, version: int) -> Changes:
+    """Every row with a higher version. `version` 0 is everything there is."""
+    now = db.row("SELECT value FROM versions WHERE name = 'directory'")
+    assert now is not None
+    if now[0] == version:
+        return Changes(version)
+    with db.snapshot():
+        latest = db.row("SELECT value FROM versions WHERE name = 'directory'")
+        assert latest is not None
+        return Changes(
+            int(latest[0]),
+            tuple(map(accounts.row_of, _newer(db, "accounts", accounts.COLUMNS, version))),
+            tuple(map(tokens.row_of, _newer(db, "tokens", tokens.COLUMNS, version))),
+            tuple(map(prices.row_of, _newer(db, "prices", prices.COLUMNS, version))),
+        )
+
+
+def _newer(db: Connection, table: str, columns: str, version: int) -> list[tuple[object, ...]]:
+    return db.rows(f"SELECT {columns} FROM {table} WHERE version > ?", (version,))  # noqa: S608  # constants only

@@ -1,0 +1,261 @@
+"""Requests as rows, and the one place where what the journal says becomes rows and entries.
+
+A request is `open` from its intent on, `settled` once it has ended, `interrupted` when its process died (or was not
+heard of for the length of its lease) and it was billed by its last checkpoint, `refunded` when it was given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Any
+
+from octoai.server.store import keys, reservations, tokens
+from octoai.server.store.database import Connection
+from octoai.server.store.entries import Entry, post
+
+CHUNK = 400  # parameters of one IN (…): SQLite's older limit is 999
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRow:
+    """One request. Prices are nano-dollars per token, fixed when it was opened; `cost_nanos` is what it was charged,
+    `waived_nanos` what its tokens would have cost beyond that. `request_id` is the answer's `x-request-id`."""
+
+    id: str
+    request_id: str
+    account: str
+    token_id: str
+    model: str
+    served_model: str
+    input_nanos: int
+    cached_input_nanos: int
+    output_nanos: int
+    opened_us: int
+    journal: str
+    is_reserved: bool
+    lease_us: int
+    status: str = "open"
+    outcome: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    cost_nanos: int = 0
+    waived_nanos: int = 0
+    settled_us: int | None = None
+
+    @property
+    def worth_nanos(self) -> int:
+        """What its tokens cost at its price."""
+        return (
+            (self.prompt_tokens - self.cached_tokens) * self.input_nanos
+            + self.cached_tokens * self.cached_input_nanos
+            + self.completion_tokens * self.output_nanos
+        )
+
+
+_NAMES = tuple(each.name for each in fields(RequestRow))
+COLUMNS = ", ".join(_NAMES)
+_INTENT = _NAMES[: _NAMES.index("status")]
+_CHANGING = ("lease_us", *_NAMES[_NAMES.index("status") :])
+_UPSERT = (
+    f"INSERT INTO requests ({COLUMNS}) VALUES ({', '.join('?' * len(_NAMES))}) ON CONFLICT (id) DO UPDATE SET "  # noqa: S608
+    + ", ".join(f"{name} = excluded.{name}" for name in _CHANGING)
+)
+
+Record = dict[str, Any]
+
+
+def apply(db: Connection, records: Iterable[Record], now_us: int) -> None:
+    """Bring intents, checkpoints and settlements into the books, inside the caller's transaction.
+
+    Records that were applied before change nothing, so a journal may be replayed from anywhere.
+    """
+    records = list(records)
+    rows = _found(db, {record["id"] for record in records})
+    changed: dict[str, RequestRow] = {}
+    due: list[Entry] = []
+    for record in records:
+        before = rows.get(record["id"])
+        after = _after(db, before, record, due, now_us)
+        if after is not None and after != before:
+            rows[after.id] = changed[after.id] = after
+    _write(db, changed.values())
+    post(db, due)
+    leases = [(row.lease_us, row.id) for row in changed.values() if row.is_reserved and row.status == "open"]
+    reservations.renew(db, leases, now_us)
+    keys.note(db, records)
+    tokens.used(db, {row.token_id: row.opened_us // 1_000_000 for row in changed.values()})
+
+
+def interrupt(db: Connection, rows: Sequence[RequestRow], now_us: int) -> None:
+    """Settle requests that nobody will settle any more, by their last checkpoints."""
+    due: list[Entry] = []
+    _write(db, [_settled(db, row, replace(row, status="interrupted", settled_us=now_us), due, now_us) for row in rows])
+    post(db, due)
+
+
+def open_of_journal(db: Connection, journal: str) -> list[RequestRow]:
+    """What a process that is no more had not settled."""
+    return _selected(db, "journal = ? AND status = 'open'", (journal,))
+
+
+def expired(db: Connection, now_us: int) -> list[RequestRow]:
+    """Open requests whose process was not heard of for a whole lease."""
+    return _selected(db, "status = 'open' AND lease_us < ?", (now_us,))
+
+
+def find(db: Connection, request_id: str) -> RequestRow | None:
+    """By the `x-request-id` of its answer: the newest."""
+    rows = _selected(db, "request_id = ?", (request_id,))
+    return rows[-1] if rows else None
+
+
+def named(db: Connection, name: str) -> list[RequestRow]:
+    """By the `x-request-id` of its answer, which clients may choose and use again, or by our own id."""
+    return _selected(db, "id = ? OR request_id = ?", (name, name))
+
+
+def of_id(db: Connection, id_: str) -> RequestRow | None:
+    """By our own id."""
+    rows = _selected(db, "id = ?", (id_,))
+    return rows[0] if rows else None
+
+
+def between(
+    db: Connection,
+    since_us: int | None,
+    until_us: int | None,
+    *,
+    statuses: Sequence[str],
+    account: str | None = None,
+) -> Iterator[RequestRow]:
+    """Those that were opened in [since, until), oldest first, in bounded memory; inside a transaction."""
+    conditions = {
+        "opened_us >= ?": since_us,
+        "opened_us < ?": until_us,
+        "account = ?": account,
+    }
+    given = {condition: value for condition, value in conditions.items() if value is not None}
+    where = " AND ".join([f"status IN ({', '.join('?' * len(statuses))})", *given])
+    query = f"SELECT {COLUMNS} FROM requests WHERE {where} ORDER BY opened_us, id"  # noqa: S608  # constants only
+    return (RequestRow(*row) for row in db.stream(query, [*statuses, *given.values()]))
+
+
+def is_known(db: Connection, request_id: str) -> bool:
+    return db.row("SELECT 1 FROM requests WHERE request_id = ? LIMIT 1", (request_id,)) is not None
+
+
+class NotRefundable(ValueError):
+    """The text is one line that says why not."""
+
+
+def refund(db: Connection, row: RequestRow, note: str, at_us: int) -> RequestRow:
+    """Give back what an ended request was charged. Its tokens stay on record. Raises NotRefundable."""
+    if row.status == "open":
+        raise NotRefundable(f"request {row.request_id} has not ended yet: it was not charged")
+    if row.status == "refunded":
+        raise NotRefundable(f"request {row.request_id} was refunded before")
+    refunded = replace(row, status="refunded", cost_nanos=0, waived_nanos=row.worth_nanos)
+    _write(db, [refunded])
+    post(db, [replace(_entry(row, "refund", row.cost_nanos, at_us), note=note)])
+    return refunded
+
+
+def _after(
+    db: Connection, before: RequestRow | None, record: Record, due: list[Entry], now_us: int
+) -> RequestRow | None:
+    """The row after one record; entries that it makes due are added to `due`."""
+    if record["kind"] == "intent":
+        return before or _opened(record)
+    if record["kind"] == "checkpoint":
+        if before is None or before.status != "open":
+            return before
+        if record["completion_tokens"] < before.completion_tokens:
+            return before  # read again, from before others that count
+        return replace(before, **_counts(record), lease_us=max(before.lease_us, record["lease_us"]))
+    if before is None:
+        before = _opened(record)
+    if before.status not in ("open", "interrupted"):
+        return before
+    ended = replace(
+        before, **_counts(record), status="settled", outcome=record["outcome"], settled_us=record["settled_us"]
+    )
+    return _settled(db, before, ended, due, now_us)
+
+
+def _settled(db: Connection, before: RequestRow, ended: RequestRow, due: list[Entry], now_us: int) -> RequestRow:
+    """`ended` with what it is charged; the entry for what is new since `before`.
+
+    What would go over a hard limit is waived. Where it came to less than it was billed for before, what was waived
+    goes first, and only then is something given back.
+    """
+    owed = ended.worth_nanos - before.cost_nanos - before.waived_nanos
+    at_us, most = ended.settled_us or 0, owed
+    if before.is_reserved:
+        at_us, most = _room(db, ended, owed, due, now_us)
+    charged = min(owed, most) if owed > 0 else min(0, ended.worth_nanos - before.cost_nanos)
+    is_first = before.status == "open"
+    due.append(
+        replace(
+            _entry(ended, "charge" if is_first else "correction", -charged, at_us),
+            prompt_tokens=ended.prompt_tokens - (0 if is_first else before.prompt_tokens),
+            cached_tokens=ended.cached_tokens - (0 if is_first else before.cached_tokens),
+            completion_tokens=ended.completion_tokens - (0 if is_first else before.completion_tokens),
+        )
+    )
+    cost_nanos = before.cost_nanos + charged
+    return replace(ended, cost_nanos=cost_nanos, waived_nanos=ended.worth_nanos - cost_nanos)
+
+
+def _room(db: Connection, ended: RequestRow, owed: int, due: list[Entry], now_us: int) -> tuple[int, int]:
+    """When a limited request is charged, and the most that it can be. It holds nothing from now on.
+
+    What it held is its own. Beyond that, and once its lease is over, its money may have been promised to others: then
+    it is what is left, so that no account goes over a hard limit for our own being late or wrong.
+    """
+    reservations.lock(db, ended.account, now_us)
+    at_us, most = ended.settled_us or 0, 0
+    held = reservations.close(db, ended.id, ended.prompt_tokens, ended.completion_tokens, now_us)
+    if held is not None:
+        at_us, most = (
+            max(at_us, held.at_us),
+            held.nanos,
+        )  # never in a month before the one whose budget it was held from
+    if owed > most:
+        post(db, due)  # what is left depends on them
+        due.clear()
+        most = max(most, reservations.left_nanos(db, ended.account, ended.token_id, now_us, at_us))
+    return at_us, most
+
+
+def _entry(row: RequestRow, kind: str, amount_nanos: int, at_us: int) -> Entry:
+    return Entry(at_us, row.account, kind, amount_nanos, token_id=row.token_id, request=row.id, model=row.model)
+
+
+def _opened(record: Record) -> RequestRow:
+    return RequestRow(**{name: record[name] for name in _INTENT})
+
+
+def _counts(record: Record) -> dict[str, Any]:
+    return {name: record[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens")}
+
+
+def _found(db: Connection, ids: set[str]) -> dict[str, RequestRow]:
+    ordered = sorted(ids)
+    rows: dict[str, RequestRow] = {}
+    for start in range(0, len(ordered), CHUNK):
+        chunk = ordered[start : start + CHUNK]
+        marks = ", ".join("?" * len(chunk))
+        rows |= {row.id: row for row in _selected(db, f"id IN ({marks})", chunk)}
+    return rows
+
+
+def _selected(db: Connection, condition: str, values: Sequence[Any]) -> list[RequestRow]:
+    query = f"SELECT {COLUMNS} FROM requests WHERE {condition} ORDER BY opened_us{db.for_update}"  # noqa: S608
+    return [RequestRow(*row) for row in db.rows(query, values)]
+
+
+def _write(db: Connection, rows: Iterable[RequestRow]) -> None:
+    ordered = sorted(rows, key=lambda row: row.id)
+    db.execute_many(_UPSERT, [[int(v) if isinstance(v, bool) else v for v in astuple(row)] for row in ordered])

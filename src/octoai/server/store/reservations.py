@@ -1,0 +1,196 @@
+"""What limited requests hold back until they end, and what counts against rate limits: exact in the database, so that
+it holds for every process that shares it.
+
+One row for each request of an account or token with limits. While it is open it holds money and a place among the
+concurrent ones, until its lease ends; its tokens count for the minute that follows `at_us`, first as many as it might
+need, then as many as it had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from octoai.server.store import accounts, tokens
+from octoai.server.store.accounts import AccountRow, Limits
+from octoai.server.store.database import Connection
+from octoai.server.store.entries import ledger_us, month_of
+from octoai.server.store.tokens import TokenRow
+
+MINUTE_US = 60_000_000
+_COLUMNS = "id, account, token_id, at_us, nanos, prompt_tokens, completion_tokens, lease_us"
+# Rows a little ahead are another machine's, or from before a clock was put back; those further ahead are a clock's
+# that was wrong, which must not lock anyone out until their time comes.
+_RECENT = "at_us > ? AND at_us < ?"
+Payer = Literal["account", "token_id"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """`nanos`, `prompt_tokens` and `completion_tokens` are the most that the request can come to."""
+
+    id: str
+    account: str
+    token_id: str
+    at_us: int
+    nanos: int
+    prompt_tokens: int
+    completion_tokens: int
+    lease_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """One request of the last minute: when it came, and the tokens it counts for."""
+
+    at_us: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where an account, or a token, stands with its limits. The first four are of the last minute; `spent_nanos` and
+    `held_nanos` are what it was charged this month and what its open requests hold back."""
+
+    limits: Limits
+    num_requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    newest_us: int = 0
+    num_running: int = 0
+    held_nanos: int = 0
+    spent_nanos: int = 0
+    credit_nanos: int | None = None
+
+    @property
+    def left_nanos(self) -> int | None:
+        """What may still be spent; None where nothing limits it."""
+        bounds = []
+        if self.limits.hard_budget_nanos is not None:
+            # Not more than the budget for a refund: what is held may come to be charged to the next month, without it.
+            bounds.append(self.limits.hard_budget_nanos - max(0, self.spent_nanos))
+        if self.credit_nanos is not None:
+            bounds.append(self.credit_nanos)
+        return min(bounds) - self.held_nanos if bounds else None
+
+
+def standings(
+    db: Connection, account: AccountRow, token: TokenRow, now_us: int, charge_us: int | None = None
+) -> tuple[Standing, Standing]:
+    """Of the account and of the token, as things are now; spent is the month of a charge at `charge_us`."""
+    month = month_of(ledger_us(db, now_us if charge_us is None else charge_us))
+    return (
+        _standing(db, "account", account.id, account.limits, now_us, month, is_prepaid=account.is_prepaid),
+        _standing(db, "token_id", token.id, token.limits, now_us, month),
+    )
+
+
+def lock(db: Connection, account: str, now_us: int) -> None:
+    """Until the transaction ends, nobody else decides about this account's money. Leases that are over are ended for
+    good: no clock that goes back must bring to life what is given to others now."""
+    if db.is_shared:
+        db.row("SELECT id FROM accounts WHERE id = ? FOR UPDATE", (account,))
+    db.execute(
+        "UPDATE reservations SET is_open = 0 WHERE account = ? AND is_open = 1 AND lease_us < ?", (account, now_us)
+    )
+
+
+def hold(db: Connection, reservation: Reservation) -> None:
+    db.execute(
+        "INSERT INTO reservations (id, account, token_id, at_us, nanos, prompt_tokens, completion_tokens, is_open, "
+        "lease_us) VALUES (?, ?, ?, ?, ?, ?, ?, 1, ?)",
+        (
+            *(reservation.id, reservation.account, reservation.token_id, reservation.at_us, reservation.nanos),
+            *(reservation.prompt_tokens, reservation.completion_tokens, reservation.lease_us),
+        ),
+    )
+
+
+def release(db: Connection, reservation_id: str) -> None:
+    """Of a request that never ran: it leaves no trace."""
+    db.execute("DELETE FROM reservations WHERE id = ?", (reservation_id,))
+
+
+def close(
+    db: Connection, reservation_id: str, prompt_tokens: int, completion_tokens: int, now_us: int
+) -> Reservation | None:
+    """Of a request that has ended. What it held until now; None where its lease was over, so that it held nothing."""
+    row = db.row(f"SELECT {_COLUMNS}, is_open FROM reservations WHERE id = ?", (reservation_id,))  # noqa: S608
+    if row is None:
+        return None
+    db.execute(
+        "UPDATE reservations SET is_open = 0, prompt_tokens = ?, completion_tokens = ? WHERE id = ?",
+        (prompt_tokens, completion_tokens, reservation_id),
+    )
+    held = Reservation(*row[:-1])
+    return held if row[-1] and held.lease_us >= now_us else None
+
+
+def renew(db: Connection, leases: list[tuple[int, str]], now_us: int) -> None:
+    """(until, id) of requests that are running. A lease that is over stays over: the money may be promised to others.
+    None is cut short, by a record that is read again or a clock that went back."""
+    db.execute_many(
+        "UPDATE reservations SET lease_us = ? WHERE id = ? AND is_open = 1 AND lease_us >= ? AND lease_us < ?",
+        [(until_us, reservation_id, now_us, until_us) for until_us, reservation_id in leases],
+    )
+
+
+def prune(db: Connection, now_us: int) -> None:
+    """Rows that count for nothing any more."""
+    before = now_us - 2 * MINUTE_US
+    db.execute("DELETE FROM reservations WHERE at_us < ? AND (is_open = 0 OR lease_us < ?)", (before, before))
+
+
+def left_nanos(db: Connection, account_id: str, token_id: str, now_us: int, charge_us: int) -> int:
+    """What may still be charged at `charge_us` to this account by this token under hard limits."""
+    account, token = accounts.find(db, account_id), tokens.find(db, token_id)
+    if account is None or token is None:
+        return 0
+    bounds = [standing.left_nanos for standing in standings(db, account, token, now_us, charge_us)]
+    return min((bound for bound in bounds if bound is not None), default=2**62)
+
+
+def past(db: Connection, column: Payer, payer: str, now_us: int) -> list[Past]:
+    """The last minute's requests, oldest first."""
+    query = (
+        f"SELECT at_us, prompt_tokens, completion_tokens FROM reservations "  # noqa: S608  # a column of ours
+        f"WHERE {column} = ? AND {_RECENT} ORDER BY at_us"
+    )
+    return [Past(*row) for row in db.rows(query, (payer, *_window(now_us)))]
+
+
+def _window(now_us: int) -> tuple[int, int]:
+    return (now_us - MINUTE_US, now_us + MINUTE_US)
+
+
+def _standing(
+    db: Connection,
+    column: Payer,
+    payer: str,
+    limits: Limits,
+    now_us: int,
+    month: str,
+    *,
+    is_prepaid: bool = False,
+) -> Standing:
+    # One statement, so of one moment: a charge that is posted meanwhile is seen whole, with what it no longer holds.
+    row = db.row(
+        f"""
+        SELECT recent.*, running.*,
+            COALESCE((SELECT nanos FROM spending WHERE payer = ? AND month = ?), 0),
+            COALESCE((SELECT nanos FROM balances WHERE account = ?), 0)
+        FROM (
+            SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0),
+                COALESCE(MAX(at_us), 0)
+            FROM reservations WHERE {column} = ? AND {_RECENT}
+        ) AS recent, (
+            SELECT COUNT(*), COALESCE(SUM(nanos), 0)
+            FROM reservations WHERE {column} = ? AND is_open = 1 AND lease_us >= ?
+        ) AS running
+        """,  # noqa: S608  # a column of ours
+        (payer, month, payer, payer, *_window(now_us), payer, now_us),
+    )
+    assert row is not None
+    standing = Standing(limits, *row)
+    return standing if is_prepaid else replace(standing, credit_nanos=None)

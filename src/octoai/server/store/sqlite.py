@@ -1,0 +1,164 @@
+"""SQLite in the data directory: write-ahead log, so that readers are never blocked by the writer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from octoai.server.store.database import Conflict, Parameters, Row, StoreAway, StoreError, StoreFull
+from octoai.server.store.schema import MIGRATIONS, statements
+
+FILENAME = "octoai.db"
+BUSY_SECONDS = 10.0
+NUM_BACKUPS = 5
+
+
+class SqliteConnection:
+    is_shared = False
+    for_update = ""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._told():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            except OSError as error:
+                raise StoreError(f"cannot use the database {path}: {error}") from error
+            self._connection = sqlite3.connect(
+                path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._write_ahead()
+            self._connection.execute("PRAGMA synchronous = FULL")
+            self._connection.execute("PRAGMA foreign_keys = ON")
+
+    def row(self, sql: str, parameters: Parameters = ()) -> Row | None:
+        with self._told():
+            found: Row | None = self._connection.execute(sql, parameters).fetchone()
+            return found
+
+    def rows(self, sql: str, parameters: Parameters = ()) -> list[Row]:
+        with self._told():
+            return self._connection.execute(sql, parameters).fetchall()
+
+    def stream(self, sql: str, parameters: Parameters = ()) -> Iterator[Row]:
+        with self._told():
+            yield from self._connection.execute(sql, parameters)
+
+    def execute(self, sql: str, parameters: Parameters = ()) -> int:
+        with self._told():
+            return self._connection.execute(sql, parameters).rowcount
+
+    def execute_many(self, sql: str, rows: Iterable[Parameters]) -> None:
+        with self._told():
+            self._connection.executemany(sql, rows)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        self.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(StoreError):
+                if self._connection.in_transaction:  # some errors (a full disk) roll back by themselves
+                    self.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        self.execute("BEGIN")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(StoreError):
+                self.execute("ROLLBACK")
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        self.execute("SAVEPOINT inner_step")
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(StoreError):
+                self.execute("ROLLBACK TO inner_step")
+                self.execute("RELEASE inner_step")
+            raise
+        self.execute("RELEASE inner_step")
+
+    def set_durable(self, is_durable: bool) -> None:
+        self.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def migrate(self) -> None:
+        """Bring the schema up to date, in one transaction; what has something in it is backed up first."""
+        if self._version() == len(MIGRATIONS):
+            return
+        with self.transaction():
+            version = self._version()  # looked at again under the write lock: another process may have been first
+            if 0 < version < len(MIGRATIONS):
+                self._back_up(version)
+            for migration in MIGRATIONS[version:]:
+                for statement in statements(migration, "sqlite"):
+                    self.execute(statement)
+            self.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+    def _version(self) -> int:
+        """How many migrations were done. Raises StoreError where there are more than we know."""
+        (version,) = self.row("PRAGMA user_version") or (0,)
+        if version > len(MIGRATIONS):
+            raise StoreError(f"{self.path} was written by a newer version of octoai (schema {version})")
+        return int(version)
+
+    def _back_up(self, version: int) -> None:
+        """Under the write lock, so that nobody migrates meanwhile; read by a connection that is not the one writing."""
+        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        target = self.path.with_name(f"{self.path.stem}-schema{version}-{moment}.backup.db")
+        with self._told():
+            os.close(os.open(target, os.O_CREAT | os.O_RDWR, 0o600))
+            with (
+                contextlib.closing(sqlite3.connect(self.path)) as reader,
+                contextlib.closing(sqlite3.connect(target)) as copy,
+            ):
+                reader.backup(copy)
+        for old in sorted(self.path.parent.glob(f"{self.path.stem}-schema*.backup.db"))[:-NUM_BACKUPS]:
+            old.unlink(missing_ok=True)
+
+    def _write_ahead(self) -> None:
+        """Where two processes make a new database at once, one finds it locked here: SQLite itself does not wait."""
+        end = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """SQLite's errors in our words."""
+        try:
+            yield
+        except sqlite3.IntegrityError as error:
+            raise Conflict(str(error)) from error
+        except (sqlite3.Error, OSError) as error:
+            text = f"cannot use the database {self.path}: {error}"
+            if _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise StoreAway(text) from error
+            if _code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+                raise StoreFull(text) from error
+            raise StoreError(text) from error
+
+
+def _code(error: Exception) -> int:
+    """The primary result code: the extended ones have more above the low byte."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF

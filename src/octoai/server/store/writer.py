@@ -1,0 +1,243 @@
+"""The one thread that writes to the database: what the journal has, in order and in batches, and what others ask for.
+
+Everything that is there is one transaction (group commit). When the database is away the journal keeps what comes;
+here it is tried again until it works. Knows what records are applied with, not what they mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import orjson
+
+from octoai.server.journal import START, Journal, Position
+from octoai.server.store import Place, connect
+from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull
+from octoai.server.store.requests import Record, apply
+
+log = logging.getLogger("octoai.store")
+
+BATCH = 512
+LINGER_SECONDS = 0.02  # for more of the journal to come: a batch costs little more than a single record
+RETRY_SECONDS = 0.25
+
+T = TypeVar("T")
+Action = Callable[[Connection], Any]
+
+
+@dataclass(slots=True)
+class _Work:
+    action: Action
+    is_durable: bool
+    done: Future[Any] = field(default_factory=Future)
+
+
+class Writer:
+    """`journal` is this process's own; None writes only what it is asked to."""
+
+    def __init__(self, place: Place, journal: Journal | None = None) -> None:
+        self.place = place
+        self.is_full = False
+        self._away_since: float | None = None
+        self.applied = START
+        self._journal = journal
+        self._tail = None if journal is None else journal.tail()
+        self._db: Connection | None = None
+        self._work: deque[_Work] = deque()
+        self._waiting: deque[tuple[Position, Future[None]]] = deque()
+        self._wake = threading.Event()
+        self._hurry = threading.Event()  # somebody waits for the next transaction
+        self._is_durable = True
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="octoai-writer", daemon=True)
+
+    @property
+    def away_seconds(self) -> float | None:
+        """How long the database has not taken what it was given; None while it does."""
+        since = self._away_since
+        return None if since is None else time.monotonic() - since
+
+    def start(self) -> None:
+        if self._journal is not None:
+            self._journal.on_durable = self._wake.set
+        self._thread.start()
+
+    async def run(self, action: Callable[[Connection], T], *, seconds: float = 5.0, is_durable: bool = True) -> T:
+        """Do something in a transaction; when this returns it is on disk, unless that is not asked for. What `action`
+        raises is raised here.
+
+        Raises StoreAway where the database did not do it in time: then it may still come to be done.
+        """
+        work = _Work(action, is_durable)
+        self._work.append(work)
+        self._now()
+        return await self._in_time(work.done, seconds)
+
+    async def caught_up(self, *, seconds: float = 5.0) -> None:
+        """Return when all that is durable in the journal now is in the database too. Raises StoreAway."""
+        if self._journal is not None:
+            await self.reached(self._journal.durable, seconds=seconds)
+
+    async def reached(self, position: Position, *, seconds: float = 5.0) -> None:
+        if self.applied >= position:
+            return
+        reached: Future[None] = Future()
+        self._waiting.append((position, reached))
+        self._now()
+        await self._in_time(reached, seconds)
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Apply what is left, if the database lets us, and end the thread."""
+        self._is_closing = True
+        self._now()
+        self._thread.join(seconds)
+
+    def _now(self) -> None:
+        self._hurry.set()
+        self._wake.set()
+
+    async def _in_time(self, done: Future[T], seconds: float) -> T:
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.wrap_future(done)
+        except TimeoutError:
+            raise StoreAway(f"the database did not answer within {seconds:.0f} s") from None
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            self._hurry.wait(LINGER_SECONDS)
+            self._hurry.clear()
+            is_last = self._is_closing
+            while self._round():
+                pass
+            if is_last:
+                break
+        if self._db is not None:
+            self._db.close()
+
+    def _round(self) -> bool:
+        """One transaction. True where there may be more to do."""
+        work = [self._work.popleft() for _ in range(len(self._work))]
+        payloads = [] if self._tail is None else self._tail.records(BATCH)
+        if not work and not payloads:
+            self._tell_waiting()
+            return False
+        try:
+            results = self._written(work, [orjson.loads(payload) for payload, _ in payloads], payloads)
+        except Exception as error:  # noqa: BLE001  # whatever it is: nothing is lost, and it is tried again
+            self._failed(work, error)
+            return False
+        self._succeeded(payloads[-1][1] if payloads else None)
+        for each, (result, raised) in zip(work, results, strict=True):
+            _resolve(each.done, result, raised)
+        return bool(self._work) or len(payloads) == BATCH
+
+    def _written(
+        self, work: list[_Work], records: list[Record], payloads: list[tuple[bytes, Position]]
+    ) -> list[tuple[Any, BaseException | None]]:
+        db = self._connected()
+        # What came from the journal is safe there until its segment is given up; what was asked for is not.
+        self._set_durable(db, any(each.is_durable for each in work) or self._gives_up_segment(payloads))
+        results: list[tuple[Any, BaseException | None]] = []
+        with db.transaction():
+            if records and self._journal is not None:
+                apply(db, records, time.time_ns() // 1000)
+                keep_position(db, self._journal.instance, payloads[-1][1])
+            results.extend(_done(db, each.action) for each in work)
+        return results
+
+    def _set_durable(self, db: Connection, is_durable: bool) -> None:
+        if is_durable != self._is_durable:
+            db.set_durable(is_durable)
+            self._is_durable = is_durable
+
+    def _gives_up_segment(self, payloads: list[tuple[bytes, Position]]) -> bool:
+        return bool(payloads) and payloads[-1][1].segment > self.applied.segment
+
+    def _connected(self) -> Connection:
+        if self._db is None:
+            self._db = connect(self.place)
+        return self._db
+
+    def _succeeded(self, position: Position | None) -> None:
+        if self._away_since is not None:
+            log.warning("the database takes what it is given again")
+            self._away_since, self.is_full = None, False
+        if position is not None and self._journal is not None:
+            moved_on = position.segment > self.applied.segment
+            self.applied = position
+            if moved_on:
+                self._journal.release(position)
+        self._tell_waiting()
+
+    def _failed(self, work: list[_Work], error: Exception) -> None:
+        self.is_full = isinstance(error, StoreFull)
+        if self._away_since is None:
+            unexpected = None if isinstance(error, StoreError) else error
+            log.error("%s; the journal keeps what comes", error, exc_info=unexpected)
+            self._away_since = time.monotonic()
+        if self._journal is not None:
+            self._tail = self._journal.tail(self.applied)
+        for each in work:
+            _resolve(each.done, None, StoreAway(str(error)))
+        while self._waiting:
+            _resolve(self._waiting.popleft()[1], None, StoreAway(str(error)))
+        if not self._is_closing:
+            self._hurry.wait(RETRY_SECONDS)
+            self._wake.set()
+
+    def _tell_waiting(self) -> None:
+        for _ in range(len(self._waiting)):
+            position, reached = self._waiting.popleft()
+            if position <= self.applied:
+                _resolve(reached, None, None)
+            else:
+                self._waiting.append((position, reached))
+
+
+def keep_position(db: Connection, journal: str, position: Position) -> None:
+    """How far a journal has been applied, in the same transaction as what was."""
+    db.execute(
+        "INSERT INTO journals (id, segment, byte) VALUES (?, ?, ?) "
+        "ON CONFLICT (id) DO UPDATE SET segment = excluded.segment, byte = excluded.byte",
+        (journal, position.segment, position.offset),
+    )
+
+
+def position_of(db: Connection, journal: str) -> Position:
+    row = db.row("SELECT segment, byte FROM journals WHERE id = ?", (journal,))
+    return START if row is None else Position(int(row[0]), int(row[1]))
+
+
+def forget(db: Connection, journal: str) -> None:
+    db.execute("DELETE FROM journals WHERE id = ?", (journal,))
+
+
+def _done(db: Connection, action: Action) -> tuple[Any, BaseException | None]:
+    """Its result or what it raised; a database that fails as a whole is raised here."""
+    try:
+        with db.savepoint():
+            return action(db), None
+    except StoreAway:
+        raise
+    except Exception as error:  # noqa: BLE001  # told to the one who asked
+        return None, error
+
+
+def _resolve(done: Future[T], result: Any, error: BaseException | None) -> None:
+    with contextlib.suppress(Exception):  # whoever waited has left
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)

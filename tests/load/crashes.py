@@ -1,0 +1,61 @@
+"""The service, killed under load and started again in the same place, again and again."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from octoai.server.store import Place
+from tests.load.accounts import Books, Findings, hold
+from tests.load.clients import Load, Request, Target, Told, mixed
+from tests.load.places import serve
+from tests.load.upstream import MODEL, Upstream
+from tests.running import Serve
+
+
+class Crashes:
+    def __init__(self, place: Path, upstream: Upstream, *, settings: str = "", num_clients: int = 12) -> None:
+        self.place, self.upstream, self.settings = place, upstream, settings
+        self.num_clients = num_clients
+        self.told: list[Told] = []
+        self.num_kills = 0
+        self._numbers = itertools.count()
+        self.service = self.started()
+
+    @property
+    def target(self) -> Target:
+        return Target(self.service.url, self.service.token, MODEL)
+
+    def started(self) -> Serve:
+        return serve(self.place, self.upstream, settings=self.settings)
+
+    def load(self, next_request: Callable[[int], Request] = mixed, total: int | None = None) -> Load:
+        return Load(self.target, next_request, num_clients=self.num_clients, numbers=self._numbers, total=total).start()
+
+    def kill(self, load: Load) -> None:
+        """Under this load, which ends with it."""
+        killed_at = time.monotonic()
+        self.service.stop(signal.SIGKILL)
+        self.num_kills += 1
+        told = load.stop()
+        for each in told:
+            if not each.is_finished and (each.left_at is None or each.left_at > killed_at - 1):
+                each.killed_at = killed_at
+        self.told += told
+
+    def round(self, chance: random.Random) -> None:
+        """Some seconds of load, the end at a random moment, and the next start."""
+        load = self.load()
+        time.sleep(chance.uniform(0.2, 2.5))
+        self.kill(load)
+        self.service = self.started()
+
+    def findings(self, place: Place | None = None) -> Findings:
+        return hold(Books.read(place or Place(self.service.data_dir)), self.told, self.upstream.at_rest())
+
+    def close(self) -> None:
+        self.service.stop(signal.SIGKILL)

@@ -1,0 +1,423 @@
+"""Accounts, and the copy of them in memory by which requests are let in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing
+from typing import Any
+
+import pytest
+
+from octoai.server import accounts, prices, tokens
+from octoai.server.accounts import PLANS, AccountExists, BadAccount, Caller, UnknownAccount
+from octoai.server.billing import NANOS, Price
+from octoai.server.catalogue import Catalogue
+from octoai.server.directory import Directory
+from octoai.server.errors import Unauthenticated, Unavailable
+from octoai.server.store import Connection, Place, StoreAway, connect
+from octoai.server.store import entries as entry_table
+from octoai.server.store.accounts import Limits
+from octoai.server.store.entries import balance_nanos
+from octoai.server.store.reader import Reader
+from octoai.server.tokens import new_token
+
+
+@pytest.fixture
+def db(place: Place) -> Iterator[Connection]:
+    connection = connect(place)
+    yield connection
+    connection.close()
+
+
+# ── accounts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_account_has_the_limits_of_its_plan_and_its_own_over_them(db: Connection) -> None:
+    assert accounts.create(db, "a").limits == Limits(requests_per_minute=10)
+    assert accounts.create(db, "b", plan="pro").limits == Limits(requests_per_minute=240)
+    own = {"requests_per_minute": None, "hard_budget_nanos": 5}
+    made = accounts.create(db, "c", name="C ✓", plan="pro", is_prepaid=True, limits=own)
+    assert made == accounts.find(db, "c")
+    assert (made.name, made.is_prepaid, made.limits) == ("C ✓", True, Limits(hard_budget_nanos=5))
+    assert accounts.find(db, "a").name == "a"
+
+
+def test_a_new_plan_brings_its_limits_and_leaves_budgets_alone(db: Connection) -> None:
+    accounts.create(db, "a", limits={"soft_budget_nanos": 4, "concurrent_requests": 2})
+    changed = accounts.update(db, "a", plan="pro")
+    assert changed.limits == Limits(soft_budget_nanos=4, requests_per_minute=240)
+    both = accounts.update(db, "a", plan="free", limits={"requests_per_minute": 7})
+    assert (both.plan, both.limits.requests_per_minute) == ("free", 7)
+    assert accounts.update(db, "a") == both
+    assert accounts.update(db, "a", name="A", is_prepaid=True).is_prepaid
+
+
+@pytest.mark.parametrize("account_id", ["", "A", "a b", "-a", "a" * 65, "tok_1", "ä", "a\n", "\0"])
+def test_an_id_is_something_plain(db: Connection, account_id: str) -> None:
+    with pytest.raises(BadAccount) as caught:
+        accounts.create(db, account_id)
+    assert caught.value.param == "id"
+
+
+def test_an_id_is_taken_once(db: Connection) -> None:
+    accounts.create(db, "a")
+    with pytest.raises(AccountExists), db.transaction():
+        accounts.create(db, "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"plan": "gold"}, "plan"),
+        ({"name": "\n"}, "name"),
+        ({"limits": {"hard_budget_nanos": -1}}, "hard_budget_nanos"),
+        ({"limits": {"hard_budget_nanos": 2**62}}, "hard_budget_nanos"),
+        ({"limits": {"created_at": 1}}, "created_at"),
+    ],
+)
+def test_what_an_account_cannot_be_is_said(db: Connection, options: dict[str, Any], param: str) -> None:
+    accounts.create(db, "there")
+    for act in (lambda: accounts.create(db, "a", **options), lambda: accounts.update(db, "there", **options)):
+        with pytest.raises(BadAccount) as caught:
+            act()
+        assert caught.value.param == param
+
+
+@pytest.mark.parametrize("account_id", ["nobody", "", "\0", "\udcff"])
+def test_an_account_that_is_not_there_is_said_to_be_unknown(db: Connection, account_id: str) -> None:
+    for act in (accounts.find, accounts.close, accounts.reopen, accounts.update):
+        with pytest.raises(UnknownAccount):
+            act(db, account_id)
+    with pytest.raises(UnknownAccount):
+        accounts.credit(db, account_id, 1)
+
+
+def test_credit_is_granted_and_adjusted_to_the_nano_dollar(db: Connection) -> None:
+    accounts.create(db, "a")
+    with db.transaction():
+        accounts.credit(db, "a", 25 * NANOS, note="first")
+        accounts.credit(db, "a", -5 * NANOS - 1, kind="adjustment")
+    assert balance_nanos(db, "a") == 20 * NANOS - 1
+    newest, oldest = entry_table.of_account(db, "a", 10)
+    assert (newest.kind, newest.amount_nanos, newest.note) == ("adjustment", -5 * NANOS - 1, None)
+    assert (oldest.kind, oldest.note, oldest.seq) == ("grant", "first", newest.seq - 1)
+    assert entry_table.of_account(db, "a", 1) == [newest]
+    assert entry_table.of_account(db, "a", 10, newest.seq) == [oldest]
+    assert entry_table.of_account(db, "b", 10) == []
+
+
+@pytest.mark.parametrize(
+    ("nanos", "options"),
+    [
+        (0, {}),
+        (-1, {}),
+        (0, {"kind": "adjustment"}),
+        (10**18 + 1, {}),
+        (-(10**18) - 1, {"kind": "adjustment"}),
+        (1, {"kind": "charge"}),
+        (1, {"note": "x" * 201}),
+        (1, {"note": "\0"}),
+    ],
+)
+def test_credit_that_makes_no_sense_is_refused(db: Connection, nanos: int, options: dict[str, str]) -> None:
+    accounts.create(db, "a")
+    with pytest.raises(BadAccount) as caught, db.transaction():
+        accounts.credit(db, "a", nanos, **options)
+    assert caught.value.param in ("amount", "kind", "note")
+    assert balance_nanos(db, "a") == 0
+
+
+def test_plans_are_those_of_octoai(db: Connection) -> None:
+    assert {name: limits.requests_per_minute for name, limits in PLANS.items()} == {
+        "free": 10,
+        "pro": 240,
+        "unlimited": None,
+    }
+
+
+# ── the directory ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class WatchedReader(Reader):
+    """Counts the looks, and can be told that the database is away."""
+
+    num_looks = 0
+    is_away = False
+    delay = 0.0
+
+    async def run(self, action: Callable[[Connection], Any], *, seconds: float = 5.0) -> Any:
+        self.num_looks += 1
+        if self.is_away:
+            raise StoreAway("it is away")
+        result = await super().run(action, seconds=seconds)
+        await asyncio.sleep(self.delay)
+        return result
+
+
+@asynccontextmanager
+async def directory(place: Place, **options: Any) -> AsyncIterator[tuple[Directory, WatchedReader]]:
+    connect(place).close()
+    reader = WatchedReader(place)
+    made = Directory(reader, **options)
+    try:
+        await made.start()
+        yield made, reader
+    finally:
+        await made.close()
+        reader.close()
+
+
+def done(place: Place, action: Callable[[Connection], Any]) -> Any:
+    """By another process, as it were."""
+    with closing(connect(place)) as db, db.transaction():
+        return action(db)
+
+
+def minted(place: Place, account: str = "default", **options: Any) -> tokens.Minted:
+    made: tokens.Minted = done(place, lambda db: tokens.mint(db, "mine", account, **options))
+    return made
+
+
+async def entered(known: Directory, text: str) -> Caller:
+    return await known.authenticate(f"Bearer {text}")
+
+
+async def refused(known: Directory, text: str) -> str:
+    with pytest.raises(Unauthenticated) as caught:
+        await entered(known, text)
+    return caught.value.message
+
+
+async def seconds_until(refusal: Callable[[], Awaitable[object]]) -> float:
+    """How long it takes until this is refused."""
+    began = time.monotonic()
+    while time.monotonic() < began + 5:
+        try:
+            await refusal()
+        except Unauthenticated:
+            return time.monotonic() - began
+        await asyncio.sleep(0.005)
+    raise AssertionError("never refused")
+
+
+def test_a_token_lets_its_account_in(place: Place) -> None:
+    async def run() -> None:
+        done(place, lambda db: accounts.create(db, "acme", plan="pro"))
+        token = minted(place, "acme", scopes=["usage"], models=["m"])
+        async with directory(place) as (known, _):
+            caller = await entered(known, token.text)
+            assert (caller.account.id, caller.account.plan, caller.token.id) == ("acme", "pro", token.id)
+            assert (caller.token.scopes, caller.token.models) == ({"usage"}, ("m",))
+            for header in (f"bearer {token.text}", f"BEARER {token.text}", f"Bearer   {token.text} "):
+                assert await known.authenticate(header) == caller
+
+    asyncio.run(run())
+
+
+def test_nothing_else_lets_anybody_in(place: Place) -> None:
+    async def run() -> None:
+        token = minted(place).text
+        wrong = [None, "", " ", "Bearer", "Bearer ", "Basic dXNlcjpwYXNz", "Token x", "Bearer x", "Bearer \xff\xfe"]
+        wrong += [token, f"Basic {token}", f"Bearer {token} {token}", f"Bearer {token[:-1]}", f"Bearer {new_token()}"]
+        async with directory(place) as (known, _):
+            for header in wrong:
+                with pytest.raises(Unauthenticated) as caught:
+                    await known.authenticate(header)
+                assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+                assert caught.value.headers["www-authenticate"] == "Bearer"
+                assert "octoai token create" in caught.value.message
+                assert token not in str(caught.value.body())
+
+    asyncio.run(run())
+
+
+def test_a_new_token_works_at_once(place: Place) -> None:
+    async def run() -> None:
+        async with directory(place) as (known, reader):
+            for delay in (0.0, 0.05):  # also where a look that began before is still under way
+                reader.delay = delay
+                for _ in range(5):
+                    looking = asyncio.create_task(known.refresh())
+                    await asyncio.sleep(0)
+                    assert (await entered(known, minted(place).text)).account.id == "default"
+                    await looking
+
+    asyncio.run(run())
+
+
+def test_a_revocation_by_another_is_seen_within_three_tenths_of_a_second(place: Place) -> None:
+    async def run() -> None:
+        token = minted(place)
+        async with directory(place) as (one, _), directory(place) as (other, _):
+            for known in (one, other):
+                await entered(known, token.text)
+            assert done(place, lambda db: tokens.revoke(db, token.id))
+            for known in (one, other):
+                assert await seconds_until(lambda known=known: entered(known, token.text)) < 0.35
+                assert "revoked" in await refused(known, token.text)
+
+    asyncio.run(run())
+
+
+def test_what_is_refreshed_after_a_change_has_it(place: Place) -> None:
+    """Also where a look is under way that began before it."""
+
+    async def run() -> None:
+        async with directory(place) as (known, reader):
+            reader.delay = 0.02
+            for _ in range(10):
+                token = minted(place)
+                await entered(known, token.text)
+                early = asyncio.create_task(known.refresh())
+                await asyncio.sleep(0.01)
+                done(place, lambda db, token=token: tokens.revoke(db, token.id))
+                await known.refresh()
+                await refused(known, token.text)
+                await early
+
+    asyncio.run(run())
+
+
+def test_a_flood_of_made_up_tokens_costs_forty_looks_a_second_at_most(place: Place) -> None:
+    async def run() -> None:
+        async with directory(place) as (known, reader):
+            token = minted(place)
+            before, began = reader.num_looks, time.monotonic()
+            num_refused = 0
+            while time.monotonic() < began + 1.0:
+                strangers = [new_token() for _ in range(100)]
+                answers = await asyncio.gather(*(entered(known, each) for each in strangers), return_exceptions=True)
+                assert all(isinstance(answer, Unauthenticated) for answer in answers)
+                num_refused += len(answers)
+            assert num_refused >= 1000
+            assert reader.num_looks - before <= 40
+            assert (await entered(known, token.text)).token.id == token.id
+
+    asyncio.run(run())
+
+
+def test_a_flood_of_malformed_tokens_costs_nothing(place: Place) -> None:
+    async def run() -> None:
+        async with directory(place) as (known, reader):
+            before, began = reader.num_looks, time.monotonic()
+            for number in range(10_000):
+                with pytest.raises(Unauthenticated):
+                    await known.authenticate(f"Bearer octoai_{number:038}")
+            own = (time.monotonic() - began) / 0.25 + 1
+            assert reader.num_looks - before <= own
+
+    asyncio.run(run())
+
+
+def test_a_known_token_needs_no_database(place: Place) -> None:
+    async def run() -> None:
+        token = minted(place)
+        async with directory(place) as (known, reader):
+            before, began = reader.num_looks, time.monotonic()
+            for _ in range(1000):
+                await entered(known, token.text)
+            assert reader.num_looks - before <= (time.monotonic() - began) / 0.25 + 1
+
+    asyncio.run(run())
+
+
+def test_expired_tokens_and_closed_accounts_are_refused(place: Place) -> None:
+    async def run() -> None:
+        done(place, lambda db: accounts.create(db, "acme"))
+        short, other = minted(place, expires_at=int(time.time()) + 2), minted(place, "acme")
+        async with directory(place) as (known, _):
+            await entered(known, short.text)
+            await entered(known, other.text)
+            done(place, lambda db: accounts.close(db, "acme"))
+            await known.refresh()
+            assert "closed" in await refused(known, other.text)
+            done(place, lambda db: accounts.reopen(db, "acme"))
+            await known.refresh()
+            await entered(known, other.text)
+            assert await seconds_until(lambda: entered(known, short.text)) < 2.1
+            assert "expired" in await refused(known, short.text)
+
+    asyncio.run(run())
+
+
+def test_changes_of_limits_are_taken_over(place: Place) -> None:
+    async def run() -> None:
+        token = minted(place)
+        async with directory(place) as (known, _):
+            caller = await entered(known, token.text)
+            assert not (caller.is_limited or caller.needs_prompt_tokens)
+            done(place, lambda db: tokens.update(db, token.id, {"completion_tokens_per_minute": 9}))
+            done(place, lambda db: accounts.update(db, "default", limits={"completion_tokens_per_minute": 7}))
+            await known.refresh()
+            caller = await entered(known, token.text)
+            assert (caller.is_limited, caller.max_completion_tokens) == (True, 7)
+            done(place, lambda db: accounts.update(db, "default", is_prepaid=True))
+            await known.refresh()
+            assert (await entered(known, token.text)).needs_prompt_tokens
+
+    asyncio.run(run())
+
+
+def test_while_the_database_is_away_known_tokens_stay_good_for_so_long(place: Place) -> None:
+    async def run() -> None:
+        token = minted(place)
+        now = 0.0
+        async with directory(place, away_seconds=60.0, clock=lambda: now) as (known, reader):
+            await entered(known, token.text)
+            new = minted(place)
+            reader.is_away = True
+            with pytest.raises(Unavailable) as caught:
+                await entered(known, new.text)
+            assert (caught.value.status, caught.value.code) == (503, "database_away")
+            for now in (1.0, 59.0):  # noqa: B007  # the clock reads it
+                await entered(known, token.text)
+                looks = reader.num_looks
+                with pytest.raises(Unavailable):
+                    await entered(known, new_token())
+                assert reader.num_looks == looks  # nobody waits for what is known to be away
+            await refused(known, "octoai_nonsense")
+            now = 61.0
+            with pytest.raises(Unavailable, match="database"):
+                await entered(known, token.text)
+            reader.is_away = False
+            await known.refresh()
+            for each in (token, new):
+                await entered(known, each.text)
+            await refused(known, new_token())
+
+    asyncio.run(run())
+
+
+def test_with_no_time_at_all_everybody_is_refused_only_while_it_is_away(place: Place) -> None:
+    async def run() -> None:
+        token = minted(place)
+        async with directory(place, away_seconds=0.0) as (known, reader):
+            await asyncio.sleep(0.1)
+            await entered(known, token.text)
+            reader.is_away = True
+            await asyncio.sleep(0.4)
+            with pytest.raises(Unavailable):
+                await entered(known, token.text)
+            reader.is_away = False
+            await asyncio.sleep(0.4)
+            await entered(known, token.text)
+
+    asyncio.run(run())
+
+
+def test_a_price_set_by_another_is_known_soon(place: Place) -> None:
+    async def run() -> None:
+        model = Catalogue.load()["smollm2-135m-instruct"]
+        async with directory(place) as (known, _):
+            assert known.prices.of(model.id, 2**60) is None
+            now_us = time.time_ns() // 1000
+            done(place, lambda db: prices.set_price(db, model, Price(3, 2, 1), None, now_us))
+            await asyncio.sleep(0.4)
+            row = known.prices.of(model.id, now_us)
+            assert row is not None
+            assert (row.input_nanos, row.cached_input_nanos, row.output_nanos) == (3, 2, 1)
+            assert known.prices.of(model.id, now_us - 1) is None
+
+    asyncio.run(run())

@@ -1,0 +1,222 @@
+"""Streams that their clients leave, in every way there is: what is billed is what the engine wrote."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octoai.server.store import Place, connect, requests
+from octoai.server.store.audit import verify
+from octoai.server.store.requests import RequestRow
+from tests.load.accounts import Books
+from tests.load.clients import Leave, Load, Request, Target, Told, leaving
+from tests.load.places import serve
+from tests.load.sdks import leave_all
+from tests.load.upstream import MODEL, Order, Upstream, Written
+from tests.running import Serve
+from tests.server.test_end_to_end import CHAT, Client
+from tests.server.test_engine_failures import Raw, is_ready
+from tests.talking import until
+
+
+@pytest.fixture
+def service(upstream: Upstream, tmp_path: Path) -> Iterator[Serve]:
+    running = serve(tmp_path, upstream)
+    yield running
+    running.stop(signal.SIGKILL)
+
+
+def target_of(service: Serve) -> Target:
+    return Target(service.url, service.token, MODEL)
+
+
+def left_over_sockets(service: Serve, numbers: range) -> list[Told]:
+    load = Load(target_of(service), leaving, numbers=itertools.count(numbers.start), total=len(numbers))
+    return load.start().join()
+
+
+def left_by_sdks(service: Serve, numbers: range) -> list[Told]:
+    requests = [
+        Request(
+            Order(number, num_tokens=3000, pace=0.01, pause_after=number % 7 + 1, pause_seconds=number % 3),
+            leave=Leave(tokens=number % 20 + 1),
+        )
+        for number in numbers
+    ]
+    return leave_all(target_of(service), requests)
+
+
+def differences(books: Books, told: Sequence[Told], written: Mapping[int, Written]) -> list[str]:
+    """Of requests whose id is known: every one, whether a byte of its answer came or not."""
+    found = []
+    for each in told:
+        rows = books.by_request_id.get(each.request_id or f"left-{each.number}", [])
+        wrote = written.get(each.number, Written())
+        billed = sum(row.completion_tokens for row in rows)
+        if len(rows) > 1 or billed != wrote.completion_tokens:
+            found.append(f"{each.number} {each.how}: {billed} billed, {wrote.completion_tokens} written")
+    return found
+
+
+def is_idle(upstream: Upstream, service: Serve) -> bool:
+    with closing(connect(Place(service.data_dir))) as db:
+        num_open = db.row("SELECT COUNT(*) FROM requests WHERE status = 'open'")
+    return num_open == (0,) and not any(each.num_open for each in upstream.written().values())
+
+
+def all_left(upstream: Upstream, service: Serve, over_sockets: int, by_sdks: int) -> None:
+    told = left_over_sockets(service, range(over_sockets))
+    told += left_by_sdks(service, range(over_sockets, over_sockets + by_sdks))
+    time.sleep(0.3)
+    until(lambda: is_idle(upstream, service), 10)
+    books, written = Books.read(Place(service.data_dir)), upstream.written()
+    assert differences(books, told, written) == []
+    assert all(row.status == "settled" and row.cost_nanos == row.worth_nanos for row in books.rows)
+    assert sum(each.completion_tokens > 0 for each in written.values()) > len(told) / 2
+
+
+def test_what_was_left_is_billed_to_the_token(upstream: Upstream, service: Serve) -> None:
+    all_left(upstream, service, 160, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_thousand_that_were_left_are_billed_to_the_token(upstream: Upstream, service: Serve) -> None:
+    all_left(upstream, service, 800, 200)
+
+
+def test_several_choices_at_once_that_were_left_are_billed_to_the_token(upstream: Upstream, service: Serve) -> None:
+    def several(number: int) -> Request:
+        return Request(
+            Order(number, num_tokens=3000, pace=0.005),
+            n=3,
+            leave=Leave(tokens=number % 30 + 1),
+            headers={"x-request-id": f"left-{number}"},
+        )
+
+    told = Load(target_of(service), several, numbers=itertools.count(), total=60).start().join()
+    until(lambda: is_idle(upstream, service), 10)
+    assert differences(Books.read(Place(service.data_dir)), told, upstream.written()) == []
+
+
+def test_an_engine_that_breaks_off_is_paid_for_what_it_wrote(upstream: Upstream, service: Serve) -> None:
+    def breaking(number: int) -> Request:
+        return Request(Order(number, pace=0.001, breaks_after=number), stream=number % 2 == 0)
+
+    told = Load(target_of(service), breaking, numbers=itertools.count(1), total=40).start().join()
+    until(lambda: is_idle(upstream, service), 10)
+    books, written = Books.read(Place(service.data_dir)), upstream.written()
+    assert {each.status for each in told} == {200, 502}
+    assert sorted(row.completion_tokens for row in books.rows) == sorted(
+        each.completion_tokens for each in written.values()
+    )
+    assert {row.outcome for row in books.rows} == {"failed", "finished"}
+
+
+# The real engine
+
+
+def rows_of(service: Serve, ids: Sequence[str]) -> list[RequestRow | None]:
+    with closing(connect(Place(service.data_dir))) as db:
+        verify(db)
+        return [requests.find(db, request_id) for request_id in ids]
+
+
+def begun(client: Client, chance: random.Random) -> Raw:
+    stream = Raw(client, {**CHAT, "max_tokens": 400, "ignore_eos": True, "stream": True})
+    stream.read_until(b'"content":"', 60)
+    with suppress(TimeoutError):
+        stream.read_until(b"never said", chance.uniform(0, 0.4))
+    return stream
+
+
+def request_id(stream: Raw) -> str:
+    (line,) = (line for line in stream.received.split(b"\r\n") if line.startswith(b"x-request-id: "))
+    return line.partition(b": ")[2].decode()
+
+
+def seen(stream: Raw) -> int:
+    """Every token that had a text of its own."""
+    said = [
+        json.loads(line[6:])
+        for line in stream.received.split(b"\n")
+        if line.startswith(b"data: {") and line[-1:] == b"}"
+    ]
+    return sum(bool(each["choices"][0]["delta"].get("content")) for each in said if "choices" in each)
+
+
+@pytest.mark.model
+def test_what_was_left_of_the_real_engine_is_what_its_clients_had_and_little_more(served: Serve) -> None:
+    client, chance = Client(served), random.Random()
+    streams = []
+    for _ in range(20):
+        four = [begun(client, chance) for _ in range(4)]
+        for stream in four:
+            stream.socket.close()
+        streams += four
+    ids = [request_id(stream) for stream in streams]
+    until(lambda: all(row and row.status == "settled" for row in rows_of(served, ids)), 10)
+    for stream, row in zip(streams, rows_of(served, ids), strict=True):
+        assert row is not None
+        assert row.prompt_tokens > 0
+        assert seen(stream) <= row.completion_tokens <= seen(stream) + 60, "more than a second of tokens"
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_requests_whose_engine_was_killed_are_billed_by_what_it_had_generated(
+    embedded_model: Path, tmp_path: Path
+) -> None:
+    service = Serve(tmp_path)
+    client, chance = Client(service), random.Random()
+    for _ in range(3):
+        until(lambda: is_ready(client), 30)
+        streams = [begun(client, chance) for _ in range(3)]
+        (engine,) = service.children()
+        os.kill(engine, signal.SIGKILL)
+        answers = [stream.read_to_the_end() for stream in streams]
+        assert all(b"engine_failed" in answer for answer in answers)
+        ids = [request_id(stream) for stream in streams]
+        until(lambda ids=ids: all(row and row.status == "settled" for row in rows_of(service, ids)), 10)
+        for stream, row in zip(streams, rows_of(service, ids), strict=True):
+            assert row is not None
+            assert row.outcome == "failed"
+            assert seen(stream) <= row.completion_tokens <= seen(stream) + 5
+    until(lambda: is_ready(client), 30)
+    assert client.chat()["usage"]["completion_tokens"] == 12
+    assert service.run("ledger", "verify").returncode == 0
+    service.stop(signal.SIGKILL)
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_a_service_killed_with_the_real_engine_bills_what_its_clients_had(embedded_model: Path, tmp_path: Path) -> None:
+    chance = random.Random()
+    for _ in range(2):
+        service = Serve(tmp_path)
+        streams = [begun(Client(service), chance) for _ in range(4)]
+        had = [seen(stream) for stream in streams]
+        for stream in streams:  # a second later, with what came meanwhile
+            with suppress(TimeoutError):
+                stream.read_until(b"never said", 0.3)
+        service.stop(signal.SIGKILL)
+        service = Serve(tmp_path)
+        for stream, before, row in zip(
+            streams, had, rows_of(service, [request_id(each) for each in streams]), strict=True
+        ):
+            stream.read_to_the_end()
+            assert row is not None
+            assert row.status == "interrupted"
+            assert before <= row.completion_tokens <= seen(stream) + 60
+        assert service.run("ledger", "verify").returncode == 0
+        service.stop(signal.SIGKILL)

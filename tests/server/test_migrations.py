@@ -1,0 +1,195 @@
+"""Migrations: done once whoever comes first, whole or not at all, and nothing that was there is lost by them."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from octoai.server.store import Place, StoreError, connect
+from octoai.server.store.schema import MIGRATIONS
+from octoai.server.store.sqlite import FILENAME, NUM_BACKUPS
+
+SCHEMA_1 = """
+CREATE TABLE tokens (
+    id          TEXT PRIMARY KEY,
+    account     TEXT NOT NULL,
+    name        TEXT NOT NULL,
+    hash        {blob} NOT NULL UNIQUE,
+    hint        TEXT NOT NULL,
+    created_at  {integer} NOT NULL,
+    revoked_at  {integer}
+)
+"""
+OLD_TOKENS = [
+    ("tok_1", "default", "bootstrap", b"\x01" * 32, "octoai_aaaa…bbbb", 1_700_000_000, None),
+    ("tok_2", "default", "laptop", b"\x02" * 32, "octoai_cccc…dddd", 1_700_000_001, None),
+    ("tok_3", "other", "gone", b"\x03" * 32, "octoai_eeee…ffff", 1_700_000_002, 1_700_000_003),
+]
+PROGRAM = """
+import os, sys, time
+from itertools import islice
+from pathlib import Path
+from octoai.server.store import Place, connect, postgres, schema, sqlite
+place = Place(Path(sys.argv[1]), sys.argv[2] or None)
+"""
+MEET = PROGRAM + "time.sleep(max(0, float(sys.argv[3]) - time.time())); connect(place).close()"
+DIE = (
+    PROGRAM
+    + """
+def dying(migration, database):
+    yield from islice(schema.statements(migration, database), 5)
+    os._exit(9)
+postgres.statements = sqlite.statements = dying
+connect(place)
+"""
+)
+
+
+def command(program: str, place: Place, *more: str) -> list[str]:
+    return [sys.executable, "-c", program, str(place.data_dir), place.url or "", *more]
+
+
+def old_database(place: Place) -> None:
+    """With tokens in it, as version 1.12.0 left it (which knew SQLite only)."""
+    if place.url is None:
+        place.data_dir.mkdir(mode=0o700)
+        (place.data_dir / FILENAME).touch(mode=0o600)
+        raw = sqlite3.connect(place.data_dir / FILENAME, isolation_level=None)
+        raw.execute(SCHEMA_1.format(blob="BLOB", integer="INTEGER") + "STRICT")
+        raw.execute("PRAGMA user_version = 1")
+        raw.executemany("INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, ?)", OLD_TOKENS)
+        raw.close()
+        return
+    with psycopg.connect(place.url) as connection:
+        connection.execute(SCHEMA_1.format(blob="BYTEA", integer="BIGINT").encode())
+        connection.execute("CREATE TABLE schema_version (version BIGINT NOT NULL)")
+        connection.execute("INSERT INTO schema_version VALUES (1)")
+        connection.cursor().executemany("INSERT INTO tokens VALUES (%s, %s, %s, %s, %s, %s, %s)", OLD_TOKENS)
+
+
+def version(place: Place) -> int:
+    connection = connect(place, migrate=False)
+    found = connection.row("PRAGMA user_version" if place.url is None else "SELECT version FROM schema_version")
+    connection.close()
+    assert found is not None
+    return int(found[0])
+
+
+def tables(place: Place) -> set[str]:
+    connection = connect(place, migrate=False)
+    lists = {True: "SELECT name FROM sqlite_schema WHERE type = 'table'", False: "SELECT tablename FROM pg_tables"}
+    names = {str(name) for (name,) in connection.rows(lists[place.url is None])}
+    connection.close()
+    return names
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_tokens_of_the_first_schema_are_kept(place: Place) -> None:
+    old_database(place)
+    connection = connect(place)
+    columns = "id, account, name, hash, hint, created_at, revoked_at"
+    assert connection.rows(f"SELECT {columns} FROM tokens ORDER BY id") == OLD_TOKENS
+    scopes = dict(connection.rows("SELECT name, scopes FROM tokens"))
+    assert set(scopes["bootstrap"].split()) == {"inference", "usage", "admin"}
+    assert set(scopes["laptop"].split()) == {"inference", "usage"}
+    assert connection.rows("SELECT id FROM accounts ORDER BY id") == [("default",), ("other",)]
+    connection.close()
+    assert version(place) == len(MIGRATIONS)
+
+
+def test_migrating_a_migrated_database_changes_nothing(place: Place) -> None:
+    for _ in range(2):
+        connect(place).close()
+        assert version(place) == len(MIGRATIONS)
+
+
+@pytest.mark.parametrize("start", ["empty", "old"])
+def test_a_migration_that_fails_changes_nothing_and_the_next_start_completes_it(
+    place: Place, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect(place, migrate=False).close() if start == "empty" else old_database(place)
+    before = tables(place)
+
+    def failing(migration: str, database: str) -> Iterator[str]:
+        yield "CREATE TABLE halfway (id INTEGER)"
+        raise RuntimeError("in the middle")
+
+    with monkeypatch.context() as patched:
+        for module in ("sqlite", "postgres"):
+            patched.setattr(f"octoai.server.store.{module}.statements", failing)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            connect(place)
+    assert tables(place) == before
+    connect(place).close()
+    assert version(place) == len(MIGRATIONS)
+
+
+def test_a_process_that_dies_while_migrating_leaves_the_database_as_it_was(place: Place) -> None:
+    old_database(place)
+    before = tables(place)
+    assert subprocess.run(command(DIE, place), timeout=30, check=False).returncode == 9
+    assert tables(place) == before
+    connection = connect(place)
+    assert len(connection.rows("SELECT id FROM tokens")) == len(OLD_TOKENS)
+    connection.close()
+
+
+@pytest.mark.parametrize("start", ["empty", "old"])
+def test_processes_that_come_at_the_same_moment_migrate_it_once(place: Place, start: str) -> None:
+    if start == "old":
+        old_database(place)
+    moment = str(time.time() + 1.0)
+    processes = [subprocess.Popen(command(MEET, place, moment), stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    errors = [process.communicate(timeout=30)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+    assert version(place) == len(MIGRATIONS)
+    backups = list(place.data_dir.glob("*.backup.db"))
+    assert bool(backups) == (start == "old" and place.url is None)
+    for backup in backups:
+        assert sqlite3.connect(backup).execute("PRAGMA user_version").fetchone() == (1,)
+
+
+def test_a_newer_database_is_not_touched(place: Place) -> None:
+    connection = connect(place)
+    newer = "PRAGMA user_version = 99" if place.url is None else "UPDATE schema_version SET version = 99"
+    connection.execute(newer)
+    connection.close()
+    with pytest.raises(StoreError, match=r"newer version.*99"):
+        connect(place)
+
+
+def test_only_the_owner_can_read_the_file_and_its_backup(tmp_path: Path) -> None:
+    place = Place(tmp_path / "data")
+    old_database(place)
+    connection = connect(place)
+    connection.execute("INSERT INTO versions VALUES ('tests', 7)")
+    files = list(place.data_dir.iterdir())
+    assert len(files) >= 3  # the write-ahead log is as secret as the rest
+    assert {mode(file) for file in files} == {0o600}
+    connect(Place(tmp_path / "new")).close()
+    assert (mode(tmp_path / "new"), mode(tmp_path / "new" / FILENAME)) == (0o700, 0o600)
+    connection.close()
+
+
+def test_the_old_database_is_kept_beside_the_migrated_one(tmp_path: Path) -> None:
+    place = Place(tmp_path / "data")
+    old_database(place)
+    for number in range(NUM_BACKUPS + 2):
+        (place.data_dir / f"octoai-schema1-20200101T00000{number}Z.backup.db").touch()
+    connect(place).close()
+    backups = sorted(place.data_dir.glob("*.backup.db"))
+    assert len(backups) == NUM_BACKUPS
+    copy = sqlite3.connect(backups[-1])
+    assert copy.execute("SELECT * FROM tokens ORDER BY id").fetchall() == OLD_TOKENS
+    copy.close()
