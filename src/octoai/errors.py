@@ -3,6 +3,7 @@
     ApiError
     ├── BadRequestError             400
     ├── AuthenticationError         401
+    ├── InsufficientQuotaError      402
     ├── PermissionDeniedError       403
     ├── NotFoundError               404
     ├── ConflictError               409
@@ -108,6 +109,10 @@ class AuthenticationError(ApiError):
     """401: no token, or one the service does not know."""
 
 
+class InsufficientQuotaError(ApiError):
+    """402: credit, or a month's budget, does not cover this request. No retry helps."""
+
+
 class PermissionDeniedError(ApiError):
     """403: the token is known, and this is not for it."""
 
@@ -130,7 +135,7 @@ class UnprocessableEntityError(ApiError):
 
 
 class RateLimitError(ApiError):
-    """429: too many requests, or credit used up; `retry_after` is the service's own estimate in seconds."""
+    """429: too many requests or tokens; `retry_after` is the service's own estimate in seconds."""
 
 
 class ServerError(ApiError):
@@ -196,6 +201,7 @@ def status_class(status: int) -> type[ApiError]:
 _BY_STATUS: dict[int, type[ApiError]] = {
     400: BadRequestError,
     401: AuthenticationError,
+    402: InsufficientQuotaError,
     403: PermissionDeniedError,
     404: NotFoundError,
     409: ConflictError,

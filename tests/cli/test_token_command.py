@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import http.client
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from octoai.cli import main
+from octoai.cli.token import SCOPES
+from octoai.server import tokens
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.tokens import is_well_formed
 from tests.running import InProcess
+from tests.talking import ask
+
+# How long a service may take to see what another process has changed.
+SEEN_SECONDS = 0.4
 
 
 def octoai(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -26,12 +34,7 @@ def octoai(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def status_of(service: InProcess, token: str) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=5)
-    try:
-        connection.request("GET", "/v1/models", headers={"authorization": f"Bearer {token}"})
-        return connection.getresponse().status
-    finally:
-        connection.close()
+    return ask(service, "/v1/models", authorization=f"Bearer {token}")[0]
 
 
 def test_tokens_are_made_listed_and_revoked_while_the_service_runs(
@@ -52,18 +55,101 @@ def test_tokens_are_made_listed_and_revoked_while_the_service_runs(
     assert listed.returncode == 0
     assert token not in listed.stdout
     assert token[7:39] not in listed.stdout
-    (row,) = [line for line in listed.stdout.splitlines() if "my laptop" in line]
-    assert "active" in row
+    (row,) = [line for line in listed.stdout.splitlines() if line.endswith("my laptop")]
+    assert row.split()[1:6] == ["default", f"{token[:11]}…{token[-4:]}", "inference,usage", "all", "active"]
     token_id = row.split()[0]
     assert token_id in made.stderr
 
     revoked = octoai("token", "revoke", token_id, *place)
+    time.sleep(SEEN_SECONDS)
     assert (revoked.returncode, status_of(service, token)) == (0, 401)
-    assert "revoked" in octoai("token", "list", *place).stdout.split("my laptop")[0].splitlines()[-1]
+    (row,) = [line for line in octoai("token", "list", *place).stdout.splitlines() if line.endswith("my laptop")]
+    assert "revoked" in row
     again = octoai("token", "revoke", token_id, *place)
     assert again.returncode == 1
     assert re.fullmatch(r"octoai: .*token list.*\n", again.stderr)
     assert status_of(service, service.token) == 200
+
+
+Octoai = Callable[..., str]
+
+
+@pytest.fixture
+def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Octoai:
+    """What a command prints, or the one line in which it says what is wrong."""
+
+    def run(*arguments: str, status: int = 0) -> str:
+        assert main([*arguments, "--data-dir", str(tmp_path / "data")]) == status
+        said = capsys.readouterr()
+        if status == 0:
+            return said.out
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert said.err.startswith("octoai: ")
+        return said.err
+
+    return run
+
+
+def listed(told: Octoai, *options: str) -> list[dict[str, Any]]:
+    rows = json.loads(told("token", "list", "--json", *options))
+    assert isinstance(rows, list)
+    return rows
+
+
+def test_a_token_is_made_as_asked_and_changed_as_asked(told: Octoai) -> None:
+    told("account", "create", "acme")
+    text = told(
+        *("token", "create", "--name", "ci", "--account", "acme", "--scope", "usage", "--scope", "admin"),
+        *("--model", "a", "--model", "b", "--expires", "30d", "--hard-budget", "2.5", "--requests-per-minute", "3"),
+    )
+    assert is_well_formed(text.strip())
+    (row,) = listed(told)
+    assert (row["account"], row["name"], row["scopes"], row["models"]) == ("acme", "ci", ["admin", "usage"], ["a", "b"])
+    assert row["expires_at"] == pytest.approx(time.time() + 30 * 86400, abs=10)
+    assert (row["hard_budget"], row["requests_per_minute"], row["soft_budget"]) == ("2.50", 3, None)
+    changes = ("--model", "none", "--expires", "none", "--hard-budget", "none", "--name", "cd", "--scope", "inference")
+    told("token", "update", row["id"], *changes)
+    changed = {"models": None, "expires_at": None, "hard_budget": None, "name": "cd", "scopes": ["inference"]}
+    assert listed(told) == [row | changed]
+    told("token", "update", row["id"])
+    told("token", "update", row["id"], "--expires", "2999-12-31T23:59:59Z")
+    assert listed(told) == [row | changed | {"expires_at": 32503679999}]
+
+
+def test_tokens_are_listed_by_account_with_what_became_of_them(told: Octoai) -> None:
+    for account in ("acme", "beta"):
+        told("account", "create", account)
+        told("token", "create", "--name", f"of {account}", "--account", account)
+    told("account", "close", "beta")
+    rows = {line.rsplit("of ")[-1]: line for line in told("token", "list").splitlines()[1:]}
+    assert "active" in rows["acme"]
+    assert "account closed" in rows["beta"]
+    assert [row["name"] for row in listed(told, "--account", "acme")] == ["of acme"]
+
+
+WRONG = [
+    (("create", "--name", ""), "name"),
+    (("create", "--name", "x", "--account", "nobody"), "nobody"),
+    (("create", "--name", "x", "--model", ""), "models"),
+    (("create", "--name", "x", "--expires", "2020-01-01"), "expires_at"),
+    (("create", "--name", "x", "--expires", "0d"), "expires_at"),
+    (("create", "--name", "x", "--expires", "soon"), "--expires"),
+    (("create", "--name", "x", "--hard-budget", "much"), "--hard-budget"),
+    (("list", "--account", "nobody"), "nobody"),
+    (("update", "tok_1", "--name", "x"), "tok_1"),
+    (("revoke", "tok_1"), "tok_1"),
+    (("revoke", "\udcff"), "token list"),
+]
+
+
+def test_what_is_wrong_is_one_line(told: Octoai) -> None:
+    for arguments, said in WRONG:
+        assert said in told("token", *arguments, status=1), arguments
+    assert listed(told) == []
+
+
+def test_the_scopes_offered_are_those_there_are() -> None:
+    assert SCOPES == tokens.SCOPES
 
 
 def test_the_data_directory_may_come_from_the_environment(tmp_path: Path) -> None:
@@ -95,7 +181,11 @@ def test_help_is_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["token"], ["token", "create"], ["serve", "--port", "x"], ["serve", "--nothing"]]
+    "arguments",
+    [
+        *([], ["fly"], ["token"], ["token", "create"], ["serve", "--port", "x"], ["serve", "--nothing"]),
+        ["token", "create", "--name", "x", "--scope", "root"],
+    ],
 )
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -120,7 +210,9 @@ raise SystemExit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("arguments", [("serve",), ("pull", "smollm2"), ("--help",), ("token", "list"), ("models",)])
+@pytest.mark.parametrize(
+    "arguments", [("serve",), ("pull", "smollm2"), ("--help",), ("token", "list"), ("models",), ("price", "list")]
+)
 def test_without_the_server_extra_a_command_works_or_says_what_to_install(
     arguments: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from octoai import (
     ChatMessage,
     ConfigurationError,
     ConflictError,
+    InsufficientQuotaError,
     InternalServerError,
     NotFoundError,
     PermissionDeniedError,
@@ -129,6 +130,7 @@ def test_a_callable_token_is_asked_at_every_request(api: Any, echo: Server) -> N
 CLASSES = {
     400: BadRequestError,
     401: AuthenticationError,
+    402: InsufficientQuotaError,
     403: PermissionDeniedError,
     404: NotFoundError,
     409: ConflictError,

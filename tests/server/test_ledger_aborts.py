@@ -7,22 +7,19 @@ import json
 import os
 import random
 import signal
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from octoai.server.store import Place, connect, requests
 from octoai.server.store.audit import verify
 from octoai.server.store.requests import RequestRow
-from tests.load.accounts import Books
-from tests.load.clients import Leave, Load, Request, Target, Told, leaving
+from tests.load.aborts import differences, left, settled, target_of
+from tests.load.clients import Leave, Load, Request
 from tests.load.places import serve
-from tests.load.sdks import leave_all
-from tests.load.upstream import MODEL, Order, Upstream, Written
+from tests.load.upstream import Order, Upstream
 from tests.running import Serve
 from tests.server.test_end_to_end import CHAT, Client
 from tests.server.test_engine_failures import Raw, is_ready
@@ -36,63 +33,23 @@ def service(upstream: Upstream, tmp_path: Path) -> Iterator[Serve]:
     running.stop(signal.SIGKILL)
 
 
-def target_of(service: Serve) -> Target:
-    return Target(service.url, service.token, MODEL)
-
-
-def left_over_sockets(service: Serve, numbers: range) -> list[Told]:
-    load = Load(target_of(service), leaving, numbers=itertools.count(numbers.start), total=len(numbers))
-    return load.start().join()
-
-
-def left_by_sdks(service: Serve, numbers: range) -> list[Told]:
-    requests = [
-        Request(
-            Order(number, num_tokens=3000, pace=0.01, pause_after=number % 7 + 1, pause_seconds=number % 3),
-            leave=Leave(tokens=number % 20 + 1),
-        )
-        for number in numbers
-    ]
-    return leave_all(target_of(service), requests)
-
-
-def differences(books: Books, told: Sequence[Told], written: Mapping[int, Written]) -> list[str]:
-    """Of requests whose id is known: every one, whether a byte of its answer came or not."""
-    found = []
-    for each in told:
-        rows = books.by_request_id.get(each.request_id or f"left-{each.number}", [])
-        wrote = written.get(each.number, Written())
-        billed = sum(row.completion_tokens for row in rows)
-        if len(rows) > 1 or billed != wrote.completion_tokens:
-            found.append(f"{each.number} {each.how}: {billed} billed, {wrote.completion_tokens} written")
-    return found
-
-
-def is_idle(upstream: Upstream, service: Serve) -> bool:
-    with closing(connect(Place(service.data_dir))) as db:
-        num_open = db.row("SELECT COUNT(*) FROM requests WHERE status = 'open'")
-    return num_open == (0,) and not any(each.num_open for each in upstream.written().values())
-
-
-def all_left(upstream: Upstream, service: Serve, over_sockets: int, by_sdks: int) -> None:
-    told = left_over_sockets(service, range(over_sockets))
-    told += left_by_sdks(service, range(over_sockets, over_sockets + by_sdks))
-    time.sleep(0.3)
-    until(lambda: is_idle(upstream, service), 10)
-    books, written = Books.read(Place(service.data_dir)), upstream.written()
+def all_left(upstream: Upstream, service: Serve, *, over_sockets: int, by_sdks: int) -> None:
+    told = left(service, over_sockets=over_sockets, by_sdks=by_sdks)
+    books, written = settled(service, upstream)
     assert differences(books, told, written) == []
     assert all(row.status == "settled" and row.cost_nanos == row.worth_nanos for row in books.rows)
     assert sum(each.completion_tokens > 0 for each in written.values()) > len(told) / 2
+    assert service.run("ledger", "verify").returncode == 0
 
 
 def test_what_was_left_is_billed_to_the_token(upstream: Upstream, service: Serve) -> None:
-    all_left(upstream, service, 160, 40)
+    all_left(upstream, service, over_sockets=160, by_sdks=40)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_thousand_that_were_left_are_billed_to_the_token(upstream: Upstream, service: Serve) -> None:
-    all_left(upstream, service, 800, 200)
+    all_left(upstream, service, over_sockets=800, by_sdks=200)
 
 
 def test_several_choices_at_once_that_were_left_are_billed_to_the_token(upstream: Upstream, service: Serve) -> None:
@@ -105,8 +62,8 @@ def test_several_choices_at_once_that_were_left_are_billed_to_the_token(upstream
         )
 
     told = Load(target_of(service), several, numbers=itertools.count(), total=60).start().join()
-    until(lambda: is_idle(upstream, service), 10)
-    assert differences(Books.read(Place(service.data_dir)), told, upstream.written()) == []
+    books, written = settled(service, upstream)
+    assert differences(books, told, written) == []
 
 
 def test_an_engine_that_breaks_off_is_paid_for_what_it_wrote(upstream: Upstream, service: Serve) -> None:
@@ -114,8 +71,7 @@ def test_an_engine_that_breaks_off_is_paid_for_what_it_wrote(upstream: Upstream,
         return Request(Order(number, pace=0.001, breaks_after=number), stream=number % 2 == 0)
 
     told = Load(target_of(service), breaking, numbers=itertools.count(1), total=40).start().join()
-    until(lambda: is_idle(upstream, service), 10)
-    books, written = Books.read(Place(service.data_dir)), upstream.written()
+    books, written = settled(service, upstream)
     assert {each.status for each in told} == {200, 502}
     assert sorted(row.completion_tokens for row in books.rows) == sorted(
         each.completion_tokens for each in written.values()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from octoai.server.prices import BadPrice
 from octoai.server.store import Connection, Place, connect
 from octoai.server.store import prices as table
 from octoai.server.store.prices import PriceRow
+from tests.postgres import PostgresServer
 from tests.running import InProcess
 from tests.talking import ask
 
@@ -201,19 +203,18 @@ def test_a_price_to_come_is_announced_and_models_show_the_one_in_force(in_proces
     assert stood_in["input_usd_per_million"] == "0.10"
 
 
-def test_pricing_works_while_the_database_is_away(place: Place, request: pytest.FixtureRequest) -> None:
-    if place.url is None:
-        pytest.skip("a file is not away")
-    service = InProcess(ScriptedEngine(), place.data_dir, url=place.url)
-    server = request.getfixturevalue("postgres_server")
+def test_pricing_works_while_the_database_is_away(
+    postgres_server: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    service = InProcess(ScriptedEngine(), tmp_path, url=postgres_url)
     try:
-        server.stop("immediate")
+        postgres_server.stop("immediate")
         try:
             assert len(listed(service, authorization="")["data"]) > 5
             status, headers, text = ask(service, "/v1/admin/prices")
             assert (status, json.loads(text)["error"]["code"]) == (503, "database_away")
             assert int(headers["retry-after"]) >= 1
         finally:
-            server.start()
+            postgres_server.start()
     finally:
         service.close()

@@ -11,10 +11,13 @@ FinishReason = Union[Literal["stop", "length", "tool_calls", "content_filter", "
 
 
 class UsageStats(Record):
-    """Tokens, as the engine counted them."""
+    """Tokens, as the engine counted them. `cost` is in US dollars, as an exact decimal; `prompt_tokens_details` says
+    how many tokens of the prompt were found in a cache (`cached_tokens`)."""
 
     completion_tokens: int
+    cost: Optional[str] = None
     prompt_tokens: int
+    prompt_tokens_details: Optional[dict[str, int]] = None
     total_tokens: int
 
 

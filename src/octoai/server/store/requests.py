@@ -218,10 +218,8 @@ def _room(db: Connection, ended: RequestRow, owed: int, due: list[Entry], now_us
     at_us, most = ended.settled_us or 0, 0
     held = reservations.close(db, ended.id, ended.prompt_tokens, ended.completion_tokens, now_us)
     if held is not None:
-        at_us, most = (
-            max(at_us, held.at_us),
-            held.nanos,
-        )  # never in a month before the one whose budget it was held from
+        at_us = max(at_us, held.at_us)  # never in a month before the one whose budget it was held from
+        most = held.nanos
     if owed > most:
         post(db, due)  # what is left depends on them
         due.clear()

@@ -42,8 +42,8 @@ MIGRATIONS = (
         revoked_at  INTEGER
     ) {strict};
     """,
-    f"""
-    CREATE TABLE versions (name TEXT PRIMARY KEY, value INTEGER NOT NULL) {{strict}};
+    """
+    CREATE TABLE versions (name TEXT PRIMARY KEY, value INTEGER NOT NULL) {strict};
     INSERT INTO versions VALUES ('directory', 1);
 
     CREATE TABLE accounts (
@@ -51,28 +51,28 @@ MIGRATIONS = (
         name        TEXT NOT NULL,
         plan        TEXT NOT NULL,
         is_prepaid  INTEGER NOT NULL,
-        {_LIMITS}
+        {limits}
         created_at  INTEGER NOT NULL,
         closed_at   INTEGER,
         version     INTEGER NOT NULL
-    ) {{strict}};
+    ) {strict};
 
     ALTER TABLE tokens RENAME TO old_tokens;
     CREATE TABLE tokens (
         id            TEXT PRIMARY KEY,
         account       TEXT NOT NULL REFERENCES accounts (id),
         name          TEXT NOT NULL,
-        hash          {{blob}} NOT NULL UNIQUE,
+        hash          {blob} NOT NULL UNIQUE,
         hint          TEXT NOT NULL,
         scopes        TEXT NOT NULL,
         models        TEXT,
-        {_LIMITS}
+        {limits}
         created_at    INTEGER NOT NULL,
         expires_at    INTEGER,
         revoked_at    INTEGER,
         last_used_at  INTEGER,
         version       INTEGER NOT NULL
-    ) {{strict}};
+    ) {strict};
     INSERT INTO accounts (id, name, plan, is_prepaid, created_at, version)
         SELECT DISTINCT account, account, 'unlimited', 0, 0, 1 FROM old_tokens;
     INSERT INTO tokens (id, account, name, hash, hint, scopes, created_at, revoked_at, version)
@@ -91,7 +91,7 @@ MIGRATIONS = (
         origin              TEXT NOT NULL,
         version             INTEGER NOT NULL,
         PRIMARY KEY (model, valid_from_us)
-    ) {{strict}};
+    ) {strict};
 
     CREATE TABLE requests (
         id                  TEXT PRIMARY KEY,
@@ -115,7 +115,7 @@ MIGRATIONS = (
         journal             TEXT NOT NULL,
         is_reserved         INTEGER NOT NULL,
         lease_us            INTEGER NOT NULL
-    ) {{strict}};
+    ) {strict};
     CREATE INDEX requests_by_request_id ON requests (request_id);
     CREATE INDEX requests_by_account ON requests (account, opened_us);
     CREATE INDEX requests_by_time ON requests (opened_us);
@@ -135,7 +135,7 @@ MIGRATIONS = (
         completion_tokens  INTEGER NOT NULL,
         note               TEXT,
         hash               TEXT NOT NULL
-    ) {{strict}};
+    ) {strict};
     CREATE INDEX entries_by_account ON entries (account, at_us);
     CREATE INDEX entries_by_request ON entries (request);
 
@@ -144,17 +144,17 @@ MIGRATIONS = (
         seq    INTEGER NOT NULL,
         at_us  INTEGER NOT NULL,
         hash   TEXT NOT NULL
-    ) {{strict}};
+    ) {strict};
     INSERT INTO head VALUES (1, 0, 0, '');
 
-    CREATE TABLE balances (account TEXT PRIMARY KEY, nanos INTEGER NOT NULL) {{strict}};
+    CREATE TABLE balances (account TEXT PRIMARY KEY, nanos INTEGER NOT NULL) {strict};
 
     CREATE TABLE spending (
         payer  TEXT NOT NULL,
         month  TEXT NOT NULL,
         nanos  INTEGER NOT NULL,
         PRIMARY KEY (payer, month)
-    ) {{strict}};
+    ) {strict};
 
     CREATE TABLE usage (
         minute_at          INTEGER NOT NULL,
@@ -167,7 +167,7 @@ MIGRATIONS = (
         completion_tokens  INTEGER NOT NULL,
         cost_nanos         INTEGER NOT NULL,
         PRIMARY KEY (minute_at, account, token_id, model)
-    ) {{strict}};
+    ) {strict};
 
     CREATE TABLE reservations (
         id                 TEXT PRIMARY KEY,
@@ -179,7 +179,7 @@ MIGRATIONS = (
         completion_tokens  INTEGER NOT NULL,
         is_open            INTEGER NOT NULL,
         lease_us           INTEGER NOT NULL
-    ) {{strict}};
+    ) {strict};
     CREATE INDEX reservations_by_account ON reservations (account, at_us);
     CREATE INDEX reservations_by_token ON reservations (token_id, at_us);
     CREATE INDEX reservations_open ON reservations (account) WHERE is_open = 1;
@@ -187,21 +187,21 @@ MIGRATIONS = (
     CREATE TABLE keys (
         account       TEXT NOT NULL,
         key           TEXT NOT NULL,
-        body_hash     {{blob}} NOT NULL,
+        body_hash     {blob} NOT NULL,
         request       TEXT NOT NULL,
         request_id    TEXT NOT NULL,
         num_attempts  INTEGER NOT NULL,
-        answer        {{blob}},
+        answer        {blob},
         created_us    INTEGER NOT NULL,
         PRIMARY KEY (account, key)
-    ) {{strict}};
+    ) {strict};
     CREATE INDEX keys_by_age ON keys (created_us);
 
     CREATE TABLE journals (
         id       TEXT PRIMARY KEY,
         segment  INTEGER NOT NULL,
         byte     INTEGER NOT NULL
-    ) {{strict}};
+    ) {strict};
     """,
 )
 
@@ -214,7 +214,7 @@ _TYPES = {
 def statements(migration: str, database: str) -> Iterator[str]:
     """The single statements of a migration, in the words of that database ("sqlite" or "postgres")."""
     types = _TYPES[database]
-    text = migration.format(**types)
+    text = migration.format(limits=_LIMITS, **types)
     if database == "postgres":
         text = text.replace(" INTEGER", " BIGINT")
     yield from (statement.strip() for statement in text.split(";") if statement.strip())
