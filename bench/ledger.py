@@ -9,6 +9,7 @@ and counts how often the service looks into its database.
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,8 @@ async def engine() -> None:
 class Client(asyncio.Protocol):
     """Asks again as soon as an answer is whole, and keeps how long each took."""
 
-    def __init__(self, asks: list[bytes], times: list[float]) -> None:
-        self.asks, self.times, self.number = asks, times, 0
+    def __init__(self, asks: Iterator[bytes], times: list[float]) -> None:
+        self.asks, self.times = asks, times
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -91,8 +93,7 @@ class Client(asyncio.Protocol):
     def ask(self) -> None:
         self.got = b""
         self.began = time.perf_counter()
-        self.transport.write(self.asks[self.number % len(self.asks)])
-        self.number += 1
+        self.transport.write(next(self.asks))
 
     def data_received(self, data: bytes) -> None:
         self.got += data
@@ -128,8 +129,8 @@ def made_up(count: int) -> list[bytes]:
 
 
 async def load(port: int, asks: list[bytes], clients: int, seconds: float) -> dict[str, float]:
-    loop, times = asyncio.get_running_loop(), []
-    made = [await loop.create_connection(lambda: Client(asks, times), "127.0.0.1", port) for _ in range(clients)]
+    loop, times, turns = asyncio.get_running_loop(), [], itertools.cycle(asks)
+    made = [await loop.create_connection(lambda: Client(turns, times), "127.0.0.1", port) for _ in range(clients)]
     await asyncio.sleep(0.2)
     times.clear()
     began = time.perf_counter()
@@ -147,7 +148,7 @@ def _p99(times: list[float]) -> float:
 def run_load(port: str, token: str, kind: str, clients: str, seconds: str) -> None:
     import uvloop
 
-    asks = made_up(20_000) if kind == "flood" else [chat(token, kind)]
+    asks = made_up(8_000) if kind == "flood" else [chat(token, kind)]
     print(json.dumps(uvloop.run(load(int(port), asks, int(clients), float(seconds)))))
 
 
@@ -234,7 +235,7 @@ def shown(figures: dict[str, float]) -> str:
 
 def flooded(on: Served, seconds: float) -> dict[str, float]:
     before, began = on.looks(), time.perf_counter()
-    figures = on.measured("flood", 16, seconds)
+    figures = on.measured("flood", 512, seconds)
     elapsed = time.perf_counter() - began
     figures["looks_per_second"] = (on.looks() - before) / elapsed
     print(

@@ -70,7 +70,7 @@ class Desk:
     def end(self, at_us: int, nanos: int = 0, prompt: int = 0, completion: int = 0) -> None:
         """The newest request that was let through is charged so much."""
         with self.db.transaction():
-            reservations.close(self.db, self.newest, prompt, completion, at_us)
+            reservations.close(self.db, self.newest, prompt, completion)
             charge = Entry(at_us, "acme", "charge", -nanos, self.caller.token.id, self.newest, "small")
             post(self.db, [charge])
 
@@ -299,20 +299,21 @@ def test_money_is_no_longer_held_when_a_lease_is_over(desk: Callable[..., Desk])
     asking.ask(NOW + MINUTE + 1, nanos=1000)
 
 
-def test_a_lease_that_is_over_cannot_be_renewed(desk: Callable[..., Desk]) -> None:
-    """Its money may be promised to another by then."""
+def test_a_lease_that_is_over_may_be_renewed_until_another_has_what_it_held(desk: Callable[..., Desk]) -> None:
     asking = desk(Limits(hard_budget_nanos=1000))
     asking.ask(NOW, nanos=1000)
-    at_us = NOW + MINUTE + 1
+    reservations.renew(asking.db, [(NOW + 3 * MINUTE, "id1")])
+    asking.broke(NOW + 3 * MINUTE, 1)
+    at_us = NOW + 3 * MINUTE + 1
     asking.ask(at_us, nanos=1000)
-    reservations.renew(asking.db, [(at_us + MINUTE, "id1")], at_us)
+    reservations.renew(asking.db, [(at_us + MINUTE, "id1")])
     assert standings(asking.db, asking.caller, at_us).account.held_nanos == 1000
 
 
 def test_a_lease_is_renewed_and_never_cut_short(desk: Callable[..., Desk]) -> None:
     asking = desk(Limits(hard_budget_nanos=1000))
     asking.ask(NOW, nanos=1000)
-    reservations.renew(asking.db, [(NOW + 3 * MINUTE, "id1"), (NOW + 1, "id1")], NOW)
+    reservations.renew(asking.db, [(NOW + 3 * MINUTE, "id1"), (NOW + 1, "id1")])
     asking.broke(NOW + 3 * MINUTE, 1)
     asking.ask(NOW + 3 * MINUTE + 1, nanos=1)
 

@@ -27,6 +27,7 @@ from octoai.server.service import Service
 from octoai.server.settings import BadSettings, ModelSettings, Settings
 from octoai.server.sources import WeightStore
 from octoai.server.store import Connection, connect
+from octoai.server.store.reader import Reader
 
 log = logging.getLogger("octoai.app")
 
@@ -87,7 +88,8 @@ def over(settings: Settings, router: Router, metrics: Metrics) -> Service:
     """A service over deployments that are there already."""
     journal = None if settings.ledger == "off" else open_journal(settings.place)
     books = Books(settings.place, journal)
-    directory = Directory(books.reader, away_seconds=settings.database_away_seconds)
+    # A thread of its own: no report, however long it takes, may make tokens look stale.
+    directory = Directory(Reader(settings.place, num_threads=1), away_seconds=settings.database_away_seconds)
     ledger = Ledger(
         journal,
         books.writer,

@@ -3,8 +3,8 @@
 The database counts every change (`versions`); here what is newer than the last look is read a few times a second, so
 a revocation works in every process within a second. A well-formed token that is not known waits for a look that begins
 after it came, so a new token works at once; looks for such tokens are `MIN_SECONDS` apart, and one serves all who
-wait: a flood of made-up tokens costs the database nothing. While the database is away, what is known stays good for
-`away_seconds`.
+wait. What was found to be no token is refused at once when it comes again. So a flood of made-up tokens costs the
+database nothing. While the database is away, what is known stays good for `away_seconds`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 from octoai.server.accounts import Caller
@@ -30,6 +31,7 @@ log = logging.getLogger("octoai.directory")
 REFRESH_SECONDS = 0.25
 MIN_SECONDS = 0.03
 WAIT_SECONDS = 2.0
+MAX_UNKNOWN = 10_000
 
 _HOW = "Send `Authorization: Bearer <token>`; `octoai token create --name NAME` makes one."
 
@@ -46,6 +48,7 @@ class Directory:
         self._version = 0
         self._accounts: dict[str, AccountRow] = {}
         self._tokens: dict[bytes, TokenRow] = {}
+        self._unknown: OrderedDict[bytes, None] = OrderedDict()
         self._fresh_at = float("-inf")
         self._asked_at = float("-inf")
         # A look that has begun may miss what came since: who comes now waits for the one that has not.
@@ -65,6 +68,7 @@ class Directory:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+        self._reader.close()
 
     async def authenticate(self, authorization: str | None) -> Caller:
         """The caller of an `Authorization` header. Raises Unauthenticated; Unavailable where nobody can tell."""
@@ -100,6 +104,8 @@ class Directory:
         if self._is_away and self._clock() - self._fresh_at > self.away_seconds:
             raise Unavailable("The database of accounts does not answer.", retry_after=5, code="database_away")
         row = self._tokens.get(key)
+        if row is None and key in self._unknown:
+            return None
         if row is None and not self._is_away:
             await self._search()
             row = self._tokens.get(key)
@@ -109,7 +115,15 @@ class Directory:
                 retry_after=5,
                 code="database_away",
             )
+        if row is None:
+            self._remember_unknown(key)
         return row
+
+    def _remember_unknown(self, key: bytes) -> None:
+        """Nobody can mint that very token later: each is random."""
+        self._unknown[key] = None
+        if len(self._unknown) > MAX_UNKNOWN:
+            self._unknown.popitem(last=False)
 
     async def _search(self) -> None:
         """Return after a look that began after this call."""
@@ -164,6 +178,7 @@ class Directory:
             self._accounts[account.id] = account
         for token in changes.tokens:
             self._tokens[token.hash] = token
+            self._unknown.pop(token.hash, None)
         self.prices.add(changes.prices)
         self._version = changes.version
 

@@ -68,7 +68,11 @@ class Edge:
 
     def _count(self, scope: MutableMapping[str, Any], answer: _Answer) -> None:
         handler = getattr(scope.get("endpoint"), "__name__", "unknown")
-        method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT") else "other"
+        method = (
+            scope["method"]
+            if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH")
+            else "other"
+        )
         self.service.metrics.http_requests.labels(handler, method, str(answer.status or "none")).inc()
         self.service.metrics.http_seconds.labels(handler).observe(time.perf_counter() - answer.began)
 

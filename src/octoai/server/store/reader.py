@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 class Reader:
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, num_threads: int = NUM_THREADS) -> None:
         self._place = place
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="octoai-reader")
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="octoai-reader")
         self._own = threading.local()
         self._connections: list[Connection] = []
 

@@ -83,7 +83,7 @@ def apply(db: Connection, records: Iterable[Record], now_us: int) -> None:
     _write(db, changed.values())
     post(db, due)
     leases = [(row.lease_us, row.id) for row in changed.values() if row.is_reserved and row.status == "open"]
-    reservations.renew(db, leases, now_us)
+    reservations.renew(db, leases)
     keys.note(db, records)
     tokens.used(db, {row.token_id: row.opened_us // 1_000_000 for row in changed.values()})
 
@@ -211,18 +211,19 @@ def _settled(db: Connection, before: RequestRow, ended: RequestRow, due: list[En
 def _room(db: Connection, ended: RequestRow, owed: int, due: list[Entry], now_us: int) -> tuple[int, int]:
     """When a limited request is charged, and the most that it can be. It holds nothing from now on.
 
-    What it held is its own. Beyond that, and once its lease is over, its money may have been promised to others: then
-    it is what is left, so that no account goes over a hard limit for our own being late or wrong.
+    What it held is its own. Beyond that, and where that has lapsed and may be promised to others, it is what is left:
+    no account goes over a hard limit for our own being late or wrong.
     """
-    reservations.lock(db, ended.account, now_us)
+    reservations.lock(db, ended.account)
     at_us, most = ended.settled_us or 0, 0
-    held = reservations.close(db, ended.id, ended.prompt_tokens, ended.completion_tokens, now_us)
+    held = reservations.close(db, ended.id, ended.prompt_tokens, ended.completion_tokens)
     if held is not None:
         at_us = max(at_us, held.at_us)  # never in a month before the one whose budget it was held from
         most = held.nanos
     if owed > most:
         post(db, due)  # what is left depends on them
         due.clear()
+        reservations.lapse(db, ended.account, now_us)
         most = max(most, reservations.left_nanos(db, ended.account, ended.token_id, now_us, at_us))
     return at_us, most
 

@@ -3,7 +3,8 @@ it holds for every process that shares it.
 
 One row for each request of an account or token with limits. While it is open it holds money and a place among the
 concurrent ones, until its lease ends; its tokens count for the minute that follows `at_us`, first as many as it might
-need, then as many as it had.
+need, then as many as it had. A lease that is over has lapsed once somebody else was given what it held; until then
+its request may still be renewed or charged.
 """
 
 from __future__ import annotations
@@ -86,14 +87,17 @@ def standings(
     )
 
 
-def lock(db: Connection, account: str, now_us: int) -> None:
-    """Until the transaction ends, nobody else decides about this account's money. Leases that are over are ended for
-    good: no clock that goes back must bring to life what is given to others now."""
+def lock(db: Connection, account: str) -> None:
+    """Until the transaction ends, nobody else decides about this account's money."""
     if db.is_shared:
         db.row("SELECT id FROM accounts WHERE id = ? FOR UPDATE", (account,))
-    db.execute(
-        "UPDATE reservations SET is_open = 0 WHERE account = ? AND is_open = 1 AND lease_us < ?", (account, now_us)
-    )
+
+
+def lapse(db: Connection, account: str, now_us: int) -> None:
+    """End what an account's requests hold beyond their leases, before its money is given to others. For good: neither
+    a late sign of life nor a clock that goes back must bring it to life again."""
+    sql = "UPDATE reservations SET is_open = 0 WHERE account = ? AND is_open = 1 AND lease_us < ?"
+    db.execute(sql, (account, now_us))
 
 
 def hold(db: Connection, reservation: Reservation) -> None:
@@ -112,27 +116,25 @@ def release(db: Connection, reservation_id: str) -> None:
     db.execute("DELETE FROM reservations WHERE id = ?", (reservation_id,))
 
 
-def close(
-    db: Connection, reservation_id: str, prompt_tokens: int, completion_tokens: int, now_us: int
-) -> Reservation | None:
-    """Of a request that has ended. What it held until now; None where its lease was over, so that it held nothing."""
-    row = db.row(f"SELECT {_COLUMNS}, is_open FROM reservations WHERE id = ?", (reservation_id,))  # noqa: S608
+def close(db: Connection, reservation_id: str, prompt_tokens: int, completion_tokens: int) -> Reservation | None:
+    """Of a request that has ended. What it held until now; None where it held nothing: it has lapsed, or never was."""
+    query = f"SELECT {_COLUMNS}, is_open FROM reservations WHERE id = ?{db.for_update}"  # noqa: S608  # constants only
+    row = db.row(query, (reservation_id,))
     if row is None:
         return None
     db.execute(
         "UPDATE reservations SET is_open = 0, prompt_tokens = ?, completion_tokens = ? WHERE id = ?",
         (prompt_tokens, completion_tokens, reservation_id),
     )
-    held = Reservation(*row[:-1])
-    return held if row[-1] and held.lease_us >= now_us else None
+    return Reservation(*row[:-1]) if row[-1] else None
 
 
-def renew(db: Connection, leases: list[tuple[int, str]], now_us: int) -> None:
-    """(until, id) of requests that are running. A lease that is over stays over: the money may be promised to others.
-    None is cut short, by a record that is read again or a clock that went back."""
+def renew(db: Connection, leases: list[tuple[int, str]]) -> None:
+    """(until, id) of requests that are running. None is cut short, by a record that is read again or a clock that went
+    back."""
     db.execute_many(
-        "UPDATE reservations SET lease_us = ? WHERE id = ? AND is_open = 1 AND lease_us >= ? AND lease_us < ?",
-        [(until_us, reservation_id, now_us, until_us) for until_us, reservation_id in leases],
+        "UPDATE reservations SET lease_us = ? WHERE id = ? AND is_open = 1 AND lease_us < ?",
+        [(until_us, reservation_id, until_us) for until_us, reservation_id in leases],
     )
 
 
