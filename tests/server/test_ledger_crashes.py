@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from octoai.server.store import Place
 from octoai.server.store.sqlite import FILENAME
-from tests.load.accounts import Findings
+from tests.load.accounts import Books, Findings
 from tests.load.clients import Request
 from tests.load.crashes import Crashes
 from tests.load.places import serve
@@ -160,3 +161,19 @@ def test_killed_soon_after_it_stood_still(crashing: Start) -> None:
     crashes.kill(load)
     crashes.service = crashes.started()
     held(crashes)
+
+
+def test_commands_beside_the_service_take_nothing_from_it(crashing: Start) -> None:
+    """Another process that opens and closes the database must not part it from what the service still writes."""
+    crashes = crashing()
+    for round_ in range(3):
+        load = crashes.load(quick, total=40)
+        crashes.told += load.join()
+        ran = crashes.service.run("token", "create", "--name", f"made beside it {round_}")
+        assert ran.returncode == 0, ran.stderr
+    books = Books.read(Place(crashes.service.data_dir))
+    assert len(books.rows) == 120, "what has ended is in the database, for every process to see"
+    crashes.kill(crashes.load(quick))
+    crashes.service = crashes.started()
+    assert held(crashes).num_finished >= 120
+    assert crashes.service.run("token", "list").stdout.count("made beside it") == 3

@@ -502,7 +502,7 @@ def test_checkpoints_that_are_read_again_take_nothing_back(table: Callable[..., 
     books.write(one, "checkpoint", START, 10)
     old = one.record("checkpoint", START)
     books.write(one, "checkpoint", START + LEASE, 50)
-    books.apply([one.record("intent", START), old], START + LEASE)
+    books.apply([one.record("intent", START), old, one.record("checkpoint", START)], START + LEASE)
     books.expire(START + LEASE + LEASE)
     assert books.row("one") == ("open", 0, 0)
     books.expire(START + LEASE + LEASE + 1)
