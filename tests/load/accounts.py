@@ -60,8 +60,11 @@ class Findings:
         return [*self.lost, *self.doubled, *self.wrong]
 
 
-def hold(books: Books, told: Sequence[Told], written: Mapping[int, Written]) -> Findings:
-    """All the ledger has, and all that clients were told. Each request has a number of its own, and was sent once."""
+def hold(books: Books, told: Sequence[Told], written: Mapping[int, Written], num_others: int = 0) -> Findings:
+    """All the ledger has, and all that clients were told. Each request has a number of its own, and was sent once.
+
+    `num_others` requests were made beside these.
+    """
     found = Findings()
     for each in told:
         if not each.has_begun or each.request_id is None:
@@ -74,7 +77,7 @@ def hold(books: Books, told: Sequence[Told], written: Mapping[int, Written]) -> 
             found.doubled.append(f"{each.request_id}: {len(rows)} rows, {books.num_charges[rows[0].id]} charges")
         else:
             _hold_one(rows[0], each, written[each.number], found)
-    _hold_unknown(books, told, found)
+    _hold_unknown(books, told, num_others, found)
     return found
 
 
@@ -139,11 +142,11 @@ def _hold_interrupted(row: RequestRow, told: Told, written: Written, found: Find
     found.short_seconds = max(found.short_seconds, killed_at - missing[0] if missing else 0.0)
 
 
-def _hold_unknown(books: Books, told: Sequence[Told], found: Findings) -> None:
+def _hold_unknown(books: Books, told: Sequence[Told], num_others: int, found: Findings) -> None:
     """What no client has an answer of may be in the ledger, once for each request at most."""
     known = {each.request_id for each in told if each.has_begun}
     unknown = [rows for name, rows in books.by_request_id.items() if name not in known]
-    num_without = sum(not each.has_begun for each in told)
+    num_without = num_others + sum(not each.has_begun for each in told)
     found.doubled += [f"{rows[0].request_id}: {len(rows)} rows" for rows in unknown if len(rows) > 1]
     if len(unknown) > num_without:
         found.doubled.append(f"{len(unknown)} requests that nobody made, but for {num_without} without an answer")

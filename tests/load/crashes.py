@@ -54,8 +54,10 @@ class Crashes:
         self.kill(load)
         self.service = self.started()
 
-    def findings(self, place: Place | None = None) -> Findings:
-        return hold(Books.read(place or Place(self.service.data_dir)), self.told, self.upstream.at_rest())
+    def findings(self, place: Place | None = None, num_others: int = 0) -> Findings:
+        """`num_others` requests were made beside the load."""
+        books = Books.read(place or Place(self.service.data_dir))
+        return hold(books, self.told, self.upstream.at_rest(), num_others)
 
     def close(self) -> None:
         self.service.stop(signal.SIGKILL)

@@ -127,13 +127,13 @@ def test_a_snapshot_is_of_one_moment_and_holds_no_writer_up(opened: Callable[[],
     assert ids(reader) == [1, 2]
 
 
-def test_rows_kept_for_update_are_not_changed_meanwhile(opened: Callable[[], Connection]) -> None:
+def test_what_a_transaction_has_read_is_not_changed_meanwhile(opened: Callable[[], Connection]) -> None:
     opened().execute("INSERT INTO things VALUES (1, '0')")
 
     def count(connection: Connection) -> None:
         for _ in range(50):
             with connection.transaction():
-                (text,) = connection.row(f"SELECT text FROM things WHERE id = 1{connection.for_update}") or ("",)
+                (text,) = connection.row("SELECT text FROM things WHERE id = 1") or ("",)
                 connection.execute("UPDATE things SET text = ? WHERE id = 1", (str(int(text) + 1),))
 
     threads = [threading.Thread(target=count, args=(opened(),)) for _ in range(3)]

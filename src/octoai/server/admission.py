@@ -69,7 +69,7 @@ class Admission:
         request_id = await self._unique(request_id)
         tab = Tab(
             ledger=self.ledger,
-            id=secrets.token_hex(16),
+            id=f"{now_us():014x}{secrets.token_hex(9)}",  # in order of time, as the database's pages are
             request_id=request_id,
             caller=caller,
             model=model.id,
@@ -205,6 +205,9 @@ def _take_over(db: Connection, account: str, key: Key, claimed: KeyRow) -> bool:
         return False
     if not keys.claim_again(db, account, key.value, before, claimed):
         return False
+    if row is not None and row.status == "open":  # nobody was heard of for a whole lease
+        requests.interrupt(db, [row], now_us())
+        row = requests.of_id(db, row.id)
     is_charged = row is not None and row.status in ("settled", "interrupted") and row.cost_nanos > 0
     if row is not None and is_charged and before.num_attempts <= MAX_REFUNDS:
         requests.refund(db, row, f"asked again under its Idempotency-Key, as {claimed.request_id}", now_us())

@@ -191,7 +191,7 @@ class Ledger:
 
     def append(self, record: dict[str, Any]) -> asyncio.Future[Position]:
         if self.journal is not None:
-            return self.journal.append(record)
+            return self.journal.append(record, now=not self.tabs)  # a single request's settlement holds up nobody
         written: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
         written.set_result(START)
         return written
@@ -232,6 +232,8 @@ class Ledger:
                     lambda db: reserve(db, caller, wanted), seconds=LIMIT_SECONDS, is_durable=False
                 )
             except StoreAway:
+                # It may come to be held after all, when nobody wants it any more.
+                self.writer.later(lambda db: reservations.release(db, wanted.id))
                 self.check()
             else:
                 self._heard(caller, held, wanted)

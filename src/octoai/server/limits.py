@@ -58,7 +58,6 @@ def reserve(db: Connection, caller: Caller, wanted: Reservation) -> Standings:
     """Hold what the request may need, and tell how things stand then. Raises OutOfCredit or RateLimited, with nothing
     held. One transaction."""
     now_us = wanted.at_us
-    reservations.lock(db, caller.account.id)
     reservations.lapse(db, caller.account.id, now_us)
     before = standings(db, caller, now_us)
     both: tuple[tuple[str, Payer, str, Standing], ...] = (

@@ -39,6 +39,9 @@ class Answer:
         return self._reader.so_far(is_whole=self.is_whole)
 
 
+MAX_TOKENS = 2**31
+
+
 class Reader:
     """Reads one answer's events. `Finished` comes last, with the sum of what the server counted."""
 
@@ -112,14 +115,16 @@ class Reader:
         """Tokens so far: llama.cpp says them in `timings`, vLLM in `usage`; otherwise one a delta is counted."""
         timings, usage = chunk.get("timings"), chunk.get("usage")
         if usage:
-            self._prompt_tokens = usage.get("prompt_tokens") or self._prompt_tokens
+            self._prompt_tokens = _count(usage.get("prompt_tokens")) or self._prompt_tokens
             details = usage.get("prompt_tokens_details") or {}
-            self._cached_tokens = details.get("cached_tokens") or self._cached_tokens
-            self._completion_tokens = usage.get("completion_tokens")
+            self._cached_tokens = _count(details.get("cached_tokens")) or self._cached_tokens
+            self._completion_tokens = _count(usage.get("completion_tokens"))
         elif timings:
-            self._cached_tokens = timings["cache_n"]
-            self._prompt_tokens = timings["cache_n"] + timings["prompt_n"]
-            self._completion_tokens = timings["predicted_n"]
+            self._cached_tokens = _count(timings["cache_n"]) or 0
+            self._prompt_tokens = self._cached_tokens + (_count(timings["prompt_n"]) or 0)
+            self._completion_tokens = _count(timings["predicted_n"])
+        # It is billed as it is said here: a part is never more than the whole.
+        self._cached_tokens = min(self._cached_tokens, self._prompt_tokens)
         for choice in choices:
             index = choice.get("index", 0)
             if len(choices) == 1 and self._completion_tokens is not None:
@@ -157,6 +162,15 @@ def _decoded(payload: bytes) -> Mapping[str, Any]:
     if not isinstance(chunk, dict):
         raise EngineFailed("The engine sent an event that is not an object.")
     return chunk
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens. Raises ValueError for what is none: it will be billed."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_TOKENS:
+        raise ValueError(value)
+    return value
 
 
 def _has_text(choice: Mapping[str, Any]) -> bool:

@@ -1,4 +1,8 @@
-"""This process's journal: appended to from the event loop, written by one thread, everything that waits at once."""
+"""This process's journal: appended to from the event loop, written by one thread, everything that waits at once.
+
+A record that is waited for while nothing else goes on may be written by the caller itself: two changes of thread cost
+more than a quick disk does. On a disk that is not quick it is left to the thread, so that the loop is never held up.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ import asyncio
 import errno
 import logging
 import os
-import queue
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -37,10 +41,14 @@ from octoai.server.journal.tail import Tail
 log = logging.getLogger("octoai.journal")
 
 SEGMENT_BYTES = 4 * 1024 * 1024
+QUICK_SECONDS = 0.0005  # what a write may take, on average, for a caller to do it
+_WEIGHT = 0.2  # of the newest write in that average
 _RETRY_SECONDS = 1.0  # between attempts to allocate a segment on a full disk
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 _Waiter = asyncio.Future[Position]
+_Outcomes = list[tuple[_Waiter, Position | JournalError]]
+_Tell = Callable[[_Outcomes], None]
 
 
 class _Entry(NamedTuple):
@@ -61,7 +69,10 @@ class Journal:
         self._spare: _Segment | None = self._new_segment()
         self._allocate_at = 0.0
         self._has_room = self._is_open = True
-        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._queue: deque[_Entry | None] = deque()
+        self._wake = threading.Event()
+        self._writing = threading.Lock()  # held while the queue is emptied and its records are written
+        self._write_seconds = 0.0
         self._batch: list[_Entry] = []  # taken from the queue, and neither durable nor refused yet
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -86,14 +97,19 @@ class Journal:
         return self._has_room and self._is_open
 
     @overload
-    def append(self, record: dict[str, Any] | bytes, *, wait: Literal[True] = True) -> asyncio.Future[Position]: ...
+    def append(
+        self, record: dict[str, Any] | bytes, *, wait: Literal[True] = True, now: bool = False
+    ) -> asyncio.Future[Position]: ...
     @overload
     def append(self, record: dict[str, Any] | bytes, *, wait: Literal[False]) -> None: ...
-    def append(self, record: dict[str, Any] | bytes, *, wait: bool = True) -> asyncio.Future[Position] | None:
-        """Add a record, or the encoded bytes of one, after all that were added before. Never blocks.
+    def append(
+        self, record: dict[str, Any] | bytes, *, wait: bool = True, now: bool = False
+    ) -> asyncio.Future[Position] | None:
+        """Add a record, or the encoded bytes of one, after all that were added before.
 
         The future has a result once the record is durable; then all before it are, or their futures have failed. It
         fails with JournalFull or JournalFailed; without `wait` that is only logged. Cancelling it takes nothing back.
+        Never blocks, unless `now` says that it may, for as long as a quick disk takes: the future is done then.
         Raises ValueError for a record larger than a segment or with a newline, TypeError for one that is no JSON, and
         JournalFailed once the journal is closed.
         """
@@ -103,10 +119,22 @@ class Journal:
         if b"\n" in payload:
             raise ValueError("A record is JSON on one line, without a newline.")
         waiter: _Waiter | None = asyncio.get_running_loop().create_future() if wait else None
-        self._queue.put(_Entry(payload, waiter))
-        if not self._is_open:  # asked after the put: the thread empties the queue once more after it has said so
+        self._queue.append(_Entry(payload, waiter))
+        if not (now and self._write_here()):
+            self._wake.set()
+        if not self._is_open:  # asked afterwards: the thread empties the queue once more after it has said so
             raise JournalFailed("The journal is closed.")
         return waiter
+
+    def _write_here(self) -> bool:
+        """Do the thread's work, where it does none and the disk is quick. False where that is not so."""
+        if self._write_seconds > QUICK_SECONDS or not self._is_open or not self._writing.acquire(blocking=False):
+            return False
+        try:
+            self._empty(_tell)
+        finally:
+            self._writing.release()
+        return self._spare is not None  # it is the thread that makes room
 
     def tail(self, position: Position = START) -> Tail:
         """What is durable after `position`, to be read in another thread."""
@@ -121,7 +149,8 @@ class Journal:
 
     def stop(self) -> None:
         """Write what was appended, blocking for as long, and end the thread. It can still be read and released."""
-        self._queue.put(None)
+        self._queue.append(None)
+        self._wake.set()
         self._thread.join()
 
     def close(self) -> None:
@@ -147,47 +176,51 @@ class Journal:
         try:
             is_wanted = True
             while is_wanted:
-                taken = self._take()
-                is_wanted = None not in taken
-                self._batch = [entry for entry in taken if entry is not None]
-                while self._batch:
-                    self._commit()
-                self._keep_spare()
+                self._wake.wait(timeout=None if self._spare else _RETRY_SECONDS)
+                self._wake.clear()
+                with self._writing:
+                    is_wanted = self._empty(_tell_from_thread)
+                    self._keep_spare()
         finally:
             self._is_open = False
-            self._batch += [entry for entry in self._waiting() if entry is not None]
-            self._refuse(JournalFailed("The journal is closed."))
-            for segment in filter(None, (self._current, self._spare)):
-                segment.close()
+            with self._writing:
+                self._batch += [entry for entry in self._taken() if entry is not None]
+                self._refuse(JournalFailed("The journal is closed."), _tell_from_thread)
+                for segment in filter(None, (self._current, self._spare)):
+                    segment.close()
 
-    def _take(self) -> list[_Entry | None]:
-        """Everything that waits, or nothing when it is time to look for room again. None asks to stop."""
-        try:
-            first = self._queue.get(timeout=None if self._spare else _RETRY_SECONDS)
-        except queue.Empty:
-            return []
-        return [first, *self._waiting()]
+    # What follows runs in whichever thread holds `_writing`.
 
-    def _waiting(self) -> list[_Entry | None]:
-        return [self._queue.get_nowait() for _ in range(self._queue.qsize())]
+    def _empty(self, tell: _Tell) -> bool:
+        """Write everything that waits. False when it is time to stop."""
+        taken = self._taken()
+        self._batch += [entry for entry in taken if entry is not None]
+        while self._batch:
+            self._commit(tell)
+        return None not in taken
 
-    def _commit(self) -> None:
+    def _taken(self) -> list[_Entry | None]:
+        return [self._queue.popleft() for _ in range(len(self._queue))]
+
+    def _commit(self, tell: _Tell) -> None:
+        began = time.perf_counter()
         try:
             ends = self._write()
         except JournalError as error:
-            self._refuse(error)
+            self._refuse(error, tell)
             return
+        self._write_seconds += _WEIGHT * (time.perf_counter() - began - self._write_seconds)
         written, self._batch = self._batch[: len(ends)], self._batch[len(ends) :]
         self.durable = ends[-1]
-        _settle([(entry.waiter, end) for entry, end in zip(written, ends, strict=True) if entry.waiter])
+        tell([(entry.waiter, end) for entry, end in zip(written, ends, strict=True) if entry.waiter])
         if self.on_durable:
             self.on_durable()
 
-    def _refuse(self, error: JournalError) -> None:
+    def _refuse(self, error: JournalError, tell: _Tell) -> None:
         refused, self._batch = self._batch, []
         if refused:
             log.error("%d records were not written to the journal: %s", len(refused), error)
-        _settle([(entry.waiter, error) for entry in refused if entry.waiter])
+        tell([(entry.waiter, error) for entry in refused if entry.waiter])
 
     def _write(self) -> list[Position]:
         """Write the first of the batch at least: to the spare segment where the current one is full, or fails."""
@@ -269,14 +302,14 @@ def _refusal(failure: OSError | None) -> JournalError:
     return JournalFailed(f"The journal could not be written: {failure}")
 
 
-def _settle(outcomes: list[tuple[_Waiter, Position | JournalError]]) -> None:
+def _tell_from_thread(outcomes: _Outcomes) -> None:
     """Tell those who wait, all in one call of their loop."""
     if outcomes:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             outcomes[0][0].get_loop().call_soon_threadsafe(_tell, outcomes)
 
 
-def _tell(outcomes: list[tuple[_Waiter, Position | JournalError]]) -> None:
+def _tell(outcomes: _Outcomes) -> None:
     for waiter, outcome in outcomes:
         if waiter.done():  # it was cancelled
             continue

@@ -37,14 +37,7 @@ class Conflict(StoreError):
 
 
 class Connection(Protocol):
-    """One connection, used by one thread at a time.
-
-    `is_shared`: other machines may write to the same database. `for_update` ends a SELECT whose rows are to be kept
-    from other writers until the transaction ends (SQLite has one writer at a time anyway: there it is empty).
-    """
-
-    is_shared: bool
-    for_update: str
+    """One connection, used by one thread at a time."""
 
     def row(self, sql: str, parameters: Parameters = ()) -> Row | None: ...
 

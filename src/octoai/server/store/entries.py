@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
+from operator import attrgetter
 
 import orjson
 
 from octoai.server.store.database import Connection, Row
 
 MINUTE_US = 60_000_000
+DAY_US = 86_400_000_000
 # What a request's price is about. "charge" comes once for each request; "correction" adds what became known later.
 OF_REQUESTS = frozenset({"charge", "correction", "refund"})
 
@@ -41,18 +44,25 @@ class Entry:
 
     def chained(self, before: str) -> str:
         """The hash that this entry must have after one with the hash `before`."""
-        return hashlib.sha256(orjson.dumps([before, *_values(self)[:-1]])).hexdigest()
+        return _chained(before, _values(self)[:-1])
 
 
-COLUMNS = (
-    "seq, at_us, account, token_id, kind, amount_nanos, request, model, "
-    "prompt_tokens, cached_tokens, completion_tokens, note, hash"
+_NAMES = (
+    *("seq", "at_us", "account", "token_id", "kind", "amount_nanos", "request", "model"),
+    *("prompt_tokens", "cached_tokens", "completion_tokens", "note", "hash"),
 )
+COLUMNS = ", ".join(_NAMES)
+_values = attrgetter(*_NAMES)
+_facts = attrgetter(*_NAMES[2:-1])  # all but what an entry gets when it is posted
 
 
 def row_of(row: Row) -> Entry:
     seq, at_us, account, token_id, kind, amount, request, model, prompt, cached, completion, note, digest = row
     return Entry(at_us, account, kind, amount, token_id, request, model, prompt, cached, completion, note, seq, digest)
+
+
+def _chained(before: str, values: Row) -> str:
+    return hashlib.sha256(orjson.dumps([before, *values])).hexdigest()
 
 
 def post(db: Connection, entries: Sequence[Entry]) -> list[Entry]:
@@ -62,15 +72,15 @@ def post(db: Connection, entries: Sequence[Entry]) -> list[Entry]:
     """
     if not entries:
         return []
-    head = db.row(f"SELECT seq, at_us, hash FROM head WHERE id = 1{db.for_update}")  # noqa: S608
+    head = db.row("SELECT seq, at_us, hash FROM head WHERE id = 1")
     assert head is not None
     seq, at_us, digest = head
     posted = []
     for entry in entries:
         seq, at_us = seq + 1, max(at_us, entry.at_us)
-        numbered = replace(entry, seq=seq, at_us=at_us)
-        digest = numbered.chained(digest)
-        posted.append(replace(numbered, hash=digest))
+        values = (seq, at_us, *_facts(entry))
+        digest = _chained(digest, values)
+        posted.append(row_of((*values, digest)))
     db.execute_many(
         f"INSERT INTO entries ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
         map(_values, posted),
@@ -101,7 +111,12 @@ def ledger_us(db: Connection, now_us: int) -> int:
 
 def month_of(at_us: int) -> str:
     """The calendar month in UTC: "2026-11"."""
-    return datetime.fromtimestamp(at_us // 1_000_000, UTC).strftime("%Y-%m")
+    return _month_of_day(at_us // DAY_US)
+
+
+@lru_cache(maxsize=64)
+def _month_of_day(day: int) -> str:
+    return datetime.fromtimestamp(day * DAY_US // 1_000_000, UTC).strftime("%Y-%m")
 
 
 def balance_nanos(db: Connection, account: str) -> int:
@@ -113,14 +128,6 @@ def spent_nanos(db: Connection, payer: str, month: str) -> int:
     """What an account, or a token, was charged in that month."""
     row = db.row("SELECT nanos FROM spending WHERE payer = ? AND month = ?", (payer, month))
     return 0 if row is None else int(row[0])
-
-
-def _values(entry: Entry) -> tuple[object, ...]:
-    return (
-        *(entry.seq, entry.at_us, entry.account, entry.token_id, entry.kind, entry.amount_nanos),
-        *(entry.request, entry.model, entry.prompt_tokens, entry.cached_tokens, entry.completion_tokens),
-        *(entry.note, entry.hash),
-    )
 
 
 def _add_to_balances(db: Connection, posted: Sequence[Entry]) -> None:

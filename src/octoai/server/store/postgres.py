@@ -28,7 +28,7 @@ from octoai.server.store.database import Conflict, Parameters, Row, StoreAway, S
 from octoai.server.store.schema import MIGRATIONS, statements
 
 HOW = "database must be postgresql://user@host/name"
-MIGRATION_LOCK = 0x6F63746F6169  # "octoai": whoever migrates holds it
+_WRITER_LOCK = 0x6F63746F6169  # "octoai": whoever writes holds it
 STREAM_ROWS = 1000
 
 # What the URL does not say itself. A host that vanished is noticed in about 10 s: 5 + 2 x 2 s without an answer to
@@ -45,9 +45,6 @@ _DEFAULTS: dict[str, str | int] = {
 
 
 class PostgresConnection:
-    is_shared = True
-    for_update = " FOR UPDATE"
-
     def __init__(self, url: str) -> None:
         """Connects at once. Raises StoreError; no error's text has the URL's password in it."""
         self._parameters = _connection_parameters(url)
@@ -79,7 +76,8 @@ class PostgresConnection:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        with self._begun("BEGIN"):
+        # One writer at a time, as on SQLite: no two can wait for each other, and what is read stays so to the end.
+        with self._begun(f"BEGIN; SELECT pg_advisory_xact_lock({_WRITER_LOCK})"):
             yield
             self._commit()
 
@@ -117,8 +115,7 @@ class PostgresConnection:
         if has_version and self._version() == len(MIGRATIONS):
             return  # the usual case needs no lock, and no right to make tables
         with self.transaction():
-            self.execute("SELECT pg_advisory_xact_lock(?)", (MIGRATION_LOCK,))
-            # Not asked again whether it is there: the answer may be remembered from before we waited for the lock.
+            # Not asked again whether it is there: the answer may be remembered from before.
             self.execute("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)")
             for migration in MIGRATIONS[self._version() :]:
                 for statement in statements(migration, "postgres"):

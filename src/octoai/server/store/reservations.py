@@ -87,12 +87,6 @@ def standings(
     )
 
 
-def lock(db: Connection, account: str) -> None:
-    """Until the transaction ends, nobody else decides about this account's money."""
-    if db.is_shared:
-        db.row("SELECT id FROM accounts WHERE id = ? FOR UPDATE", (account,))
-
-
 def lapse(db: Connection, account: str, now_us: int) -> None:
     """End what an account's requests hold beyond their leases, before its money is given to others. For good: neither
     a late sign of life nor a clock that goes back must bring it to life again."""
@@ -118,7 +112,7 @@ def release(db: Connection, reservation_id: str) -> None:
 
 def close(db: Connection, reservation_id: str, prompt_tokens: int, completion_tokens: int) -> Reservation | None:
     """Of a request that has ended. What it held until now; None where it held nothing: it has lapsed, or never was."""
-    query = f"SELECT {_COLUMNS}, is_open FROM reservations WHERE id = ?{db.for_update}"  # noqa: S608  # constants only
+    query = f"SELECT {_COLUMNS}, is_open FROM reservations WHERE id = ?"  # noqa: S608  # constants only
     row = db.row(query, (reservation_id,))
     if row is None:
         return None

@@ -1,6 +1,7 @@
 """The tables, as numbered migrations that run once each, in order, and are never edited after a release.
 
-Written in what SQLite and PostgreSQL share; `{blob}` and `{strict}` are filled in for each. Money is integer
+Written in what SQLite and PostgreSQL share; `{blob}`, `{strict}`, `{keyed}` (a table kept in the order of
+its key) and `{limits}` are filled in. Money is integer
 nano-dollars; names ending in `_us` are microseconds since 1970 (UTC), in `_at` whole seconds.
 
     accounts ─┬─ tokens          who may ask, and what for
@@ -13,7 +14,7 @@ nano-dollars; names ending in `_us` are microseconds since 1970 (UTC), in `_at` 
               └─ keys            Idempotency-Keys and the answers given under them
     prices       by model, each from a date on
     journals     how far each process's journal has been applied
-    head         the newest entry; the lock that keeps the chain in one order
+    head         the newest entry
     versions     counted up with every change of accounts, tokens or prices, for those who keep copies
 """
 
@@ -115,7 +116,7 @@ MIGRATIONS = (
         journal             TEXT NOT NULL,
         is_reserved         INTEGER NOT NULL,
         lease_us            INTEGER NOT NULL
-    ) {strict};
+    ) {keyed};
     CREATE INDEX requests_by_request_id ON requests (request_id);
     CREATE INDEX requests_by_account ON requests (account, opened_us);
     CREATE INDEX requests_by_time ON requests (opened_us);
@@ -147,14 +148,14 @@ MIGRATIONS = (
     ) {strict};
     INSERT INTO head VALUES (1, 0, 0, '');
 
-    CREATE TABLE balances (account TEXT PRIMARY KEY, nanos INTEGER NOT NULL) {strict};
+    CREATE TABLE balances (account TEXT PRIMARY KEY, nanos INTEGER NOT NULL) {keyed};
 
     CREATE TABLE spending (
         payer  TEXT NOT NULL,
         month  TEXT NOT NULL,
         nanos  INTEGER NOT NULL,
         PRIMARY KEY (payer, month)
-    ) {strict};
+    ) {keyed};
 
     CREATE TABLE usage (
         minute_at          INTEGER NOT NULL,
@@ -167,7 +168,7 @@ MIGRATIONS = (
         completion_tokens  INTEGER NOT NULL,
         cost_nanos         INTEGER NOT NULL,
         PRIMARY KEY (minute_at, account, token_id, model)
-    ) {strict};
+    ) {keyed};
 
     CREATE TABLE reservations (
         id                 TEXT PRIMARY KEY,
@@ -179,7 +180,7 @@ MIGRATIONS = (
         completion_tokens  INTEGER NOT NULL,
         is_open            INTEGER NOT NULL,
         lease_us           INTEGER NOT NULL
-    ) {strict};
+    ) {keyed};
     CREATE INDEX reservations_by_account ON reservations (account, at_us);
     CREATE INDEX reservations_by_token ON reservations (token_id, at_us);
     CREATE INDEX reservations_open ON reservations (account) WHERE is_open = 1;
@@ -194,7 +195,7 @@ MIGRATIONS = (
         answer        {blob},
         created_us    INTEGER NOT NULL,
         PRIMARY KEY (account, key)
-    ) {strict};
+    ) {keyed};
     CREATE INDEX keys_by_age ON keys (created_us);
 
     CREATE TABLE journals (
@@ -206,8 +207,8 @@ MIGRATIONS = (
 )
 
 _TYPES = {
-    "sqlite": {"blob": "BLOB", "strict": "STRICT"},
-    "postgres": {"blob": "BYTEA", "strict": ""},
+    "sqlite": {"blob": "BLOB", "strict": "STRICT", "keyed": "STRICT, WITHOUT ROWID"},
+    "postgres": {"blob": "BYTEA", "strict": "", "keyed": ""},
 }
 
 

@@ -19,9 +19,6 @@ NUM_BACKUPS = 5
 
 
 class SqliteConnection:
-    is_shared = False
-    for_update = ""
-
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._told():

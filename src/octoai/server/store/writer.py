@@ -27,7 +27,7 @@ from octoai.server.store.requests import Record, apply
 log = logging.getLogger("octoai.store")
 
 BATCH = 512
-LINGER_SECONDS = 0.02  # for more of the journal to come: a batch costs little more than a single record
+LINGER_SECONDS = 0.05  # for more of the journal to come: a batch costs little more than a single record
 RETRY_SECONDS = 0.25
 
 T = TypeVar("T")
@@ -81,6 +81,11 @@ class Writer:
         self._work.append(work)
         self._now()
         return await self._in_time(work.done, seconds)
+
+    def later(self, action: Action) -> None:
+        """Do something after all that was asked for before, without waiting; where it fails, it is let be."""
+        self._work.append(_Work(action, is_durable=False))
+        self._now()
 
     async def caught_up(self, *, seconds: float = 5.0) -> None:
         """Return when all that is durable in the journal now is in the database too. Raises StoreAway."""

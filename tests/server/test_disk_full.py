@@ -1,0 +1,214 @@
+"""A disk without room: new requests are refused, running ones end, and nothing of them is lost."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.engines.scripted import ScriptedEngine
+from octoai.server.journal import files, writer
+from octoai.server.store import StoreFull
+from octoai.server.store import writer as applier
+from tests.load.accounts import Books, hold
+from tests.load.clients import Load, Request, Target, mixed
+from tests.load.upstream import MODEL, Order, Upstream
+from tests.running import InProcess
+from tests.talking import Talk, ask, request, until
+
+Start = Callable[..., InProcess]
+PATH = "/v1/chat/completions"
+SEGMENT_BYTES = 48 * 1024  # for the records of some 30 requests
+SLOW = tuple(step for number in range(60) for step in (f"w{number} ", 0.02))
+
+
+class Disk:
+    """Where the journal is kept: it may have no room for another segment, or take no bytes at all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full = False
+        self.is_broken = False
+        self._write, self._new_segment = files.write, files.new_segment
+        monkeypatch.setattr(files, "write", self.write)
+        monkeypatch.setattr(files, "new_segment", self.new_segment)
+
+    def new_segment(self, path: Path, num_bytes: int) -> int:
+        if self.is_full or self.is_broken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._new_segment(path, num_bytes)
+
+    def write(self, fd: int, block: bytes | bytearray, offset: int) -> None:
+        if self.is_broken:  # a part of it, as a disk that is nearly full does
+            os.pwrite(fd, bytes(block[: len(block) // 2]), offset)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._write(fd, block, offset)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    # Small segments, so that one is used up soon.
+    opened = writer.Journal.open
+    monkeypatch.setattr(writer.Journal, "open", lambda directory: opened(directory, segment_bytes=SEGMENT_BYTES))
+    return Disk(monkeypatch)
+
+
+@pytest.fixture
+def over_engine(upstream: Upstream, in_process: Start) -> InProcess:
+    return in_process(OpenAIEngine(upstream.url, model=MODEL, dialect="vllm"))
+
+
+def refusal(service: InProcess) -> tuple[int, str | None, str | None]:
+    status, headers, text = ask(service, PATH, request(service, max_tokens=1))
+    return status, json.loads(text).get("code"), headers.get("retry-after")
+
+
+@pytest.fixture
+def begin() -> Iterator[Callable[[InProcess], Talk]]:
+    """A stream that takes its time."""
+    open_: list[Talk] = []
+
+    def start(service: InProcess) -> Talk:
+        open_.append(Talk(service))
+        open_[-1].socket.settimeout(30)
+        open_[-1].send(PATH, request(service, stream=True), head="connection: close\r\n")
+        open_[-1].until(b"w1 ")
+        return open_[-1]
+
+    yield start
+    for each in open_:
+        each.close()
+
+
+def test_new_requests_are_refused_and_running_ones_end(disk: Disk, in_process: Start, begin: Any) -> None:
+    service = in_process(ScriptedEngine(SLOW, num_slots=64))
+    streams = [begin(service) for _ in range(5)]
+    disk.is_full = True
+    until(lambda: refusal(service) == (503, "no_room", "5"), 10)
+    assert all(stream.rest().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for stream in streams)
+    disk.is_full = False
+    until(lambda: refusal(service)[0] == 200, 5)
+    rows = service.read(lambda db: db.rows("SELECT status, COUNT(*) FROM requests GROUP BY status"))
+    assert [status for status, _ in rows] == ["settled"]
+    Books.read(service.place)
+
+
+def test_what_cannot_be_written_is_written_when_there_is_room_again(disk: Disk, in_process: Start, begin: Any) -> None:
+    service = in_process(ScriptedEngine(SLOW, num_slots=64))
+    streams = [begin(service) for _ in range(5)]
+    disk.is_broken = True
+    # Whoever comes before the first write has failed waits for the record of what it used.
+    reading = [
+        *(threading.Thread(target=stream.rest) for stream in streams),
+        threading.Thread(target=refusal, args=[service]),
+    ]
+    for each in reading:
+        each.start()
+    time.sleep(0.5)
+    assert refusal(service)[:2] == (503, "no_room")
+    time.sleep(2)  # by now all of them have come to their ends
+    disk.is_broken = False
+    for each in reading:
+        each.join(20)
+    assert all(b"[DONE]" in stream.received for stream in streams)
+    until(lambda: refusal(service)[0] == 200, 5)
+    rows = Books.read(service.place).rows
+    assert {row.status for row in rows} == {"settled"}
+    assert sorted(row.completion_tokens for row in rows)[-5:] == [60] * 5
+
+
+def test_under_load_nothing_is_lost_while_the_disk_fills_up_and_is_cleared(
+    disk: Disk, over_engine: InProcess, upstream: Upstream
+) -> None:
+    target = Target(over_engine.url, over_engine.token, over_engine.model)
+    load = Load(target, mixed, numbers=itertools.count()).start()
+    for fault in ("is_full", "is_broken", "is_full"):
+        time.sleep(1)
+        setattr(disk, fault, True)
+        time.sleep(1.5)
+        setattr(disk, fault, False)
+    time.sleep(1.5)
+    told = load.stop()
+    until(lambda: refusal_of(over_engine) == 200, 5)
+    over_engine.read(lambda db: None)
+    found = hold(Books.read(over_engine.place), told, upstream.at_rest(), num_others=50)
+    assert found.problems == []
+    assert found.num_interrupted == 0
+    assert found.num_finished > 20
+    assert 503 in {each.status for each in told}
+
+
+def refusal_of(service: InProcess) -> int:
+    target = Target(service.url, service.token, service.model)
+    body: Any = Request(Order(10**6, num_tokens=1), stream=False).body(target.model)
+    return ask(service, PATH, body)[0]
+
+
+def test_the_database_may_be_full_while_the_journal_has_room(in_process: Start, monkeypatch: Any) -> None:
+    """Requests are refused before the journal fills up too."""
+    service = in_process(ScriptedEngine())
+    assert refusal(service)[0] == 200
+    applied = applier.apply
+    is_full = True
+
+    def apply(*arguments: Any) -> None:
+        if is_full:
+            raise StoreFull("database or disk is full")
+        applied(*arguments)
+
+    monkeypatch.setattr(applier, "apply", apply)
+    until(lambda: refusal(service)[:2] == (503, "no_room"), 5)
+    is_full = False
+    until(lambda: refusal(service)[0] == 200, 5)
+    rows = service.read(lambda db: db.rows("SELECT status FROM requests"))
+    assert {status for (status,) in rows} == {"settled"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("a file system of its own cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_real_disk_that_is_full(small_disk: Path, upstream: Upstream, in_process: Start) -> None:
+    service = InProcess(OpenAIEngine(upstream.url, model=MODEL, dialect="vllm"), small_disk)
+    target = Target(service.url, service.token, service.model)
+    try:
+        load = Load(target, mixed, numbers=itertools.count()).start()
+        time.sleep(1)
+        filler = small_disk / "filler"
+        with filler.open("wb") as file:
+            try:
+                while True:
+                    file.write(b"x" * 65536)
+                    file.flush()
+            except OSError:
+                pass
+        time.sleep(4)
+        filler.unlink()
+        time.sleep(3)
+        told = load.stop()
+        until(lambda: refusal_of(service) == 200, 10)
+        service.read(lambda db: None)
+        found = hold(Books.read(service.place), told, upstream.at_rest(), num_others=50)
+    finally:
+        service.close()
+    assert found.problems == []
+    assert found.num_finished > 20
+    assert 503 in {each.status for each in told}

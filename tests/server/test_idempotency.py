@@ -1,0 +1,321 @@
+"""Idempotency-Keys from end to end: the same request under the same key is answered once, and billed once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octoai import OctoAI
+from octoai.server import accounts
+from octoai.server.engines.scripted import ScriptedEngine
+from octoai.server.errors import BadRequest, EngineFailed
+from octoai.server.store import Place
+from octoai.server.store.requests import COLUMNS, RequestRow
+from tests.load.accounts import Books
+from tests.load.clients import Request, Target, Told
+from tests.load.clients import ask as ask_once
+from tests.load.places import serve
+from tests.load.proxy import LossyProxy
+from tests.load.upstream import MODEL, Order, Upstream
+from tests.running import InProcess
+from tests.talking import Talk, ask, is_idle, request, until
+
+Start = Callable[..., InProcess]
+PATH = "/v1/chat/completions"
+SLOW = tuple(step for number in range(40) for step in (f"w{number} ", 0.02))
+
+
+def rows(service: InProcess) -> list[RequestRow]:
+    query = f"SELECT {COLUMNS} FROM requests ORDER BY opened_us"
+    return [RequestRow(*row) for row in service.read(lambda db: db.rows(query))]
+
+
+def net_nanos(service: InProcess) -> int:
+    """What all accounts were charged, less what was given back."""
+    (total,) = service.read(lambda db: db.row("SELECT COALESCE(SUM(amount_nanos), 0) FROM entries")) or (0,)
+    return -int(total)
+
+
+def statuses(service: InProcess) -> list[str]:
+    return sorted(row.status for row in rows(service))
+
+
+@pytest.fixture
+def service(in_process: Start) -> InProcess:
+    return in_process(ScriptedEngine())
+
+
+@pytest.fixture
+def slow(in_process: Start) -> InProcess:
+    return in_process(ScriptedEngine(SLOW))
+
+
+@pytest.fixture
+def talk() -> Iterator[Callable[..., Talk]]:
+    open_: list[Talk] = []
+
+    def start(service: InProcess, key: str, **params: Any) -> Talk:
+        """A stream under a key, begun."""
+        open_.append(Talk(service))
+        head = f"idempotency-key: {key}\r\nconnection: close\r\n"
+        open_[-1].send(PATH, request(service, stream=True, **params), head=head)
+        return open_[-1]
+
+    yield start
+    for each in open_:
+        each.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_same_request_under_the_same_key_is_the_same_answer_billed_once(service: InProcess, stream: bool) -> None:
+    body = request(service, stream=stream)
+    first = ask(service, PATH, body, idempotency_key="k1")
+    again = [ask(service, PATH, body, idempotency_key="k1") for _ in range(3)]
+    assert first[0] == 200
+    assert "idempotent-replayed" not in first[1]
+    for status, headers, text in again:
+        assert (status, text) == (200, first[2])
+        assert headers["idempotent-replayed"] == "true"
+        assert headers["x-request-id"] == first[1]["x-request-id"]
+        assert headers["content-type"] == first[1]["content-type"]
+        assert headers.get("x-octoai-cost") == first[1].get("x-octoai-cost")
+    (row,) = rows(service)
+    assert row.completion_tokens == 5
+    assert len(service.engine.seen) == 1
+    assert net_nanos(service) == row.cost_nanos > 0
+
+
+def test_another_process_finds_the_stored_answer(service: InProcess, in_process: Start) -> None:
+    first = ask(service, PATH, request(service), idempotency_key="k1")
+    second = InProcess(ScriptedEngine(("other",)), service.settings.data_dir)
+    try:
+        status, headers, text = ask(second, PATH, request(second), idempotency_key="k1")
+    finally:
+        second.close()
+    assert (status, headers["idempotent-replayed"], text) == (200, "true", first[2])
+    assert len(rows(service)) == 1
+
+
+def test_who_asks_again_joins_the_running_stream_from_its_first_event(slow: InProcess, talk: Any) -> None:
+    first = talk(slow, "k1")
+    first.until(b"w5 ")
+    second = talk(slow, "k1")
+    head, other = first.rest(), second.rest()
+    assert b"idempotent-replayed: true" in other
+    assert other.partition(b"\r\n\r\n")[2].endswith(head)
+    assert other.count(b"w0 ") == other.count(b"w39 ") == 1
+    assert statuses(slow) == ["settled"]
+    assert len(slow.engine.seen) == 1
+
+
+def test_whole_answers_that_are_asked_for_at_once_are_one(slow: InProcess) -> None:
+    answers: list[Any] = []
+    body = request(slow)
+    asking = [
+        threading.Thread(target=lambda: answers.append(ask(slow, PATH, body, idempotency_key="k1"))) for _ in range(8)
+    ]
+    for each in asking:
+        each.start()
+    for each in asking:
+        each.join()
+    assert {(status, text) for status, _, text in answers} == {(200, answers[0][2])}
+    assert sum("idempotent-replayed" in headers for _, headers, _ in answers) == 7
+    assert len(rows(slow)) == 1
+
+
+def test_the_stream_goes_on_when_the_first_client_leaves_and_another_has_joined(slow: InProcess, talk: Any) -> None:
+    first = talk(slow, "k1")
+    first.until(b"w3 ")
+    second = talk(slow, "k1")
+    second.until(b"w3 ")
+    first.close()
+    assert b"w39 " in second.rest()
+    (row,) = rows(slow)
+    assert (row.status, row.outcome, row.completion_tokens) == ("settled", "finished", 40)
+
+
+def test_the_stream_is_cancelled_within_a_second_when_all_have_left(slow: InProcess, talk: Any) -> None:
+    first = talk(slow, "k1")
+    first.until(b"w1 ")
+    second = talk(slow, "k1")
+    second.until(b"w1 ")
+    second.close()
+    time.sleep(0.1)
+    assert slow.engine.abandoned == 0
+    first.close()
+    until(lambda: slow.engine.abandoned == 1 and is_idle(slow))
+    (row,) = rows(slow)
+    assert (row.status, row.outcome) == ("settled", "aborted")
+    assert row.completion_tokens < 40
+
+
+def test_who_joins_a_stream_that_fails_is_told_so(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine(("a ", 0.5, EngineFailed("It broke."))))
+    first = talk(service, "k1")
+    first.until(b"a ")
+    second = talk(service, "k1")
+    ends = [first.rest(), second.rest()]
+    assert all(b"engine_failed" in end and b"[DONE]" not in end for end in ends)
+
+
+def test_another_body_under_the_key_is_a_conflict(service: InProcess) -> None:
+    assert ask(service, PATH, request(service), idempotency_key="k1")[0] == 200
+    status, headers, text = ask(service, PATH, request(service, max_tokens=7), idempotency_key="k1")
+    assert (status, headers["x-should-retry"]) == (409, "false")
+    assert json.loads(text)["code"] == "idempotency_key_conflict"
+    body = {"model": service.model, "prompt": "Hi"}
+    assert ask(service, "/v1/completions", body, idempotency_key="k1")[0] == 409
+    assert len(rows(service)) == 1
+
+
+def test_another_body_is_a_conflict_while_the_first_still_runs(slow: InProcess, talk: Any) -> None:
+    first = talk(slow, "k1")
+    first.until(b"w1 ")
+    assert ask(slow, PATH, request(slow), idempotency_key="k1")[0] == 409
+    assert b"w39 " in first.rest()
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "ä", "x" * 256, "a\tb"])
+def test_a_malformed_key_is_refused(service: InProcess, key: str) -> None:
+    status, _, text = ask(service, PATH, request(service), idempotency_key=key)
+    assert status == 400
+    assert json.loads(text)["param"] == "Idempotency-Key"
+
+
+@pytest.mark.parametrize("key", ["x", "x" * 255, '"quoted"', "3f2504e0-4f89-11d3-9a0c-0305e82c3301"])
+def test_every_other_key_is_taken(service: InProcess, key: str) -> None:
+    assert ask(service, PATH, request(service), idempotency_key=key)[0] == 200
+
+
+def test_keys_are_each_accounts_own(service: InProcess) -> None:
+    service.books(lambda db: accounts.create(db, "other", plan="unlimited"))
+    other = service.mint("other", "other").text
+    mine = ask(service, PATH, request(service), idempotency_key="k1")
+    theirs = ask(service, PATH, request(service), idempotency_key="k1", authorization=f"Bearer {other}")
+    assert (mine[0], theirs[0]) == (200, 200)
+    assert "idempotent-replayed" not in theirs[1]
+    assert {row.account for row in rows(service)} == {"default", "other"}
+    assert ask(service, PATH, request(service, max_tokens=3), idempotency_key="k1")[0] == 409
+
+
+def test_a_request_that_was_refused_leaves_its_key_free(service: InProcess) -> None:
+    service.books(lambda db: accounts.create(db, "poor", plan="unlimited", is_prepaid=True))
+    headers = {"authorization": f"Bearer {service.mint('poor', 'poor').text}", "idempotency_key": "k1"}
+    body = request(service, max_tokens=50)
+    assert ask(service, PATH, body, **headers)[0] == 402
+    assert ask(service, PATH, body, **headers)[0] == 402
+    service.books(lambda db: accounts.credit(db, "poor", 1_000_000_000))
+    status, said, _ = ask(service, PATH, body, **headers)
+    assert status == 200
+    assert "idempotent-replayed" not in said
+    assert ask(service, PATH, body, **headers)[1]["idempotent-replayed"] == "true"
+    assert len(rows(service)) == 1
+
+
+def test_a_request_over_a_rate_leaves_its_key_free(service: InProcess) -> None:
+    service.books(lambda db: accounts.create(db, "small", plan="unlimited", limits={"concurrent_requests": 0}))
+    headers = {"authorization": f"Bearer {service.mint('small', 'small').text}", "idempotency_key": "k1"}
+    assert ask(service, PATH, request(service), **headers)[0] == 429
+    service.books(lambda db: accounts.update(db, "small", limits={"concurrent_requests": 1}))
+    until(lambda: ask(service, PATH, request(service), **headers)[0] == 200, 2)
+    assert len(rows(service)) == 1
+
+
+def test_a_request_that_the_engine_refuses_costs_nothing_however_often_it_is_asked(in_process: Start) -> None:
+    service = in_process(ScriptedEngine((BadRequest("not this"),)))
+    for _ in range(3):
+        assert ask(service, PATH, request(service), idempotency_key="k1")[0] == 400
+    assert net_nanos(service) == 0
+
+
+def leave(service: InProcess, talk: Any, key: str) -> None:
+    stream = talk(service, key)
+    stream.until(b"w2 ")
+    stream.close()
+    until(lambda: is_idle(service))
+
+
+def test_a_retry_after_an_attempt_that_was_left_is_billed_instead_of_it(slow: InProcess, talk: Any) -> None:
+    leave(slow, talk, "k1")
+    assert talk(slow, "k1").rest().count(b"w39 ") == 1
+    left, finished = rows(slow)
+    assert (left.status, left.cost_nanos) == ("refunded", 0)
+    assert (finished.status, finished.outcome) == ("settled", "finished")
+    assert net_nanos(slow) == finished.cost_nanos
+
+
+def test_no_more_than_three_attempts_are_given_back(slow: InProcess, talk: Any) -> None:
+    for _ in range(6):
+        leave(slow, talk, "k1")
+    talk(slow, "k1").rest()
+    assert statuses(slow) == ["refunded"] * 3 + ["settled"] * 4
+    assert net_nanos(slow) == sum(row.cost_nanos for row in rows(slow))
+
+
+def test_what_was_stored_is_replayed_after_a_crash(upstream: Upstream, tmp_path: Path) -> None:
+    service = serve(tmp_path, upstream)
+    asked = Request(Order(1), headers={"idempotency-key": "k1"})
+    told = [answer(Target(service.url, service.token, MODEL), asked)]
+    service.stop(signal.SIGKILL)
+    service = serve(tmp_path, upstream)
+    told.append(answer(Target(service.url, service.token, MODEL), asked))
+    service.stop()
+    assert told[1].headers["idempotent-replayed"] == "true"
+    assert told[1].request_id == told[0].request_id
+    assert told[1].usage == told[0].usage is not None
+    assert upstream.written()[1].num_begun == 1
+    assert len(Books.read(Place(service.data_dir)).rows) == 1
+
+
+def test_a_retry_after_a_crash_in_the_middle_is_billed_instead_of_it(upstream: Upstream, tmp_path: Path) -> None:
+    service = serve(tmp_path, upstream)
+    asked = Request(Order(1, num_tokens=60, pace=0.05), headers={"idempotency-key": "k1"})
+    told: list[Told] = []
+    asking = threading.Thread(target=lambda: told.append(answer(Target(service.url, service.token, MODEL), asked)))
+    asking.start()
+    time.sleep(1.5)
+    service.stop(signal.SIGKILL)
+    asking.join()
+    service = serve(tmp_path, upstream)
+    told.append(answer(Target(service.url, service.token, MODEL), asked))
+    service.stop()
+    books = Books.read(Place(service.data_dir))
+    (before,) = books.by_request_id[str(told[0].request_id)]
+    (after,) = books.by_request_id[str(told[1].request_id)]
+    assert before.status == "refunded"
+    assert before.completion_tokens > 0
+    assert (after.status, after.completion_tokens) == ("settled", 60)
+
+
+def answer(target: Target, asked: Request) -> Told:
+    return asyncio.run(ask_once(target, asked, Told(asked.order.number, "kept")))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("hangs_up", [True, False])
+@pytest.mark.parametrize("at_answer", [True, False])
+def test_a_retry_of_the_sdk_never_bills_twice(in_process: Start, stream: bool, hangs_up: bool, at_answer: bool) -> None:
+    service = in_process(ScriptedEngine(tuple(step for word in SLOW[:20:2] for step in (word, 0.02))))
+    proxy = LossyProxy(service.url, 2, hangs_up=hangs_up, at_answer=at_answer)
+    with OctoAI(api_key=service.token, base_url=f"{proxy.url}/v1", max_retries=3) as client:
+        params: dict[str, Any] = {"model": service.model, "messages": [{"role": "user", "content": "Hi"}]}
+        if stream:
+            with client.text_gen.create_chat_completion_stream(**params) as chunks:
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        else:
+            text = client.text_gen.create_chat_completion(**params).choices[0].message.content
+    proxy.close()
+    assert text == "".join(str(word) for word in SLOW[:20:2])
+    assert proxy.num_connections == 3
+    until(lambda: is_idle(service), 2)
+    ended = [row for row in rows(service) if row.status == "settled"]
+    assert [(row.outcome, row.completion_tokens) for row in ended] == [("finished", 10)]
+    assert net_nanos(service) == ended[0].cost_nanos

@@ -1,0 +1,331 @@
+"""Credit, budgets and rates over a real socket: what is let through, what is refused and how, and what stays held."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from octoai.server import accounts
+from octoai.server.billing import nanos
+from octoai.server.engines.scripted import ScriptedEngine, Step
+from octoai.server.errors import BadRequest, EngineFailed
+from octoai.server.store import entries
+from tests.running import InProcess
+from tests.talking import Talk, ask, is_idle, request, until
+
+Start = Callable[..., InProcess]
+Answer = tuple[int, dict[str, str], bytes]
+PATH = "/v1/chat/completions"
+PRICE = 20  # nano-dollars a token of the model that is served, either way
+ONE = (2 + 50) * PRICE  # what a request for 50 tokens may come to
+SLOW: Sequence[Step] = tuple(step for _ in range(400) for step in ("word ", 0.01))
+
+
+class Client:
+    """An account with limits, and a token of it."""
+
+    def __init__(
+        self,
+        service: InProcess,
+        *,
+        credit: int | None = None,
+        limits: Mapping[str, int | None] | None = None,
+        token_limits: Mapping[str, int | None] | None = None,
+        plan: str = "unlimited",
+    ) -> None:
+        self.service = service
+        service.books(lambda db: accounts.create(db, "acme", plan=plan, is_prepaid=credit is not None, limits=limits))
+        if credit:
+            service.books(lambda db: accounts.credit(db, "acme", credit))
+        self.minted = service.mint("acme", "acme", limits=token_limits)
+        self.headers = {"authorization": f"Bearer {self.minted.text}"}
+        assert self.models()[0] == 200  # known from here on
+
+    def ask(self, max_tokens: int = 50, **params: Any) -> Answer:
+        return ask(self.service, PATH, request(self.service, max_tokens=max_tokens, **params), **self.headers)
+
+    def stream(self) -> Talk:
+        talk = Talk(self.service)
+        talk.authorization = f"authorization: {self.headers['authorization']}\r\n"
+        talk.send(PATH, request(self.service, max_tokens=50, stream=True))
+        return talk
+
+    def models(self) -> Answer:
+        return ask(self.service, "/v1/models", **self.headers)
+
+    def at_once(self, number: int, **params: Any) -> list[Answer]:
+        answers: list[Answer] = []
+        asking = [threading.Thread(target=lambda: answers.append(self.ask(**params))) for _ in range(number)]
+        for each in asking:
+            each.start()
+        for each in asking:
+            each.join()
+        return answers
+
+    def held(self) -> tuple[int, int]:
+        """Requests that hold something, and nano-dollars that they hold."""
+        row = self.service.read(
+            lambda db: db.row("SELECT COUNT(*), COALESCE(SUM(nanos), 0) FROM reservations WHERE is_open = 1")
+        )
+        assert row is not None
+        return int(row[0]), int(row[1])
+
+    def balance(self) -> int:
+        return self.service.read(lambda db: entries.balance_nanos(db, "acme"))
+
+    def age(self, seconds: float) -> None:
+        """Let what was asked until now be so much longer ago."""
+        microseconds = int(seconds * 1_000_000)
+        self.service.read(lambda db: None)
+        self.service.books(lambda db: db.execute("UPDATE reservations SET at_us = at_us - ?", (microseconds,)))
+
+
+def codes(answers: Sequence[Answer]) -> Counter[int]:
+    return Counter(status for status, _, _ in answers)
+
+
+# Money
+
+BUDGETS: Mapping[str, Mapping[str, Any]] = {
+    "prepaid credit": {"credit": ONE},
+    "a hard budget of the account": {"limits": {"hard_budget_nanos": ONE}},
+    "a hard budget of the token": {"token_limits": {"hard_budget_nanos": ONE}},
+}
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize("script", [("a ", 0.2, "b "), ("a ", "b ")], ids=["while it runs", "also when it has ended"])
+def test_of_fifty_requests_at_once_on_a_budget_for_one_exactly_one_is_served(
+    in_process: Start, budget: Mapping[str, Any], script: Sequence[Step]
+) -> None:
+    service = in_process(ScriptedEngine(script))
+    client = Client(service, **budget)
+    answers = client.at_once(50)
+    assert codes(answers) == {200: 1, 402: 49}
+    for status, headers, text in answers:
+        if status == 402:
+            said = json.loads(text)
+            assert (said["code"], said["type"]) == ("insufficient_quota", "insufficient_quota")
+            assert headers["x-should-retry"] == "false"
+            assert "retry-after" not in headers
+    assert client.held() == (0, 0)
+    assert len(service.engine.seen) == 1
+
+
+def test_what_was_not_used_can_be_spent_by_the_next(in_process: Start) -> None:
+    client = Client(in_process(ScriptedEngine()), credit=2 * ONE)  # five of the 50 tokens are generated
+    answers = [client.ask() for _ in range(20)]
+    num_served = codes(answers)[200]
+    assert [status for status, _, _ in answers] == [200] * num_served + [402] * (20 - num_served)
+    each = (2 + 5) * PRICE
+    assert client.balance() == 2 * ONE - num_served * each
+    assert ONE - each <= client.balance() < ONE
+    assert client.ask(max_tokens=5)[0] == 200
+
+
+def test_the_answer_says_what_the_ledger_took(in_process: Start) -> None:
+    client = Client(in_process(ScriptedEngine()), credit=ONE)
+    _, headers, text = client.ask()
+    assert nanos(headers["x-octoai-cost"]) == nanos(json.loads(text)["usage"]["cost"]) == 7 * PRICE
+    assert client.balance() == ONE - 7 * PRICE
+
+
+@pytest.mark.parametrize(("error", "status"), [(EngineFailed("It broke."), 502), (BadRequest("not this"), 400)])
+def test_nothing_stays_held_after_a_failure(in_process: Start, error: Exception, status: int) -> None:
+    client = Client(in_process(ScriptedEngine((error,))), credit=ONE)
+    assert [client.ask()[0] for _ in range(3)] == [status] * 3
+    assert client.held() == (0, 0)
+    assert client.balance() == ONE
+
+
+def test_nothing_stays_held_after_a_stream_that_failed(in_process: Start) -> None:
+    client = Client(in_process(ScriptedEngine(("a ", EngineFailed("It broke.")))), credit=ONE)
+    talk = client.stream()
+    assert b"engine_failed" in talk.rest()
+    talk.close()
+    until(lambda: client.held() == (0, 0), 2)
+    assert client.balance() == ONE - 3 * PRICE
+
+
+def test_nothing_stays_held_of_a_client_that_left_the_queue(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(SLOW, num_slots=1))
+    client = Client(service, credit=10 * ONE)
+    waiting = [client.stream() for _ in range(5)]
+    until(lambda: service.queue.num_waiting == 4, 3)
+    assert client.held() == (5, 5 * ONE)
+    for each in waiting:
+        each.close()
+    until(lambda: client.held() == (0, 0) and is_idle(service), 3)
+    assert client.balance() > 9 * ONE
+
+
+def test_nothing_stays_held_of_clients_that_leave_at_any_moment(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(SLOW, num_slots=2))
+    client = Client(service, credit=100 * ONE)
+    raw = json.dumps(request(service, max_tokens=50, stream=True)).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nauthorization: {client.headers['authorization']}\r\n"
+    for number in range(40):
+        with socket.create_connection(("127.0.0.1", service.port)) as leaving:
+            leaving.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+            time.sleep(number * 0.0007)
+    until(lambda: is_idle(service), 3)
+    until(lambda: client.held() == (0, 0), 3)
+
+
+def test_a_request_that_can_never_be_paid_is_refused_before_the_engine_is_asked(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    client = Client(service, limits={"hard_budget_nanos": 0})
+    assert client.ask()[0] == 402
+    assert service.engine.seen == []
+    assert client.held() == (0, 0)
+
+
+def test_a_soft_budget_only_warns(in_process: Start) -> None:
+    client = Client(in_process(ScriptedEngine()), limits={"soft_budget_nanos": 10 * PRICE})
+    assert "x-octoai-budget-warning" not in client.ask()[1]
+    client.ask()
+    talk = client.stream()
+    said = talk.until(b"\r\n\r\n").decode()
+    talk.close()
+    assert said.startswith("HTTP/1.1 200")
+    assert "soft budget of the account is 0.0000002 USD, 0.00000028 are spent" in said
+    assert said.count("x-octoai-budget-warning") == 1
+
+
+# Rates
+
+
+def test_ten_requests_a_minute_are_ten_however_many_come_at_once(in_process: Start) -> None:
+    client = Client(in_process(ScriptedEngine()), plan="free")
+    answers = client.at_once(40)
+    assert codes(answers) == {200: 10, 429: 30}
+    for status, headers, text in answers:
+        assert headers["x-ratelimit-limit-requests"] == "10"
+        if status == 429:
+            said = json.loads(text)
+            assert (said["code"], said["type"]) == ("rate_limit_exceeded", "requests")
+            assert headers["x-ratelimit-remaining-requests"] == "0"
+            assert 50_000 < int(headers["retry-after-ms"]) <= 60_000
+            assert int(headers["retry-after"]) == -(-int(headers["retry-after-ms"]) // 1000)
+    left = sorted(int(headers["x-ratelimit-remaining-requests"]) for status, headers, _ in answers if status == 200)
+    assert left == list(range(10))
+
+
+def test_after_exactly_the_time_it_was_told_a_client_is_let_through(in_process: Start) -> None:
+    client = Client(in_process(ScriptedEngine()), limits={"requests_per_minute": 2})
+    client.ask()
+    time.sleep(0.3)
+    client.ask()
+    client.age(58.5)
+    status, headers, _ = client.ask()
+    told = time.monotonic()
+    assert status == 429
+    seconds = int(headers["retry-after-ms"]) / 1000
+    assert 0 < seconds < 1.5
+    time.sleep(max(0.0, told + seconds - 0.15 - time.monotonic()))
+    if time.monotonic() < told + seconds - 0.1:
+        assert client.ask()[0] == 429
+    time.sleep(max(0.0, told + seconds - time.monotonic()))
+    assert client.ask()[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("limit", "header", "used"),
+    [("prompt_tokens_per_minute", "tokens-prompt", 2), ("completion_tokens_per_minute", "tokens-generated", 5)],
+)
+@pytest.mark.parametrize("whose", ["limits", "token_limits"])
+def test_tokens_a_minute(in_process: Start, limit: str, header: str, used: int, whose: str) -> None:
+    client = Client(in_process(ScriptedEngine()), **{whose: {limit: 4 * used}})
+    wanted = 5
+    answers = [client.ask(max_tokens=wanted) for _ in range(5)]
+    assert [status for status, _, _ in answers] == [200] * 4 + [429]
+    _, headers, text = answers[-1]
+    assert json.loads(text)["type"] == "tokens"
+    assert (headers[f"x-ratelimit-limit-{header}"], headers["x-ratelimit-limit-tokens"]) == (str(4 * used),) * 2
+    assert headers[f"x-ratelimit-remaining-{header}"] == "0"
+    assert 55 < int(headers["retry-after-ms"]) / 1000 <= 60
+    client.age(60)
+    assert client.ask(max_tokens=wanted)[0] == 200
+
+
+def test_tokens_that_were_asked_for_but_not_generated_count_only_while_it_runs(in_process: Start) -> None:
+    client = Client(in_process(ScriptedEngine()), limits={"completion_tokens_per_minute": 60})
+    assert [client.ask(max_tokens=45)[0] for _ in range(4)] == [200] * 4  # five each
+    assert client.ask(max_tokens=45)[0] == 429
+
+
+def test_a_request_for_more_than_a_minutes_limit_is_told_not_to_come_back(in_process: Start) -> None:
+    client = Client(in_process(ScriptedEngine()), limits={"completion_tokens_per_minute": 60})
+    status, headers, _ = client.ask(max_tokens=61)
+    assert (status, headers["x-should-retry"]) == (429, "false")
+    assert "retry-after" not in headers
+
+
+def test_requests_at_once(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(SLOW, num_slots=8))
+    client = Client(service, limits={"concurrent_requests": 3})
+    answers = client.at_once(12, max_tokens=60)
+    assert codes(answers) == {200: 3, 429: 9}
+    assert all(headers["retry-after"] == "1" for status, headers, _ in answers if status == 429)
+    assert client.held() == (0, 0)
+    assert client.ask(max_tokens=1)[0] == 200
+
+
+def test_every_answer_tells_the_limits(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    client = Client(service, limits={"requests_per_minute": 3})
+    names = {f"x-ratelimit-{each}-requests" for each in ("limit", "remaining", "reset")}
+    told = {
+        "success": client.ask(),
+        "a stream": client.ask(stream=True),
+        "a list": client.models(),
+        "a refused body": ask(service, PATH, b"{", **client.headers),
+        "a refused parameter": client.ask(max_tokens=-1),
+        "an unknown path": ask(service, "/v1/models/nothing", **client.headers),
+    }
+    client.ask()
+    told["too many"] = client.ask()
+    for what, (_, headers, _) in told.items():
+        assert names <= headers.keys(), what
+    assert {what: status for what, (status, _, _) in told.items()} == {
+        "success": 200,
+        "a stream": 200,
+        "a list": 200,
+        "a refused body": 400,
+        "a refused parameter": 422,
+        "an unknown path": 404,
+        "too many": 429,
+    }
+    assert [told[what][1]["x-ratelimit-remaining-requests"] for what in ("success", "a list", "too many")] == [
+        "2",
+        "1",
+        "0",
+    ]
+
+
+def test_what_the_engine_refuses_tells_the_limits_too(in_process: Start) -> None:
+    client = Client(in_process(ScriptedEngine((BadRequest("not this"),))), limits={"requests_per_minute": 3})
+    status, headers, _ = client.ask()
+    assert (status, headers["x-ratelimit-limit-requests"]) == (400, "3")
+
+
+def test_the_first_token_of_a_service_has_no_limits(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    answers = [ask(service, PATH, request(service)) for _ in range(40)]
+    assert codes(answers) == {200: 40}
+    assert not any(name.startswith("x-ratelimit") for _, headers, _ in answers for name in headers)
+
+
+def test_limits_that_change_hold_within_a_second(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    client = Client(service)
+    assert client.ask()[0] == 200
+    service.books(lambda db: accounts.update(db, "acme", limits={"hard_budget_nanos": 1}))
+    until(lambda: client.ask()[0] == 402, 1)
