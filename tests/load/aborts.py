@@ -9,9 +9,9 @@ from contextlib import closing
 
 from octoai.server.store import Place, connect
 from tests.load.accounts import Books
-from tests.load.clients import Leave, Load, Request, Target, Told, leaving
+from tests.load.clients import Load, Target, Told, leaving
 from tests.load.sdks import leave_all
-from tests.load.upstream import MODEL, Order, Upstream, Written
+from tests.load.upstream import MODEL, Upstream, Written
 from tests.running import Serve
 
 SETTLE_SECONDS = 10.0
@@ -25,13 +25,7 @@ def left(service: Serve, *, over_sockets: int, by_sdks: int) -> list[Told]:
     """So many streams begun and left, twelve at once."""
     load = Load(target_of(service), leaving, numbers=itertools.count(), total=over_sockets)
     told = load.start().join(500)
-    later = range(over_sockets, over_sockets + by_sdks)
-    return told + leave_all(target_of(service), [_for_sdk(number) for number in later])
-
-
-def _for_sdk(number: int) -> Request:
-    order = Order(number, num_tokens=3000, pace=0.01, pause_after=number % 7 + 1, pause_seconds=number % 3)
-    return Request(order, leave=Leave(tokens=number % 20 + 1))
+    return told + leave_all(target_of(service), range(over_sockets, over_sockets + by_sdks))
 
 
 def differences(books: Books, told: Sequence[Told], written: Mapping[int, Written]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import openai
 
 from octoai import ApiError, AsyncOctoAI, OctoAI, Timeout
-from tests.load.clients import Request, Target, Told
-from tests.load.upstream import TOKEN
+from tests.load.clients import Leave, Request, Target, Told
+from tests.load.upstream import TOKEN, Order
 
 # Streams a request until it has so many tokens, or for so long, and goes.
 LeaveBy = Callable[[Target, Request, Told], None]
@@ -31,10 +31,8 @@ def by_close(target: Target, request: Request, told: Told) -> None:
 
 def by_timeout(target: Target, request: Request, told: Told) -> None:
     """A read that takes longer than the SDK waits."""
-    seconds = 0.4 if request.leave is None or request.leave.seconds is None else max(0.2, request.leave.seconds)
-    with OctoAI(
-        api_key=target.token, base_url=f"{target.url}/v1", max_retries=0, timeout=Timeout(connect=5, read=seconds)
-    ) as client:
+    patience = Timeout(connect=5, read=0.4)
+    with OctoAI(api_key=target.token, base_url=f"{target.url}/v1", max_retries=0, timeout=patience) as client:
         stream = client.text_gen.create_chat_completion_stream(**_params(target, request))
         with suppress(ApiError):
             _read(stream, told, 10_000)
@@ -75,17 +73,22 @@ def by_close_of_openai(target: Target, request: Request, told: Told) -> None:
 WAYS: tuple[LeaveBy, ...] = (by_close, by_timeout, by_cancelling, by_close_of_openai)
 
 
-def leave_all(target: Target, requests: list[Request], num_threads: int = 8) -> list[Told]:
-    """Every one of them begun and left, in one of the ways after the other."""
+def leave_all(target: Target, numbers: Sequence[int], num_threads: int = 8) -> list[Told]:
+    """A stream for each number, begun and left in one of the ways after the other."""
 
-    def leave(at: int) -> Told:
-        way, request = WAYS[at % len(WAYS)], requests[at]
-        told = Told(request.order.number, way.__name__)
-        way(target, request, told)
+    def leave(number: int) -> Told:
+        way = WAYS[number % len(WAYS)]
+        told = Told(number, way.__name__)
+        way(target, _request(number, stalls=way is by_timeout), told)
         return told
 
     with ThreadPoolExecutor(num_threads) as threads:
-        return list(threads.map(leave, range(len(requests))))
+        return list(threads.map(leave, numbers))
+
+
+def _request(number: int, *, stalls: bool) -> Request:
+    order = Order(number, num_tokens=3000, pace=0.01, pause_after=number % 7 + 1 if stalls else None, pause_seconds=30)
+    return Request(order, leave=Leave(tokens=number % 20 + 1))
 
 
 def _params(target: Target, request: Request) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,8 @@ from octoai.server.store.keys import KeyRow
 from octoai.server.store.reservations import Reservation
 
 POLL_SECONDS = 0.2
+ASK_SECONDS = 0.2
+MAX_GIVEN = 10_000
 ELSEWHERE_SECONDS = 600.0  # for an answer under the same key that another process is giving
 
 
@@ -53,6 +56,7 @@ class Admission:
         self.books = books
         self._prices = prices
         self._recordings = Recordings()
+        self._given: OrderedDict[str, None] = OrderedDict()  # by clients, lately: the database hears of them later
 
     async def admit(
         self,
@@ -87,6 +91,7 @@ class Admission:
         try:
             request, standings = await self._reserved(caller, request, deployment, tab)
         except BaseException as error:
+            self.ledger.release_key(tab)
             self.ended(caller, recording, error)
             raise
         return Admitted(request_id, request, tab, standings, recording)
@@ -98,14 +103,21 @@ class Admission:
             self._recordings.end(caller.account.id, recording)
 
     async def _unique(self, request_id: str) -> str:
-        """A client may send an id twice; the ledger's must tell requests apart, so the second gets a longer one."""
+        """A client may send an id twice; the ledger's must tell requests apart, so the second gets a longer one.
+
+        The database is asked only for as long as it answers at once: no request waits for it because of its name.
+        """
         if request_id.startswith("req_") and len(request_id) == _OWN_LENGTH:
             return request_id  # our own, and random
-        taken = any(tab.request_id == request_id for tab in self.ledger.tabs)
-        if not taken:
+        taken = request_id in self._given
+        if not taken and self.ledger.writer.away_seconds is None:
             with contextlib.suppress(StoreError):
-                taken = await self.books.read(lambda db: requests.is_known(db, request_id))
-        return f"{request_id[:100]}.{secrets.token_hex(6)}" if taken else request_id
+                taken = await self.books.reader.run(lambda db: requests.is_known(db, request_id), seconds=ASK_SECONDS)
+        unique = f"{request_id[:100]}.{secrets.token_hex(6)}" if taken else request_id
+        self._given[unique] = None
+        if len(self._given) > MAX_GIVEN:
+            self._given.popitem(last=False)
+        return unique
 
     def _price(self, named: Model, served: Model) -> Price:
         """The price of the model that was asked for; of the one that answers, where that one has none."""
@@ -135,13 +147,13 @@ class Admission:
     async def _claim(self, account: str, key: Key, tab: Tab) -> Recording | None:
         """None when the key is this request's; otherwise the answer that stands under it, waited for where another
         process is giving it."""
-        claimed = KeyRow(key.body_hash, tab.id, tab.request_id, 1, None)
+        claimed = KeyRow(key.body_hash, tab.id, tab.request_id, self.ledger.instance, now_us())
         until = time.monotonic() + ELSEWHERE_SECONDS
         while True:
             try:
                 # Not waited for until it is on disk: what is settled under a key says so again.
                 before = await self.books.writer.run(
-                    lambda db: keys.claim(db, account, key.value, claimed, now_us()), is_durable=False
+                    lambda db: keys.claim(db, account, key.value, claimed), is_durable=False
                 )
                 if before is None:
                     return None
@@ -201,6 +213,8 @@ def _take_over(db: Connection, account: str, key: Key, claimed: KeyRow) -> bool:
     if before is None or before.answer is not None:
         return False
     row = requests.of_id(db, before.request)
+    if row is None and now_us() - before.claimed_us < ELSEWHERE_SECONDS * 1_000_000:
+        return False  # it waits for its turn there, or has just begun
     if row is not None and row.status == "open" and row.lease_us > now_us():
         return False
     if not keys.claim_again(db, account, key.value, before, claimed):

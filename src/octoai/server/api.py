@@ -49,11 +49,10 @@ async def _generate(
     )
     if isinstance(job, Recording):
         return Replay(job)
-    request.state.request_id = job.id
+    request.state.request_id, request.state.standings = job.id, job.standings
     served = job.deployment.model.id
-    limits = {} if job.standings is None else job.standings.headers()
     answer = EventStream if wanted.stream else WholeAnswer
-    return answer(job, encoder(wanted, fingerprint=f"octoai-{served}"), {"x-octoai-served-model": served, **limits})
+    return answer(job, encoder(wanted, fingerprint=f"octoai-{served}"), {"x-octoai-served-model": served})
 
 
 async def caller_of(request: Request) -> Caller:

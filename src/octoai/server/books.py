@@ -132,6 +132,7 @@ def _recovered(db: Connection, orphan: Orphan) -> int:
         with db.transaction():
             left = requests.open_of_journal(db, orphan.instance)
             requests.interrupt(db, left, _now_us())
+            keys.release_of_journal(db, orphan.instance)
             forget(db, orphan.instance)
     except BaseException:
         orphan.close()

@@ -106,14 +106,17 @@ class _Answer:
         await self._send(message)
 
     async def _limits(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """How the caller stands with its limits, where it has any and the answer does not say it already."""
+        """How the caller stands with its limits, where it has any: as it was told when the request was admitted, by a
+        refusal for itself, or as it is now."""
         caller = self._state.get("caller")
         if caller is None or not caller.is_limited or any(name.startswith(b"x-ratelimit-") for name, _ in headers):
             return []
-        try:
-            standings = await self._service.standings(caller)
-        except StoreError:
-            return []
+        standings = self._state.get("standings")
+        if standings is None:
+            try:
+                standings = await self._service.standings(caller)
+            except StoreError:
+                return []
         return [(name.encode(), value.encode()) for name, value in standings.headers().items()]
 
 

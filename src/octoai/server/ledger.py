@@ -21,7 +21,7 @@ from octoai.server.engines.base import Usage
 from octoai.server.errors import OutOfCredit, Unavailable
 from octoai.server.journal import START, Journal, JournalFailed, JournalFull, Position
 from octoai.server.limits import Standings, reserve
-from octoai.server.store import reservations
+from octoai.server.store import keys, reservations
 from octoai.server.store.database import StoreAway, StoreError
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.writer import Writer
@@ -117,6 +117,8 @@ class Tab:
 
     async def close(self, outcome: str) -> None:
         """However it ended: settled when it was opened, given back when it was not."""
+        if not self.opened_us:
+            self.ledger.release_key(self)
         if self.opened_us:
             await self.settle(outcome)
         elif self.reservation is not None:
@@ -259,6 +261,12 @@ class Ledger:
             await self.writer.run(lambda db: reservations.release(db, reservation.id), seconds=LIMIT_SECONDS)
         except StoreError:
             log.warning("the reservation of %s is given back when its lease ends", reservation.id)
+
+    def release_key(self, tab: Tab) -> None:
+        """Of a request that never ran: its Idempotency-Key may be used again."""
+        if tab.key is not None:
+            account, key = tab.caller.account.id, tab.key[0]
+            self.writer.later(lambda db: keys.release(db, account, key, tab.id))
 
     async def _written(self, record: dict[str, Any]) -> Position:
         """Nothing that was used goes unrecorded: what cannot be written now is tried until it can."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -85,20 +84,11 @@ def once(db: Connection, call: Call, write: Callable[[Connection], Json]) -> Jso
     key, account, request_id = call.key, call.caller.account.id, str(call.request.state.request_id)
     if key is None:
         return write(db)
-    claimed = KeyRow(key.body_hash, request_id, request_id, 1, None)
-    before = keys.claim(db, account, key.value, claimed, call.now_us)
+    claimed = KeyRow(key.body_hash, request_id, request_id, journal="", claimed_us=call.now_us)
+    before = keys.claim(db, account, key.value, claimed)
     if before is None:
         answer = write(db)
-        record = {
-            "account": account,
-            "key": key.value,
-            "key_body": key.body_hash.hex(),
-            "id": request_id,
-            "request_id": request_id,
-            "opened_us": call.now_us,
-            "answer": base64.b64encode(orjson.dumps(answer)),
-        }
-        keys.note(db, [record])
+        keys.keep(db, account, key.value, request_id, orjson.dumps(answer))
         return answer
     if before.body_hash != key.body_hash or before.answer is None:
         raise KeyConflict("This Idempotency-Key was used for another request.")

@@ -73,6 +73,7 @@ class Journal:
         self._wake = threading.Event()
         self._writing = threading.Lock()  # held while the queue is emptied and its records are written
         self._write_seconds = 0.0
+        self._is_refusing = False
         self._batch: list[_Entry] = []  # taken from the queue, and neither durable nor refused yet
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -211,15 +212,16 @@ class Journal:
             return
         self._write_seconds += _WEIGHT * (time.perf_counter() - began - self._write_seconds)
         written, self._batch = self._batch[: len(ends)], self._batch[len(ends) :]
-        self.durable = ends[-1]
+        self.durable, self._is_refusing = ends[-1], False
         tell([(entry.waiter, end) for entry, end in zip(written, ends, strict=True) if entry.waiter])
         if self.on_durable:
             self.on_durable()
 
     def _refuse(self, error: JournalError, tell: _Tell) -> None:
         refused, self._batch = self._batch, []
-        if refused:
+        if refused and not self._is_refusing:
             log.error("%d records were not written to the journal: %s", len(refused), error)
+        self._is_refusing = True
         tell([(entry.waiter, error) for entry in refused if entry.waiter])
 
     def _write(self) -> list[Position]:

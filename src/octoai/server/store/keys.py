@@ -12,31 +12,40 @@ from octoai.server.store.database import Connection
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """`request` is our id of the newest request made under the key; `answer` what it was given, once it has ended."""
+    """`request` is our id of the newest request made under the key, by the process whose journal is named, at
+    `claimed_us`; `answer` what it was given, once it has ended."""
 
     body_hash: bytes
     request: str
     request_id: str
-    num_attempts: int
-    answer: bytes | None
+    journal: str
+    claimed_us: int
+    num_attempts: int = 1
+    answer: bytes | None = None
 
 
 def find(db: Connection, account: str, key: str) -> KeyRow | None:
     row = db.row(
-        "SELECT body_hash, request, request_id, num_attempts, answer FROM keys WHERE account = ? AND key = ?",
+        "SELECT body_hash, request, request_id, journal, claimed_us, num_attempts, answer "
+        "FROM keys WHERE account = ? AND key = ?",
         (account, key),
     )
     if row is None:
         return None
-    return KeyRow(bytes(row[0]), row[1], row[2], row[3], None if row[4] is None else bytes(row[4]))
+    body_hash, request, request_id, journal, claimed_us, num_attempts, answer = row
+    kept = None if answer is None else bytes(answer)
+    return KeyRow(bytes(body_hash), request, request_id, journal, claimed_us, num_attempts, kept)
 
 
-def claim(db: Connection, account: str, key: str, claimed: KeyRow, now_us: int) -> KeyRow | None:
+def claim(db: Connection, account: str, key: str, claimed: KeyRow) -> KeyRow | None:
     """None when the key is ours now, otherwise what stands under it."""
     inserted = db.execute(
-        "INSERT INTO keys (account, key, body_hash, request, request_id, num_attempts, created_us) "
-        "VALUES (?, ?, ?, ?, ?, 1, ?) ON CONFLICT (account, key) DO NOTHING",
-        (account, key, claimed.body_hash, claimed.request, claimed.request_id, now_us),
+        "INSERT INTO keys (account, key, body_hash, request, request_id, num_attempts, journal, claimed_us) "
+        "VALUES (?, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT (account, key) DO NOTHING",
+        (
+            *(account, key, claimed.body_hash),
+            *(claimed.request, claimed.request_id, claimed.journal, claimed.claimed_us),
+        ),
     )
     return None if inserted else find(db, account, key)
 
@@ -44,11 +53,30 @@ def claim(db: Connection, account: str, key: str, claimed: KeyRow, now_us: int) 
 def claim_again(db: Connection, account: str, key: str, before: KeyRow, claimed: KeyRow) -> bool:
     """Take over a key whose request ended without an answer. False where another was quicker."""
     changed = db.execute(
-        "UPDATE keys SET request = ?, request_id = ?, num_attempts = num_attempts + 1 "
+        "UPDATE keys SET request = ?, request_id = ?, journal = ?, claimed_us = ?, num_attempts = num_attempts + 1 "
         "WHERE account = ? AND key = ? AND request = ? AND answer IS NULL",
-        (claimed.request, claimed.request_id, account, key, before.request),
+        (
+            *(claimed.request, claimed.request_id, claimed.journal, claimed.claimed_us),
+            *(account, key, before.request),
+        ),
     )
     return changed == 1
+
+
+def release(db: Connection, account: str, key: str, request: str) -> None:
+    """Of a request that never ran: the key is as if it had not been used."""
+    db.execute(
+        "DELETE FROM keys WHERE account = ? AND key = ? AND request = ? AND answer IS NULL", (account, key, request)
+    )
+
+
+def release_of_journal(db: Connection, journal: str) -> None:
+    """Of a process that is no more: those of its requests that never ran."""
+    db.execute(
+        "DELETE FROM keys WHERE journal = ? AND answer IS NULL "
+        "AND NOT EXISTS (SELECT 1 FROM requests WHERE requests.id = keys.request)",
+        (journal,),
+    )
 
 
 def note(db: Connection, records: Iterable[dict[str, Any]]) -> None:
@@ -57,15 +85,21 @@ def note(db: Connection, records: Iterable[dict[str, Any]]) -> None:
     for record in records:
         if record.get("key") is None:
             continue
+        claimed = KeyRow(
+            *(bytes.fromhex(record["key_body"]), record["id"], record["request_id"]),
+            *(record["journal"], record["opened_us"]),
+        )
+        claim(db, record["account"], record["key"], claimed)
         answer = record.get("answer")
-        claimed = KeyRow(bytes.fromhex(record["key_body"]), record["id"], record["request_id"], 1, None)
-        claim(db, record["account"], record["key"], claimed, record["opened_us"])
         if answer is not None:
-            db.execute(
-                "UPDATE keys SET answer = ? WHERE account = ? AND key = ? AND request = ?",
-                (base64.b64decode(answer), record["account"], record["key"], record["id"]),
-            )
+            keep(db, record["account"], record["key"], record["id"], base64.b64decode(answer))
+
+
+def keep(db: Connection, account: str, key: str, request: str, answer: bytes) -> None:
+    """The answer that this request was given."""
+    sql = "UPDATE keys SET answer = ? WHERE account = ? AND key = ? AND request = ?"
+    db.execute(sql, (answer, account, key, request))
 
 
 def prune(db: Connection, before_us: int) -> None:
-    db.execute("DELETE FROM keys WHERE created_us < ?", (before_us,))
+    db.execute("DELETE FROM keys WHERE claimed_us < ?", (before_us,))

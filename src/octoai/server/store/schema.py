@@ -193,10 +193,11 @@ MIGRATIONS = (
         request_id    TEXT NOT NULL,
         num_attempts  INTEGER NOT NULL,
         answer        {blob},
-        created_us    INTEGER NOT NULL,
+        journal       TEXT NOT NULL,
+        claimed_us    INTEGER NOT NULL,
         PRIMARY KEY (account, key)
     ) {keyed};
-    CREATE INDEX keys_by_age ON keys (created_us);
+    CREATE INDEX keys_by_age ON keys (claimed_us);
 
     CREATE TABLE journals (
         id       TEXT PRIMARY KEY,

@@ -24,7 +24,10 @@ class SqliteConnection:
         with self._told():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+                # Only where it is new: closing any descriptor of a file drops the locks that this process holds on it
+                # by others, and SQLite would not know.
+                with contextlib.suppress(FileExistsError):
+                    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             except OSError as error:
                 raise StoreError(f"cannot use the database {path}: {error}") from error
             self._connection = sqlite3.connect(
