@@ -30,6 +30,7 @@ from octoai.server.journal import (
     Orphan,
     Position,
     Tail,
+    files,
     orphans,
 )
 from octoai.server.journal import writer as journal_writer
@@ -509,11 +510,10 @@ def test_a_disk_that_fails_throughout_is_told_and_may_recover(opened: Opened, mo
 def test_a_thread_that_ends_by_a_fault_leaves_nobody_waiting(opened: Opened) -> None:
     async def main() -> None:
         journal = opened()
-        journal.on_durable = failing(0)
-        waiters = [journal.append(record(n, 3000)) for n in range(3)]
+        journal._sync = failing(0)
+        waiters = [journal.append(record(n)) for n in range(3)]
         outcomes = await asyncio.gather(*waiters, return_exceptions=True)
-        assert [type(outcome) for outcome in outcomes[1:]] == [JournalFailed, JournalFailed]
-        assert isinstance(outcomes[0], Position)
+        assert [type(outcome) for outcome in outcomes] == [JournalFailed] * 3
         assert not journal.has_room
         with pytest.raises(JournalFailed):
             journal.append(record(3))
@@ -640,3 +640,66 @@ def test_a_journal_is_never_seen_unlocked_while_it_is_made(opened: Opened, monke
 def test_where_nothing_was_ever_kept_there_are_no_orphans(tmp_path: Path) -> None:
     assert orphans(tmp_path / "nowhere") == []
     assert Tail(tmp_path, "0" * 16, START).records(1) == []
+
+
+def test_what_is_written_is_there_after_a_kill_and_what_is_synced_here_is_durable_at_once(opened: Opened) -> None:
+    async def main() -> None:
+        journal = opened()
+        written = journal.append(record(1), soon=None)
+        assert journal.written > journal.durable
+        (segment,) = journal.directory.glob("*000001.journal")
+        assert b'"n":1' in segment.read_bytes()
+        assert journal.tail().records(10) == []  # a tail reads what is durable
+        journal.sync_here()
+        assert written.done()
+        assert journal.durable == journal.written == written.result()
+        assert len(journal.tail().records(10)) == 1
+
+    run(main())
+
+
+def test_a_disk_that_is_slow_is_left_to_the_thread(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        journal = opened()
+        monkeypatch.setattr(files, "sync", lambda _: time.sleep(0.02))
+        await journal.append(record(1))
+        written = journal.append(record(2), soon=None)
+        began = time.perf_counter()
+        journal.sync_here()
+        assert time.perf_counter() - began < 0.01
+        assert not written.done()
+        await written
+
+    run(main())
+
+
+def test_syncs_of_two_threads_at_once_take_nothing_for_durable_that_is_not(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second began later and ends first: the first must not count its records once more."""
+
+    async def main() -> None:
+        journal = opened()
+        is_held, may_go = threading.Event(), threading.Event()
+
+        def held(_: int) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                is_held.set()
+                may_go.wait(5)
+
+        monkeypatch.setattr(files, "sync", held)
+        first = journal.append(record(1), soon=True)
+        await asyncio.to_thread(is_held.wait, 5)
+        second = journal.append(record(2), soon=None)
+        journal.sync_here()
+        assert first.done()
+        assert second.done()
+        third = journal.append(record(3), soon=None)
+        may_go.set()
+        await asyncio.sleep(0.05)
+        assert not third.done()
+        assert journal.durable == second.result()
+        journal.sync_here()
+        assert third.done()
+
+    run(main())

@@ -32,10 +32,7 @@ CHECKPOINT_SECONDS = 0.5
 RENEW_SECONDS = 15.0
 LEASE_SECONDS = 60.0
 RETRY_SECONDS = 0.2
-# How long an intent may wait for others, to be written with them. A stream's must be on disk before its first token;
-# of a whole answer nothing leaves before the settlement, and many are settled before their intent was written.
-STREAM_SECONDS = 0.002
-WHOLE_SECONDS = 0.05
+OPEN_SECONDS = 0.002  # until an intent is written: many requests to a quick engine are settled before
 LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a limit
 
 
@@ -60,32 +57,27 @@ class Tab:
     key: tuple[str, str] | None = None  # an Idempotency-Key and the hash, in hexadecimal, of what came with it
     opened_us: int = 0
     _opened: asyncio.Future[Position] | None = None
-    _settled: asyncio.Future[None] | None = None
+    _settled: asyncio.Future[Any] | None = None
     _checkpoint: Usage = field(default_factory=Usage)
     _renewed: float = 0.0
 
     def open(self) -> None:
-        """Write the intent, soon. Once; it becomes durable while the engine reads the prompt."""
+        """Its intent is to be written, soon. Once; it becomes durable while the engine reads the prompt."""
         if not self.opened_us:
             self.opened_us, self._renewed = now_us(), time.monotonic()
-            self.ledger.opened(self, STREAM_SECONDS if self.is_stream else WHOLE_SECONDS)
+            self.ledger.opened(self)
+
+    def write_intent(self) -> None:
+        self._opened = self.ledger.append({"kind": "intent", **self._intent()}, soon=True)
+        self._opened.add_done_callback(_retrieved)
 
     async def durable(self) -> None:
         """Return when the intent is on disk. Raises Unavailable where it cannot be: then nothing may be sent."""
-        if self._opened is None:
+        if self._opened is None:  # the engine was quicker
             self.ledger.write_intents()
-            assert self._opened is not None
-        try:
-            if self._opened.done():
-                self._opened.result()
-            else:
-                await asyncio.shield(self._opened)
-        except (JournalFull, JournalFailed):
-            raise _no_room() from None
-
-    def write_intent(self) -> None:
-        self._opened = self.ledger.append({"kind": "intent", **self._intent()})
-        self._opened.add_done_callback(_retrieved)
+            self.ledger.sync()
+        assert self._opened is not None
+        await _done(self._opened)
 
     def checkpoint(self) -> None:
         """What it has come to so far, for the case that we die; and a sign of life."""
@@ -98,9 +90,10 @@ class Tab:
         self.ledger.append(record).add_done_callback(_retrieved)
 
     async def settle(self, outcome: str, answer: str | None = None) -> None:
-        """What it came to in the end, on disk when this returns. Only the first call counts.
+        """What it came to in the end. Only the first call counts; safe to cancel.
 
-        Safe to cancel: it is on its way then, and whoever calls again waits for it.
+        When this returns the request is on disk, as it was opened at least; no kill of this process loses how it was
+        settled, and a few milliseconds later no power cut does. Of a limited request the database knows.
         """
         if self._settled is None:
             self.ledger.closed(self)
@@ -112,16 +105,19 @@ class Tab:
                 "settled_us": now_us(),
                 "answer": answer,
             }
-            self._settled = asyncio.ensure_future(self.ledger.settle(record, self.reservation, self.price))
-        await asyncio.shield(self._settled)
+            self._settled = self.ledger.settle(record, self.reservation, self.price, is_first=self._opened is None)
+        if self._opened is None or isinstance(self._settled, asyncio.Task):
+            await asyncio.shield(self._settled)
+        elif not self._opened.done():
+            await _done(self._opened)
 
     async def close(self, outcome: str) -> None:
         """However it ended: settled when it was opened, given back when it was not."""
-        if not self.opened_us:
-            self.ledger.release_key(self)
         if self.opened_us:
             await self.settle(outcome)
-        elif self.reservation is not None:
+            return
+        self.ledger.release_key(self)
+        if self.reservation is not None:
             await self.ledger.give_back(self.reservation)
 
     def _intent(self) -> dict[str, Any]:
@@ -158,8 +154,9 @@ class Ledger:
         self._away_seconds = away_seconds if serves_when_away else 0.0
         self._left: dict[str, int] = {}  # nano-dollars, by payer, as last heard from the database
         self._checkpoints: asyncio.Task[None] | None = None
+        self._again: set[asyncio.Future[Position]] = set()
         self._unwritten: dict[Tab, None] = {}
-        self._write_at: tuple[float, asyncio.TimerHandle] | None = None
+        self._write_at: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         self._checkpoints = asyncio.create_task(self._keep_checkpoints())
@@ -191,36 +188,40 @@ class Ledger:
         durable, applied = self.journal.durable, self.writer.applied
         return (durable.segment - applied.segment) * self.journal.segment_bytes + durable.offset - applied.offset
 
-    def append(self, record: dict[str, Any]) -> asyncio.Future[Position]:
+    def append(self, record: dict[str, Any], *, soon: bool | None = False) -> asyncio.Future[Position]:
         if self.journal is not None:
-            return self.journal.append(record, now=not self.tabs)  # a single request's settlement holds up nobody
+            return self.journal.append(record, soon=soon)
         written: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
         written.set_result(START)
         return written
 
-    def opened(self, tab: Tab, seconds: float) -> None:
-        """Its intent is written within so many seconds, together with others'."""
+    def opened(self, tab: Tab) -> None:
+        """Its intent is written in a moment, unless it is settled before."""
         self.tabs.add(tab)
         self._unwritten[tab] = None
-        loop = asyncio.get_running_loop()
-        at = loop.time() + seconds
-        if self._write_at is None or at < self._write_at[0]:
-            if self._write_at is not None:
-                self._write_at[1].cancel()
-            self._write_at = (at, loop.call_at(at, self.write_intents))
+        if self._write_at is None:
+            self._write_at = asyncio.get_running_loop().call_later(OPEN_SECONDS, self.write_intents)
 
     def write_intents(self) -> None:
         if self._write_at is not None:
-            self._write_at[1].cancel()
+            self._write_at.cancel()
             self._write_at = None
         unwritten, self._unwritten = self._unwritten, {}
         for tab in unwritten:
             tab.write_intent()
 
     def closed(self, tab: Tab) -> None:
-        """It is about to be settled: a settlement says all that the intent would, so that need not be written now."""
+        """It is about to be settled. A settlement says all that the intent would, so that need not be written now."""
         self.tabs.discard(tab)
         self._unwritten.pop(tab, None)
+
+    def sync(self) -> None:
+        """Somebody waits for what was written: it is brought to the disk here, where nobody else is held up."""
+        if self.journal is not None:
+            if len(self.tabs) <= 1:  # the one that waits
+                self.journal.sync_here()
+            else:
+                self.journal.sync_soon()
 
     async def reserve(self, caller: Caller, wanted: Reservation) -> Standings | None:
         """Hold what a request may need. Raises OutOfCredit, RateLimited; None while the database is away, when money
@@ -243,16 +244,39 @@ class Ledger:
         self._reserve_unheard(caller, wanted)
         return None
 
-    async def settle(self, record: dict[str, Any], reservation: Reservation | None, price: Price) -> None:
-        position = await self._written(record)
-        if reservation is None:
-            return
+    def settle(
+        self, record: dict[str, Any], reservation: Reservation | None, price: Price, *, is_first: bool
+    ) -> asyncio.Future[Position] | asyncio.Task[None]:
+        """Write a settlement now. A task where there is something to wait for. `is_first`: nothing of the request is on
+        disk yet."""
+        must_sync = is_first or reservation is not None
+        written = self.append(record, soon=None if must_sync else False)
+        if must_sync:
+            self.sync()
+        if reservation is not None:
+            return asyncio.ensure_future(self._settled(record, written, reservation, price))
+        if written.done() and written.exception() is not None:
+            return asyncio.ensure_future(self._recorded(record, written))
+        written.add_done_callback(lambda done: self._unless_recorded(record, done))
+        return written
+
+    async def _settled(
+        self, record: dict[str, Any], written: asyncio.Future[Position], reservation: Reservation, price: Price
+    ) -> None:
+        position = await self._recorded(record, written)
         if self._left:
             usage = Usage(record["prompt_tokens"], record["cached_tokens"], record["completion_tokens"])
             self._release_unheard(reservation, reservation.nanos - price.charge(usage))
         with contextlib.suppress(StoreError):  # the journal has it
             # The next request of the same caller must find what this one no longer holds.
             await self.writer.reached(position, seconds=LIMIT_SECONDS)
+
+    def _unless_recorded(self, record: dict[str, Any], written: asyncio.Future[Position]) -> None:
+        """What was written could not be made durable: it is written again until it is."""
+        if not written.cancelled() and written.exception() is not None:
+            again = asyncio.ensure_future(self._recorded(record, written))
+            self._again.add(again)
+            again.add_done_callback(self._again.discard)
 
     async def give_back(self, reservation: Reservation) -> None:
         """Of a request that never ran."""
@@ -268,17 +292,18 @@ class Ledger:
             account, key = tab.caller.account.id, tab.key[0]
             self.writer.later(lambda db: keys.release(db, account, key, tab.id))
 
-    async def _written(self, record: dict[str, Any]) -> Position:
+    async def _recorded(self, record: dict[str, Any], written: asyncio.Future[Position]) -> Position:
         """Nothing that was used goes unrecorded: what cannot be written now is tried until it can."""
         has_complained = False
         while True:
             try:
-                return await self.append(record)
+                return await written
             except (JournalFull, JournalFailed) as error:
                 if not has_complained:
                     log.critical("request %s cannot be settled yet: %s", record["request_id"], error)
                 has_complained = True
                 await asyncio.sleep(RETRY_SECONDS)
+                written = self.append(record)
 
     async def _keep_checkpoints(self) -> None:
         while True:
@@ -321,6 +346,17 @@ def _counts(usage: Usage) -> dict[str, int]:
 
 def _lease_us() -> int:
     return now_us() + int(LEASE_SECONDS * 1_000_000)
+
+
+async def _done(written: asyncio.Future[Position]) -> None:
+    """Raises Unavailable where it cannot be recorded."""
+    try:
+        if written.done():
+            written.result()
+        else:
+            await asyncio.shield(written)
+    except (JournalFull, JournalFailed):
+        raise _no_room() from None
 
 
 def _retrieved(written: asyncio.Future[Position]) -> None:

@@ -1,7 +1,8 @@
-"""This process's journal: appended to from the event loop, written by one thread, everything that waits at once.
+"""This process's journal: written by whoever appends, made durable by one thread, everything that waits at once.
 
-A record that is waited for while nothing else goes on may be written by the caller itself: two changes of thread cost
-more than a quick disk does. On a disk that is not quick it is left to the thread, so that the loop is never held up.
+A record is with the kernel when `append` returns, so that no kill of this process loses it, and on the disk when its
+future is done, so that no power cut does. The thread syncs as soon as a record is waited for, otherwise a few
+milliseconds later, with others.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import os
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import orjson
 
@@ -41,19 +42,25 @@ from octoai.server.journal.tail import Tail
 log = logging.getLogger("octoai.journal")
 
 SEGMENT_BYTES = 4 * 1024 * 1024
-QUICK_SECONDS = 0.0005  # what a write may take, on average, for a caller to do it
-_WEIGHT = 0.2  # of the newest write in that average
+QUICK_SECONDS = 0.0005  # what a sync may take, on average, for a caller to do it
+_WEIGHT = 0.1  # of the newest in that average
+LINGER_SECONDS = 0.005  # for a record that nobody waits for yet to be on the disk
+_PAUSE_SECONDS = 0.0005  # between syncs: what comes meanwhile shares the next one
+_NEVER = float("inf")
 _RETRY_SECONDS = 1.0  # between attempts to allocate a segment on a full disk
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 _Waiter = asyncio.Future[Position]
 _Outcomes = list[tuple[_Waiter, Position | JournalError]]
-_Tell = Callable[[_Outcomes], None]
 
 
-class _Entry(NamedTuple):
+@dataclass(slots=True)
+class _Entry:
+    """A record that is not durable yet, and where it ends."""
+
     payload: bytes
     waiter: _Waiter | None
+    end: Position = START
 
 
 class Journal:
@@ -61,7 +68,7 @@ class Journal:
 
     def __init__(self, directory: Path, instance: str, lock: int, segment_bytes: int) -> None:
         self.directory, self.instance, self.segment_bytes = directory, instance, segment_bytes
-        self.durable = START  # how far a tail may read; set by the thread, after a sync
+        self.durable = START  # how far a tail may read; set after a sync
         self.on_durable: Callable[[], None] | None = None  # called in the thread, then; must not raise
         self._lock: int | None = lock
         self._num_segments = 0
@@ -69,12 +76,11 @@ class Journal:
         self._spare: _Segment | None = self._new_segment()
         self._allocate_at = 0.0
         self._has_room = self._is_open = True
-        self._queue: deque[_Entry | None] = deque()
+        self._is_stopping = self._is_refusing = False
+        self._writing = threading.Lock()  # over segments and entries; never held during a sync but where one is full
+        self._entries: list[_Entry] = []  # written, and neither durable nor refused yet
+        self._sync_at, self._synced_at, self._sync_seconds = _NEVER, 0.0, 0.0
         self._wake = threading.Event()
-        self._writing = threading.Lock()  # held while the queue is emptied and its records are written
-        self._write_seconds = 0.0
-        self._is_refusing = False
-        self._batch: list[_Entry] = []  # taken from the queue, and neither durable nor refused yet
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -99,20 +105,20 @@ class Journal:
 
     @overload
     def append(
-        self, record: dict[str, Any] | bytes, *, wait: Literal[True] = True, now: bool = False
+        self, record: dict[str, Any] | bytes, *, wait: Literal[True] = True, soon: bool | None = False
     ) -> asyncio.Future[Position]: ...
     @overload
     def append(self, record: dict[str, Any] | bytes, *, wait: Literal[False]) -> None: ...
     def append(
-        self, record: dict[str, Any] | bytes, *, wait: bool = True, now: bool = False
+        self, record: dict[str, Any] | bytes, *, wait: bool = True, soon: bool | None = False
     ) -> asyncio.Future[Position] | None:
-        """Add a record, or the encoded bytes of one, after all that were added before.
+        """Add a record, or the encoded bytes of one, after all that were added before. Does not wait for the disk.
 
-        The future has a result once the record is durable; then all before it are, or their futures have failed. It
-        fails with JournalFull or JournalFailed; without `wait` that is only logged. Cancelling it takes nothing back.
-        Never blocks, unless `now` says that it may, for as long as a quick disk takes: the future is done then.
-        Raises ValueError for a record larger than a segment or with a newline, TypeError for one that is no JSON, and
-        JournalFailed once the journal is closed.
+        The record is written when this returns. The future has a result once it is durable, at once where it is to be
+        `soon` (None: the caller sees to it, with `sync_here`); then all before it are, or their futures have failed.
+        It fails with JournalFull or JournalFailed, here already where the record could not be written; without `wait`
+        that is only logged. Cancelling it takes nothing back. Raises ValueError for a record larger than a segment or
+        with a newline, TypeError for one that is no JSON, and JournalFailed once the journal is closed.
         """
         payload = record if isinstance(record, bytes) else orjson.dumps(record)
         if HEADER_BYTES + FRAME_BYTES + len(payload) > self.segment_bytes:
@@ -120,22 +126,30 @@ class Journal:
         if b"\n" in payload:
             raise ValueError("A record is JSON on one line, without a newline.")
         waiter: _Waiter | None = asyncio.get_running_loop().create_future() if wait else None
-        self._queue.append(_Entry(payload, waiter))
-        if not (now and self._write_here()):
-            self._wake.set()
-        if not self._is_open:  # asked afterwards: the thread empties the queue once more after it has said so
-            raise JournalFailed("The journal is closed.")
+        with self._writing:
+            if not self._is_open or self._is_stopping:
+                raise JournalFailed("The journal is closed.")
+            self._add(_Entry(payload, waiter))
+        if soon is not None:
+            self._ask_for_sync(0.0 if soon else LINGER_SECONDS)
         return waiter
 
-    def _write_here(self) -> bool:
-        """Do the thread's work, where it does none and the disk is quick. False where that is not so."""
-        if self._write_seconds > QUICK_SECONDS or not self._is_open or not self._writing.acquire(blocking=False):
-            return False
-        try:
-            self._empty(_tell)
-        finally:
-            self._writing.release()
-        return self._spare is not None  # it is the thread that makes room
+    def _ask_for_sync(self, seconds: float) -> None:
+        at = time.monotonic() + seconds
+        if at < self._sync_at:
+            self._sync_at = at
+            self._wake.set()
+
+    @property
+    def written(self) -> Position:
+        """Where the newest record ends; `sync_soon` makes it durable."""
+        with self._writing:
+            return self._entries[-1].end if self._entries else self.durable
+
+    def sync_soon(self) -> None:
+        """Somebody waits for what was appended."""
+        if self._entries:
+            self._ask_for_sync(0.0)
 
     def tail(self, position: Position = START) -> Tail:
         """What is durable after `position`, to be read in another thread."""
@@ -150,7 +164,7 @@ class Journal:
 
     def stop(self) -> None:
         """Write what was appended, blocking for as long, and end the thread. It can still be read and released."""
-        self._queue.append(None)
+        self._is_stopping = True
         self._wake.set()
         self._thread.join()
 
@@ -171,73 +185,87 @@ class Journal:
             os.close(self._lock)
             self._lock = None
 
+    def sync_here(self) -> None:
+        """Do the thread's work, where the disk is quick: two changes of thread cost more than such a disk does."""
+        if self._sync_seconds < QUICK_SECONDS and self._is_open and not self._is_stopping:
+            self._sync()
+        else:
+            self.sync_soon()
+
     # What follows runs in the thread.
 
     def _run(self) -> None:
         try:
-            is_wanted = True
-            while is_wanted:
-                self._wake.wait(timeout=None if self._spare else _RETRY_SECONDS)
-                self._wake.clear()
+            while not self._is_stopping:
+                self._pause()
+                self._sync()
                 with self._writing:
-                    is_wanted = self._empty(_tell_from_thread)
                     self._keep_spare()
+            self._sync()
         finally:
-            self._is_open = False
             with self._writing:
-                self._batch += [entry for entry in self._taken() if entry is not None]
-                self._refuse(JournalFailed("The journal is closed."), _tell_from_thread)
+                self._is_open = False
+                self._refuse(JournalFailed("The journal is closed."), self._entries)
                 for segment in filter(None, (self._current, self._spare)):
                     segment.close()
 
+    def _pause(self) -> None:
+        """Until something is to be synced, or room to be looked for again, or it is time to stop."""
+        while not self._is_stopping:
+            self._wake.clear()
+            next_at = max(self._sync_at, self._synced_at + _PAUSE_SECONDS)
+            if self._spare is None:
+                next_at = min(next_at, self._allocate_at)
+            seconds = next_at - time.monotonic()
+            if seconds <= 0:
+                return
+            self._wake.wait(None if seconds == _NEVER else seconds)
+
+    def _sync(self) -> None:
+        """Make durable all that is written by now, and tell those who wait."""
+        with self._writing:
+            segment, written = self._current, self._entries[-1].end if self._entries else self.durable
+            self._sync_at = _NEVER
+        if segment is None or written <= self.durable:
+            return
+        began = time.monotonic()
+        failure: OSError | None = None
+        try:
+            segment.sync()
+        except OSError as error:
+            failure = error
+        self._synced_at = time.monotonic()
+        self._sync_seconds += _WEIGHT * (self._synced_at - began - self._sync_seconds)
+        with self._writing:
+            if self._current is not segment:
+                return  # it was full or failed meanwhile, and what it had was seen to then
+            if failure is not None:
+                self._give_up(failure)
+                return
+            num_durable = sum(entry.end <= written for entry in self._entries)
+            durable, self._entries = self._entries[:num_durable], self._entries[num_durable:]
+            self._became_durable(durable)
+
     # What follows runs in whichever thread holds `_writing`.
 
-    def _empty(self, tell: _Tell) -> bool:
-        """Write everything that waits. False when it is time to stop."""
-        taken = self._taken()
-        self._batch += [entry for entry in taken if entry is not None]
-        while self._batch:
-            self._commit(tell)
-        return None not in taken
-
-    def _taken(self) -> list[_Entry | None]:
-        return [self._queue.popleft() for _ in range(len(self._queue))]
-
-    def _commit(self, tell: _Tell) -> None:
-        began = time.perf_counter()
-        try:
-            ends = self._write()
-        except JournalError as error:
-            self._refuse(error, tell)
-            return
-        self._write_seconds += _WEIGHT * (time.perf_counter() - began - self._write_seconds)
-        written, self._batch = self._batch[: len(ends)], self._batch[len(ends) :]
-        self.durable, self._is_refusing = ends[-1], False
-        tell([(entry.waiter, end) for entry, end in zip(written, ends, strict=True) if entry.waiter])
-        if self.on_durable:
-            self.on_durable()
-
-    def _refuse(self, error: JournalError, tell: _Tell) -> None:
-        refused, self._batch = self._batch, []
-        if refused and not self._is_refusing:
-            log.error("%d records were not written to the journal: %s", len(refused), error)
-        self._is_refusing = True
-        tell([(entry.waiter, error) for entry in refused if entry.waiter])
-
-    def _write(self) -> list[Position]:
-        """Write the first of the batch at least: to the spare segment where the current one is full, or fails."""
+    def _add(self, entry: _Entry) -> None:
+        """Write it: to the spare segment where the current one is full, or fails."""
         failure: OSError | None = None
         for _ in range(2):
-            segment = self._segment_for(self._batch[0], failure)
             try:
-                return segment.write(self._batch, self.durable)
+                segment = self._segment_for(entry, failure)
+                entry.end = segment.write(entry.payload, after=self.durable, is_first=not self._entries)
             except OSError as error:
-                # The kernel may have dropped the pages whose sync failed, and call the next sync a success: this file
-                # is given up, which the next one says in its first line.
-                log.error("a segment of the journal was given up: %s", error)
-                failure, self._current = error, None
-                segment.close()
-        raise _refusal(failure)
+                failure = error
+                self._give_up(error)
+            except JournalError as error:
+                self._refuse(error, [entry])
+                return
+            else:
+                self._entries.append(entry)
+                self._is_refusing = False
+                return
+        self._refuse(_refusal(failure), [entry])
 
     def _segment_for(self, entry: _Entry, failure: OSError | None) -> _Segment:
         if self._current is not None and self._current.has_room(entry):
@@ -246,9 +274,66 @@ class Journal:
         if self._spare is None:
             raise _refusal(failure)
         if self._current is not None:
+            self._current.sync()  # what it has must be durable before another goes on after it
             self._current.close()
+            written, self._entries = self._entries, []
+            self._became_durable(written)
         self._current, self._spare = self._spare, None
+        self._wake.set()  # it is the thread that makes room
         return self._current
+
+    def _give_up(self, failure: OSError) -> None:
+        """The kernel may have dropped the pages whose sync failed, and call the next sync a success: the file is given
+        up, which the next one says in its first line, and what was not durable is written there once more."""
+        log.error("a segment of the journal was given up: %s", failure)
+        self._close_current()
+        entries, self._entries = self._entries, []
+        if not entries:
+            return
+        self._keep_spare()
+        if self._spare is None:
+            self._refuse(_refusal(failure), entries)
+            return
+        segment, self._spare = self._spare, None
+        self._current = segment
+        try:
+            for number, entry in enumerate(entries):
+                entry.end = segment.write(entry.payload, after=self.durable, is_first=number == 0)
+            segment.sync()
+        except OSError as error:
+            self._close_current()
+            self._refuse(_refusal(error), entries)
+        else:
+            self._became_durable(entries)
+
+    def _close_current(self) -> None:
+        if self._current is not None:
+            self._current.close()
+            self._current = None
+
+    def _became_durable(self, entries: Sequence[_Entry]) -> None:
+        if not entries:
+            return
+        self.durable = entries[-1].end
+        self._tell([(entry.waiter, entry.end) for entry in entries if entry.waiter])
+        if self.on_durable:
+            self.on_durable()
+
+    def _refuse(self, error: JournalError, entries: Sequence[_Entry]) -> None:
+        if entries and not self._is_refusing:
+            log.error("%d records were not written to the journal: %s", len(entries), error)
+            self._is_refusing = True
+        self._tell([(entry.waiter, error) for entry in entries if entry.waiter])
+
+    def _tell(self, outcomes: _Outcomes) -> None:
+        """Tell those who wait, all in one call of their loop."""
+        if not outcomes:
+            return
+        if threading.get_ident() != self._thread.ident:
+            _resolve(outcomes)
+            return
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            outcomes[0][0].get_loop().call_soon_threadsafe(_resolve, outcomes)
 
     def _keep_spare(self) -> None:
         """Allocate a spare segment when there is none; where the disk refuses, not again for a while."""
@@ -268,7 +353,7 @@ class Journal:
 
 
 class _Segment:
-    """A file that is being written. Syncs come back from the disk before anything is said."""
+    """A file that is being written."""
 
     def __init__(self, directory: Path, instance: str, number: int, num_bytes: int) -> None:
         self.number, self.num_bytes = number, num_bytes
@@ -278,20 +363,17 @@ class _Segment:
     def has_room(self, entry: _Entry) -> bool:
         return self._offset + HEADER_BYTES + FRAME_BYTES + len(entry.payload) <= self.num_bytes
 
-    def write(self, entries: Sequence[_Entry], after: Position) -> list[Position]:
-        """Make as many as there is room for durable; where each ends. Raises OSError."""
-        block = bytearray(b"" if self._offset else header(after))
-        ends: list[Position] = []
-        for entry in entries:
-            text = line(entry.payload, CONTINUES if block else BEGINS_BATCH)
-            if self._offset + len(block) + len(text) > self.num_bytes:
-                break
-            block += text
-            ends.append(Position(self.number, self._offset + len(block)))
+    def write(self, payload: bytes, *, after: Position, is_first: bool) -> Position:
+        """Where it ends. `is_first`: all that was written before is durable. Raises OSError."""
+        begins = is_first and self._offset > 0  # else the segment's own first line does
+        block = (b"" if self._offset else header(after)) + line(payload, BEGINS_BATCH if begins else CONTINUES)
         files.write(self._fd, block, self._offset)
-        files.sync(self._fd)
         self._offset += len(block)
-        return ends
+        return Position(self.number, self._offset)
+
+    def sync(self) -> None:
+        """Return when it is on the disk. Raises OSError."""
+        files.sync(self._fd)
 
     def close(self) -> None:
         with suppress(OSError):  # what was synced stays, and the rest has been given up
@@ -304,14 +386,7 @@ def _refusal(failure: OSError | None) -> JournalError:
     return JournalFailed(f"The journal could not be written: {failure}")
 
 
-def _tell_from_thread(outcomes: _Outcomes) -> None:
-    """Tell those who wait, all in one call of their loop."""
-    if outcomes:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            outcomes[0][0].get_loop().call_soon_threadsafe(_tell, outcomes)
-
-
-def _tell(outcomes: _Outcomes) -> None:
+def _resolve(outcomes: _Outcomes) -> None:
     for waiter, outcome in outcomes:
         if waiter.done():  # it was cancelled
             continue

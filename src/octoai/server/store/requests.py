@@ -74,6 +74,8 @@ def apply(db: Connection, records: Iterable[Record], now_us: int) -> None:
     Records that were applied before change nothing, so a journal may be replayed from anywhere.
     """
     records = list(records)
+    ended = {record["id"] for record in records if record["kind"] == "settlement"}
+    records = [each for each in records if each["kind"] == "settlement" or each["id"] not in ended]  # it says it all
     rows = _found(db, {record["id"] for record in records})
     changed: dict[str, RequestRow] = {}
     due: list[Entry] = []

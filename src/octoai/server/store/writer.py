@@ -88,9 +88,11 @@ class Writer:
         self._now()
 
     async def caught_up(self, *, seconds: float = 5.0) -> None:
-        """Return when all that is durable in the journal now is in the database too. Raises StoreAway."""
+        """Return when all that is in the journal now is in the database too. Raises StoreAway."""
         if self._journal is not None:
-            await self.reached(self._journal.durable, seconds=seconds)
+            written = self._journal.written
+            self._journal.sync_soon()
+            await self.reached(written, seconds=seconds)
 
     async def reached(self, position: Position, *, seconds: float = 5.0) -> None:
         if self.applied >= position:
@@ -121,7 +123,8 @@ class Writer:
         while True:
             self._wake.wait()
             self._wake.clear()
-            self._hurry.wait(LINGER_SECONDS)
+            if not self._waiting:
+                self._hurry.wait(LINGER_SECONDS)
             self._hurry.clear()
             is_last = self._is_closing
             while self._round():
