@@ -51,6 +51,8 @@ format: setup
 
 bench: setup
 	@$(RUN) bench/sdk.py --short
+	@$(RUN) bench/ledger.py --short
+	@$(RUN) bench/ledger_crashes.py --short
 
 clean:
 	rm -rf $(VENV) .demo dist build

@@ -1,10 +1,12 @@
 """What the ledger costs a request: the same load on two services, one with the ledger on, one with it off.
 
-Both run over the same mock engine, which answers at once, and are asked in turn in short interleaved rounds. Figures
-are medians over the rounds; a difference is taken within a round. A third part sends made-up tokens as fast as it can
-and counts how often the service looks into its database.
+Both run over the same mock engine and are asked in turn, in short interleaved rounds whose order changes. Figures are
+medians over the rounds; a difference is taken within a round. The engine answers at once ("whole", "stream"), where
+everything the ledger does is on the path, or after 20 ms ("whole after 20 ms"), as a quick model might, when it does
+most of it meanwhile. A last part sends made-up tokens as fast as it can and counts how often the service looks whether
+its database has changed.
 
-    python bench/ledger.py [--rounds 9] [--seconds 1.5] [--short]
+    python bench/ledger.py [--rounds 25] [--seconds 0.4] [--short]
 """
 
 import argparse
@@ -26,7 +28,9 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "ledger.json"
 NUM_TOKENS = 16
-KINDS = ("whole", "stream")
+KINDS = ("whole", "stream", "whole after 20 ms")
+SLOW_TOKENS = NUM_TOKENS + 1  # a request for so many is answered after a while
+SLOW_SECONDS = 0.02
 
 
 # ---- the mock engine: a process of its own ----
@@ -45,7 +49,10 @@ class Engine(asyncio.Protocol):
         if not found or (length and len(body) < int(length[1])):
             return
         self.buffer = b""
-        self.transport.write(MODELS if head.startswith(b"GET") else ANSWER)
+        if b'"max_tokens":%d,' % SLOW_TOKENS in body:
+            asyncio.get_running_loop().call_later(SLOW_SECONDS, self.transport.write, ANSWER)
+        else:
+            self.transport.write(MODELS if head.startswith(b"GET") else ANSWER)
 
 
 def _answer() -> bytes:
@@ -111,7 +118,11 @@ def is_whole(got: bytes) -> bool:
 
 
 def chat(token: str, kind: str) -> bytes:
-    body = {"model": "mock", "messages": [{"role": "user", "content": "word " * 30}], "max_tokens": NUM_TOKENS}
+    body = {
+        "model": "mock",
+        "messages": [{"role": "user", "content": "word " * 30}],
+        "max_tokens": SLOW_TOKENS if kind.endswith("ms") else NUM_TOKENS,
+    }
     body |= {"stream": True, "stream_options": {"include_usage": True}} if kind == "stream" else {}
     text = json.dumps(body).encode()
     return (
@@ -221,15 +232,15 @@ def compared(on: Served, off: Served, rounds: int, seconds: float) -> dict[str, 
                 "off_rate": statistics.median(b["rate"] for _, b in pairs),
                 "share_of_rate": statistics.median(a["rate"] / b["rate"] for a, b in pairs),
             }
-            print(f"{kind:7} {clients:3} clients  {shown(found[f'{kind}, {clients}'])}", flush=True)
+            print(f"{kind:17} {clients:3} clients  {shown(found[f'{kind}, {clients}'])}", flush=True)
     return found
 
 
 def shown(figures: dict[str, float]) -> str:
     return (
-        f"p50 on {figures['on_p50_ms']:.3f} ms, off {figures['off_p50_ms']:.3f} ms, added {figures['added_p50_ms']:+.3f} ms"
-        f" (p99 {figures['added_p99_ms']:+.2f})   requests/s on {figures['on_rate']:.0f}, off {figures['off_rate']:.0f},"
-        f" share {figures['share_of_rate']:.2f}"
+        f"p50 on {figures['on_p50_ms']:.2f} ms, off {figures['off_p50_ms']:.2f} ms, "
+        f"added {figures['added_p50_ms']:+.2f} ms (p99 {figures['added_p99_ms']:+.2f})   "
+        f"requests/s on {figures['on_rate']:.0f}, off {figures['off_rate']:.0f}, share {figures['share_of_rate']:.2f}"
     )
 
 
@@ -247,8 +258,8 @@ def flooded(on: Served, seconds: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seconds", type=float, default=0.4)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--load", nargs=5, help=argparse.SUPPRESS)
@@ -259,7 +270,7 @@ def main() -> None:
     if args.load:
         run_load(*args.load)
         return
-    rounds, seconds = (3, 0.5) if args.short else (args.rounds, args.seconds)
+    rounds, seconds = (5, 0.4) if args.short else (args.rounds, args.seconds)
     mock = subprocess.Popen([sys.executable, __file__, "--engine"], stdout=subprocess.PIPE, text=True)
     with tempfile.TemporaryDirectory() as directory:
         assert mock.stdout is not None

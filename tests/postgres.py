@@ -29,12 +29,15 @@ _PLACES = (
     "/opt/homebrew/opt/postgresql*/bin",
     "/usr/local/opt/postgresql*/bin",
 )
+# No test cuts the power, and a database for each takes its time.
 _CONFIG = """
 listen_addresses = '127.0.0.1'
 unix_socket_directories = '{directory}'
 port = {port}
 max_connections = 200
 shared_buffers = 32MB
+fsync = off
+full_page_writes = off
 """
 
 

@@ -114,7 +114,9 @@ def go_away_under_load(crashes: Crashes, away: Any, place: Place, seconds: float
     finish(crashes, load, place)
 
 
-@pytest.mark.parametrize("how", AWAY)
+@pytest.mark.parametrize(
+    "how", [how if how == "stopped" else pytest.param(how, marks=pytest.mark.slow) for how in AWAY]
+)
 def test_nothing_is_lost_while_the_database_is_away(
     serving: Start, postgres_server: PostgresServer, postgres_url: str, how: str
 ) -> None:

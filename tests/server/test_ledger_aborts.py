@@ -176,6 +176,7 @@ def test_requests_whose_engine_was_killed_are_billed_by_what_it_had_generated(
     service.stop(signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(300)
 def test_a_service_killed_with_the_real_engine_bills_what_its_clients_had(embedded_model: Path, tmp_path: Path) -> None:

@@ -65,8 +65,8 @@ def serve(settings: Settings, weights: dict[str, Path]) -> int:
     listener = _listen(settings.host, settings.port)
     url = _url(settings.host, listener)
     with closing(db):
+        service = app.service(settings, app.catalogue(settings), weights)
         _bootstrap(db, url)
-    service = app.service(settings, app.catalogue(settings), weights)
     if settings.ledger == "off":
         print("octoai: the ledger is off: nothing is recorded, billed or limited", flush=True)
     for line in _stand_in_lines(service):
