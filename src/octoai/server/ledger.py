@@ -79,6 +79,11 @@ class Tab:
         assert self._opened is not None
         await _done(self._opened)
 
+    @property
+    def _is_written(self) -> bool:
+        """Whether its intent is in the journal, and on its way to the disk at least."""
+        return self._opened is not None and not (self._opened.done() and self._opened.exception() is not None)
+
     def checkpoint(self) -> None:
         """What it has come to so far, for the case that we die; and a sign of life."""
         usage = self.usage() if self.is_stream else Usage()
@@ -105,10 +110,10 @@ class Tab:
                 "settled_us": now_us(),
                 "answer": answer,
             }
-            self._settled = self.ledger.settle(record, self.reservation, self.price, is_first=self._opened is None)
-        if self._opened is None or isinstance(self._settled, asyncio.Task):
+            self._settled = self.ledger.settle(record, self.reservation, self.price, is_first=not self._is_written)
+        if not self._is_written or isinstance(self._settled, asyncio.Task):
             await asyncio.shield(self._settled)
-        elif not self._opened.done():
+        elif self._opened is not None:
             await _done(self._opened)
 
     async def close(self, outcome: str) -> None:
