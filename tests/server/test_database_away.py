@@ -136,6 +136,7 @@ def test_nothing_is_lost_in_thirty_seconds_without_the_database(
     go_away_under_load(crashes, AWAY[how](postgres_server), place, 30)
 
 
+@pytest.mark.slow
 def test_killed_while_the_database_is_away_it_brings_everything_in_later(
     serving: Start, postgres_server: PostgresServer, postgres_url: str
 ) -> None:
@@ -180,6 +181,7 @@ def test_known_tokens_are_refused_as_well_where_the_operator_says_so(
     until(lambda: asked(crashes.service)[0] == 200, 10)
 
 
+@pytest.mark.slow
 def test_known_tokens_are_refused_after_the_time_that_was_configured(
     serving: Start, postgres_server: PostgresServer
 ) -> None:
@@ -204,6 +206,7 @@ def test_a_service_that_starts_before_its_database_waits_for_it(
     assert asked(crashes.service)[0] == 200
 
 
+@pytest.mark.slow
 def test_a_service_that_starts_before_its_database_can_be_stopped(
     serving: Start, postgres_server: PostgresServer
 ) -> None:

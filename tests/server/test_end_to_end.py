@@ -89,7 +89,7 @@ def test_the_samples_run_unchanged(served: Serve, name: str) -> None:
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""
     text = json.loads(ran.stdout)["choices"][0]["message"]["content"] if name == "chat.py" else ran.stdout
-    assert len(text.split()) > 40
+    assert len(text.split()) > 10
 
 
 def test_the_first_start_leaves_a_token_for_clients_of_this_machine(served: Serve) -> None:

@@ -513,6 +513,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_llama_cpp_counts_beforehand_what_it_counts_afterwards(embedded_model: Path) -> None:
     async def main(engine: LlamaEngine) -> None:

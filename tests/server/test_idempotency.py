@@ -275,6 +275,7 @@ def test_what_was_stored_is_replayed_after_a_crash(upstream: Upstream, tmp_path:
     assert len(Books.read(Place(service.data_dir)).rows) == 1
 
 
+@pytest.mark.slow
 def test_a_retry_after_a_crash_in_the_middle_is_billed_instead_of_it(upstream: Upstream, tmp_path: Path) -> None:
     service = serve(tmp_path, upstream)
     asked = Request(Order(1, num_tokens=60, pace=0.05), headers={"idempotency-key": "k1"})

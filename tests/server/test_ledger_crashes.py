@@ -108,6 +108,7 @@ def test_killed_while_the_database_is_behind_its_journal(crashing: Start) -> Non
     assert held(crashes).num_finished > 250
 
 
+@pytest.mark.slow
 def test_killed_in_its_recovery_and_again_in_the_next(crashing: Start) -> None:
     crashes = crashing()
     data_dir = crashes.service.data_dir
@@ -128,6 +129,7 @@ def test_killed_in_its_recovery_and_again_in_the_next(crashing: Start) -> None:
     assert held(crashes).num_finished > 650
 
 
+@pytest.mark.slow
 def test_killed_before_it_ever_answered(crashing: Start) -> None:
     crashes, chance = crashing(), random.Random()
     crashes.kill(crashes.load(quick))
@@ -150,6 +152,7 @@ def test_stopped_in_order_it_leaves_no_journal(crashing: Start) -> None:
     assert held(crashes).num_interrupted == 0
 
 
+@pytest.mark.slow
 def test_killed_soon_after_it_stood_still(crashing: Start) -> None:
     crashes = crashing()
     load = crashes.load()
