@@ -33,6 +33,7 @@ RENEW_SECONDS = 15.0
 LEASE_SECONDS = 60.0
 RETRY_SECONDS = 0.2
 OPEN_SECONDS = 0.002  # until an intent is written: many requests to a quick engine are settled before
+SETTLE_SECONDS = 0.005  # until a settlement is brought to the disk, where the request is there already
 LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a limit
 
 
@@ -162,6 +163,7 @@ class Ledger:
         self._again: set[asyncio.Future[Position]] = set()
         self._unwritten: dict[Tab, None] = {}
         self._write_at: asyncio.TimerHandle | None = None
+        self._sync_at: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         self._checkpoints = asyncio.create_task(self._keep_checkpoints())
@@ -254,16 +256,22 @@ class Ledger:
     ) -> asyncio.Future[Position] | asyncio.Task[None]:
         """Write a settlement now. A task where there is something to wait for. `is_first`: nothing of the request is on
         disk yet."""
-        must_sync = is_first or reservation is not None
-        written = self.append(record, soon=None if must_sync else False)
-        if must_sync:
+        written = self.append(record, soon=None)
+        if is_first or reservation is not None:
             self.sync()
+        elif self._sync_at is None:  # when the answer has left: to wake the journal's thread takes its time
+            self._sync_at = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._sync_settled)
         if reservation is not None:
             return asyncio.ensure_future(self._settled(record, written, reservation, price))
         if written.done() and written.exception() is not None:
             return asyncio.ensure_future(self._recorded(record, written))
         written.add_done_callback(lambda done: self._unless_recorded(record, done))
         return written
+
+    def _sync_settled(self) -> None:
+        self._sync_at = None
+        if self.journal is not None:
+            self.journal.sync_soon()
 
     async def _settled(
         self, record: dict[str, Any], written: asyncio.Future[Position], reservation: Reservation, price: Price
