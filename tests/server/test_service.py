@@ -19,6 +19,7 @@ from octoai.server import streaming, tokens
 from octoai.server.engines.base import Generation
 from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Unavailable
+from octoai.server.store import requests
 from tests.running import InProcess
 from tests.talking import MESSAGES, Talk, ask, chat, events, is_idle, metric, request, until
 
@@ -219,6 +220,19 @@ def test_every_answer_has_an_id_also_errors_and_streams(service: InProcess) -> N
 def test_a_sane_id_of_the_client_is_echoed(service: InProcess) -> None:
     for own in ("abc-1", "A.b:c_d", "x" * 128):
         assert ask(service, "/health/live", x_request_id=own)[1]["x-request-id"] == own
+
+
+@pytest.mark.parametrize("own", ["mine", "req_0123456789abcdef0123456789abcdef"])
+def test_an_id_that_comes_twice_is_told_apart_in_the_ledger(service: InProcess, own: str) -> None:
+    """Also where it is shaped like one of ours: a proxy may send on what it once was given."""
+    given = [
+        ask(service, "/v1/chat/completions", request(service), x_request_id=own)[1]["x-request-id"] for _ in range(3)
+    ]
+    assert given[0] == own
+    assert len(set(given)) == 3
+    assert all(each.startswith(own) for each in given)
+    rows = service.read(lambda db: [row.request_id for each in given for row in requests.named(db, each)])
+    assert sorted(rows) == sorted(given)
 
 
 @pytest.mark.parametrize("own", ["x" * 129, "x" * 1000, "a b", "a\tb", "é", "", "a;b", "<script>", "a,b"])

@@ -22,7 +22,7 @@ from octoai.server.billing import Price
 from octoai.server.books import Books
 from octoai.server.catalogue import Model
 from octoai.server.engines.base import Generation, Usage
-from octoai.server.errors import KeyConflict, Unavailable, new_request_id
+from octoai.server.errors import KeyConflict, Unavailable
 from octoai.server.idempotency import Key, Recording, Recordings, unpacked
 from octoai.server.ledger import LEASE_SECONDS, Ledger, Tab, now_us
 from octoai.server.limits import Standings
@@ -70,7 +70,6 @@ class Admission:
     ) -> Admitted | Recording:
         """Raises OutOfCredit, RateLimited, KeyConflict or Unavailable, with nothing held."""
         self.ledger.check()
-        request_id = await self._unique(request_id)
         tab = Tab(
             ledger=self.ledger,
             id=f"{now_us():014x}{secrets.token_hex(9)}",  # in order of time, as the database's pages are
@@ -102,13 +101,11 @@ class Admission:
             recording.fail(error or asyncio.CancelledError())
             self._recordings.end(caller.account.id, recording)
 
-    async def _unique(self, request_id: str) -> str:
+    async def unique(self, request_id: str) -> str:
         """A client may send an id twice; the ledger's must tell requests apart, so the second gets a longer one.
 
         The database is asked only for as long as it answers at once: no request waits for it because of its name.
         """
-        if request_id.startswith("req_") and len(request_id) == _OWN_LENGTH:
-            return request_id  # our own, and random
         taken = request_id in self._given
         if not taken and self.ledger.writer.away_seconds is None:
             with contextlib.suppress(StoreError):
@@ -201,7 +198,6 @@ class Admission:
         return _most_prompt_tokens(generation) if counted is None else counted
 
 
-_OWN_LENGTH = len(new_request_id())
 MAX_REFUNDS = 3
 _PER_MESSAGE = 16  # tokens that a chat template may put around a message
 

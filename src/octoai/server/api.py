@@ -43,13 +43,15 @@ async def _generate(
     caller = await caller_of(request)
     body = await body_of(request)
     wanted = decode(body)
+    if request.headers.get("x-request-id") == request.state.request_id:
+        request.state.request_id = await service.unique_id(request.state.request_id)
     key = request.headers.get("idempotency-key")
     job = await service.admit(
         caller, wanted, request.state.request_id, None if key is None else Key.of(key, request.url.path, body)
     )
     if isinstance(job, Recording):
         return Replay(job)
-    request.state.request_id, request.state.standings = job.id, job.standings
+    request.state.standings = job.standings
     served = job.deployment.model.id
     answer = EventStream if wanted.stream else WholeAnswer
     return answer(job, encoder(wanted, fingerprint=f"octoai-{served}"), {"x-octoai-served-model": served})

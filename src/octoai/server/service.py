@@ -80,6 +80,10 @@ class Service:
         if caller.token.scopes.isdisjoint(scopes):
             raise Forbidden(f"This API token lacks the scope {' or '.join(map(repr, scopes))}.")
 
+    async def unique_id(self, given: str) -> str:
+        """The id that a client gave a request; a longer one where another request has it already."""
+        return await self.admission.unique(given)
+
     async def admit(
         self, caller: Caller, request: TextRequest, request_id: str, key: Key | None = None
     ) -> Job | Recording:
