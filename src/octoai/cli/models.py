@@ -40,7 +40,7 @@ def pull(args: argparse.Namespace) -> int:
 
     try:
         catalogue, store = _catalogue_and_store()
-        for model in [_model(catalogue, name) for name in args.ids]:
+        for model in [catalogue.named(name) for name in args.ids]:
             print(pulled(store, model), flush=True)
     except (BadCatalogue, BadSettings, PullFailed) as error:
         return fail(str(error))
@@ -75,17 +75,6 @@ def _catalogue_and_store() -> tuple[Catalogue, WeightStore]:
 
     settings = load(path=None, environ=os.environ)
     return app.catalogue(settings), WeightStore(settings.cache_dir)
-
-
-def _model(catalogue: Catalogue, name: str) -> Model:
-    from octoai.server.sources import PullFailed
-
-    model = catalogue.find(name)
-    if model is None:
-        nearest = catalogue.nearest(name)
-        hint = f"the nearest are {', '.join(nearest)}" if nearest else "`octoai models` lists those there are"
-        raise PullFailed(f"unknown model {name!r}: {hint}")
-    return model
 
 
 def pulled(store: WeightStore, model: Model) -> Path:

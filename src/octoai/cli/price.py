@@ -12,7 +12,7 @@ from octoai.cli.database import add_options, with_database
 from octoai.cli.words import minute
 
 if TYPE_CHECKING:
-    from octoai.server.catalogue import Catalogue, Model
+    from octoai.server.catalogue import Catalogue
     from octoai.server.settings import Settings
     from octoai.server.store import Connection
     from octoai.server.store.prices import PriceRow
@@ -42,7 +42,7 @@ def list_(args: argparse.Namespace) -> int:
         from octoai.server.store import prices as table
 
         catalogue, now_us = _catalogue(settings), time.time_ns() // 1000
-        wanted = None if args.model is None else _model(catalogue, args.model)
+        wanted = None if args.model is None else catalogue.named(args.model)
         known = table.all_(db)
         # Before the first start the catalogue's prices are not there yet: then they are what will apply.
         first = [row for row in prices.due(known, catalogue, now_us) if row.valid_from_us == 0]
@@ -71,7 +71,7 @@ def set_(args: argparse.Namespace) -> int:
         from octoai.server import prices
         from octoai.server.billing import Price
 
-        model = _model(_catalogue(settings), args.model)
+        model = _catalogue(settings).named(args.model)
         cost, output = _price(args.input, "--input"), _price(args.output, "--output")
         cached = cost if args.cached_input is None else _price(args.cached_input, "--cached-input")
         start_us = None if args.start is None else _moment(args.start)
@@ -90,17 +90,6 @@ def _catalogue(settings: Settings) -> Catalogue:
     from octoai.server import app
 
     return app.catalogue(settings)
-
-
-def _model(catalogue: Catalogue, name: str) -> Model:
-    from octoai.server.catalogue import BadCatalogue
-
-    model = catalogue.find(name)
-    if model is None:
-        nearest = catalogue.nearest(name)
-        hint = f"the nearest are {', '.join(nearest)}" if nearest else "`octoai models` lists those there are"
-        raise BadCatalogue(f"unknown model {name!r:.80}: {hint}")
-    return model
 
 
 def _price(text: str, name: str) -> int:

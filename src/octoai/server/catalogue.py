@@ -137,6 +137,15 @@ class Catalogue(Mapping[str, Model]):
             model = model or self._by_name.get(name.removesuffix(suffix))
         return model
 
+    def named(self, name: str) -> Model:
+        """The same, for a person: raises BadCatalogue with the nearest there are."""
+        model = self.find(name)
+        if model is None:
+            nearest = self.nearest(name)
+            hint = f"the nearest are {', '.join(nearest)}" if nearest else "`octoai models` lists those there are"
+            raise BadCatalogue(f"unknown model {name!r:.80}: {hint}")
+        return model
+
     def nearest(self, name: str, n: int = 3) -> tuple[str, ...]:
         """The ids most like that name, best first; none where nothing is like it."""
         return nearest(name, self.values(), n)
