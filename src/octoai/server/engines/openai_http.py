@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
-import aiohttp
+import orjson
 
 from octoai.server.engines.base import Event, Generation, OnLeft
-from octoai.server.engines.call import Call
+from octoai.server.engines.connection import CannotConnect, Exchange, Pool
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.reader import Answer
 from octoai.server.engines.refusals import refusal
-from octoai.server.errors import EngineFailed, Unavailable
+from octoai.server.errors import EngineFailed, Refusal, Unavailable
 
 log = logging.getLogger("octoai.engine")
 
-CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 5.0
 COUNT_SECONDS = 5.0
 END_SECONDS = 0.5
 MAX_ERROR_BYTES = 64 * 1024
+MAX_SAID_BYTES = 4 * 1024 * 1024  # of an answer to a short question
 UNKNOWN = (404, 405, 501)  # of a server that has no such path
 
 
@@ -54,10 +55,12 @@ class OpenAIEngine:
         self.num_slots = num_slots
         self.max_choices = self.dialect.max_choices
         self.context_length = context_length
-        self._key = key
+        self._pool = Pool(url, key=key, keeps_alive=self.dialect.keeps_alive)
+        # Where the server's paths begin, and where those of OpenAI's API do.
+        self._base = "/v1" if url.startswith("unix:") else urlsplit(url).path.rstrip("/")
+        self._root = self._base.removesuffix("/v1")
         self._stall_seconds = stall_seconds
         self._on_progress = on_progress
-        self._session: aiohttp.ClientSession | None = None
         self._is_ready = False
         self._probe: asyncio.Task[None] | None = None
 
@@ -74,14 +77,12 @@ class OpenAIEngine:
 
     async def connect(self) -> Mapping[str, Any] | None:
         """Whether it answers, and what it says of its model. Sets `is_ready` and `context_length`."""
-        try:
-            async with (
-                asyncio.timeout(PROBE_SECONDS),
-                self._http().get("/v1/models" if self._is_unix else self._base + "/models") as response,
-            ):
-                listed = await response.json(content_type=None) if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-            listed = None
+        listed = None
+        exchange = self._pool.exchange("GET", self._base + "/models")
+        with closing(exchange), suppress(OSError, ValueError):  # TimeoutError is an OSError
+            async with asyncio.timeout(PROBE_SECONDS):
+                if await exchange.answered(PROBE_SECONDS) == 200:
+                    listed = orjson.loads(await exchange.body(MAX_SAID_BYTES, PROBE_SECONDS))
         self._is_ready = isinstance(listed, dict)
         described = _described(listed, self.model) if isinstance(listed, dict) else None
         if described is not None:
@@ -95,8 +96,7 @@ class OpenAIEngine:
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
-        if self._session is not None:
-            await self._session.close()
+        self._pool.close()
 
     def unsupported(self, generation: Generation) -> str | None:
         return self.dialect.unsupported(generation)
@@ -119,24 +119,27 @@ class OpenAIEngine:
 
     async def _asked(self, path: str, body: bytes, generation: Generation) -> Mapping[str, Any] | None:
         """The whole answer to a short question, None from a server that does not know it."""
-        url = path if self._is_unix else self._base.removesuffix("/v1") + path
-        with self._failures_named():
+        with self._failures_named(), closing(self._pool.exchange("POST", self._root + path, body)) as exchange:
             try:
-                async with asyncio.timeout(COUNT_SECONDS), await self._sent(url, body) as response:
-                    if response.status == 200:
-                        return dict(await response.json(content_type=None))
-                    said = await response.content.read(MAX_ERROR_BYTES)
+                async with asyncio.timeout(COUNT_SECONDS):
+                    status = await exchange.answered(COUNT_SECONDS)
+                    said = await exchange.body(MAX_SAID_BYTES if status == 200 else MAX_ERROR_BYTES, COUNT_SECONDS)
             except TimeoutError:
                 raise EngineFailed(f"The engine did not count tokens in {COUNT_SECONDS:.0f} s.") from None
-        if response.status in UNKNOWN:
+        if status == 200:
+            return dict(orjson.loads(said))
+        if status in UNKNOWN:
             return None
-        raise refusal(response.status, said, generation, self.context_length)
+        raise refusal(status, said, generation, self.context_length)
 
     async def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
+        body = self.dialect.body(self._within(generation), self.model)
+        exchange = self._pool.exchange("POST", self._base + self.dialect.path(generation), body)
         answer, is_told = Answer(generation), False
         try:
-            async with self._post(generation, answer) as response:
-                while not answer.is_whole and (block := await self._block(response)):
+            with self._failures_named():
+                await self._accepted(exchange, generation)
+                while not answer.is_whole and (block := await self._block(exchange)):
                     self._on_progress()
                     events = answer.events(block)
                     is_told = answer.is_whole
@@ -144,41 +147,36 @@ class OpenAIEngine:
                         yield events
                 if not answer.is_whole:
                     raise EngineFailed("The engine broke off in the middle of its answer.")
-                await _end(response)
+                await _end(exchange)
+        except (GeneratorExit, asyncio.CancelledError):
+            if not answer.is_whole:
+                with suppress(Refusal):  # there is nobody left to tell
+                    await exchange.leave(answer.events)
+            raise
         finally:
+            exchange.close()
             if on_left is not None and not is_told and (counted := answer.so_far()):
                 on_left(counted)
 
-    @asynccontextmanager
-    async def _post(self, generation: Generation, answer: Answer) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The answer's head. Who leaves this block before the answer is whole leaves the engine, and the answer reads
-        what that had already written."""
-        body = self.dialect.body(self._within(generation), self.model)
-        url = ("/v1" if self._is_unix else self._base) + self.dialect.path(generation)
-        call = Call(lambda note: self._sent(url, body, note))
+    async def _accepted(self, exchange: Exchange, generation: Generation) -> None:
+        """Return when the engine has begun its answer. Raises what it says where it refuses."""
         try:
-            with self._failures_named():
-                response = await call.response(self._stall_seconds)
-                if response.status != 200:
-                    said = await response.content.read(MAX_ERROR_BYTES)
-                    raise refusal(response.status, said, generation, self.context_length)
-                yield response
-        except (GeneratorExit, asyncio.CancelledError):
-            if not answer.is_whole:
-                await call.leave(answer.events)
-            raise
-        finally:
-            await call.close()
+            status = await exchange.answered(self._stall_seconds)
+        except TimeoutError:
+            raise EngineFailed(f"The engine did not answer for {self._stall_seconds:.0f} s.") from None
+        if status != 200:
+            said = await exchange.body(MAX_ERROR_BYTES, self._stall_seconds)
+            raise refusal(status, said, generation, self.context_length)
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
         """What can become of a connection, as refusals."""
         try:
             yield
-        except aiohttp.ClientConnectorError:
+        except CannotConnect:
             self._is_ready = False
             raise Unavailable("The engine does not answer.", retry_after=PROBE_SECONDS) from None
-        except (aiohttp.ClientError, OSError) as error:
+        except OSError as error:
             raise EngineFailed("The engine broke off in the middle of its answer.") from error
 
     def _within(self, generation: Generation) -> Generation:
@@ -186,21 +184,10 @@ class OpenAIEngine:
         limit = self.context_length
         return generation if limit is None else replace(generation, max_tokens=min(generation.max_tokens, limit))
 
-    async def _sent(self, url: str, body: bytes, *around: aiohttp.ClientMiddlewareType) -> aiohttp.ClientResponse:
-        """The request, once more on a fresh connection where a kept one was closed under it unanswered."""
-        headers = {"content-type": "application/json"}
-        try:
-            return await self._http().post(url, data=body, headers=headers, middlewares=around)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError, aiohttp.ClientOSError) as error:
-            if not self.dialect.keeps_alive or isinstance(error, aiohttp.ClientConnectorError):
-                raise
-            return await self._http().post(url, data=body, headers=headers, middlewares=around)
-
-    async def _block(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _block(self, exchange: Exchange) -> bytes:
         """All that has arrived, at once. The stall limit is for servers without a supervisor of ours."""
         try:
-            async with asyncio.timeout(self._stall_seconds):
-                return await response.content.readany()
+            return await exchange.block(self._stall_seconds)
         except TimeoutError:
             raise EngineFailed(f"The engine sent nothing for {self._stall_seconds:.0f} s.") from None
 
@@ -209,39 +196,11 @@ class OpenAIEngine:
             await asyncio.sleep(PROBE_SECONDS)
             await self.connect()
 
-    @property
-    def _is_unix(self) -> bool:
-        return self.url.startswith("unix:")
 
-    @property
-    def _base(self) -> str:
-        return self.url.rstrip("/")
-
-    def _connector(self) -> aiohttp.BaseConnector:
-        once = not self.dialect.keeps_alive
-        if self._is_unix:
-            path = self.url.removeprefix("unix:").removeprefix("//")
-            return aiohttp.UnixConnector(path, limit=0, force_close=once)
-        return aiohttp.TCPConnector(limit=0, force_close=once)
-
-    def _http(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                base_url="http://engine" if self._is_unix else None,
-                connector=self._connector(),
-                headers={"authorization": f"Bearer {self._key}"} if self._key else {},
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-                read_bufsize=2**18,
-                trust_env=False,
-            )
-        return self._session
-
-
-async def _end(response: aiohttp.ClientResponse) -> None:
+async def _end(exchange: Exchange) -> None:
     """A moment for the body to end, so that its connection can be used again; no more, the answer is whole."""
-    with suppress(TimeoutError, aiohttp.ClientError):
-        async with asyncio.timeout(END_SECONDS):
-            await response.content.readany()
+    with suppress(OSError):
+        await exchange.block(END_SECONDS)
 
 
 def _described(listed: Mapping[str, Any], model: str) -> Mapping[str, Any] | None:
