@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
+from starlette.types import Receive, Scope, Send
 
 from octoai.server import params
 from octoai.server.accounts import Caller
@@ -28,33 +28,38 @@ BODY_SECONDS = 120.0
 _STARTED = int(time.time())
 
 
-async def chat_completions(request: Request) -> ASGIApp:
-    return await _generate(request, params.chat, ChatEncoder)
+class Generating:
+    """An endpoint that generates text, as an ASGI application: it is called more often than all others together."""
+
+    def __init__(
+        self, name: str, decode: Callable[[bytes], TextRequest], encoder: type[ChatEncoder | CompletionEncoder]
+    ) -> None:
+        self.__name__ = name
+        self._decode = decode
+        self._encoder = encoder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["state"]
+        service: Service = state["service"]
+        caller = state["caller"] = await service.authenticate(header(scope, b"authorization"))
+        body = await body_of(scope, receive)
+        request = self._decode(body)
+        if state["is_given_id"]:
+            state["request_id"] = await service.unique_id(state["request_id"])
+        key = header(scope, b"idempotency-key")
+        job = await service.admit(
+            caller, request, state["request_id"], None if key is None else Key.of(key, scope["path"], body)
+        )
+        if isinstance(job, Recording):
+            await Replay(job)(scope, receive, send)
+            return
+        state["standings"] = job.standings
+        answer = EventStream if request.stream else WholeAnswer
+        await answer(job, self._encoder(request, fingerprint=f"octoai-{job.deployment.model.id}"))(scope, receive, send)
 
 
-async def completions(request: Request) -> ASGIApp:
-    return await _generate(request, params.completion, CompletionEncoder)
-
-
-async def _generate(
-    request: Request, decode: Callable[[bytes], TextRequest], encoder: type[ChatEncoder | CompletionEncoder]
-) -> ASGIApp:
-    service: Service = request.state.service
-    caller = await caller_of(request)
-    body = await body_of(request)
-    wanted = decode(body)
-    if request.headers.get("x-request-id") == request.state.request_id:
-        request.state.request_id = await service.unique_id(request.state.request_id)
-    key = request.headers.get("idempotency-key")
-    job = await service.admit(
-        caller, wanted, request.state.request_id, None if key is None else Key.of(key, request.url.path, body)
-    )
-    if isinstance(job, Recording):
-        return Replay(job)
-    request.state.standings = job.standings
-    served = job.deployment.model.id
-    answer = EventStream if wanted.stream else WholeAnswer
-    return answer(job, encoder(wanted, fingerprint=f"octoai-{served}"), {"x-octoai-served-model": served})
+chat_completions = Generating("chat_completions", params.chat, ChatEncoder)
+completions = Generating("completions", params.completion, CompletionEncoder)
 
 
 async def caller_of(request: Request) -> Caller:
@@ -105,19 +110,31 @@ async def metrics(request: Request) -> Response:
     return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
-async def body_of(request: Request) -> bytes:
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first header of that name, which is given in lower case."""
+    for each, value in scope["headers"]:
+        if each == name:
+            return str(value.decode("latin-1"))
+    return None
+
+
+async def body_of(scope: Scope, receive: Receive) -> bytes:
     """The whole body, never more than the limit of it in memory. It is read as JSON whatever its type says."""
-    declared = request.headers.get("content-length", "")
+    declared = header(scope, b"content-length") or ""
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise TooLarge(MAX_BODY_BYTES)
-    blocks, size = [], 0
+    blocks, size, has_more = [], 0, True
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            async for block in request.stream():
-                size += len(block)
+            while has_more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                has_more = message.get("more_body", False)
+                blocks.append(message.get("body", b""))
+                size += len(blocks[-1])
                 if size > MAX_BODY_BYTES:
                     raise TooLarge(MAX_BODY_BYTES)
-                blocks.append(block)
     except TimeoutError:
         raise TooSlow(f"The request body did not arrive within {BODY_SECONDS:.0f} s.") from None
     return b"".join(blocks)

@@ -57,7 +57,8 @@ def routes() -> list[BaseRoute]:
 
 
 def application(service: Service) -> ASGIApp:
-    return Edge(Routes(routes=routes(), redirect_slashes=False), service)
+    posts = {**dict.fromkeys(_CHAT_PATHS, api.chat_completions), **dict.fromkeys(_COMPLETION_PATHS, api.completions)}
+    return Edge(Routes(routes=routes(), redirect_slashes=False), service, posts)
 
 
 def prepare(settings: Settings) -> Connection:

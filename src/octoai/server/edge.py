@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import orjson
@@ -21,14 +21,17 @@ from octoai.server.streaming import BrokenOff, SlowReader
 log = logging.getLogger("octoai.http")
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH"})
 VERSION_HEADER = (b"openai-version", b"2020-10-01")
 
 
 class Edge:
-    """Wraps the routes. What is inside finds the service and the request's id in `request.state`."""
+    """Wraps the routes. What is inside finds the service and the request's id in `request.state`; `is_given_id`: the
+    client chose it. What is posted to a path in `posts` goes there directly, without a look at the routes."""
 
-    def __init__(self, routes: ASGIApp, service: Service) -> None:
+    def __init__(self, routes: ASGIApp, service: Service, posts: Mapping[str, ASGIApp]) -> None:
         self.routes = routes
+        self.posts = posts
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,10 +39,18 @@ class Edge:
             await self.routes(scope, receive, send)
             return
         scope["app"] = self  # makes the router raise what it does not find, instead of answering itself
-        scope.setdefault("state", {}).update(request_id=_request_id(scope), service=self.service)
+        given = _given_id(scope)
+        scope.setdefault("state", {}).update(
+            request_id=given or new_request_id(), is_given_id=given is not None, service=self.service
+        )
         answer = _Answer(scope, send, self.service)
+        endpoint = self.posts.get(scope["path"]) if scope["method"] == "POST" else None
         try:
-            await self.routes(scope, receive, answer.send)
+            if endpoint is not None:
+                scope["endpoint"] = endpoint
+                await endpoint(scope, receive, answer.send)
+            else:
+                await self.routes(scope, receive, answer.send)
         except (BrokenOff, SlowReader, ClientDisconnect):
             pass  # without the end of its body, the answer makes the server close the connection
         except Refusal as refusal:
@@ -68,13 +79,8 @@ class Edge:
 
     def _count(self, scope: MutableMapping[str, Any], answer: _Answer) -> None:
         handler = getattr(scope.get("endpoint"), "__name__", "unknown")
-        method = (
-            scope["method"]
-            if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH")
-            else "other"
-        )
-        self.service.metrics.http_requests.labels(handler, method, str(answer.status or "none")).inc()
-        self.service.metrics.http_seconds.labels(handler).observe(time.perf_counter() - answer.began)
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self.service.metrics.count_http(handler, method, answer.status, time.perf_counter() - answer.began)
 
 
 class _Answer:
@@ -120,12 +126,12 @@ class _Answer:
         return [(name.encode(), value.encode()) for name, value in standings.headers().items()]
 
 
-def _request_id(scope: Scope) -> str:
+def _given_id(scope: Scope) -> str | None:
     """The client's own id where it is a sane one: what is echoed must not carry a header or a log line of its own."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return str(value.decode("ascii"))
-    return new_request_id()
+    return None
 
 
 def _refusal_of(error: HTTPException, scope: Scope) -> Refusal:

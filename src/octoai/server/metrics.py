@@ -6,6 +6,7 @@ Labels come from the configuration only: a name that a client sends never become
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -60,7 +61,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which no dashboard reads
         self.registry = CollectorRegistry()
         self._per_deployment: list[Counter | Histogram] = []
-        self._of_tokens: dict[str, tuple[Counter, ...]] = {}
+        self._known: dict[Any, Any] = {}  # finding a labelled metric costs as much as counting
 
         def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
             made = Counter(name, text, labels, registry=self.registry)
@@ -119,70 +120,86 @@ class Metrics:
     def watch(self, deployments: Iterable[Deployment]) -> None:
         """Report queues and readiness of these deployments, read at every scrape; and their counters, from zero on."""
         deployments = tuple(deployments)
-        for made in self._per_deployment:
-            for deployment in deployments:
-                made.labels(*self.labels(deployment))
+        for deployment in deployments:
+            self.of(deployment)
         self.registry.register(_DeploymentCollector(deployments))
 
     def watch_books(self, ledger: Ledger, directory: Directory) -> None:
         """Report how the ledger stands with its database, and how often accounts are looked at again."""
         self.registry.register(_BooksCollector(ledger, directory))
 
-    def labels(self, deployment: Deployment) -> tuple[str, str]:
-        return deployment.model.id, _engine_name(deployment)
+    def of(self, deployment: Deployment) -> SimpleNamespace:
+        """The metrics of one deployment, by their names here."""
+        known: SimpleNamespace | None = self._known.get(deployment)
+        if known is None:
+            labels = deployment.model.id, _engine_name(deployment)
+            named = {name: made for name, made in vars(self).items() if made in self._per_deployment}
+            known = SimpleNamespace(**{name: made.labels(*labels) for name, made in named.items()})
+            known.success = lambda reason: self.success.labels(*labels, reason)
+            self._known[deployment] = known
+        return known
+
+    def count_http(self, handler: str, method: str, status: int | None, seconds: float) -> None:
+        """One answered request; `status` None: nothing was sent."""
+        counters = self._known.get((handler, method, status))
+        if counters is None:
+            requests = self.http_requests.labels(handler, method, str(status or "none"))
+            counters = self._known[handler, method, status] = (requests, self.http_seconds.labels(handler))
+        counters[0].inc()
+        counters[1].observe(seconds)
 
     def count_cost(self, token_id: str, usage: Usage, cost_nanos: int) -> None:
         """What one API token used; by its id, never its text."""
-        counters = self._of_tokens.get(token_id)
-        if counters is None:  # kept: finding a labelled counter costs more than counting
+        counters = self._known.get(token_id)
+        if counters is None:
             kinds = (self.token_tokens.labels(token_id, kind) for kind in ("prompt", "cached", "completion"))
-            counters = self._of_tokens[token_id] = (*kinds, self.token_cost.labels(token_id))
+            counters = self._known[token_id] = (*kinds, self.token_cost.labels(token_id))
         values = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, cost_nanos / 1_000_000_000)
         for counter, value in zip(counters, values, strict=True):
             counter.inc(value)
 
     def count_job(self, deployment: Deployment, request: TextRequest, meter: Meter, outcome: str) -> None:
         """One ended request: "finished", "refused" (by the engine), "aborted" (its client left) or "failed"."""
-        labels = self.labels(deployment)
         if outcome == "refused":
             return
-        usage = meter.usage
-        self.prompt_tokens.labels(*labels).inc(usage.prompt_tokens)
-        self.generation_tokens.labels(*labels).inc(usage.completion_tokens)
-        self.prefix_queries.labels(*labels).inc(usage.prompt_tokens)
-        self.prefix_hits.labels(*labels).inc(usage.cached_tokens)
-        self.request_prompt.labels(*labels).observe(usage.prompt_tokens)
-        self.request_generation.labels(*labels).observe(usage.completion_tokens)
-        self.params_n.labels(*labels).observe(request.num_choices)
-        self.params_max_tokens.labels(*labels).observe(request.max_tokens)
-        self.request_preemptions.labels(*labels).observe(0)
-        self._count_times(labels, meter, usage.completion_tokens)
+        of, usage = self.of(deployment), meter.usage
+        of.prompt_tokens.inc(usage.prompt_tokens)
+        of.generation_tokens.inc(usage.completion_tokens)
+        of.prefix_queries.inc(usage.prompt_tokens)
+        of.prefix_hits.inc(usage.cached_tokens)
+        of.request_prompt.observe(usage.prompt_tokens)
+        of.request_generation.observe(usage.completion_tokens)
+        of.params_n.observe(request.num_choices)
+        of.params_max_tokens.observe(request.max_tokens)
+        of.request_preemptions.observe(0)
+        _count_times(of, meter, usage.completion_tokens)
         if outcome == "finished":
             for reason in meter.reasons.values():
-                self.success.labels(*labels, reason).inc()
+                of.success(reason).inc()
         else:
-            self.success.labels(*labels, "abort").inc()
-            (self.aborted if outcome == "aborted" else self.failed).labels(*labels).inc()
-
-    def _count_times(self, labels: tuple[str, str], meter: Meter, completion_tokens: int) -> None:
-        now = meter.clock()
-        self.end_to_end.labels(*labels).observe(now - meter.received)
-        if meter.turn is None:
-            self.queued.labels(*labels).observe(now - meter.received)
-            return
-        self.queued.labels(*labels).observe(meter.turn - meter.received)
-        self.inference.labels(*labels).observe(now - meter.turn)
-        if meter.first_token is None or meter.last_token is None:
-            return
-        self.first_token.labels(*labels).observe(meter.first_token - meter.received)
-        self.prefill.labels(*labels).observe(meter.first_token - meter.turn)
-        decode = meter.last_token - meter.first_token
-        self.decode.labels(*labels).observe(decode)
-        if completion_tokens > 1:
-            self.per_token.labels(*labels).observe(decode / (completion_tokens - 1))
+            of.success("abort").inc()
+            (of.aborted if outcome == "aborted" else of.failed).inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def _count_times(of: SimpleNamespace, meter: Meter, completion_tokens: int) -> None:
+    now = meter.clock()
+    of.end_to_end.observe(now - meter.received)
+    if meter.turn is None:
+        of.queued.observe(now - meter.received)
+        return
+    of.queued.observe(meter.turn - meter.received)
+    of.inference.observe(now - meter.turn)
+    if meter.first_token is None or meter.last_token is None:
+        return
+    of.first_token.observe(meter.first_token - meter.received)
+    of.prefill.observe(meter.first_token - meter.turn)
+    decode = meter.last_token - meter.first_token
+    of.decode.observe(decode)
+    if completion_tokens > 1:
+        of.per_token.observe(decode / (completion_tokens - 1))
 
 
 class _DeploymentCollector(Collector):

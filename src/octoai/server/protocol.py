@@ -1,4 +1,5 @@
-"""uvicorn's HTTP protocol with two changes: bounded request heads, and one write for an answer's head and first event.
+"""uvicorn's HTTP protocol with three changes: bounded request heads, one write for an answer's head and first event,
+and a client that leaves is told of by a call.
 
 uvicorn writes each by itself, and uvloop sends at once: two packets where one does, and a client that reads twice for
 its first token. Knows nothing of what is sent.
@@ -13,6 +14,7 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from octoai.server import presence
 from octoai.server.errors import HeadTooLarge, MalformedRequest, Refusal, new_request_id
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -56,7 +58,12 @@ class BoundedProtocol(HttpToolsProtocol):
     _reads_head = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._presence = presence.Presence()
         super().connection_made(HeldHead(transport, self.loop))  # type: ignore[arg-type]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._presence.leave()
 
     def data_received(self, data: bytes) -> None:
         if self._reads_head:
@@ -80,6 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._reads_head, self._head_bytes = False, 0
+        self.scope["state"][presence.KEY] = self._presence
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:

@@ -11,7 +11,7 @@ from octoai.server.errors import UnknownModel
 from octoai.server.queue import FairQueue
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Deployment:
     """A model that is being served: what is known of it, what generates, and who waits for it."""
 

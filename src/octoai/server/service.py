@@ -168,14 +168,16 @@ class Job:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Shielded: a client that hangs up cancels us right here, and what it used must be recorded all the same.
-        with anyio.CancelScope(shield=True):
+        # Every step whatever becomes of the one before. The tab is closed as soon as it is asked to be; what is waited
+        # for there is its being on disk.
+        try:
+            if self._events is not None:
+                await self._events.aclose()
+        finally:
+            outcome = self._outcome(error)
             try:
-                if self._events is not None:
-                    await self._events.aclose()
-            finally:
-                outcome = self._outcome(error)
                 await self.tab.close(outcome)
+            finally:
                 self.service.admission.ended(self.caller, self.recording, error)
                 self.service.leave(self)
                 self._count(outcome, error)
@@ -215,15 +217,14 @@ class Job:
                     yield batch if first == 0 else _renumbered(batch, first)
 
     def _observe(self, batch: Batch) -> None:
-        metrics, meter = self.service.metrics, self.meter
-        before = meter.last_token
-        meter.passed(batch)
-        labels = metrics.labels(self.deployment)
+        before = self.meter.last_token
+        self.meter.passed(batch)
         num_tokens = sum(isinstance(event, Delta) for event in batch)
         if num_tokens:
-            metrics.iteration_tokens.labels(*labels).observe(num_tokens)
-            if before is not None and meter.last_token is not None:
-                metrics.inter_token.labels(*labels).observe((meter.last_token - before) / num_tokens)
+            metrics = self.service.metrics.of(self.deployment)
+            metrics.iteration_tokens.observe(num_tokens)
+            if before is not None and self.meter.last_token is not None:
+                metrics.inter_token.observe((self.meter.last_token - before) / num_tokens)
 
     async def _merged(self, parts: Sequence[tuple[int, int, Generation]]) -> AsyncGenerator[Batch]:
         """Several requests to the engine as one: their events as they come, and one end for all.
@@ -273,7 +274,8 @@ class Job:
         metrics, usage = self.service.metrics, self.meter.usage
         metrics.count_job(self.deployment, self.request, self.meter, outcome)
         metrics.count_cost(self.caller.token.id, usage, self.cost_nanos)
-        log.info("request", extra={"fields": self._line(outcome, _refusal(error))})
+        if log.isEnabledFor(logging.INFO):
+            log.info("request", extra={"fields": self._line(outcome, _refusal(error))})
 
     def _line(self, outcome: str, refusal: BaseException | None) -> dict[str, object]:
         """What is logged of a request: no prompt, no answer."""

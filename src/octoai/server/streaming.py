@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
 
-import anyio
 from starlette.types import Message, Receive, Scope, Send
 
 from octoai.server.billing import usd
@@ -19,6 +18,7 @@ from octoai.server.encoding import DONE, ChatEncoder, CompletionEncoder, error_e
 from octoai.server.engines.base import Event, Finished
 from octoai.server.errors import InternalError, Refusal
 from octoai.server.idempotency import Recording, pack
+from octoai.server.presence import KEY as PRESENCE
 from octoai.server.service import Batch, Job
 
 log = logging.getLogger("octoai.http")
@@ -32,27 +32,28 @@ class SlowReader(Exception):
 
 
 class _Answer:
-    def __init__(self, job: Job, encoder: Encoder, headers: Mapping[str, str]) -> None:
+    def __init__(self, job: Job, encoder: Encoder) -> None:
         self.job = job
         self.encoder = encoder
-        self.headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         recording = self.job.recording
-        if recording is None:
-            async with _watched(receive), self.job:
-                await self.answer(send)
-        else:
-            # Others may have joined: the work goes on as long as one of them is there.
-            async with _watched(receive, recording.leave), self.job:
-                await self.answer(_recorded(send, recording))
+        # Others may have joined a recording: the work goes on as long as one of them is there.
+        watched = _Watched(scope, receive) if recording is None else _Watched(scope, receive, recording.leave)
+        try:
+            async with self.job:  # outside, so that a client that leaves now does not disturb how it is settled
+                with watched:
+                    await self.answer(send if recording is None else _recorded(send, recording))
+        except asyncio.CancelledError:
+            if not watched.has_cancelled:
+                raise
 
     async def answer(self, send: Send) -> None:
         raise NotImplementedError
 
     def _start(self, content_type: bytes, *more: tuple[bytes, bytes]) -> Message:
-        own = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in self.headers.items()]
-        headers = [(b"content-type", content_type), *more, *own]
+        served = self.job.deployment.model.id.encode("latin-1", "replace")
+        headers = [(b"content-type", content_type), *more, (b"x-octoai-served-model", served)]
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
@@ -120,12 +121,16 @@ class Replay:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["request_id"] = self.recording.request_id  # it is that request's answer, and billed as that
+        watched = _Watched(scope, receive)
         try:
-            async with _watched(receive):
+            with watched:
                 async for message in self.recording.replayed():
                     if message["type"] == "http.response.start":
                         message["headers"] = [*message["headers"], (b"idempotent-replayed", b"true")]
                     await send(message)
+        except asyncio.CancelledError:
+            if not watched.has_cancelled:
+                raise
         finally:
             self.recording.leave()
 
@@ -151,25 +156,45 @@ async def _send_in_time(send: Send, body: bytes, *, more_body: bool = True) -> N
         raise SlowReader from None
 
 
-@asynccontextmanager
-async def _watched(
-    receive: Receive, leave: Callable[[Callable[[], None]], None] = lambda cancel: cancel()
-) -> AsyncIterator[None]:
-    """Cancel what is inside when the client disconnects, or leave that to `leave`, which is given how to. Errors come
-    out as they went in, not in a group."""
-    error: BaseException | None = None
-    async with anyio.create_task_group() as group:
-        group.start_soon(_until_disconnected, receive, lambda: leave(group.cancel_scope.cancel))
-        try:
-            yield
-        except Exception as raised:  # noqa: BLE001  # raised again below, outside the task group
-            error = raised
-        group.cancel_scope.cancel()
-    if error is not None:
-        raise error
+class _Watched:
+    """Cancels what is inside when the client disconnects, or leaves that to `leave`, which is given how to."""
 
+    def __init__(
+        self, scope: Scope, receive: Receive, leave: Callable[[Callable[[], None]], None] = lambda cancel: cancel()
+    ) -> None:
+        self._presence = scope["state"].get(PRESENCE)
+        self._receive = receive
+        self._leave = leave
+        self.has_cancelled = self._is_over = False
 
-async def _until_disconnected(receive: Receive, leave: Callable[[], None]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    leave()
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        if self._presence is None:  # another server than ours: it tells who waits for it
+            self._waiting = asyncio.create_task(self._until_disconnected())
+        elif self._presence.has_left:
+            self._leave(self._cancel)
+        else:
+            self._presence.on_left = lambda: self._leave(self._cancel)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_over = True
+        if self._presence is None:
+            self._waiting.cancel()
+        else:
+            self._presence.on_left = None
+        if self.has_cancelled:
+            self._task.uncancel()
+
+    async def _until_disconnected(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._leave(self._cancel)
+
+    def _cancel(self) -> None:
+        if not self._is_over:
+            self.has_cancelled = True
+            self._task.cancel()

@@ -123,7 +123,7 @@ async def _answered(request: Request, operation: Operation) -> Response:
     service: Service = request.state.service
     caller = await caller_of(request)
     service.require(caller, "admin")
-    raw = b"" if operation.body is None else await body_of(request)
+    raw = b"" if operation.body is None else await body_of(request.scope, request.receive)
     body = {} if operation.body is None else checked(operation.body, raw)
     try:
         return JSONResponse(await operation.run(Call(request, service, caller, raw, body, time.time_ns() // 1000)))

@@ -23,9 +23,10 @@ class Limits:
 
     @property
     def is_any(self) -> bool:
-        return any(value is not None for value in astuple(self))
+        return self != _NO_LIMITS
 
 
+_NO_LIMITS = Limits()
 LIMIT_NAMES = tuple(each.name for each in fields(Limits))
 
 
