@@ -30,7 +30,6 @@ from octoai.server.journal import (
     Orphan,
     Position,
     Tail,
-    files,
     orphans,
 )
 from octoai.server.journal import writer as journal_writer
@@ -55,6 +54,33 @@ def opened(tmp_path: Path) -> Iterator[Opened]:
     for journal in journals:
         journal.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "journal"]
+
+
+@pytest.fixture
+def by_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernel does not sync by itself."""
+
+    def none(_: Any) -> None:
+        raise OSError(errno.ENOSYS, "no")
+
+    monkeypatch.setattr(journal_writer, "Syncs", none)
+
+
+class HeldSyncs:
+    """In the kernel's place: a sync ends when the test says so, and how."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.running: list[Callable[[OSError | None], None]] = []
+        HeldSyncs.newest = self
+
+    newest: HeldSyncs
+
+    def submit(self, _: int, done: Callable[[OSError | None], None]) -> None:
+        self.running.append(done)
+
+    def close(self) -> None:
+        pass
 
 
 def record(n: int, padding: int = 0) -> dict[str, Any]:
@@ -163,6 +189,7 @@ def test_without_waiting_a_record_is_kept_before_the_next_that_waits(opened: Ope
 # ── syncs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("by_thread")
 def test_many_appends_share_a_sync(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     num_syncs = 0
     sync = os.fdatasync
@@ -181,6 +208,7 @@ def test_many_appends_share_a_sync(opened: Opened, monkeypatch: pytest.MonkeyPat
     run(main())
 
 
+@pytest.mark.usefixtures("by_thread")
 def test_what_is_not_synced_is_neither_acknowledged_nor_read(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     may_sync, sync = threading.Event(), os.fdatasync
 
@@ -460,6 +488,7 @@ def test_a_file_system_that_takes_no_more_loses_nothing_acknowledged(tmp_path: P
     orphan.remove()
 
 
+@pytest.mark.usefixtures("by_thread")
 @pytest.mark.parametrize("call", ["fdatasync", "pwrite"])
 def test_a_segment_that_fails_is_given_up_and_its_batch_written_to_the_next(
     opened: Opened, monkeypatch: pytest.MonkeyPatch, call: str
@@ -486,6 +515,7 @@ def test_a_segment_that_fails_is_given_up_and_its_batch_written_to_the_next(
     run(main())
 
 
+@pytest.mark.usefixtures("by_thread")
 def test_a_disk_that_fails_throughout_is_told_and_may_recover(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_writer, "_RETRY_SECONDS", 0.02)
 
@@ -506,6 +536,7 @@ def test_a_disk_that_fails_throughout_is_told_and_may_recover(opened: Opened, mo
     run(main())
 
 
+@pytest.mark.usefixtures("by_thread")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_ends_by_a_fault_leaves_nobody_waiting(opened: Opened) -> None:
     async def main() -> None:
@@ -642,64 +673,81 @@ def test_where_nothing_was_ever_kept_there_are_no_orphans(tmp_path: Path) -> Non
     assert Tail(tmp_path, "0" * 16, START).records(1) == []
 
 
-def test_what_is_written_is_there_after_a_kill_and_what_is_synced_here_is_durable_at_once(opened: Opened) -> None:
+def test_what_is_written_is_there_after_a_kill_and_durable_once_it_is_synced(opened: Opened) -> None:
     async def main() -> None:
         journal = opened()
         written = journal.append(record(1), soon=None)
         assert journal.written > journal.durable
         (segment,) = journal.directory.glob("*000001.journal")
         assert b'"n":1' in segment.read_bytes()
+        await asyncio.sleep(0.02)
         assert journal.tail().records(10) == []  # a tail reads what is durable
-        journal.sync_here()
-        assert written.done()
+        journal.sync_soon()
+        await written
         assert journal.durable == journal.written == written.result()
         assert len(journal.tail().records(10)) == 1
 
     run(main())
 
 
-def test_a_disk_that_is_slow_is_left_to_the_thread(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_during_a_sync_waits_for_the_next(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_writer, "Syncs", HeldSyncs)
+
     async def main() -> None:
         journal = opened()
-        monkeypatch.setattr(files, "sync", lambda _: time.sleep(0.02))
-        await journal.append(record(1))
-        written = journal.append(record(2), soon=None)
-        began = time.perf_counter()
-        journal.sync_here()
-        assert time.perf_counter() - began < 0.01
-        assert not written.done()
-        await written
+        first = journal.append(record(1), soon=True)
+        second, third = journal.append(record(2), soon=True), journal.append(record(3), soon=True)
+        (sync,) = HeldSyncs.newest.running
+        sync(None)
+        assert (first.done(), second.done(), third.done()) == (True, False, False)
+        assert journal.durable == first.result()
+        _, sync = HeldSyncs.newest.running
+        sync(None)
+        assert (second.done(), third.done()) == (True, True)
+        assert numbers(journal.tail()) == [1, 2, 3]
 
     run(main())
 
 
-def test_syncs_of_two_threads_at_once_take_nothing_for_durable_that_is_not(
-    opened: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second began later and ends first: the first must not count its records once more."""
+def test_a_sync_that_the_kernel_fails_gives_the_segment_up(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_writer, "Syncs", HeldSyncs)
 
     async def main() -> None:
         journal = opened()
-        is_held, may_go = threading.Event(), threading.Event()
+        waiters = [journal.append(record(n), soon=True) for n in range(3)]
+        HeldSyncs.newest.running[0](OSError(errno.EIO, "broken"))
+        assert [(await waiter).segment for waiter in waiters] == [2, 2, 2]
+        assert numbers(journal.tail()) == [0, 1, 2]
 
-        def held(_: int) -> None:
-            if threading.current_thread() is not threading.main_thread():
-                is_held.set()
-                may_go.wait(5)
+    run(main())
 
-        monkeypatch.setattr(files, "sync", held)
-        first = journal.append(record(1), soon=True)
-        await asyncio.to_thread(is_held.wait, 5)
-        second = journal.append(record(2), soon=None)
-        journal.sync_here()
-        assert first.done()
-        assert second.done()
-        third = journal.append(record(3), soon=None)
-        may_go.set()
-        await asyncio.sleep(0.05)
-        assert not third.done()
-        assert journal.durable == second.result()
-        journal.sync_here()
-        assert third.done()
+
+def test_a_segment_that_fills_while_it_is_synced_is_whole(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_writer, "Syncs", HeldSyncs)
+
+    async def main() -> None:
+        journal = opened()
+        waiters = [journal.append(record(n, padding=1500), soon=True) for n in range(3)]
+        assert [waiter.done() for waiter in waiters] == [True, True, False]  # the full one was synced at once
+        HeldSyncs.newest.running[0](None)
+        assert not waiters[2].done(), "that sync was of another segment"
+        HeldSyncs.newest.running[1](None)
+        assert waiters[2].done()
+        assert numbers(journal.tail()) == [0, 1, 2]
+
+    run(main())
+
+
+def test_where_the_kernel_refuses_a_sync_the_thread_does_it(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(HeldSyncs):
+        def submit(self, _: int, done: Callable[[OSError | None], None]) -> None:
+            raise OSError(errno.EINVAL, "not this file")
+
+    monkeypatch.setattr(journal_writer, "Syncs", Refusing)
+
+    async def main() -> None:
+        journal = opened()
+        await append_all(journal, range(20))
+        assert numbers(journal.tail()) == list(range(20))
 
     run(main())

@@ -223,12 +223,9 @@ class Ledger:
         self._unwritten.pop(tab, None)
 
     def sync(self) -> None:
-        """Somebody waits for what was written: it is brought to the disk here, where nobody else is held up."""
+        """Somebody waits for what was written."""
         if self.journal is not None:
-            if len(self.tabs) <= 1:  # the one that waits
-                self.journal.sync_here()
-            else:
-                self.journal.sync_soon()
+            self.journal.sync_soon()
 
     async def reserve(self, caller: Caller, wanted: Reservation) -> Standings | None:
         """Hold what a request may need. Raises OutOfCredit, RateLimited; None while the database is away, when money

@@ -1,8 +1,8 @@
-"""This process's journal: written by whoever appends, made durable by one thread, everything that waits at once.
+"""This process's journal: written by whoever appends, made durable by the kernel behind it, all that waits at once.
 
 A record is with the kernel when `append` returns, so that no kill of this process loses it, and on the disk when its
-future is done, so that no power cut does. The thread syncs as soon as a record is waited for, otherwise a few
-milliseconds later, with others.
+future is done, so that no power cut does. It is synced as soon as a record is waited for, otherwise a few milliseconds
+later, with others; by a thread where the kernel does not do it by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -25,8 +26,6 @@ import orjson
 from octoai.server import places
 from octoai.server.journal import files
 from octoai.server.journal.lines import (
-    BEGINS_BATCH,
-    CONTINUES,
     FRAME_BYTES,
     HEADER_BYTES,
     START,
@@ -34,16 +33,14 @@ from octoai.server.journal.lines import (
     JournalFailed,
     JournalFull,
     Position,
-    header,
-    line,
 )
+from octoai.server.journal.segment import Segment
+from octoai.server.journal.syncs import Syncs
 from octoai.server.journal.tail import Tail
 
 log = logging.getLogger("octoai.journal")
 
 SEGMENT_BYTES = 4 * 1024 * 1024
-QUICK_SECONDS = 0.0005  # what a sync may take, on average, for a caller to do it
-_WEIGHT = 0.1  # of the newest in that average
 LINGER_SECONDS = 0.005  # for a record that nobody waits for yet to be on the disk
 _PAUSE_SECONDS = 0.0005  # between syncs: what comes meanwhile shares the next one
 _NEVER = float("inf")
@@ -72,14 +69,17 @@ class Journal:
         self.on_durable: Callable[[], None] | None = None  # called in the thread, then; must not raise
         self._lock: int | None = lock
         self._num_segments = 0
-        self._current: _Segment | None = self._new_segment()
-        self._spare: _Segment | None = self._new_segment()
+        self._current: Segment | None = self._new_segment()
+        self._spare: Segment | None = self._new_segment()
         self._allocate_at = 0.0
         self._has_room = self._is_open = True
         self._is_stopping = self._is_refusing = False
         self._writing = threading.Lock()  # over segments and entries; never held during a sync but where one is full
         self._entries: list[_Entry] = []  # written, and neither durable nor refused yet
-        self._sync_at, self._synced_at, self._sync_seconds = _NEVER, 0.0, 0.0
+        self._sync_at, self._synced_at = _NEVER, 0.0
+        self._syncs: Syncs | None = None  # the kernel's
+        self._is_syncing, self._uses_thread = False, False
+        self._timer: asyncio.TimerHandle | None = None
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -115,7 +115,7 @@ class Journal:
         """Add a record, or the encoded bytes of one, after all that were added before. Does not wait for the disk.
 
         The record is written when this returns. The future has a result once it is durable, at once where it is to be
-        `soon` (None: the caller sees to it, with `sync_here`); then all before it are, or their futures have failed.
+        `soon` (None: the caller sees to it, with `sync_soon`); then all before it are, or their futures have failed.
         It fails with JournalFull or JournalFailed, here already where the record could not be written; without `wait`
         that is only logged. Cancelling it takes nothing back. Raises ValueError for a record larger than a segment or
         with a newline, TypeError for one that is no JSON, and JournalFailed once the journal is closed.
@@ -138,7 +138,50 @@ class Journal:
         at = time.monotonic() + seconds
         if at < self._sync_at:
             self._sync_at = at
-            self._wake.set()
+            if self._kernel() is None:
+                self._wake.set()
+            elif not self._is_syncing:  # what waits then is seen to when that one is done
+                self._sync_after(seconds)
+
+    def _kernel(self) -> Syncs | None:
+        """What syncs for the running loop without a thread; None where there is nothing that does."""
+        loop = asyncio.get_running_loop()
+        if self._syncs is not None and self._syncs.loop is loop:
+            return self._syncs
+        if self._uses_thread or self._syncs is not None:
+            return None
+        try:
+            self._syncs = Syncs(loop)
+        except (ImportError, OSError) as error:
+            log.info("the journal is synced by a thread: %s", error)
+            self._uses_thread = True
+        return self._syncs
+
+    def _sync_after(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if seconds > 0:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._sync_after, 0.0)
+            return
+        with self._writing:
+            segment, written = self._unsynced()
+        if segment is None or self._syncs is None:
+            return
+        try:
+            self._syncs.submit(segment.fd, partial(self._was_synced, segment, written))
+        except OSError as error:
+            log.info("the journal is synced by a thread: %s", error)
+            self._uses_thread, self._syncs = True, None
+            self._ask_for_sync(0.0)
+        else:
+            self._is_syncing = True
+
+    def _was_synced(self, segment: Segment, written: Position, failure: OSError | None) -> None:
+        self._is_syncing = False
+        self._after_sync(segment, written, failure)
+        if self._sync_at < _NEVER:
+            self._sync_after(max(0.0, self._sync_at - time.monotonic()))
 
     @property
     def written(self) -> Position:
@@ -185,20 +228,14 @@ class Journal:
             os.close(self._lock)
             self._lock = None
 
-    def sync_here(self) -> None:
-        """Do the thread's work, where the disk is quick: two changes of thread cost more than such a disk does."""
-        if self._sync_seconds < QUICK_SECONDS and self._is_open and not self._is_stopping:
-            self._sync()
-        else:
-            self.sync_soon()
-
     # What follows runs in the thread.
 
     def _run(self) -> None:
         try:
             while not self._is_stopping:
                 self._pause()
-                self._sync()
+                if self._syncs is None:
+                    self._sync()
                 with self._writing:
                     self._keep_spare()
             self._sync()
@@ -213,7 +250,7 @@ class Journal:
         """Until something is to be synced, or room to be looked for again, or it is time to stop."""
         while not self._is_stopping:
             self._wake.clear()
-            next_at = max(self._sync_at, self._synced_at + _PAUSE_SECONDS)
+            next_at = max(self._sync_at, self._synced_at + _PAUSE_SECONDS) if self._syncs is None else _NEVER
             if self._spare is None:
                 next_at = min(next_at, self._allocate_at)
             seconds = next_at - time.monotonic()
@@ -224,18 +261,26 @@ class Journal:
     def _sync(self) -> None:
         """Make durable all that is written by now, and tell those who wait."""
         with self._writing:
-            segment, written = self._current, self._entries[-1].end if self._entries else self.durable
-            self._sync_at = _NEVER
-        if segment is None or written <= self.durable:
+            segment, written = self._unsynced()
+        if segment is None:
             return
-        began = time.monotonic()
         failure: OSError | None = None
         try:
             segment.sync()
         except OSError as error:
             failure = error
         self._synced_at = time.monotonic()
-        self._sync_seconds += _WEIGHT * (self._synced_at - began - self._sync_seconds)
+        self._after_sync(segment, written, failure)
+
+    # What follows runs in whichever thread syncs.
+
+    def _unsynced(self) -> tuple[Segment | None, Position]:
+        """What is to be synced, and how far that reaches. Under `_writing`."""
+        self._sync_at = _NEVER
+        written = self._entries[-1].end if self._entries else self.durable
+        return (self._current if written > self.durable else None), written
+
+    def _after_sync(self, segment: Segment, written: Position, failure: OSError | None) -> None:
         with self._writing:
             if self._current is not segment:
                 return  # it was full or failed meanwhile, and what it had was seen to then
@@ -267,8 +312,8 @@ class Journal:
                 return
         self._refuse(_refusal(failure), [entry])
 
-    def _segment_for(self, entry: _Entry, failure: OSError | None) -> _Segment:
-        if self._current is not None and self._current.has_room(entry):
+    def _segment_for(self, entry: _Entry, failure: OSError | None) -> Segment:
+        if self._current is not None and self._current.has_room(len(entry.payload)):
             return self._current
         self._keep_spare()
         if self._spare is None:
@@ -347,37 +392,9 @@ class Journal:
             self._allocate_at = time.monotonic() + _RETRY_SECONDS
         self._has_room = self._spare is not None
 
-    def _new_segment(self) -> _Segment:
+    def _new_segment(self) -> Segment:
         self._num_segments += 1  # also when it fails: a file that could not be deleted keeps its name
-        return _Segment(self.directory, self.instance, self._num_segments, self.segment_bytes)
-
-
-class _Segment:
-    """A file that is being written."""
-
-    def __init__(self, directory: Path, instance: str, number: int, num_bytes: int) -> None:
-        self.number, self.num_bytes = number, num_bytes
-        self._offset = 0
-        self._fd = files.new_segment(files.segment_path(directory, instance, number), num_bytes)
-
-    def has_room(self, entry: _Entry) -> bool:
-        return self._offset + HEADER_BYTES + FRAME_BYTES + len(entry.payload) <= self.num_bytes
-
-    def write(self, payload: bytes, *, after: Position, is_first: bool) -> Position:
-        """Where it ends. `is_first`: all that was written before is durable. Raises OSError."""
-        begins = is_first and self._offset > 0  # else the segment's own first line does
-        block = (b"" if self._offset else header(after)) + line(payload, BEGINS_BATCH if begins else CONTINUES)
-        files.write(self._fd, block, self._offset)
-        self._offset += len(block)
-        return Position(self.number, self._offset)
-
-    def sync(self) -> None:
-        """Return when it is on the disk. Raises OSError."""
-        files.sync(self._fd)
-
-    def close(self) -> None:
-        with suppress(OSError):  # what was synced stays, and the rest has been given up
-            os.close(self._fd)
+        return Segment(self.directory, self.instance, self._num_segments, self.segment_bytes)
 
 
 def _refusal(failure: OSError | None) -> JournalError:
