@@ -203,11 +203,13 @@ class Ledger:
         return written
 
     def opened(self, tab: Tab) -> None:
-        """Its intent is written in a moment, unless it is settled before."""
+        """Its intent is written soon: as soon as its engine has been asked where it is alone, so that it is on disk
+        when that answers; in a moment, unless it is settled before, where each record is work for many."""
         self.tabs.add(tab)
         self._unwritten[tab] = None
         if self._write_at is None:
-            self._write_at = asyncio.get_running_loop().call_later(OPEN_SECONDS, self.write_intents)
+            seconds = 0.0 if len(self.tabs) == 1 else OPEN_SECONDS
+            self._write_at = asyncio.get_running_loop().call_later(seconds, self.write_intents)
 
     def write_intents(self) -> None:
         if self._write_at is not None:
