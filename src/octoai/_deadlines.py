@@ -91,7 +91,7 @@ class Deadlines:
     the service's fault.
     """
 
-    __slots__ = ("_clock", "_content_at", "_ends_at", "_sent_at", "_started", "_streams", "_timeout")
+    __slots__ = ("_clock", "_content_at", "_each", "_ends_at", "_sent_at", "_started", "_streams", "_timeout")
 
     def __init__(self, timeout: Timeout, *, streams: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout = timeout
@@ -101,6 +101,9 @@ class Deadlines:
         self._sent_at = 0.0
         self._started = False
         self._content_at: float | None = None
+        self._each = _NEVER if timeout.idle is None else timeout.idle
+        if timeout.read is not None:
+            self._each = min(self._each, timeout.read)
 
     def send(self) -> None:
         """An attempt begins."""
@@ -121,6 +124,9 @@ class Deadlines:
         """Seconds that one wait for bytes may take. Raises if a deadline has passed."""
         if not self._streams:
             return self._least(self._timeout.read, self._ends_at - self._clock(), "read")
+        if self._started and self._content_at is None and self._ends_at == _NEVER:  # between two tokens
+            self._content_at = self._next_content(self._clock())
+            return None if self._each == _NEVER else self._each
         left = self.left()
         return self._timeout.read if left is None else self._least(self._timeout.read, left, "read")
 

@@ -183,6 +183,7 @@ class ChunkReader(EventReader[R]):
     def __init__(self, model: type[R]) -> None:
         super().__init__()
         self._model = model
+        model.model_rebuild()  # makes its validator at the first use
         self._validate = model.__pydantic_validator__.validate_json
 
     def _value(self, data: bytes) -> R | Nothing:

@@ -5,6 +5,7 @@ Knows no sockets, and only what an answer to our own requests may be: no upgrade
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -135,11 +136,10 @@ class ResponseParser:
                 parts.append(part)
                 at += len(part)
                 left -= len(part)
-                if not left and block[at : at + 2] == b"\r\n":  # nearly always: the line end is in the same block
+                # Nearly always the line end is in the same block.
+                self._after_chunk = left > 0 or not block.startswith(b"\r\n", at)
+                if not self._after_chunk:
                     at += 2
-                    self._after_chunk = False
-                else:
-                    self._after_chunk = True
                 continue
             end = block.find(b"\r\n", at)
             if end < 0:
@@ -162,9 +162,16 @@ class ResponseParser:
                 raise ProtocolError("a chunk of the answer is longer than its size")
             self._after_chunk = False
             return 0
-        digits = line.partition(b";")[0].strip()
-        if not digits or len(digits) > 15 or not _DIGITS.issuperset(digits):
+        digits = line if line.isalnum() else line.partition(b";")[0].strip()
+        if not digits or len(digits) > 15:
             raise ProtocolError("the size of a chunk of the answer is malformed")
-        left = int(digits, 16)
+        left = _number(digits)
         self._in_trailer = left == 0
         return left
+
+
+@functools.lru_cache(maxsize=512)  # the events of a stream are nearly all of a few sizes
+def _number(digits: bytes) -> int:
+    if not _DIGITS.issuperset(digits):
+        raise ProtocolError("the size of a chunk of the answer is malformed")
+    return int(digits, 16)
