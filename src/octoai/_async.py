@@ -238,7 +238,7 @@ class AsyncEventStream(Generic[T]):
         """The next value, for which it reads on if it must; NOTHING at the end."""
         try:
             while (value := self._reader.take()) is NOTHING and not self._over:
-                await self._read(await self._begin())
+                await self._read(self._response or await self._begin())
         except ApiError as error:
             await self._fail(error)
             raise

@@ -22,7 +22,7 @@ from octoai._pool import MAX_IDLE, MAX_IDLE_SECONDS, Origin, head_of, tls_contex
 from octoai._transport import DRAIN_BYTES, DRAIN_SECONDS, AsyncResponse, Request, connection_error
 from octoai.errors import ApiConnectionError
 
-_BLOCK_BYTES = 64 * 1024
+_BLOCK_BYTES = 32 * 1024
 _MAX_BUFFERED_BYTES = 256 * 1024
 _NEVER = float("inf")
 _INHERITED: list[Any] = []  # connections of the parent process: kept, so that nothing closes them

@@ -222,7 +222,7 @@ class EventStream(Generic[T]):
         """The next value, for which it reads on if it must; NOTHING at the end."""
         try:
             while (value := self._reader.take()) is NOTHING and not self._over:
-                self._read(self._begin())
+                self._read(self._response or self._begin())
         except ApiError as error:
             self._fail(error)
             raise
