@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
+_LF, _CR = b"\n\r"  # as numbers: `in` takes several times as long to find bytes in bytes
 
 
 class EventTooLargeError(ValueError):
@@ -40,7 +41,7 @@ class EventDecoder:
         the common shape by its first bytes, and asks `parsed` about the others."""
         if not self._begun:
             block = self._without_bom(block)
-        if self._after_cr or b"\r" in block:
+        if self._after_cr or _CR in block:
             block = self._with_lf_only(block)
         if self._rest:
             block = self._rest + block
@@ -76,7 +77,7 @@ class EventDecoder:
 
 def parsed(text: bytes) -> Event | None:
     """The event that some lines are; None if they hold no data."""
-    if text.startswith(b"data: ") and b"\n" not in text:  # the shape of nearly every event there is
+    if text.startswith(b"data: ") and _LF not in text:  # the shape of nearly every event there is
         return Event(text[6:])
     lines: list[bytes] = []
     name = b""

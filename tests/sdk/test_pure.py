@@ -113,6 +113,20 @@ def test_repeated_headers_are_joined() -> None:
 def test_malformed_chunks_are_refused(tail: bytes) -> None:
     with pytest.raises(ProtocolError):
         ResponseParser().feed(CHUNKED + tail)
+    parser = ResponseParser()
+    parser.feed(CHUNKED)
+    with pytest.raises(ProtocolError):
+        parser.feed(tail)
+
+
+def test_a_chunk_that_comes_alone_is_read_as_one_among_others() -> None:
+    parser = ResponseParser()
+    pieces = [CHUNKED + b"1\r\na\r\n", b"2\r\n\r\n\r\n", b"A\r\n0123456789\r\n", b"2\r\nbc\r\n1\r\nd\r\n", b"2\r\n\r\n"]
+    assert b"".join(map(parser.feed, pieces)) == b"a\r\n0123456789bcd\r\n"
+    assert parser.feed(b"\r\n0\r\n") == b""
+    assert not parser.done
+    assert parser.feed(b"\r\n") == b""
+    assert parser.reusable
 
 
 @given(st.binary(max_size=100))
