@@ -182,6 +182,29 @@ def test_deadlines_run_only_while_somebody_waits() -> None:
     assert (caught.value.deadline, caught.value.seconds) == ("idle", 3)
 
 
+@pytest.mark.parametrize(
+    ("timeout", "wait"),
+    [
+        (Timeout(read=5, idle=3), 3),
+        (Timeout(read=2, idle=3), 2),
+        (Timeout(read=None, idle=3), 3),
+        (Timeout(read=2, idle=None), 2),
+        (Timeout(read=None, idle=None), None),
+        (Timeout(read=5, idle=3, total=12), 2),
+    ],
+)
+def test_between_two_tokens_the_least_limit_counts(timeout: Timeout, wait: float | None) -> None:
+    now = [0.0]
+    deadlines = Deadlines(timeout, streams=True, clock=lambda: now[0])
+    deadlines.send()
+    deadlines.content()
+    now[0] = 10
+    assert deadlines.waiting() == wait
+    if timeout.idle is not None and timeout.total is None:
+        now[0] = 12  # bytes came, and no content: what is left of `idle` is less
+        assert deadlines.waiting() == 1
+
+
 def test_waits_double_up_to_the_cap() -> None:
     policy, error = RetryPolicy(max_retries=10), ApiError(retryable=True)
     assert [policy.delay(n, error, chance=0.0) for n in range(1, 7)] == [0.5, 1, 2, 4, 8, 8]
