@@ -142,6 +142,8 @@ class EventReader(Generic[T]):
 
     def _look_ahead(self) -> None:
         """Decode all that has come. An error in it keeps its place."""
+        if not self._waiting:
+            return
         ready: deque[T] = deque()
         try:
             while (value := self.take()) is not NOTHING:
