@@ -13,6 +13,7 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 
 from octoai import _answers, _calls, _endpoints, _events
 from octoai._deadlines import Deadlines
+from octoai._events import NOTHING, Nothing
 from octoai._network import async_transport
 from octoai._settings import Settings
 from octoai._transport import AsyncResponse, Request
@@ -161,7 +162,6 @@ class AsyncEventStream(Generic[T]):
         self._response: AsyncResponse | None = None
         self._raw: RawResponse | None = None
         self._attempts = 1
-        self._failure: ApiError | None = None
         self._over = False
         self._cut = False
 
@@ -175,18 +175,16 @@ class AsyncEventStream(Generic[T]):
         return None if self._raw is None else _answers.request_id(self._raw.headers)
 
     async def __aiter__(self) -> AsyncIterator[T]:
-        queue = self._reader.queue
         try:
-            while await self._advance():
-                while queue:
-                    yield queue.popleft()
+            while (value := await self._next()) is not NOTHING:
+                yield value
         finally:
             await self.close()
 
     async def __anext__(self) -> T:
-        if not await self._advance():
+        if (value := await self._next()) is NOTHING:
             raise StopAsyncIteration
-        return self._reader.queue.popleft()
+        return value
 
     async def __aenter__(self) -> Self:
         try:
@@ -204,9 +202,9 @@ class AsyncEventStream(Generic[T]):
     async def close(self) -> None:
         """Close the connection, unless the answer is complete. Asking for what was not read raises."""
         if not self._over:
-            self._cut = bool(self._reader.queue) or not self._reader.done
+            self._cut = self._reader.has_unread()
         self._over = True
-        self._reader.queue.clear()
+        self._reader.drop()
         if self._response is not None:
             await self._response.close()
 
@@ -236,30 +234,28 @@ class AsyncEventStream(Generic[T]):
                 raise _answers.no_stream(dataclasses.replace(self._raw, body=body))
         return self._response
 
-    async def _advance(self) -> bool:
-        """Read on until the queue holds something; False at the end."""
-        reader = self._reader
-        if reader.queue:
-            return True
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-        if self._cut:
-            raise self._reader.interrupted("early: it was closed before all of it was read")
-        if self._over:
-            return False
+    async def _next(self) -> T | Nothing:
+        """The next value, for which it reads on if it must; NOTHING at the end."""
         try:
-            await self._read(await self._begin())
+            while (value := self._reader.take()) is NOTHING and not self._over:
+                await self._read(self._response or await self._begin())
         except ApiError as error:
             await self._fail(error)
+            raise
         except BaseException:
             await self.close()
             raise
-        return bool(reader.queue)
+        if value is NOTHING and self._cut:
+            raise self._reader.interrupted("early: it was closed before all of it was read")
+        return value
 
     async def _read(self, response: AsyncResponse) -> None:
+        """Until something has come, or the end."""
         reader, deadlines = self._reader, self._deadlines
-        while not reader.queue and not reader.done:
+        if reader.moved:
+            reader.moved = False
+            deadlines.content(started=reader.started)
+        while not reader.done:
             try:
                 block = await response.receive(deadlines.waiting())
             except TimeoutError as error:
@@ -267,25 +263,18 @@ class AsyncEventStream(Generic[T]):
             except (OSError, ValueError) as error:
                 raise reader.interrupted(f"too early: {error}") from error
             if not block:
-                reader.end()
-                self._over = not reader.queue
+                self._over = reader.end()
                 return
             if reader.feed(block):
-                deadlines.content(started=reader.started)
-        if not reader.queue:
-            await response.finish()
-            self._over = True
+                return
+        await response.finish()
+        self._over = True
 
     async def _fail(self, error: ApiError) -> None:
-        """Close, and raise once what came before the error has been given out."""
-        waiting = tuple(self._reader.queue)
+        """Close, and say in the error what is known; it says why there is no more."""
+        self._over, self._cut = True, False
         await self.close()
-        self._cut = False  # this error says it
         self._reader.describe(error, self._raw, self._attempts)
-        if not waiting:
-            raise error
-        self._failure = error
-        self._reader.queue.extend(waiting)
 
 
 class AsyncJsonStream(AsyncEventStream[Any]):

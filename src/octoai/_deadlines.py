@@ -91,7 +91,17 @@ class Deadlines:
     the service's fault.
     """
 
-    __slots__ = ("_clock", "_content_at", "_ends_at", "_sent_at", "_started", "_streams", "_timeout")
+    __slots__ = (
+        "_between",
+        "_clock",
+        "_content_at",
+        "_ends_at",
+        "_idle",
+        "_sent_at",
+        "_started",
+        "_streams",
+        "_timeout",
+    )
 
     def __init__(self, timeout: Timeout, *, streams: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout = timeout
@@ -101,6 +111,9 @@ class Deadlines:
         self._sent_at = 0.0
         self._started = False
         self._content_at: float | None = None
+        self._idle = _NEVER if timeout.idle is None else timeout.idle
+        least = self._idle if timeout.read is None else min(self._idle, timeout.read)
+        self._between: float | None = None if least == _NEVER else least
 
     def send(self) -> None:
         """An attempt begins."""
@@ -121,6 +134,9 @@ class Deadlines:
         """Seconds that one wait for bytes may take. Raises if a deadline has passed."""
         if not self._streams:
             return self._least(self._timeout.read, self._ends_at - self._clock(), "read")
+        if self._started and self._content_at is None and self._ends_at == _NEVER:  # between two tokens
+            self._content_at = self._clock() + self._idle
+            return self._between
         left = self.left()
         return self._timeout.read if left is None else self._least(self._timeout.read, left, "read")
 
@@ -151,7 +167,7 @@ class Deadlines:
 
     def _next_content(self, now: float) -> float:
         if self._started:
-            return _NEVER if self._timeout.idle is None else now + self._timeout.idle
+            return now + self._idle
         return _NEVER if self._timeout.first_token is None else self._sent_at + self._timeout.first_token
 
     def _least(self, limit: float | None, left: float, name: str) -> float | None:

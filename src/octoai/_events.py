@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from pydantic import ValidationError
 
@@ -16,22 +17,36 @@ from octoai.wire.record import RawResponse, Record
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 _DONE = b"[DONE]"
+_LF = ord("\n")  # `in` takes several times as long to find bytes in bytes
+
+
+class Nothing(enum.Enum):
+    """What `take` gives when there is no value; None may be one."""
+
+    NOTHING = "nothing"
+
+
+NOTHING: Final = Nothing.NOTHING
 
 
 class EventReader(Generic[T]):
-    """The body of a stream, as what its events hold. `queue` fills up; `done` once the answer is complete.
+    """The body of a stream, as what its events hold: bytes in by `feed`, values out by `take`.
 
-    `decode` makes a value of an event's data. Errors leave `feed` after everything before them is in the queue.
+    An event is decoded when its turn comes: hundreds of objects made at once and kept cost about twice as much as
+    the same ones made and forgotten one after the other. `done` once the answer is complete; `moved` when a value was
+    decoded, until whoever minds the deadlines has seen it.
     """
 
-    def __init__(self, decode: Callable[[bytes], T]) -> None:
-        self.queue: deque[T] = deque()
+    def __init__(self) -> None:
         self.events: list[bytes] = []
-        self.usage: Any = None
         self.done = False
         self.started = False
+        self.moved = False
+        self._waiting: deque[bytes] = deque()
+        self._ready: deque[T] = deque()
+        self._failure: Exception | None = None
+        self._usage: Any = None
         self._ended = False
-        self._decode = decode
         self._sse = sse.EventDecoder()
         self._decompress: Callable[[bytes], bytes] | None = None
         self._open: set[int] = set()
@@ -44,28 +59,59 @@ class EventReader(Generic[T]):
         return _answers.content_type(headers) not in ("application/json", "text/html")
 
     def feed(self, block: bytes) -> bool:
-        """Whether the block held content."""
-        before = len(self.events)
+        """Whether the block completed an event."""
         try:
-            events = self._sse.feed(self._decompress(block) if self._decompress else block)
+            texts = self._sse.split(self._decompress(block) if self._decompress else block)
         except ValueError as error:
             raise ResponseError(message=f"the stream cannot be read: {error}") from error
-        for event in events:
-            if self._take(event):
-                break
-        return len(self.events) > before
+        self._waiting.extend(texts)
+        return bool(texts)
 
-    def end(self) -> None:
-        """The body ended as bodies do. Raises unless the answer did, too."""
+    def take(self) -> T | Nothing:
+        """The next value of those that have come. Raises what its event means, if that is an error."""
+        if self._ready:
+            return self._ready.popleft()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        waiting = self._waiting
+        while waiting:
+            text = waiting.popleft()
+            # Nearly every event is a single line with an object, and not even the word is in it.
+            if text.startswith(b"data: {") and _LF not in text and text.find(b'"error"') < 0:
+                value = self._value(text[6:])
+            else:
+                value = self._value_of_unusual(sse.parsed(text))
+            if value is not NOTHING:
+                return value
+        return NOTHING
+
+    def end(self) -> bool:
+        """The body ended as bodies do. Whether nothing is left to take; what is left ends with an error, unless the
+        answer is complete."""
         rest = self._sse.rest()
         if rest is not None and not self.done:
             try:
-                self._take(rest)
+                value = self._value_of_unusual(rest)
             except ResponseError:
-                raise self.interrupted("within an event") from None
+                self._failure = self.interrupted("within an event")
+                return False
+            if value is not NOTHING:
+                self._ready.append(value)
         self._ended = True
         if not self.is_complete:
-            raise self.interrupted("with neither a finish_reason nor [DONE]")
+            self._failure = self.interrupted("with neither a finish_reason nor [DONE]")
+        return self._failure is None and not self._ready
+
+    def has_unread(self) -> bool:
+        """Whether anything that has come was not taken, or something is still to come."""
+        self._look_ahead()
+        return bool(self._ready) or not self.done
+
+    def drop(self) -> None:
+        """Forget what was not taken."""
+        self._waiting.clear()
+        self._ready.clear()
 
     def describe(self, error: ApiError, raw: RawResponse | None, attempts: int) -> None:
         """Say in an error what is known of the stream it happened in."""
@@ -79,6 +125,12 @@ class EventReader(Generic[T]):
         return StreamInterrupted(partial=self.partial, message=f"the stream ended {how}", retryable=True)
 
     @property
+    def usage(self) -> Any:
+        """The last that was said of it in what has come, taken or not."""
+        self._look_ahead()
+        return self._usage
+
+    @property
     def partial(self) -> str:
         """The text of the first choice so far."""
         return _gather.text_of(self.events)
@@ -88,22 +140,31 @@ class EventReader(Generic[T]):
         """`[DONE]` came, or every choice finished and the body ended."""
         return self.done or (self._ended and bool(self._finished) and self._open <= self._finished)
 
-    def _take(self, event: sse.Event) -> bool:
-        """Whether this was the last event that matters."""
-        data, name = event
-        if data[:1] != b"{":  # nearly every event is an object
-            if data.strip() == _DONE:
-                self.done = True
-                return True
-            if not data.strip():
-                return False
-        if b'"error"' in data or name == "error":
-            self._refuse_error(data, name)
-        value = self._decode(data)
-        self.events.append(data)
-        if self._note(value):
-            self.queue.append(value)
-        return False
+    def _look_ahead(self) -> None:
+        """Decode all that has come. An error in it keeps its place."""
+        if not self._waiting:
+            return
+        ready: deque[T] = deque()
+        try:
+            while (value := self.take()) is not NOTHING:
+                ready.append(value)
+        except Exception as error:  # noqa: BLE001  # also the user's function's: it is raised at its turn
+            self._failure = error
+            self._waiting.clear()
+        self._ready = ready
+
+    def _value_of_unusual(self, event: sse.Event | None) -> T | Nothing:
+        """An event of any shape: a comment, the end, an error, or data after all."""
+        data = b"" if event is None else event.data
+        if data.strip() == _DONE:
+            self.done = True
+            self._waiting.clear()
+            return NOTHING
+        if event is None or not data.strip():
+            return NOTHING
+        if b'"error"' in data or event.name == "error":
+            self._refuse_error(data, event.name)
+        return self._value(data)
 
     def _refuse_error(self, data: bytes, name: str) -> None:
         body = _answers.json_or_text(data)
@@ -113,9 +174,9 @@ class EventReader(Generic[T]):
             error.message = f"the service reported an error in the stream: {error.message or body}"
             raise error
 
-    def _note(self, value: Any) -> bool:
-        """Whether the user gets to see it."""
-        return True
+    def _value(self, data: bytes) -> T | Nothing:
+        """What the user gets of an event's data, if anything. What it says of the stream is noted."""
+        raise NotImplementedError
 
 
 class ChunkReader(EventReader[R]):
@@ -123,28 +184,29 @@ class ChunkReader(EventReader[R]):
     published loop reads `choices[0]`."""
 
     def __init__(self, model: type[R]) -> None:
-        super().__init__(self._validated)
+        super().__init__()
         self._model = model
-        self._validate = model.model_validate_json
+        model.model_rebuild()  # makes its validator at the first use
+        self._validate = model.__pydantic_validator__.validate_json
 
-    def _validated(self, data: bytes) -> R:
+    def _value(self, data: bytes) -> R | Nothing:
         try:
-            return self._validate(data)
+            chunk: Any = self._validate(data)
         except ValidationError as error:
             message = f"an event of the stream is not a {self._model.__name__}: {_answers.first_fault(error)}"
             raise ResponseError(body=data.decode(errors="replace"), message=message) from error
-
-    def _note(self, value: Any) -> bool:
-        if value.usage is not None:
-            self.usage = value.usage
-        choices = value.choices
+        self.events.append(data)
+        self.moved = True
+        if chunk.usage is not None:
+            self._usage = chunk.usage
+        choices = chunk.choices
         for choice in choices:
             self._open.add(choice.index)
             if choice.finish_reason is not None:
                 self._finished.add(choice.index)
         if not self.started:
             self.started = any(_has_content(choice) for choice in choices)
-        return bool(choices)
+        return chunk if choices else NOTHING
 
 
 class JsonReader(EventReader[Any]):
@@ -153,15 +215,14 @@ class JsonReader(EventReader[Any]):
     Such a stream may end without `[DONE]`, unless its events are chunks of a completion, which say when they end."""
 
     def __init__(self, map_fn: Callable[[Any], Any] | None = None) -> None:
-        super().__init__(self._parsed)
+        super().__init__()
         self._map = map_fn
         self.started = True
 
-    def end(self) -> None:
-        if self._open:
-            super().end()
+    def end(self) -> bool:
+        return super().end() if self._open else True
 
-    def _parsed(self, data: bytes) -> Any:
+    def _value(self, data: bytes) -> Any:
         try:
             value = json.loads(data)
         except ValueError as error:
@@ -174,7 +235,10 @@ class JsonReader(EventReader[Any]):
                     self._open.add(index)
                     if choice.get("finish_reason") is not None:
                         self._finished.add(index)
-        return value if self._map is None else self._map(value)
+        value = value if self._map is None else self._map(value)
+        self.events.append(data)
+        self.moved = True
+        return value
 
 
 def text_of_chunk(chunk: Any) -> str:

@@ -5,6 +5,7 @@ Knows no sockets, and only what an answer to our own requests may be: no upgrade
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -32,6 +33,7 @@ class ResponseParser:
         self._in_body = False
         self._after_chunk = False
         self._in_trailer = False
+        self._before_chunk = False  # with nothing buffered
         self._buffer = b""
 
     @property
@@ -41,6 +43,13 @@ class ResponseParser:
 
     def feed(self, block: bytes) -> bytes:
         """The part of the body in this block; empty while the head is incomplete."""
+        if self._before_chunk:
+            # A token that comes alone is nearly always one whole chunk.
+            end = block.find(b"\r\n")
+            line = block[:end]
+            is_whole = line.isalnum() and len(line) < 16 and block.endswith(b"\r\n")
+            if is_whole and 0 < _number(line) == len(block) - end - 4:
+                return block[end + 2 : -2]
         self.begun = True
         if self.done:
             self._keep_alive = False  # bytes nobody asked for
@@ -130,26 +139,27 @@ class ResponseParser:
         parts: list[bytes] = []
         at, size, left = 0, len(block), self._left or 0
         while at < size and not self.done:
-            if left:
-                part = block[at : at + left]
-                parts.append(part)
-                at += len(part)
-                left -= len(part)
-                if not left and block[at : at + 2] == b"\r\n":  # nearly always: the line end is in the same block
-                    at += 2
-                    self._after_chunk = False
-                else:
-                    self._after_chunk = True
-                continue
-            end = block.find(b"\r\n", at)
-            if end < 0:
-                if size - at > _MAX_LINE_BYTES:
-                    raise ProtocolError("a chunk of the answer has no size")
-                break
-            left = self._chunk_line(block[at:end])
-            at = end + 2
+            if not left:
+                end = block.find(b"\r\n", at)
+                if end < 0:
+                    if size - at > _MAX_LINE_BYTES:
+                        raise ProtocolError("a chunk of the answer has no size")
+                    break
+                left = self._chunk_line(block[at:end])
+                at = end + 2
+                if not left:
+                    continue
+            part = block[at : at + left]
+            parts.append(part)
+            at += len(part)
+            left -= len(part)
+            # Nearly always the line end is in the same block.
+            self._after_chunk = left > 0 or not block.startswith(b"\r\n", at)
+            if not self._after_chunk:
+                at += 2
         self._left = left
         self._buffer = block[at:]
+        self._before_chunk = not (left or self._buffer or self._after_chunk or self._in_trailer)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _chunk_line(self, line: bytes) -> int:
@@ -162,9 +172,16 @@ class ResponseParser:
                 raise ProtocolError("a chunk of the answer is longer than its size")
             self._after_chunk = False
             return 0
-        digits = line.partition(b";")[0].strip()
-        if not digits or len(digits) > 15 or not _DIGITS.issuperset(digits):
+        digits = line if line.isalnum() else line.partition(b";")[0].strip()
+        if not digits or len(digits) > 15:
             raise ProtocolError("the size of a chunk of the answer is malformed")
-        left = int(digits, 16)
+        left = _number(digits)
         self._in_trailer = left == 0
         return left
+
+
+@functools.lru_cache(maxsize=512)  # the events of a stream are nearly all of a few sizes
+def _number(digits: bytes) -> int:
+    if not _DIGITS.issuperset(digits):
+        raise ProtocolError("the size of a chunk of the answer is malformed")
+    return int(digits, 16)

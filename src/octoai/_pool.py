@@ -1,7 +1,7 @@
 """HTTP/1.1 over sockets of our own, kept open between calls. Synchronous; knows no proxies.
 
 Reading straight from the socket costs about a third of what an HTTP library does per streamed event, and gives
-exact deadlines: the socket's timeout is set before each wait.
+exact deadlines: the socket's timeout is that of each wait.
 """
 
 from __future__ import annotations
@@ -161,6 +161,7 @@ class SocketResponse:
         self._pid = connection.pid
         self._parser = ResponseParser()
         self._first = b""
+        self._patience: float | None = -1.0
 
     @property
     def status(self) -> int:
@@ -174,8 +175,7 @@ class SocketResponse:
         try:
             self._send(head + (request.body or b""), deadlines)
             while not self.status:
-                self._socket.settimeout(deadlines.waiting())
-                block = self._socket.recv(_BLOCK_BYTES)
+                block = self._received(deadlines.waiting())
                 if not block:
                     self._parser.end()
                 self._first = self._parser.feed(block)
@@ -197,8 +197,7 @@ class SocketResponse:
         if self._pid != os.getpid():
             raise OSError("this stream belongs to the process that opened it")
         while not self._parser.done:
-            self._socket.settimeout(seconds)
-            block = self._socket.recv(_BLOCK_BYTES)
+            block = self._received(seconds)
             if not block:
                 self._parser.end()
                 break
@@ -228,14 +227,19 @@ class SocketResponse:
     def __del__(self) -> None:
         self.close()
 
+    def _received(self, seconds: float | None) -> bytes:
+        if seconds != self._patience:  # to set it is a system call, and between events it is nearly always the same
+            self._socket.settimeout(seconds)
+            self._patience = seconds
+        return self._socket.recv(_BLOCK_BYTES)
+
     def _send(self, message: bytes, deadlines: Deadlines) -> None:
         self._socket.settimeout(deadlines.waiting())
         try:
             self._socket.sendall(message)
         except (BrokenPipeError, ConnectionResetError):
             # A service may refuse a request before it has read all of it: its answer, if there is one, says why.
-            self._socket.settimeout(1.0)
-            block = self._socket.recv(_BLOCK_BYTES)
+            block = self._received(1.0)
             if not block:
                 raise
             self._first = self._parser.feed(block)

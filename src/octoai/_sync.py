@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 
 from octoai import _answers, _calls, _endpoints, _events
 from octoai._deadlines import Deadlines
+from octoai._events import NOTHING, Nothing
 from octoai._network import sync_transport
 from octoai._settings import Settings
 from octoai._transport import Request, Response
@@ -157,7 +158,6 @@ class EventStream(Generic[T]):
         self._response: Response | None = None
         self._raw: RawResponse | None = None
         self._attempts = 1
-        self._failure: ApiError | None = None
         self._over = False
         self._cut = False
 
@@ -171,18 +171,16 @@ class EventStream(Generic[T]):
         return None if self._raw is None else _answers.request_id(self._raw.headers)
 
     def __iter__(self) -> Iterator[T]:
-        queue = self._reader.queue
         try:
-            while self._advance():
-                while queue:
-                    yield queue.popleft()
+            while (value := self._next()) is not NOTHING:
+                yield value
         finally:
             self.close()
 
     def __next__(self) -> T:
-        if not self._advance():
+        if (value := self._next()) is NOTHING:
             raise StopIteration
-        return self._reader.queue.popleft()
+        return value
 
     def __enter__(self) -> Self:
         try:
@@ -200,9 +198,9 @@ class EventStream(Generic[T]):
     def close(self) -> None:
         """Close the connection, unless the answer is complete. Asking for what was not read raises."""
         if not self._over:
-            self._cut = bool(self._reader.queue) or not self._reader.done
+            self._cut = self._reader.has_unread()
         self._over = True
-        self._reader.queue.clear()
+        self._reader.drop()
         if self._response is not None:
             self._response.close()
 
@@ -220,30 +218,28 @@ class EventStream(Generic[T]):
                 raise _answers.no_stream(dataclasses.replace(self._raw, body=body))
         return self._response
 
-    def _advance(self) -> bool:
-        """Read on until the queue holds something; False at the end."""
-        reader = self._reader
-        if reader.queue:
-            return True
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-        if self._cut:
-            raise self._reader.interrupted("early: it was closed before all of it was read")
-        if self._over:
-            return False
+    def _next(self) -> T | Nothing:
+        """The next value, for which it reads on if it must; NOTHING at the end."""
         try:
-            self._read(self._begin())
+            while (value := self._reader.take()) is NOTHING and not self._over:
+                self._read(self._response or self._begin())
         except ApiError as error:
             self._fail(error)
+            raise
         except BaseException:
             self.close()
             raise
-        return bool(reader.queue)
+        if value is NOTHING and self._cut:
+            raise self._reader.interrupted("early: it was closed before all of it was read")
+        return value
 
     def _read(self, response: Response) -> None:
+        """Until something has come, or the end."""
         reader, deadlines = self._reader, self._deadlines
-        while not reader.queue and not reader.done:
+        if reader.moved:
+            reader.moved = False
+            deadlines.content(started=reader.started)
+        while not reader.done:
             try:
                 block = response.receive(deadlines.waiting())
             except TimeoutError as error:
@@ -251,25 +247,18 @@ class EventStream(Generic[T]):
             except (OSError, ValueError) as error:
                 raise reader.interrupted(f"too early: {error}") from error
             if not block:
-                reader.end()
-                self._over = not reader.queue
+                self._over = reader.end()
                 return
             if reader.feed(block):
-                deadlines.content(started=reader.started)
-        if not reader.queue:
-            response.finish()
-            self._over = True
+                return
+        response.finish()
+        self._over = True
 
     def _fail(self, error: ApiError) -> None:
-        """Close, and raise once what came before the error has been given out."""
-        waiting = tuple(self._reader.queue)
+        """Close, and say in the error what is known; it says why there is no more."""
+        self._over, self._cut = True, False
         self.close()
-        self._cut = False  # this error says it
         self._reader.describe(error, self._raw, self._attempts)
-        if not waiting:
-            raise error
-        self._failure = error
-        self._reader.queue.extend(waiting)
 
 
 class JsonStream(EventStream[Any]):

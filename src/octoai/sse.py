@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
+_LF, _CR = b"\n\r"  # as numbers: `in` takes several times as long to find bytes in bytes
 
 
 class EventTooLargeError(ValueError):
@@ -33,28 +34,27 @@ class EventDecoder:
         self._after_cr = False
 
     def feed(self, block: bytes) -> list[Event]:
+        return [event for text in self.split(block) if (event := parsed(text)) is not None]
+
+    def split(self, block: bytes) -> list[bytes]:
+        """The events that a block completes, as their lines were received but for line ends: for a reader who knows
+        the common shape by its first bytes, and asks `parsed` about the others."""
         if not self._begun:
             block = self._without_bom(block)
-        if self._after_cr or b"\r" in block:
+        if self._after_cr or _CR in block:
             block = self._with_lf_only(block)
         if self._rest:
             block = self._rest + block
-        *whole, self._rest = block.split(b"\n\n")
+        texts = block.split(b"\n\n")
+        self._rest = texts.pop()
         if len(self._rest) > self._max_bytes:
             raise EventTooLargeError(f"an event of more than {self._max_bytes} bytes")
-        events = []
-        for text in whole:
-            # The shape of nearly every event there is: a single line of data.
-            if text[:6] == b"data: " and b"\n" not in text:
-                events.append(Event(text[6:]))
-            elif (event := _parsed(text)) is not None:
-                events.append(event)
-        return events
+        return texts
 
     def rest(self) -> Event | None:
         """At the end of the stream: an event whose closing blank line never came. The rules discard it."""
         rest, self._rest = self._rest, b""
-        return _parsed(rest)
+        return parsed(rest)
 
     def _without_bom(self, block: bytes) -> bytes:
         block, self._rest = self._rest + block, b""
@@ -75,7 +75,10 @@ class EventDecoder:
         return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
-def _parsed(text: bytes) -> Event | None:
+def parsed(text: bytes) -> Event | None:
+    """The event that some lines are; None if they hold no data."""
+    if text.startswith(b"data: ") and _LF not in text:  # the shape of nearly every event there is
+        return Event(text[6:])
     lines: list[bytes] = []
     name = b""
     for line in text.split(b"\n"):

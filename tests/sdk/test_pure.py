@@ -113,6 +113,20 @@ def test_repeated_headers_are_joined() -> None:
 def test_malformed_chunks_are_refused(tail: bytes) -> None:
     with pytest.raises(ProtocolError):
         ResponseParser().feed(CHUNKED + tail)
+    parser = ResponseParser()
+    parser.feed(CHUNKED)
+    with pytest.raises(ProtocolError):
+        parser.feed(tail)
+
+
+def test_a_chunk_that_comes_alone_is_read_as_one_among_others() -> None:
+    parser = ResponseParser()
+    pieces = [CHUNKED + b"1\r\na\r\n", b"2\r\n\r\n\r\n", b"A\r\n0123456789\r\n", b"2\r\nbc\r\n1\r\nd\r\n", b"2\r\n\r\n"]
+    assert b"".join(map(parser.feed, pieces)) == b"a\r\n0123456789bcd\r\n"
+    assert parser.feed(b"\r\n0\r\n") == b""
+    assert not parser.done
+    assert parser.feed(b"\r\n") == b""
+    assert parser.reusable
 
 
 @given(st.binary(max_size=100))
@@ -166,6 +180,29 @@ def test_deadlines_run_only_while_somebody_waits() -> None:
     with pytest.raises(ApiTimeoutError) as caught:
         deadlines.waiting()
     assert (caught.value.deadline, caught.value.seconds) == ("idle", 3)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "wait"),
+    [
+        (Timeout(read=5, idle=3), 3),
+        (Timeout(read=2, idle=3), 2),
+        (Timeout(read=None, idle=3), 3),
+        (Timeout(read=2, idle=None), 2),
+        (Timeout(read=None, idle=None), None),
+        (Timeout(read=5, idle=3, total=12), 2),
+    ],
+)
+def test_between_two_tokens_the_least_limit_counts(timeout: Timeout, wait: float | None) -> None:
+    now = [0.0]
+    deadlines = Deadlines(timeout, streams=True, clock=lambda: now[0])
+    deadlines.send()
+    deadlines.content()
+    now[0] = 10
+    assert deadlines.waiting() == wait
+    if timeout.idle is not None and timeout.total is None:
+        now[0] = 12  # bytes came, and no content: what is left of `idle` is less
+        assert deadlines.waiting() == 1
 
 
 def test_waits_double_up_to_the_cap() -> None:

@@ -23,7 +23,7 @@ from octoai import (
     Timeout,
 )
 from tests.sdk.conftest import MESSAGES
-from tests.sdk.misbehaving import Exchange, chunk, words
+from tests.sdk.misbehaving import Exchange, Script, chunk, words
 
 
 def test_a_stream_gives_typed_chunks(api: Any, serve: Any) -> None:
@@ -405,6 +405,57 @@ def test_a_loop_left_at_the_last_chunk_has_all_of_it(api: Any, serve: Any) -> No
     stream = api.stream(api.client(base_url=serve(script).url))
     api.take(stream, 3)
     assert api.final(stream).choices[0].message.content == "w0 w1 w2 "
+
+
+def _in_one_write(events: list[Any]) -> Script:
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.part(b"".join(b"data: " + (e if isinstance(e, bytes) else json.dumps(e).encode()) + b"\n\n" for e in events))
+        x.end_stream(done=False)
+
+    return script
+
+
+def test_usage_is_known_as_soon_as_it_has_come(api: Any, serve: Any) -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    server = serve(_in_one_write([*words(), chunk(choices=[], usage=usage), b"[DONE]"]))
+    stream = api.stream(api.client(base_url=server.url))
+    api.next(stream)
+    assert stream.usage.total_tokens == 7
+    assert [c.choices[0].delta.content for c in api.all(stream)] == ["w1 ", "w2 "]
+
+
+def test_an_error_that_has_come_is_raised_at_its_turn(api: Any, serve: Any) -> None:
+    server = serve(_in_one_write([chunk("a"), chunk("b"), {"error": {"message": "engine died"}}, chunk("c")]))
+    stream = api.stream(api.client(base_url=server.url))
+    api.next(stream)
+    assert stream.usage is None  # looks at all that has come
+    assert api.next(stream).choices[0].delta.content == "b"
+    with pytest.raises(StreamError, match="engine died") as caught:
+        api.next(stream)
+    assert caught.value.partial == "ab"
+    assert api.all(stream) == []
+
+
+def test_a_users_function_that_fails_does_not_keep_a_stream_open(api: Any, serve: Any) -> None:
+    def refuse_two(value: Any) -> Any:
+        if value == {"n": 2}:
+            raise LookupError("two")
+        return value
+
+    url = serve(_in_one_write([{"n": 1}, {"n": 2}, {"n": 3}])).url
+    stream = api.client(base_url=url).infer_stream(url, {}, refuse_two)
+    assert api.next(stream) == {"n": 1}
+    with pytest.raises(LookupError):
+        api.next(stream)
+    stream = api.client(base_url=url).infer_stream(url, {}, refuse_two)
+    assert api.next(stream) == {"n": 1}
+    api.close_stream(stream)
+
+
+def test_none_may_be_what_a_users_function_makes(api: Any, serve: Any) -> None:
+    url = serve(_in_one_write([{"n": 1}, {"n": 2}, b"[DONE]"])).url
+    assert api.all(api.client(base_url=url).infer_stream(url, {}, lambda _value: None)) == [None, None]
 
 
 def test_an_error_in_place_of_a_stream_is_told(api: Any, serve: Any) -> None:
