@@ -209,10 +209,12 @@ def report(rows: list[Row], figures: dict[str, list[dict[str, float]]]) -> str:
 
 
 async def rounds(rows: list[Row], number: int) -> dict[str, list[dict[str, float]]]:
+    """What there is so far is printed after every round."""
     figures: dict[str, list[dict[str, float]]] = {row.name: [] for row in rows}
     for each in range(number):
         for row in rows if each % 2 == 0 else reversed(rows):
             figures[row.name].append(await measured(row))
+        print(f"rounds: {each + 1}\n{report(rows, figures)}", flush=True)
     return figures
 
 
@@ -228,7 +230,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         rows = rows_of(asked.what, shipped, Path(place), asked.only)
         figures = asyncio.run(rounds(rows, asked.rounds))
-        print(report(rows, figures))
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"weights-{asked.what}.json").write_text(json.dumps(figures, indent=1))
 
