@@ -1,9 +1,9 @@
 """Our service beside other gateways over one mock engine: what each adds to a request, and what it costs.
 
 `direct` asks the engine itself; `ours` is `octoai serve` with its ledger on; smg and vllm-router (Rust, without
-accounts or metering) and LiteLLM's proxy (Python) are pinned, each in an environment of its own. Rounds are interleaved;
-figures are medians, what is added and ratios are taken within a round. A wrong answer of ours fails the script, and so
-does a ledger that does not have exactly what clients were answered; being slow does not.
+accounts or metering) and LiteLLM's proxy (Python) are pinned, each in an environment of its own. Rounds are
+interleaved; figures are medians, what is added and ratios are taken within a round. A wrong answer of ours fails the
+script, and so does a ledger that does not have exactly what clients were answered; being slow does not.
 
     python bench/gateway.py [--short] [--only NAME]… [--part NAME]… [--rounds N] [--requests N] [--ours CHECKOUT]
 """
@@ -49,7 +49,7 @@ def plan(options: argparse.Namespace) -> Plan:
         rounds, requests = options.rounds or 3, options.requests or 2000
         return Plan(parts, rounds, 0.4, (64, 256, 512), 75, requests, memory_seconds=5)
     rounds, requests = options.rounds or 7, options.requests or 50_000
-    return Plan(parts, rounds, 0.5, (16, 32, 64, 128, 256, 512, 1024), 150, requests, memory_seconds=20)
+    return Plan(parts, rounds, 0.5, (16, 32, 64, 128, 256, 512, 1024), 100, requests, memory_seconds=20)
 
 
 def start(name: str, upstream: Upstream, place: Path, ours: Path) -> Running:

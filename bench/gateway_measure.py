@@ -147,19 +147,15 @@ class Bench:
         return {"streams": streams, "is_clean": is_clean, **seen, "cpu_us": seen["cpu_us"] / self.plan.paced_tokens}
 
     def memory(self, samples: Samples) -> None:
-        """RSS before, and after each tenth of the requests."""
+        """RSS before, and after each fiftieth of the requests: as many of a peer as there is time for."""
+        part = max(1, self.plan.requests // 50)
         for gateway in self.gateways:
             if gateway.pid is None:
                 continue
             seen = [{"requests": 0.0, "rss_kib": float(gateway.rss_kib())}]
             end = time.monotonic() + self.plan.memory_seconds
             while seen[-1]["requests"] < self.plan.requests and (gateway.service or time.monotonic() < end):
-                part = self._part(gateway)
                 self.carried_out(gateway, num_tokens=WHOLE_TOKENS, clients=16, requests=part)
                 seen.append({"requests": seen[-1]["requests"] + part, "rss_kib": float(gateway.rss_kib())})
             samples.memory[gateway.name] = seen
             print(f"memory of {gateway.name}: {seen[-1]['requests']:,.0f} requests", file=sys.stderr)
-
-    def _part(self, gateway: Running) -> int:
-        """LiteLLM gets a tenth as many at a time, to be asked for its time and not much longer."""
-        return max(16, self.plan.requests // (10 if gateway.name != "litellm" else 500))
