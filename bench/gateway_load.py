@@ -51,8 +51,8 @@ class Order:
 class Seen:
     """`rate`, `tokens_rate` a second; `late_ms` is behind the schedule that began when the request was sent.
 
-    `answers` are all that have begun, `unanswered` were sent in vain. `wrong` says what was wrong with the first of
-    `num_wrong` answers, `is_counted` whether all of them said the right usage.
+    `answers` have begun, with a 200; `unanswered` had not begun and `unended` were not whole when the time was over.
+    `wrong` says what was wrong with the first of `num_wrong`, `is_counted` whether all of them said the right usage.
     """
 
     rate: float = 0.0
@@ -64,6 +64,7 @@ class Seen:
     late_p99_ms: float = 0.0
     answers: int = 0
     unanswered: int = 0
+    unended: int = 0
     num_wrong: int = 0
     wrong: str = ""
     is_counted: bool = True
@@ -76,6 +77,7 @@ class Answer:
     first: float = 0.0
     ended: float = 0.0
     body: bytes = b""
+    is_lost: bool = False  # the gateway hung up on it
 
 
 class Run:
@@ -107,6 +109,8 @@ class Client(asyncio.Protocol):
         self.transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.answer is not None:
+            self.answer.is_lost = True
         if not self.done.done():
             self.done.set_result(None)
 
@@ -124,6 +128,9 @@ class Client(asyncio.Protocol):
 
     # ---- what the parser calls ----
 
+    def on_headers_complete(self) -> None:
+        self.answer.status = self.parser.get_status_code()
+
     def on_body(self, part: bytes) -> None:
         self.parts.append(part)
         answer = self.answer
@@ -139,8 +146,7 @@ class Client(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         answer = self.answer
-        answer.status, answer.ended, answer.body = self.parser.get_status_code(), self.now, b"".join(self.parts)
-        self.answer = None
+        answer.ended, answer.body, self.answer = self.now, b"".join(self.parts), None
         self.run.num_whole += 1
         # Not from inside the parser, which a next answer replaces.
         asyncio.get_running_loop().call_soon(self.next)
@@ -170,7 +176,7 @@ async def carried_out(order: Order) -> Seen:
         since = time.perf_counter()
         await asyncio.sleep(order.seconds)
         latest = since + order.seconds + _MORE_SECONDS
-        while run.num_whole < 2 * order.clients and time.perf_counter() < latest:  # noqa: ASYNC110 (looked at rarely, not at every answer)
+        while run.num_whole < 2 * order.clients and time.perf_counter() < latest:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         until, run.is_over = time.perf_counter(), True
         await ended
@@ -193,10 +199,13 @@ def seen(run: Run, since: float, until: float) -> Seen:
     found.tokens_rate = sum(count for at, count in run.tokens if since <= at <= until) / (until - since)
     if run.lateness:
         found.late_p99_ms = _quantiles(run.lateness)[1]
-    found.answers = sum(bool(answer.first or answer.status) for answer in run.answers)
-    found.unanswered = len(run.answers) - len(whole)
+    found.answers = sum(answer.status == 200 for answer in run.answers)
+    found.unanswered = sum(answer.status == 0 for answer in run.answers)
+    found.unended = len(run.answers) - len(whole)
     for answer in run.answers:
-        _check(answer, run.order, found)
+        if problem := _problem(answer, run.order, found):
+            found.num_wrong += 1
+            found.wrong = found.wrong or problem
     return found
 
 
@@ -206,23 +215,20 @@ def _quantiles(values: list[float]) -> tuple[float, float]:
     return statistics.median(ordered) * 1e3, ordered[int(len(ordered) * 0.99)] * 1e3
 
 
-def _check(answer: Answer, order: Order, found: Seen) -> None:
-    text, usage, problem = "", None, ""
+def _problem(answer: Answer, order: Order, found: Seen) -> str:
+    """What is wrong with it. A paced answer that has not ended is late, which is counted elsewhere."""
+    if answer.is_lost:
+        return "the gateway hung up in the middle of an answer"
     if not answer.ended:
-        problem = f"no end after {time.perf_counter() - answer.sent:.1f} s"
-    elif answer.status != 200:
-        problem = f"status {answer.status}: {answer.body[:300].decode(errors='replace')}"
-    else:
-        try:
-            text, usage = _streamed(answer.body) if order.is_stream else _whole(orjson.loads(answer.body))
-            problem = "" if text == order.ask.text else f"another text: {text[:300]!r}"
-        except (ValueError, LookupError, TypeError) as error:
-            problem = f"{error!r} in {answer.body[:300]!r}"
-    if problem:
-        found.num_wrong += 1
-        found.wrong = found.wrong or problem
-    elif not _has(usage, order.ask.usage):
-        found.is_counted = False
+        return "" if order.pace else f"no end after {time.perf_counter() - answer.sent:.0f} s"
+    if answer.status != 200:
+        return f"status {answer.status}: {answer.body[:300].decode(errors='replace')}"
+    try:
+        text, usage = _streamed(answer.body) if order.is_stream else _whole(orjson.loads(answer.body))
+    except (ValueError, LookupError, TypeError) as error:
+        return f"{error!r} in {answer.body[:300]!r}"
+    found.is_counted &= _has(usage, order.ask.usage)
+    return "" if text == order.ask.text else f"another text: {text[:300]!r}"
 
 
 def _has(usage: Mapping[str, Any] | None, right: Mapping[str, int]) -> bool:
