@@ -167,22 +167,25 @@ def run_load(port: str, token: str, kind: str, clients: str, seconds: str) -> No
 
 
 class Served:
-    """`octoai serve` over the mock engine, with a directory of its own."""
+    """`octoai serve` over the mock engine, with a directory of its own; `python` is that of its environment."""
 
-    def __init__(self, place: Path, engine_port: int, ledger: str) -> None:
+    def __init__(
+        self, place: Path, engine_url: str, ledger: str, python: str = sys.executable, num_slots: int = 256
+    ) -> None:
         place.mkdir()
         (place / "octoai.toml").write_text(
             f'ledger = "{ledger}"\nport = 0\nlog_level = "warning"\n[[models]]\nid = "mock"\n'
-            f'engine_url = "http://127.0.0.1:{engine_port}/v1"\ndialect = "vllm"\n'
+            f'engine_url = "{engine_url}"\ndialect = "vllm"\nnum_slots = {num_slots}\n'
             'input_price = "0.15"\noutput_price = "0.60"\n'
         )
+        self.python = python
         self.environ = {
             **os.environ,
             "OCTOAI_CONFIG_DIR": str(place),
             "OCTOAI_DATA_DIR": str(place / "data"),
             "OCTOAI_COUNT_LOOKS": "1",
         }
-        command = [sys.executable, "-m", "octoai", "serve"]
+        command = [python, "-m", "octoai", "serve"]
         self.process = subprocess.Popen(command, cwd=place, env=self.environ, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.token = ""
@@ -198,7 +201,7 @@ class Served:
         return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     def run(self, *arguments: str) -> str:
-        command = [sys.executable, "-m", "octoai", *arguments]
+        command = [self.python, "-m", "octoai", *arguments]
         done = subprocess.run(command, env=self.environ, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
@@ -274,8 +277,8 @@ def main() -> None:
     mock = subprocess.Popen([sys.executable, __file__, "--engine"], stdout=subprocess.PIPE, text=True)
     with tempfile.TemporaryDirectory() as directory:
         assert mock.stdout is not None
-        port = int(mock.stdout.readline())
-        on, off = (Served(Path(directory, name), port, name) for name in ("on", "off"))
+        url = f"http://127.0.0.1:{int(mock.stdout.readline())}/v1"
+        on, off = (Served(Path(directory, name), url, name) for name in ("on", "off"))
         try:
             found = compared(on, off, rounds, seconds)
             found["flood"] = flooded(on, max(2.0, seconds))
