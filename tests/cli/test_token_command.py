@@ -202,7 +202,7 @@ def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 WITHOUT = """
 import sys
-for name in ("aiohttp", "anyio", "httptools", "huggingface_hub", "orjson", "pip", "prometheus_client", "starlette",
+for name in ("anyio", "httptools", "huggingface_hub", "orjson", "pip", "prometheus_client", "starlette",
              "tqdm", "uvicorn", "uvloop", "xllamacpp"):
     sys.modules[name] = None
 from octoai.cli import main

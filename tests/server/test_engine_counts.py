@@ -15,7 +15,7 @@ import anyio
 import pytest
 import uvloop
 
-from octoai.server.engines import connection
+from octoai.server.engines import exchange
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.llama import LlamaEngine, LlamaOptions
 from octoai.server.engines.openai_http import OpenAIEngine
@@ -317,7 +317,7 @@ def test_what_comes_after_leaving_is_told_within_a_second(reply: Reply, told: li
         async with up(upstream) as engine:
             began = time.monotonic()
             assert await left(engine, 0.1) == told
-            assert time.monotonic() - began < 0.1 + connection.LEAVE_SECONDS + 0.2
+            assert time.monotonic() - began < 0.1 + exchange.LEAVE_SECONDS + 0.2
             # The connection that was left is not used again.
             upstream.reply = says(token(1, reason="stop"), DONE)
             assert isinstance((await generated(engine))[-1], Finished)
@@ -538,7 +538,7 @@ def test_llama_cpp_stops_at_once_when_it_is_left_and_everything_it_wrote_is_coun
                 for _ in range(num_batches):
                     part.count(await anext(batches))
                 seen, began = part.completion_tokens, time.monotonic()
-            assert time.monotonic() - began < connection.LEAVE_SECONDS
+            assert time.monotonic() - began < exchange.LEAVE_SECONDS
             assert seen <= part.completion_tokens <= seen + 3
             # Its only slot is free: the next prompt is not kept waiting.
             short = Generation(max_tokens=1, text="Hi")

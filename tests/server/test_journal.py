@@ -176,10 +176,10 @@ def test_what_would_break_the_format_is_refused_at_once(opened: Opened) -> None:
     run(main())
 
 
-def test_without_waiting_a_record_is_kept_before_the_next_that_waits(opened: Opened) -> None:
+def test_a_record_that_nobody_waits_for_is_kept_before_the_next(opened: Opened) -> None:
     async def main() -> None:
         journal = opened()
-        journal.append(record(0), wait=False)
+        journal.append(record(0))
         await journal.append(record(1))
         assert numbers(journal.tail()) == [0, 1]
 

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import orjson
 
 from octoai.server.engines.base import Event, Generation, OnLeft
-from octoai.server.engines.connection import CannotConnect, Exchange, Pool
 from octoai.server.engines.dialects import DIALECTS
+from octoai.server.engines.exchange import CannotConnect, Exchange, Pool
 from octoai.server.engines.reader import Answer
 from octoai.server.engines.refusals import refusal
 from octoai.server.errors import EngineFailed, Refusal, Unavailable

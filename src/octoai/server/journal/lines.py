@@ -8,6 +8,7 @@ JournalError
 
 from __future__ import annotations
 
+import errno
 import zlib
 from typing import NamedTuple
 
@@ -33,6 +34,16 @@ class JournalFailed(JournalError):
 
 class JournalDamaged(JournalError):
     """Records that were durable cannot be read: a person has to look."""
+
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def refusal_of(failure: OSError | None) -> JournalError:
+    """What to raise where a record could not be written; None: no file was to be had."""
+    if failure is None or failure.errno in _NO_SPACE:
+        return JournalFull("There is no room left for the journal.")
+    return JournalFailed(f"The journal could not be written: {failure}")
 
 
 class Position(NamedTuple):

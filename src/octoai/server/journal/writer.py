@@ -8,7 +8,6 @@ later, with others; by a thread where the kernel does not do it by itself.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import secrets
@@ -19,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import orjson
 
@@ -31,8 +30,8 @@ from octoai.server.journal.lines import (
     START,
     JournalError,
     JournalFailed,
-    JournalFull,
     Position,
+    refusal_of,
 )
 from octoai.server.journal.segment import Segment
 from octoai.server.journal.syncs import Syncs
@@ -45,7 +44,6 @@ LINGER_SECONDS = 0.005  # for a record that nobody waits for yet to be on the di
 _PAUSE_SECONDS = 0.0005  # between syncs: what comes meanwhile shares the next one
 _NEVER = float("inf")
 _RETRY_SECONDS = 1.0  # between attempts to allocate a segment on a full disk
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 _Waiter = asyncio.Future[Position]
 _Outcomes = list[tuple[_Waiter, Position | JournalError]]
@@ -56,7 +54,7 @@ class _Entry:
     """A record that is not durable yet, and where it ends."""
 
     payload: bytes
-    waiter: _Waiter | None
+    waiter: _Waiter
     end: Position = START
 
 
@@ -103,21 +101,13 @@ class Journal:
         """False while the disk has no room for a spare segment: what runs may go on, nothing new should begin."""
         return self._has_room and self._is_open
 
-    @overload
-    def append(
-        self, record: dict[str, Any] | bytes, *, wait: Literal[True] = True, soon: bool | None = False
-    ) -> asyncio.Future[Position]: ...
-    @overload
-    def append(self, record: dict[str, Any] | bytes, *, wait: Literal[False]) -> None: ...
-    def append(
-        self, record: dict[str, Any] | bytes, *, wait: bool = True, soon: bool | None = False
-    ) -> asyncio.Future[Position] | None:
+    def append(self, record: dict[str, Any] | bytes, *, soon: bool | None = False) -> asyncio.Future[Position]:
         """Add a record, or the encoded bytes of one, after all that were added before. Does not wait for the disk.
 
         The record is written when this returns. The future has a result once it is durable, at once where it is to be
         `soon` (None: the caller sees to it, with `sync_soon`); then all before it are, or their futures have failed.
-        It fails with JournalFull or JournalFailed, here already where the record could not be written; without `wait`
-        that is only logged. Cancelling it takes nothing back. Raises ValueError for a record larger than a segment or
+        It fails with JournalFull or JournalFailed, here already where the record could not be written. Cancelling it
+        takes nothing back. Raises ValueError for a record larger than a segment or
         with a newline, TypeError for one that is no JSON, and JournalFailed once the journal is closed.
         """
         payload = record if isinstance(record, bytes) else orjson.dumps(record)
@@ -125,7 +115,7 @@ class Journal:
             raise ValueError(f"A record of {len(payload)} bytes does not fit in a segment of {self.segment_bytes}.")
         if b"\n" in payload:
             raise ValueError("A record is JSON on one line, without a newline.")
-        waiter: _Waiter | None = asyncio.get_running_loop().create_future() if wait else None
+        waiter: _Waiter = asyncio.get_running_loop().create_future()
         with self._writing:
             if not self._is_open or self._is_stopping:
                 raise JournalFailed("The journal is closed.")
@@ -146,16 +136,19 @@ class Journal:
     def _kernel(self) -> Syncs | None:
         """What syncs for the running loop without a thread; None where there is nothing that does."""
         loop = asyncio.get_running_loop()
-        if self._syncs is not None and self._syncs.loop is loop:
-            return self._syncs
-        if self._uses_thread or self._syncs is not None:
-            return None
-        try:
-            self._syncs = Syncs(loop)
-        except (ImportError, OSError) as error:
-            log.info("the journal is synced by a thread: %s", error)
-            self._uses_thread = True
+        if self._syncs is None and not self._uses_thread:
+            try:
+                self._syncs = Syncs(loop)
+            except (ImportError, OSError) as error:
+                self._leave_to_thread(str(error))
+        elif self._syncs is not None and self._syncs.loop is not loop:
+            self._leave_to_thread("it is used in another event loop")
         return self._syncs
+
+    def _leave_to_thread(self, why: str) -> None:
+        log.info("the journal is synced by a thread: %s", why)
+        self._uses_thread, self._is_syncing, self._syncs = True, False, None
+        self._wake.set()
 
     def _sync_after(self, seconds: float) -> None:
         if self._timer is not None:
@@ -171,9 +164,8 @@ class Journal:
         try:
             self._syncs.submit(segment.fd, partial(self._was_synced, segment, written))
         except OSError as error:
-            log.info("the journal is synced by a thread: %s", error)
-            self._uses_thread, self._syncs = True, None
-            self._ask_for_sync(0.0)
+            self._sync_at = 0.0
+            self._leave_to_thread(str(error))
         else:
             self._is_syncing = True
 
@@ -310,14 +302,14 @@ class Journal:
                 self._entries.append(entry)
                 self._is_refusing = False
                 return
-        self._refuse(_refusal(failure), [entry])
+        self._refuse(refusal_of(failure), [entry])
 
     def _segment_for(self, entry: _Entry, failure: OSError | None) -> Segment:
         if self._current is not None and self._current.has_room(len(entry.payload)):
             return self._current
         self._keep_spare()
         if self._spare is None:
-            raise _refusal(failure)
+            raise refusal_of(failure)
         if self._current is not None:
             self._current.sync()  # what it has must be durable before another goes on after it
             self._current.close()
@@ -337,7 +329,7 @@ class Journal:
             return
         self._keep_spare()
         if self._spare is None:
-            self._refuse(_refusal(failure), entries)
+            self._refuse(refusal_of(failure), entries)
             return
         segment, self._spare = self._spare, None
         self._current = segment
@@ -347,7 +339,7 @@ class Journal:
             segment.sync()
         except OSError as error:
             self._close_current()
-            self._refuse(_refusal(error), entries)
+            self._refuse(refusal_of(error), entries)
         else:
             self._became_durable(entries)
 
@@ -360,7 +352,7 @@ class Journal:
         if not entries:
             return
         self.durable = entries[-1].end
-        self._tell([(entry.waiter, entry.end) for entry in entries if entry.waiter])
+        self._tell([(entry.waiter, entry.end) for entry in entries])
         if self.on_durable:
             self.on_durable()
 
@@ -368,7 +360,7 @@ class Journal:
         if entries and not self._is_refusing:
             log.error("%d records were not written to the journal: %s", len(entries), error)
             self._is_refusing = True
-        self._tell([(entry.waiter, error) for entry in entries if entry.waiter])
+        self._tell([(entry.waiter, error) for entry in entries])
 
     def _tell(self, outcomes: _Outcomes) -> None:
         """Tell those who wait, all in one call of their loop."""
@@ -395,12 +387,6 @@ class Journal:
     def _new_segment(self) -> Segment:
         self._num_segments += 1  # also when it fails: a file that could not be deleted keeps its name
         return Segment(self.directory, self.instance, self._num_segments, self.segment_bytes)
-
-
-def _refusal(failure: OSError | None) -> JournalError:
-    if failure is None or failure.errno in _NO_SPACE:
-        return JournalFull("There is no room left for the journal.")
-    return JournalFailed(f"The journal could not be written: {failure}")
 
 
 def _resolve(outcomes: _Outcomes) -> None:
