@@ -125,11 +125,13 @@ class Reader:
             self._completion_tokens = _count(timings["predicted_n"])
         # It is billed as it is said here: a part is never more than the whole.
         self._cached_tokens = min(self._cached_tokens, self._prompt_tokens)
+        counted, all_tokens = self._counted, self._completion_tokens
         for choice in choices:
             index = choice.get("index", 0)
-            if len(choices) == 1 and self._completion_tokens is not None:
-                others = sum(count for other, count in self._counted.items() if other != index)
-                self._counted[index] = max(self._counted.get(index, 0), self._completion_tokens - others)
+            if len(choices) == 1 and all_tokens is not None:
+                before = counted.get(index, 0)
+                others = 0 if len(counted) <= 1 and index in counted else sum(counted.values()) - before
+                counted[index] = max(before, all_tokens - others)
             elif _has_text(choice):
                 self._counted[index] = self._counted.get(index, 0) + 1
 
@@ -166,11 +168,11 @@ def _decoded(payload: bytes) -> Mapping[str, Any]:
 
 def _count(value: Any) -> int | None:
     """A number of tokens. Raises ValueError for what is none: it will be billed."""
+    if type(value) is int and 0 <= value < MAX_TOKENS:
+        return value
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_TOKENS:
-        raise ValueError(value)
-    return value
+    raise ValueError(value)
 
 
 def _has_text(choice: Mapping[str, Any]) -> bool:
