@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octoai.optimizer.ggml import function
-from octoai.server.engines.llama_child import die_with_parent
+from octoai.server.parent import die_with_parent
 
 POSITIONS_A_STEP = 16
 """Positions asked for at once: what a budget of time is checked between, and what memory for logits is bounded by."""

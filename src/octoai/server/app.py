@@ -82,13 +82,16 @@ def service(settings: Settings, catalogue: Catalogue, weights: dict[str, Path]) 
     ]
     metrics = Metrics()
     metrics.watch(deployments)
-    return over(settings, Router(deployments, catalogue, stand_in=_stand_in(deployments, settings)), metrics)
+    return over(
+        settings, Router(deployments, catalogue, stand_in=_stand_in(deployments, settings)), metrics, is_beside=True
+    )
 
 
-def over(settings: Settings, router: Router, metrics: Metrics) -> Service:
-    """A service over deployments that are there already."""
+def over(settings: Settings, router: Router, metrics: Metrics, *, is_beside: bool = False) -> Service:
+    """A service over deployments that are there already. `is_beside`: the database is written to by a process of its
+    own, where there may be one."""
     journal = None if settings.ledger == "off" else open_journal(settings.place)
-    books = Books(settings.place, journal)
+    books = Books(settings.place, journal, is_beside=is_beside)
     # A thread of its own: no report, however long it takes, may make tokens look stale.
     directory = Directory(Reader(settings.place, num_threads=1), away_seconds=settings.database_away_seconds)
     ledger = Ledger(

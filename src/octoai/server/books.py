@@ -19,6 +19,7 @@ import orjson
 from octoai.server.idempotency import KEEP_SECONDS
 from octoai.server.journal import Journal, Orphan, orphans
 from octoai.server.store import Place, connect, keys, requests, reservations
+from octoai.server.store.applier import Applier
 from octoai.server.store.database import Connection, StoreError
 from octoai.server.store.reader import Reader
 from octoai.server.store.writer import Writer, forget, keep_position, position_of
@@ -47,10 +48,12 @@ def _now_us() -> int:
 
 
 class Books:
-    def __init__(self, place: Place, journal: Journal | None) -> None:
+    """`is_beside`: the journal is brought in by a process beside this one."""
+
+    def __init__(self, place: Place, journal: Journal | None, *, is_beside: bool = False) -> None:
         self.place = place
         self.reader = Reader(place)
-        self.writer = Writer(place, journal)
+        self.writer = Writer(place, journal, applier=Applier(place, journal) if journal and is_beside else None)
         self._journal = journal
         self._keeping: asyncio.Task[None] | None = None
 

@@ -7,14 +7,13 @@ child goes. Knows nothing of the service.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import sys
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+from octoai.server.parent import die_with_parent
 
 
 def main() -> None:
@@ -51,12 +50,6 @@ def _serve(options: dict[str, Any]) -> Any:
     params.sse_ping_interval = -1
     params.verbosity = 1
     return xllamacpp.Server(params)
-
-
-def die_with_parent() -> None:
-    """On Linux the kernel kills us with the parent even while we load a model and do not read the pipe."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _clean_up(socket: str) -> None:

@@ -19,6 +19,7 @@ For local file systems: processes tell that others live by `flock`.
 
 from __future__ import annotations
 
+from octoai.server.journal.followed import Followed
 from octoai.server.journal.lines import (
     START,
     JournalDamaged,
@@ -34,6 +35,7 @@ from octoai.server.journal.writer import SEGMENT_BYTES, Journal
 __all__ = [
     "SEGMENT_BYTES",
     "START",
+    "Followed",
     "Journal",
     "JournalDamaged",
     "JournalError",

@@ -23,6 +23,13 @@ def segments(directory: Path, instance: str) -> list[tuple[int, Path]]:
     return sorted((int(path.stem.removeprefix(f"{instance}-")), path) for path in paths)
 
 
+def release(directory: Path, instance: str, oldest: int) -> None:
+    """Delete the segments before number `oldest`."""
+    for number, path in segments(directory, instance):
+        if number < oldest:
+            path.unlink(missing_ok=True)
+
+
 def new_segment(path: Path, num_bytes: int) -> int:
     """A file of zeros that will survive a power cut, open for writing. Raises OSError, and then leaves none."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

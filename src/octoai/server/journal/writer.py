@@ -192,10 +192,7 @@ class Journal:
 
     def release(self, position: Position) -> None:
         """Everything up to `position` has been applied: delete the segments that lie wholly before it."""
-        oldest = min(position, self.durable).segment
-        for number, path in files.segments(self.directory, self.instance):
-            if number < oldest:
-                path.unlink(missing_ok=True)
+        files.release(self.directory, self.instance, min(position, self.durable).segment)
 
     def stop(self) -> None:
         """Write what was appended, blocking for as long, and end the thread. It can still be read and released."""

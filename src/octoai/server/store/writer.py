@@ -1,7 +1,8 @@
-"""The one thread that writes to the database: what the journal has, in order and in batches, and what others ask for.
+"""The thread that writes to the database: what the journal has, in order and in batches, and what others ask for.
 
 Everything that is there is one transaction (group commit). When the database is away the journal keeps what comes;
-here it is tried again until it works. Knows what records are applied with, not what they mean.
+here it is tried again until it works. In a service the journal is left to an `Applier`, a process in which this very
+thread has nothing else to do. Knows what records are applied with, not what they mean.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any, TypeVar
 
 import orjson
 
-from octoai.server.journal import START, Journal, Position
+from octoai.server.journal import START, Followed, Journal, Position
 from octoai.server.store import Place, connect
+from octoai.server.store.applier import Applier, News
 from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull
 from octoai.server.store.requests import Record, apply
 
@@ -42,15 +44,31 @@ class _Work:
 
 
 class Writer:
-    """`journal` is this process's own; None writes only what it is asked to."""
+    """`journal` is this process's own; None writes only what it is asked to. With an `applier` that reads the journal,
+    from its beginning; otherwise it is read here, from `start` on.
 
-    def __init__(self, place: Place, journal: Journal | None = None) -> None:
+    `failure` is what keeps the database from taking what it is given, while something does; `on_change` is called in
+    the thread, whenever it has done what there was to do, or failed to.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        journal: Journal | Followed | None = None,
+        *,
+        applier: Applier | None = None,
+        start: Position = START,
+    ) -> None:
         self.place = place
         self.is_full = False
+        self.failure: str | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        self.applied = start
         self._away_since: float | None = None
-        self.applied = START
+        self._behind_since: float | None = None  # the applier
         self._journal = journal
-        self._tail = None if journal is None else journal.tail()
+        self._applier = applier
+        self._tail = None if journal is None or applier is not None else journal.tail(start)
         self._db: Connection | None = None
         self._work: deque[_Work] = deque()
         self._waiting: deque[tuple[Position, Future[None]]] = deque()
@@ -63,12 +81,14 @@ class Writer:
     @property
     def away_seconds(self) -> float | None:
         """How long the database has not taken what it was given; None while it does."""
-        since = self._away_since
+        since = min((each for each in (self._away_since, self._behind_since) if each is not None), default=None)
         return None if since is None else time.monotonic() - since
 
     def start(self) -> None:
+        if self._applier is not None:
+            self._applier.start(self._hear)
         if self._journal is not None:
-            self._journal.on_durable = self._wake.set
+            self._journal.on_durable = self._wake.set if self._applier is None else self._applier.durable
         self._thread.start()
 
     async def run(self, action: Callable[[Connection], T], *, seconds: float = 5.0, is_durable: bool = True) -> T:
@@ -89,7 +109,7 @@ class Writer:
 
     async def caught_up(self, *, seconds: float = 5.0) -> None:
         """Return when all that is in the journal now is in the database too. Raises StoreAway."""
-        if self._journal is not None:
+        if isinstance(self._journal, Journal):
             written = self._journal.written
             self._journal.sync_soon()
             await self.reached(written, seconds=seconds)
@@ -99,14 +119,39 @@ class Writer:
             return
         reached: Future[None] = Future()
         self._waiting.append((position, reached))
-        self._now()
+        if self._applier is None:
+            self._now()
+        elif isinstance(self._journal, Journal) and self._journal.durable >= position:
+            self._applier.hurry()
         await self._in_time(reached, seconds)
 
     def close(self, seconds: float = 10.0) -> None:
         """Apply what is left, if the database lets us, and end the thread."""
+        if self._applier is not None:
+            self._applier.close()
         self._is_closing = True
         self._now()
         self._thread.join(seconds)
+
+    def wake(self) -> None:
+        """There is more in the journal; a moment later it is read."""
+        self._wake.set()
+
+    def hurry(self) -> None:
+        """Somebody waits for what is in the journal."""
+        self._now()
+
+    def _hear(self, news: News) -> None:
+        """From the applier, in the loop."""
+        self.applied, self.is_full = news.applied, news.is_full
+        if news.failure is None:
+            self._behind_since = self._away_since = None
+        elif self._behind_since is None:
+            self._behind_since = time.monotonic()
+        self._tell_waiting(None if news.failure is None else StoreAway(news.failure))
+        if self._waiting and isinstance(self._journal, Journal) and self._journal.durable >= self._waiting[0][0]:
+            assert self._applier is not None
+            self._applier.hurry()
 
     def _now(self) -> None:
         self._hurry.set()
@@ -129,6 +174,7 @@ class Writer:
             is_last = self._is_closing
             while self._round():
                 pass
+            self.on_change()
             if is_last:
                 break
         if self._db is not None:
@@ -139,7 +185,7 @@ class Writer:
         work = [self._work.popleft() for _ in range(len(self._work))]
         payloads = [] if self._tail is None else self._tail.records(BATCH)
         if not work and not payloads:
-            self._tell_waiting()
+            self._tell_who_waits_here()
             return False
         try:
             results = self._written(work, [orjson.loads(payload) for payload, _ in payloads], payloads)
@@ -181,35 +227,42 @@ class Writer:
     def _succeeded(self, position: Position | None) -> None:
         if self._away_since is not None:
             log.warning("the database takes what it is given again")
-            self._away_since, self.is_full = None, False
+            self._away_since = self.failure = None
+            self.is_full = False
         if position is not None and self._journal is not None:
             moved_on = position.segment > self.applied.segment
             self.applied = position
             if moved_on:
                 self._journal.release(position)
-        self._tell_waiting()
+        self._tell_who_waits_here()
 
     def _failed(self, work: list[_Work], error: Exception) -> None:
-        self.is_full = isinstance(error, StoreFull)
+        self.is_full, self.failure = isinstance(error, StoreFull), str(error)
         if self._away_since is None:
             unexpected = None if isinstance(error, StoreError) else error
             log.error("%s; the journal keeps what comes", error, exc_info=unexpected)
             self._away_since = time.monotonic()
-        if self._journal is not None:
+        if self._journal is not None and self._applier is None:
             self._tail = self._journal.tail(self.applied)
         for each in work:
             _resolve(each.done, None, StoreAway(str(error)))
-        while self._waiting:
-            _resolve(self._waiting.popleft()[1], None, StoreAway(str(error)))
+        self._tell_who_waits_here(StoreAway(str(error)))
         if not self._is_closing:
             self._hurry.wait(RETRY_SECONDS)
             self._wake.set()
 
-    def _tell_waiting(self) -> None:
+    def _tell_who_waits_here(self, error: StoreAway | None = None) -> None:
+        """In the thread; where there is an applier, who waits waits for that."""
+        if self._applier is None:
+            self._tell_waiting(error)
+
+    def _tell_waiting(self, error: StoreAway | None) -> None:
         for _ in range(len(self._waiting)):
             position, reached = self._waiting.popleft()
             if position <= self.applied:
                 _resolve(reached, None, None)
+            elif error is not None:
+                _resolve(reached, None, error)
             else:
                 self._waiting.append((position, reached))
 

@@ -1,0 +1,191 @@
+"""A process of its own that brings a journal into the database: beside the event loop, not between its steps.
+
+A thread for it costs a request more than the work itself: each of the two waits for the interpreter that the other has.
+Here is both ends: `Applier` in the service, and `main`, the process, which does what the writer's thread does without
+one. It is told how far the journal is durable, tells how far it has come and what fails, and dies with the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octoai.server import logs
+from octoai.server.journal import START, Followed, Journal, Position
+from octoai.server.parent import die_with_parent
+from octoai.server.store import Place
+
+log = logging.getLogger("octoai.store")
+
+RESTART_SECONDS = 0.5
+END_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """How far the database has the journal, and what kept it from going on, if something did."""
+
+    applied: Position
+    failure: str | None = None
+    is_full: bool = False
+
+
+class Applier:
+    """`start`, `durable` and `hurry` are for the thread of the event loop, but for `durable`, which is for any."""
+
+    def __init__(self, place: Place, journal: Journal) -> None:
+        self._place = place
+        self._journal = journal
+        self._applied = START
+        self._heard: Callable[[News], None] = lambda _: None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._said = b""
+        self._is_told = False  # of something durable that it has not answered yet
+        self._is_closing = False
+
+    def start(self, heard: Callable[[News], None]) -> None:
+        self._heard, self._loop = heard, asyncio.get_running_loop()
+        self._spawn()
+
+    def durable(self) -> None:
+        """More of the journal is durable. It is told once, until it answers: what comes meanwhile shares the next."""
+        if not self._is_told:
+            self._is_told = True
+            self._tell("durable")
+
+    def hurry(self) -> None:
+        """Somebody waits for what is durable now."""
+        self._is_told = True
+        self._tell("hurry")
+
+    def close(self) -> None:
+        """Bring in what is durable, if the database lets us, and end. Blocks for at most `END_SECONDS`."""
+        self._is_closing = True
+        process = self._process
+        if process is None:
+            return
+        self._tell("end")
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _spawn(self) -> None:
+        if self._is_closing or self._loop is None:
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "octoai.server.store.applier"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # a terminal's Ctrl-C is the service's to handle
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdin is not None
+        for pipe in (self._process.stdin, self._process.stdout):
+            os.set_blocking(pipe.fileno(), False)
+        self._said, self._is_told = b"", True
+        self._loop.add_reader(self._process.stdout.fileno(), self._read, self._process)
+        self._write(
+            {
+                "data_dir": str(self._place.data_dir),
+                "url": self._place.url,
+                "journal": [str(self._journal.directory), self._journal.instance],
+                "applied": list(self._applied),
+                "log_level": logging.getLevelName(logging.getLogger().level),
+            }
+        )
+        self._tell("durable")
+
+    def _tell(self, what: str) -> None:
+        self._write({what: list(self._journal.durable)})
+
+    def _write(self, message: dict[str, Any]) -> None:
+        """One that does not read has enough to read: it will answer, and then be told. One that died is noticed."""
+        if self._process is not None and self._process.stdin is not None:
+            with suppress(BrokenPipeError, BlockingIOError):
+                os.write(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        assert self._loop is not None
+        data = os.read(process.stdout.fileno(), 64 * 1024)
+        if not data:
+            self._loop.remove_reader(process.stdout.fileno())
+            self._ended(process)
+            return
+        *lines, self._said = (self._said + data).split(b"\n")
+        for line in lines:
+            said = json.loads(line)
+            self._applied = Position(*said["applied"])
+            self._heard(News(self._applied, said["failure"], said["is_full"]))
+        self._is_told = False
+        if self._journal.durable > self._applied:
+            self.durable()
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()
+        process.stdout.close()
+        if self._is_closing or self._loop is None:
+            return
+        status = process.wait()
+        self._process = None
+        log.error("the process that writes to the database ended with %s; it is started again", status)
+        self._heard(News(self._applied, failure="it ended"))
+        self._loop.call_later(RESTART_SECONDS, self._spawn)
+
+
+# ── the process ──
+
+
+def main() -> None:
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the service decides when we go
+        signal.signal(number, signal.SIG_IGN)
+    options = json.loads(sys.stdin.buffer.readline())
+    logs.set_up(options["log_level"])
+    _follow(options)
+    # Our own end of the pipe: where it is lost without a word, the service has died, and the next one goes on.
+    os._exit(0)
+
+
+def _follow(options: dict[str, Any]) -> None:
+    from octoai.server.store.writer import Writer
+
+    directory, instance = options["journal"]
+    journal = Followed(Path(directory), instance)
+    writer = Writer(Place(Path(options["data_dir"]), options["url"]), journal, start=Position(*options["applied"]))
+    telling = threading.Lock()
+
+    def tell() -> None:
+        news = {"applied": list(writer.applied), "failure": writer.failure, "is_full": writer.is_full}
+        with telling, suppress(BrokenPipeError):
+            os.write(1, json.dumps(news).encode() + b"\n")
+
+    writer.on_change = tell
+    writer.start()
+    for line in sys.stdin.buffer:
+        ((what, durable),) = json.loads(line).items()
+        journal.durable = Position(*durable)
+        if what == "end":
+            writer.close(END_SECONDS)
+            return
+        (writer.hurry if what == "hurry" else writer.wake)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The process beside the service that brings the journal into the database: nothing is lost or done twice, whatever
+becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octoai.server import accounts
+from octoai.server.books import Books, open_journal
+from octoai.server.journal import Journal
+from octoai.server.store import Place, connect
+from octoai.server.store.audit import verify
+from octoai.server.store.database import StoreAway
+from octoai.server.store.entries import balance_nanos
+
+COST = 30 * 150 + 16 * 600
+
+
+def settlement(number: int) -> dict[str, Any]:
+    now_us = time.time_ns() // 1000
+    return {
+        "kind": "settlement",
+        "id": f"{now_us:014x}{number:018x}",
+        "request_id": f"req_{number}",
+        **{"account": "default", "token_id": "tok_x", "model": "mock", "served_model": "mock"},
+        **{"input_nanos": 150, "cached_input_nanos": 150, "output_nanos": 600},
+        **{"opened_us": now_us, "journal": "j", "is_reserved": False, "lease_us": now_us + 60_000_000},
+        **{"key": None, "key_body": None, "prompt_tokens": 30, "cached_tokens": 0, "completion_tokens": 16},
+        **{"outcome": "finished", "settled_us": now_us, "answer": None},
+    }
+
+
+@asynccontextmanager
+async def kept(place: Place) -> AsyncIterator[tuple[Books, Journal]]:
+    """Books whose journal is brought in by a process beside this one."""
+    with closing(connect(place)) as db, db.transaction():
+        accounts.ensure_default(db)
+    journal = open_journal(place)
+    books = Books(place, journal, is_beside=True)
+    books.start()
+    try:
+        yield books, journal
+    finally:
+        await books.close()
+
+
+def balance(place: Place) -> int:
+    with closing(connect(place)) as db:
+        verify(db)
+        return balance_nanos(db, "default")
+
+
+async def until(is_true: Callable[[], bool], seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not is_true():
+            await asyncio.sleep(0.01)
+
+
+def run(main: Any) -> None:
+    asyncio.run(asyncio.wait_for(main, 60))
+
+
+def process_of(books: Books) -> subprocess.Popen[bytes]:
+    applier = books.writer._applier
+    assert applier is not None
+    assert applier._process is not None
+    return applier._process
+
+
+def test_what_is_durable_comes_into_the_database_by_itself_and_who_waits_is_told(place: Place) -> None:
+    async def main() -> None:
+        async with kept(place) as (books, journal):
+            first = await journal.append(settlement(1))
+            await until(lambda: books.writer.applied >= first)
+            for number in range(2, 50):
+                position = await journal.append(settlement(number), soon=True)
+                await books.writer.reached(position)
+                assert books.writer.applied >= position
+            assert await books.read(lambda db: balance_nanos(db, "default")) == -49 * COST
+            process = process_of(books)
+        assert process.poll() == 0
+        assert list((place.data_dir / "journal").iterdir()) == []
+        assert balance(place) == -49 * COST
+
+    run(main())
+
+
+def test_what_was_appended_last_is_brought_in_at_the_end(place: Place) -> None:
+    async def main() -> None:
+        async with kept(place) as (_, journal):
+            for number in range(2_000):
+                journal.append(settlement(number))
+
+    run(main())
+    assert balance(place) == -2_000 * COST
+
+
+def test_a_process_that_is_killed_again_and_again_loses_and_doubles_nothing(place: Place) -> None:
+    async def main() -> None:
+        async with kept(place) as (books, journal):
+            number = 0
+            for _ in range(4):
+                process = process_of(books)
+                for _ in range(300):
+                    journal.append(settlement(number), soon=number % 7 == 0)
+                    number += 1
+                    if number % 50 == 0:
+                        await asyncio.sleep(0.02)
+                process.kill()
+                await until(lambda gone=process: books.writer._applier._process not in (None, gone))  # type: ignore
+            await until(lambda: books.writer.away_seconds is None)
+
+    run(main())
+    assert balance(place) == -1_200 * COST
+
+
+def test_while_there_is_none_the_database_counts_as_away(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with kept(Place(tmp_path)) as (books, journal):
+            position = await journal.append(settlement(1))
+            await books.writer.reached(position)
+            process_of(books).kill()
+            await until(lambda: books.writer.away_seconds is not None)
+            await until(lambda: books.writer.away_seconds is None)
+            await books.writer.reached(await journal.append(settlement(2)))
+
+    run(main())
+
+
+def test_one_that_does_not_answer_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with kept(Place(tmp_path)) as (books, journal):
+            await books.writer.reached(await journal.append(settlement(0)))
+            process = process_of(books)
+            process.send_signal(signal.SIGSTOP)
+            try:
+                for number in range(1, 3_000):  # more words than a pipe holds: nobody waits for it to read them
+                    position = await journal.append(settlement(number), soon=True)
+                    books.writer._applier.hurry()  # type: ignore[union-attr]
+                with pytest.raises(StoreAway):
+                    await books.writer.reached(position, seconds=0.2)
+            finally:
+                process.send_signal(signal.SIGCONT)
+            await books.writer.reached(position)
+
+    run(main())
+    assert balance(Place(tmp_path)) == -3_000 * COST
+
+
+def test_it_goes_with_the_service_however_that_ends(tmp_path: Path) -> None:
+    program = f"""
+import asyncio, sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from pathlib import Path
+from octoai.server.store import Place
+from tests.server.test_applier import kept, process_of
+
+async def main():
+    async with kept(Place(Path({str(tmp_path)!r}))) as (books, _):
+        print(process_of(books).pid, flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+    service = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert service.stdout is not None
+        pid = int(service.stdout.readline())
+        os.kill(pid, 0)
+        service.kill()
+        service.wait()
+        until_gone = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < until_gone
+            time.sleep(0.01)
+    finally:
+        service.kill()
+        service.communicate()
