@@ -159,5 +159,7 @@ def _engine(chosen: ModelSettings, model: Model, weights: Path | None, settings:
         num_slots=chosen.num_slots or 4,
         num_threads=chosen.num_threads or 0,
         stall_seconds=settings.engine_stall_seconds,
+        prefix_dir=settings.cache_dir / "prefixes",
+        prefix_bytes=settings.prefix_cache_mib * 2**20,
     )
     return LlamaEngine(weights, model=model.id, options=options)

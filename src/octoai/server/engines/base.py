@@ -19,7 +19,8 @@ class Generation:
 
     Exactly one of `messages` (a chat), `text` or `tokens` (a raw prompt: text, or the model's token ids) is set.
     `logprobs` is how many alternatives to report per token (0: only the chosen one), None for none at all.
-    `schema` constrains the text to JSON: a JSON Schema, or {} for any object. `top_k` 0 means no limit.
+    `schema` constrains the text to JSON: a JSON Schema, or {} for any object. `top_k` 0 means no limit. `slot` is for
+    llama.cpp alone: which of its slots is to read it.
     """
 
     max_tokens: int
@@ -42,6 +43,7 @@ class Generation:
     schema: Mapping[str, Any] | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, Any] | None = None
+    slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
