@@ -126,7 +126,7 @@ def missing_weights(settings: Settings, catalogue: Catalogue) -> list[Model]:
 
 def _deployment(chosen: ModelSettings, model: Model, weights: Path | None, settings: Settings) -> Deployment:
     engine = _engine(chosen, model, weights, settings)
-    return Deployment(model, engine, FairQueue(engine.num_slots, settings.max_waiting))
+    return Deployment(model, engine, FairQueue(engine.num_slots, settings.max_waiting, settings.max_waiting_tokens))
 
 
 def _engine_key(chosen: ModelSettings) -> str | None:

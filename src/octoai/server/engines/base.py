@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 Message = Mapping[str, Any]
+BYTES_PER_TOKEN = 4  # of English, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,20 @@ class Generation:
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, Any] | None = None
     slot: int | None = None
+
+    @property
+    def num_prompt_bytes(self) -> int:
+        """About how much text there is to take apart."""
+        if self.tokens is not None:
+            return BYTES_PER_TOKEN * len(self.tokens)
+        if self.messages is None:
+            return len(self.text or "")
+        return sum(len(str(message.get("content"))) for message in self.messages)
+
+    @property
+    def most_tokens(self) -> int:
+        """About what the prompt and the longest answer come to, before anything is counted."""
+        return self.num_prompt_bytes // BYTES_PER_TOKEN + self.max_tokens * self.n + 1
 
 
 @dataclass(frozen=True, slots=True)

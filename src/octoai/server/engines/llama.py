@@ -132,7 +132,7 @@ class LlamaEngine:
         if self._num_running == 0:
             self._made_progress()
         self._patient_until = max(
-            self._patient_until, time.monotonic() + _num_bytes(generation) / TOKENIZED_BYTES_PER_SECOND
+            self._patient_until, time.monotonic() + generation.num_prompt_bytes / TOKENIZED_BYTES_PER_SECOND
         )
         self._num_running += 1
         try:
@@ -289,10 +289,3 @@ class LlamaEngine:
             await reading.close()
         if http is not None:
             await http.close()
-
-
-def _num_bytes(generation: Generation) -> int:
-    """About how much text there is to take apart."""
-    if generation.messages is None:
-        return len(generation.text or "")
-    return sum(len(str(message["content"])) for message in generation.messages)
