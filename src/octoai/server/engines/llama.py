@@ -208,7 +208,7 @@ class LlamaEngine:
             "context_length": self.options.context_length,
             # Slots that generate have their places beside it: llama.cpp attends to fewer than 64 more slowly.
             "batch_tokens": self.options.batch_tokens + self.options.num_slots,
-            "save_path": f"{self._prefixes.directory}/",
+            "save_path": f"{self._prefixes.directory}/" if self._prefixes.max_bytes else "",
             "num_threads": self.options.threads,
             "cache_ram_mib": self.options.cache_ram_mib,
         }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -185,5 +186,23 @@ def test_files_are_bounded_and_the_least_used_goes_first(embedded_model: Path, t
             assert sum(each.stat().st_size for each in files) <= room
         async with running(embedded_model, tmp_path, prefix_bytes=room) as engine:
             assert (await answered(engine, chat("Hello?")))[1].cached_tokens > 0
+
+    asyncio.run(main())
+
+
+def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(embedded_model: Path, tmp_path: Path) -> None:
+    async def first_token(engine: LlamaEngine, tokens: Sequence[int]) -> float:
+        began = time.monotonic()
+        async with aclosing(engine.generate(Generation(max_tokens=1, tokens=tokens))) as batches:
+            await anext(batches)
+        return time.monotonic() - began
+
+    async def main() -> None:
+        async with running(embedded_model, tmp_path) as engine:
+            long = asyncio.create_task(first_token(engine, range(1000, 3000)))  # in the first slot
+            await asyncio.sleep(0.3)
+            short = await first_token(engine, range(500, 520))
+            assert not long.done()
+            assert short < 0.7 * await long
 
     asyncio.run(main())
