@@ -199,9 +199,9 @@ def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(embedded_model: Path
 
     async def main() -> None:
         async with running(embedded_model, tmp_path) as engine:
-            long = asyncio.create_task(first_token(engine, range(1000, 3000)))  # in the first slot
+            long = asyncio.create_task(first_token(engine, list(range(1000, 3000))))  # in the first slot
             await asyncio.sleep(0.3)
-            short = await first_token(engine, range(500, 520))
+            short = await first_token(engine, list(range(500, 520)))
             assert not long.done()
             assert short < 0.7 * await long
 
