@@ -130,7 +130,7 @@ def missing_weights(settings: Settings, catalogue: Catalogue) -> list[Model]:
 
 def _deployment(chosen: ModelSettings, model: Model, weights: Path | None, settings: Settings) -> Deployment:
     engine = _engine(chosen, model, weights, settings)
-    return Deployment(model, engine, FairQueue(engine.num_slots, settings.max_waiting))
+    return Deployment(model, engine, FairQueue(engine.num_slots, settings.max_waiting, settings.max_waiting_tokens))
 
 
 def _engine_key(chosen: ModelSettings) -> str | None:
@@ -163,5 +163,7 @@ def _engine(chosen: ModelSettings, model: Model, weights: Path | None, settings:
         num_slots=chosen.num_slots or 4,
         num_threads=chosen.num_threads or 0,
         stall_seconds=settings.engine_stall_seconds,
+        prefix_dir=settings.cache_dir / "prefixes",
+        prefix_bytes=settings.prefix_cache_mib * 2**20,
     )
     return LlamaEngine(weights, model=model.id, options=options)

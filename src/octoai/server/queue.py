@@ -1,92 +1,184 @@
 """Whose turn it is at an engine: its slots, and a bounded queue that is fair between accounts.
 
-Turns go round robin over accounts, first come first served within one: an account with a hundred requests waiting
-delays another account's next request by at most one of its own. Leaving the queue (a client that went away) costs
-nobody a slot.
+Among accounts the turn goes to the one that has had the fewest tokens since it began to wait; one that comes anew is
+level with whoever has had the fewest. So an account with a hundred requests waiting delays another account's single
+request by at most one of its own, and one with large requests has fewer turns than one with small ones. Within an
+account it is first come, first served. Leaving the queue (a client that went away) costs nobody a slot.
+
+Tokens are what a request may come to, as far as can be told beforehand. The same measure counts what waits and what
+was done, so that an expected wait is honest also where every estimate is too high.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 from octoai.server.errors import Unavailable
 
-_FIRST_GUESS_SECONDS = 5.0
-_WEIGHT = 0.2  # of the newest turn in the moving average
+FIRST_GUESS = 100.0  # tokens a second, until something is known
+_KEPT = 0.9  # of what was measured before, at the end of each turn
+
+
+@dataclass(eq=False, slots=True)
+class _Place:
+    tokens: int
+    turn: asyncio.Future[None]
+
+
+@dataclass(slots=True)
+class _Account:
+    """One that has requests here. `had` is its tokens in turns so far, counted on from where it came in; `since`
+    orders those that have had the same."""
+
+    had: float
+    since: int
+    waiting: deque[_Place] = field(default_factory=deque)
+    num_running: int = 0
 
 
 class FairQueue:
-    """`num_slots` turns at once, at most `max_waiting` waiting; more are refused with an honest `retry-after`."""
+    """`num_slots` turns at once; at most `max_waiting` requests and `max_waiting_tokens` tokens waiting. More are
+    refused with an honest `retry-after`."""
 
-    def __init__(self, num_slots: int, max_waiting: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_waiting: int,
+        max_waiting_tokens: int | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.num_slots = num_slots
         self.max_waiting = max_waiting
+        self.max_waiting_tokens = max_waiting_tokens
         self.num_running = 0
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self.num_waiting = 0
+        self.waiting_tokens = 0
+        self.running_tokens = 0
+        self._accounts: dict[str, _Account] = {}
+        self._level = 0.0  # tokens that an account would have had if all had had the same
+        self._order = itertools.count()
         self._clock = clock
-        self._turn_seconds = _FIRST_GUESS_SECONDS
+        self._busy_since = self._unmeasured = 0.0
+        self._done_tokens, self._busy_seconds = FIRST_GUESS, 1.0
 
     @property
-    def num_waiting(self) -> int:
-        return sum(map(len, self._waiting.values()))
+    def tokens_per_second(self) -> float:
+        """What the engine got done lately, while it had anything to do."""
+        return self._done_tokens / self._busy_seconds
 
     @property
     def expected_wait(self) -> float:
-        """Seconds until a request that came now would have its turn, judged by recent turns."""
-        ahead = self.num_waiting + max(0, self.num_running - self.num_slots + 1)
-        return ahead * self._turn_seconds / self.num_slots
+        """Seconds until a request that came now would have its turn: what waits, and half of what runs."""
+        if self.num_running < self.num_slots:
+            return 0.0
+        return (self.waiting_tokens + self.running_tokens / 2) / self.tokens_per_second
 
     @asynccontextmanager
-    async def turn(self, account: str, *, is_admitted: bool = False) -> AsyncIterator[None]:
-        """`is_admitted`: more of a request that had a turn already, which must not be refused half-way."""
-        await self._take(account, is_admitted)
-        began = self._clock()
+    async def turn(
+        self, account: str, tokens: int = 1, *, is_admitted: bool = False
+    ) -> AsyncIterator[Callable[[], None]]:
+        """`tokens` is what it may come to, at least 1. `is_admitted`: more of a request that had a turn already, which
+        must not be refused half-way. What is yielded is called at the end of an answer that is whole: one that was
+        left says nothing of how fast the engine is. Raises Unavailable."""
+        await self._take(account, tokens, is_admitted)
         try:
-            yield
+            yield partial(self._measure, tokens)
         finally:
-            self._turn_seconds += _WEIGHT * (self._clock() - began - self._turn_seconds)
-            self._give_back()
+            self._give_back(account, tokens)
 
-    async def _take(self, account: str, is_admitted: bool) -> None:
-        if self.num_running < self.num_slots and not self._waiting:
-            self.num_running += 1
+    async def _take(self, account: str, tokens: int, is_admitted: bool) -> None:
+        if self.num_running < self.num_slots and not self.num_waiting:
+            self._start(account, tokens)
             return
-        if self.num_waiting >= self.max_waiting and not is_admitted:
-            raise Unavailable(
-                f"Too many requests are waiting ({self.num_waiting}).",
-                retry_after=self.expected_wait,
-                code="overloaded",
-            )
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(account, deque()).append(place)
+        if not is_admitted:
+            self._check_room(tokens)
+        place = _Place(tokens, asyncio.get_running_loop().create_future())
+        self._entered(account).waiting.append(place)
+        self.num_waiting += 1
+        self.waiting_tokens += tokens
         try:
-            await place
+            await place.turn
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self._give_back()  # the turn came in the same moment as the client left
+            if place.turn.done() and not place.turn.cancelled():
+                self._give_back(account, tokens)  # the turn came in the same moment as the client left
             else:
                 self._leave(account, place)
             raise
 
-    def _leave(self, account: str, place: asyncio.Future[None]) -> None:
-        waiting = self._waiting.get(account, ())
-        if place in waiting:  # a turn that came in the same moment has passed it over already
-            self._waiting[account].remove(place)
-            if not waiting:
-                del self._waiting[account]
+    def _check_room(self, tokens: int) -> None:
+        if self.num_waiting >= self.max_waiting:
+            self._refuse(f"Too many requests are waiting ({self.num_waiting}).")
+        # One that comes to more than the bound by itself may wait where nobody else does.
+        limit = self.max_waiting_tokens
+        if limit is not None and self.num_waiting and self.waiting_tokens + tokens > limit:
+            self._refuse(f"Too many tokens are waiting (about {self.waiting_tokens}).")
 
-    def _give_back(self) -> None:
-        """Hand the slot to the account whose turn it is, which then goes to the end of the round."""
-        while self._waiting:
-            account, waiting = self._waiting.popitem(last=False)
-            place = waiting.popleft()
-            if waiting:
-                self._waiting[account] = waiting
-            if not place.cancelled():  # its task may not have noticed yet that it was cancelled
-                place.set_result(None)
-                return
+    def _refuse(self, message: str) -> None:
+        raise Unavailable(message, retry_after=self.expected_wait, code="overloaded")
+
+    def _entered(self, name: str) -> _Account:
+        account = self._accounts.get(name)
+        if account is None:
+            # Not behind anybody who waits: nobody who comes anew is made to wait for what others are owed.
+            fewest = min((each.had for each in self._accounts.values() if each.waiting), default=self._level)
+            account = self._accounts[name] = _Account(min(self._level, fewest), next(self._order))
+        return account
+
+    def _start(self, name: str, tokens: int) -> None:
+        account = self._entered(name)
+        self._level += tokens / len(self._accounts)
+        account.had += tokens
+        account.since = next(self._order)
+        account.num_running += 1
+        if self.num_running == 0:
+            self._busy_since = self._clock() - self._unmeasured
+        self.num_running += 1
+        self.running_tokens += tokens
+
+    def _leave(self, name: str, place: _Place) -> None:
+        account = self._accounts.get(name)
+        if account is not None and place in account.waiting:  # one that was passed over is not there any more
+            account.waiting.remove(place)
+            self._forget(place)
+            self._drop_if_gone(name)
+
+    def _forget(self, place: _Place) -> None:
+        self.num_waiting -= 1
+        self.waiting_tokens -= place.tokens
+
+    def _drop_if_gone(self, name: str) -> None:
+        account = self._accounts[name]
+        if not account.waiting and not account.num_running:
+            del self._accounts[name]
+
+    def _measure(self, tokens: int) -> None:
+        """All the busy time since the last answer, whoever left meanwhile."""
+        now = self._clock()
+        self._done_tokens = self._done_tokens * _KEPT + tokens
+        self._busy_seconds = self._busy_seconds * _KEPT + max(now - self._busy_since, 1e-3)
+        self._busy_since = now
+
+    def _give_back(self, name: str, tokens: int) -> None:
+        """Hand the slot to the account whose turn it is."""
         self.num_running -= 1
+        self._unmeasured = self._clock() - self._busy_since
+        self.running_tokens -= tokens
+        self._accounts[name].num_running -= 1
+        self._drop_if_gone(name)
+        while waiting := [each for each in self._accounts.items() if each[1].waiting]:
+            next_name, account = min(waiting, key=lambda each: (each[1].had, each[1].since))
+            place = account.waiting.popleft()
+            self._forget(place)
+            if not place.turn.cancelled():  # its task may not have noticed yet that it was cancelled
+                self._start(next_name, place.tokens)
+                place.turn.set_result(None)
+                return
+            self._drop_if_gone(next_name)

@@ -205,13 +205,16 @@ class Job:
     async def _part(self, prompt: int, first: int, generation: Generation) -> AsyncGenerator[Batch]:
         """One request to the engine, in its turn."""
         part = self.meter.part(prompt)
-        async with self.deployment.queue.turn(self.caller.account.id, is_admitted=self.meter.turn is not None):
+        is_admitted, tokens = self.meter.turn is not None, generation.most_tokens
+        async with self.deployment.queue.turn(self.caller.account.id, tokens, is_admitted=is_admitted) as ended:
             self.meter.took_turn()
             self.tab.open()
             async with aclosing(self.deployment.engine.generate(generation, part.count)) as batches:
                 async for batch in batches:
                     part.count(batch)
                     self._observe(batch)
+                    if part.is_finished:
+                        ended()
                     if self.request.stream and not isinstance(batch[-1], Finished):  # an end waits to be settled
                         await self.tab.durable()
                     yield batch if first == 0 else _renumbered(batch, first)

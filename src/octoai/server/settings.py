@@ -22,8 +22,8 @@ from octoai.server.store import Place
 FILENAME = "octoai.toml"
 # Which keys an environment variable may set: OCTOAI_HOST, OCTOAI_PORT, …
 _FROM_ENVIRONMENT = (
-    "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting",
-    "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
+    "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting", "max_waiting_tokens",
+    "prefix_cache_mib", "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
 )  # fmt: skip
 _PLACES = {"data_dir": places.data_dir, "cache_dir": places.cache_dir}  # "~" and relative ones as everywhere else
 _FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached_input_price", "output_price", "sha256")
@@ -114,6 +114,8 @@ class Settings(_Checked):
     drain_seconds: Annotated[float, Field(ge=0, le=86400)] = 30.0
     engine_stall_seconds: Annotated[float, Field(ge=0.5, le=86400)] = 30.0
     max_waiting: Annotated[int, Field(ge=0, le=1_000_000)] = 256
+    max_waiting_tokens: Annotated[int, Field(ge=0, le=2**40)] = 1_000_000
+    prefix_cache_mib: Annotated[int, Field(ge=0, le=2**30)] = 1024
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     database: Annotated[str | None, Field(pattern=r"^postgres(ql)?://", repr=False)] = None
     database_away_seconds: Annotated[float, Field(ge=0, le=86400)] = 300.0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 Message = Mapping[str, Any]
+BYTES_PER_TOKEN = 4  # of English, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class Generation:
 
     Exactly one of `messages` (a chat), `text` or `tokens` (a raw prompt: text, or the model's token ids) is set.
     `logprobs` is how many alternatives to report per token (0: only the chosen one), None for none at all.
-    `schema` constrains the text to JSON: a JSON Schema, or {} for any object. `top_k` 0 means no limit.
+    `schema` constrains the text to JSON: a JSON Schema, or {} for any object. `top_k` 0 means no limit. `slot` is for
+    llama.cpp alone: which of its slots is to read it.
     """
 
     max_tokens: int
@@ -42,6 +44,21 @@ class Generation:
     schema: Mapping[str, Any] | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, Any] | None = None
+    slot: int | None = None
+
+    @property
+    def num_prompt_bytes(self) -> int:
+        """About how much text there is to take apart."""
+        if self.tokens is not None:
+            return BYTES_PER_TOKEN * len(self.tokens)
+        if self.messages is None:
+            return len(self.text or "")
+        return sum(len(str(message.get("content"))) for message in self.messages)
+
+    @property
+    def most_tokens(self) -> int:
+        """About what the prompt and the longest answer come to, before anything is counted."""
+        return self.num_prompt_bytes // BYTES_PER_TOKEN + self.max_tokens * self.n + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,8 @@ class LlamaDialect(Dialect):
         values = Dialect._sampling(self, generation)
         if generation.seed is not None:
             values["seed"] = generation.seed % 0xFFFFFFFF  # 2³²-1 would mean a random one
+        if generation.slot is not None:
+            values["id_slot"] = generation.slot
         # Elsewhere penalties look at the whole text, here by default at the last 64 tokens.
         return values | {"repeat_last_n": _PENALTY_WINDOW}
 

@@ -19,13 +19,17 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from octoai.server.engines.base import Event, Generation, OnLeft
 from octoai.server.engines.dialects import DIALECTS
+from octoai.server.engines.llama_control import Control
 from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.engines.prefixes import Prefixes, fingerprint
+from octoai.server.engines.reading import Reading
 from octoai.server.errors import BadRequest, EngineFailed, Unavailable
 
 log = logging.getLogger("octoai.engine")
@@ -37,25 +41,38 @@ STEADY_SECONDS = 60.0  # a child that lived this long starts the back-off afresh
 MAX_LINE_BYTES = 1024 * 1024
 # A prompt is taken apart into tokens before there is any sign of life: 0.7 MB/s on a slow text, and noise on top.
 TOKENIZED_BYTES_PER_SECOND = 100_000
+# Options that may change without making a saved prompt useless.
+_WITHOUT_SHAPE = ("num_slots", "num_threads", "cache_ram_mib", "stall_seconds", "prefix_dir", "prefix_bytes")
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaOptions:
-    """How the child runs. `batch_tokens` bounds how long one step of prompt reading takes, and with it how soon a
-    slot is free after its client left: 64 tokens keep that under a second where 256 took two."""
+    """How the child runs. `batch_tokens` bounds how long one step of prompt reading takes, and with it others' gap
+    between two tokens, and how soon a slot is free after its client left. Beginnings of prompts are kept in
+    `prefix_dir`, up to `prefix_bytes`; 0 keeps none."""
 
     context_length: int
     num_slots: int = 4
     num_threads: int = 0
-    batch_tokens: int = 64
+    batch_tokens: int = 128
     cache_ram_mib: int = 0
     stall_seconds: float = 30.0
+    prefix_dir: Path | None = None
+    prefix_bytes: int = 0
 
     @property
     def threads(self) -> int:
         return self.num_threads or max(
             1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         )
+
+    def prefixes(self, weights: Path) -> Prefixes:
+        """Where beginnings of prompts are kept; none of another engine's are ever found there."""
+        if self.prefix_dir is None:
+            return Prefixes(Path(), "", 0)
+        other = dict.fromkeys(_WITHOUT_SHAPE)
+        shape = f"xllamacpp {version('xllamacpp')} {replace(self, **other)}"  # type: ignore[arg-type]
+        return Prefixes(self.prefix_dir, fingerprint(weights, shape), self.prefix_bytes)
 
 
 class LlamaEngine:
@@ -72,6 +89,8 @@ class LlamaEngine:
         self.num_restarts = 0
         self._num_vocabulary: int | None = None
         self._http: OpenAIEngine | None = None
+        self._prefixes = Prefixes(Path(), "", 0)
+        self._reading: Reading | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._last_words: deque[str] = deque(maxlen=20)
         self._num_running = 0
@@ -86,6 +105,11 @@ class LlamaEngine:
 
     async def start(self) -> None:
         """The first start must succeed: weights that cannot be loaded now cannot be loaded later either."""
+        try:
+            self._prefixes = self.options.prefixes(self.weights)
+        except OSError as error:
+            raise EngineFailed(f"could not load {self.weights}: {error.strerror}") from None
+        self._prefixes.open()
         await self._spawn()
         self._supervision = asyncio.create_task(self._supervise())
 
@@ -102,16 +126,17 @@ class LlamaEngine:
         return await self._child.count_tokens(generation)
 
     async def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
-        http = self._child
+        reading = self._reading if self._child else None
+        assert reading is not None
         self._check_tokens(generation)
         if self._num_running == 0:
             self._made_progress()
         self._patient_until = max(
-            self._patient_until, time.monotonic() + _num_bytes(generation) / TOKENIZED_BYTES_PER_SECOND
+            self._patient_until, time.monotonic() + generation.num_prompt_bytes / TOKENIZED_BYTES_PER_SECOND
         )
         self._num_running += 1
         try:
-            async with aclosing(http.generate(generation, on_left)) as batches:
+            async with aclosing(reading.generate(generation, on_left)) as batches:
                 async for batch in batches:
                     yield batch
         finally:
@@ -181,7 +206,9 @@ class LlamaEngine:
             "key": key,
             "num_slots": self.options.num_slots,
             "context_length": self.options.context_length,
-            "batch_tokens": self.options.batch_tokens,
+            # Slots that generate have their places beside it: llama.cpp attends to fewer than 64 more slowly.
+            "batch_tokens": self.options.batch_tokens + self.options.num_slots,
+            "save_path": f"{self._prefixes.directory}/" if self._prefixes.max_bytes else "",
             "num_threads": self.options.threads,
             "cache_ram_mib": self.options.cache_ram_mib,
         }
@@ -220,6 +247,8 @@ class LlamaEngine:
         )
         described = await self._described(self._http, process)
         self.context_length = self._http.context_length or self.context_length
+        control = Control(socket, key, self.model)
+        self._reading = Reading(self._http, control, self._prefixes, self.num_slots)
         self._num_vocabulary = (described.get("meta") or {}).get("n_vocab")
         self._made_progress()
         self._is_ready = True
@@ -247,6 +276,7 @@ class LlamaEngine:
         self._is_ready = False
         process, self._process = self._process, None
         http, self._http = self._http, None
+        reading, self._reading = self._reading, None
         if process is not None:
             with suppress(ProcessLookupError):
                 process.kill()
@@ -255,12 +285,7 @@ class LlamaEngine:
             assert process.stdin is not None
             process.stdin.close()
             shutil.rmtree(self._directory, ignore_errors=True)
+        if reading is not None:
+            await reading.close()
         if http is not None:
             await http.close()
-
-
-def _num_bytes(generation: Generation) -> int:
-    """About how much text there is to take apart."""
-    if generation.messages is None:
-        return len(generation.text or "")
-    return sum(len(str(message["content"])) for message in generation.messages)

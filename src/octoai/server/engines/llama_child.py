@@ -43,6 +43,8 @@ def _serve(options: dict[str, Any]) -> Any:
     params.n_parallel = options["num_slots"]
     params.n_ctx = options["context_length"] * options["num_slots"]
     params.n_batch = params.n_ubatch = options["batch_tokens"]
+    os.umask(0o077)  # what it saves has prompts in it
+    params.slot_save_path = options["save_path"]
     params.n_threads_http = options["num_slots"] + 8
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["num_threads"]
     params.ctx_shift = False  # never drop the beginning of a conversation silently

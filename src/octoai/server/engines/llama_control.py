@@ -1,0 +1,70 @@
+"""What llama.cpp's server is asked beside generating: the tokens of a prompt; to save a slot, and to restore one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import orjson
+
+from octoai.server.engines.base import Generation
+from octoai.server.engines.dialects import DIALECTS
+from octoai.server.engines.exchange import Pool
+
+MAX_SAID_BYTES = 64 * 1024 * 1024
+ASK_SECONDS = 60.0  # a step of reading, and a large file on a slow disk
+_ASKED = DIALECTS["llama.cpp"]
+
+
+class Refused(Exception):
+    """The server did not do it, or did not answer; the text says why."""
+
+
+class Control:
+    """`socket` is the path of the server's unix socket, `key` its bearer token."""
+
+    def __init__(self, socket: str, key: str, model: str) -> None:
+        self._model = model
+        self._pool = Pool(f"unix:{socket}", key=key, keeps_alive=False)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    async def tokens(self, generation: Generation) -> Sequence[int]:
+        """The prompt as the server will read it. Raises Refused."""
+        if generation.tokens is not None:
+            return generation.tokens
+        text = generation.text
+        if text is None:
+            # Of all that may be in the body only what the template sees matters.
+            asked = _ASKED.body(replace(generation, logit_bias={}), self._model)
+            text = (await self._ask("/apply-template", asked)).get("prompt")
+        body = orjson.dumps({"content": text, "add_special": True, "parse_special": True})
+        tokens = (await self._ask("/tokenize", body)).get("tokens")
+        if not isinstance(tokens, list):
+            raise Refused("it did not tell tokens")
+        return tokens
+
+    async def save(self, slot: int, name: str) -> None:
+        """Write what the slot holds to a file of this name, in the server's directory. Raises Refused."""
+        await self._ask(f"/slots/{slot}?action=save", orjson.dumps({"filename": name}))
+
+    async def restore(self, slot: int, name: str) -> None:
+        """The slot holds what is in the file, and nothing else. Raises Refused."""
+        await self._ask(f"/slots/{slot}?action=restore", orjson.dumps({"filename": name}))
+
+    async def _ask(self, path: str, body: bytes) -> Mapping[str, Any]:
+        try:
+            async with asyncio.timeout(ASK_SECONDS):
+                with closing(self._pool.exchange("POST", path, body)) as exchange:
+                    status = await exchange.answered(ASK_SECONDS)
+                    said = orjson.loads(await exchange.body(MAX_SAID_BYTES, ASK_SECONDS))
+        except (OSError, ValueError) as failure:  # TimeoutError is an OSError
+            raise Refused(str(failure) or type(failure).__name__) from None
+        if status != 200 or not isinstance(said, dict):
+            error = said.get("error") if isinstance(said, dict) else None
+            raise Refused(str(error.get("message") if isinstance(error, dict) else status)[:200])
+        return said

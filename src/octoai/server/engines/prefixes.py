@@ -1,0 +1,140 @@
+"""Beginnings of prompts that an engine has read and saved, as files: bounded, least recently used first to go.
+
+A file's name has a fingerprint of the engine (weights, version, what shapes its cache), the number of tokens and
+their hash, so that one outlives a restart and is never taken for another model's. One directory serves every model;
+other processes may use it as well. The engine writes and reads the files; what is in them is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+import time
+from pathlib import Path
+
+from octoai.server import places
+from octoai.server.engines.slots import TOKEN_BYTES
+
+log = logging.getLogger("octoai.engine")
+
+SUFFIX, UNFINISHED = ".bin", ".part"
+UNFINISHED_SECONDS = 3600.0  # after which nobody is writing it any more
+RETRY_SECONDS = 60.0
+_PIECE_BYTES = 1024 * 1024
+
+
+def fingerprint(weights: Path, shape: str) -> str:
+    """Of these weights in an engine of this `shape`. Not of all of a large file: its size, its time, both its ends."""
+    status = weights.stat()
+    with weights.open("rb") as file:
+        head = file.read(_PIECE_BYTES)
+        file.seek(max(0, status.st_size - _PIECE_BYTES))
+        ends = hashlib.sha256(head + file.read(_PIECE_BYTES)).hexdigest()
+    named = f"{status.st_size} {status.st_mtime_ns} {ends} {shape}"
+    return hashlib.sha256(named.encode()).hexdigest()[:16]
+
+
+class Prefixes:
+    """`max_bytes` bounds all files of the directory together; 0 keeps nothing."""
+
+    def __init__(self, directory: Path, owner: str, max_bytes: int) -> None:
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self._owner = owner
+        self._lengths: dict[str, int] = {}  # tokens in each of ours, by name
+        self._token_bytes = 0.0  # of a file, for each token in it
+        self._resting_until = 0.0
+
+    @property
+    def is_usable(self) -> bool:
+        """False where nothing is kept, and for a while after the disk failed us."""
+        return self.max_bytes > 0 and time.monotonic() >= self._resting_until
+
+    def open(self) -> None:
+        """Make the directory, find what is in it. What cannot be used is said once and done without."""
+        if not self.max_bytes:
+            return
+        try:
+            places.create(self.directory)
+            for entry in list(os.scandir(self.directory)):
+                self._open(entry)
+        except OSError as error:
+            self.failed(error.strerror or str(error))
+
+    def _open(self, entry: os.DirEntry[str]) -> None:
+        parts = entry.name.removesuffix(SUFFIX).split("-")
+        if entry.name.endswith(UNFINISHED):
+            if time.time() - entry.stat().st_mtime > UNFINISHED_SECONDS:
+                os.unlink(entry.path)
+        elif entry.name.endswith(SUFFIX) and len(parts) == 3 and parts[0] == self._owner and parts[1].isdecimal():
+            self._lengths[entry.name] = int(parts[1])
+
+    def longest(self, prompt: bytes) -> tuple[int, str | None]:
+        """The most tokens that a kept file has of this prompt's beginning, and its name."""
+        if not self.is_usable:
+            return 0, None
+        for length in sorted(set(self._lengths.values()), reverse=True):
+            name = self.name(prompt[: length * TOKEN_BYTES])
+            if length * TOKEN_BYTES <= len(prompt) and name in self._lengths:
+                return length, name
+        return 0, None
+
+    def has(self, prefix: bytes) -> bool:
+        return self.name(prefix) in self._lengths
+
+    def name(self, prefix: bytes) -> str:
+        digest = hashlib.sha256(prefix).hexdigest()[:32]
+        return f"{self._owner}-{len(prefix) // TOKEN_BYTES}-{digest}{SUFFIX}"
+
+    def has_room(self, prefix: bytes) -> bool:
+        """Whether it would fit at all, judged by those before."""
+        return self.is_usable and self._token_bytes * len(prefix) / TOKEN_BYTES <= self.max_bytes
+
+    def unfinished(self) -> str:
+        """A name to write a file under until it is whole."""
+        return f"{secrets.token_hex(8)}{UNFINISHED}"
+
+    def keep(self, unfinished: str, prefix: bytes) -> None:
+        """It is whole. The least recently used of all others make room."""
+        name = self.name(prefix)
+        try:
+            size = os.stat(self.directory / unfinished).st_size
+            os.rename(self.directory / unfinished, self.directory / name)
+            self._token_bytes = size * TOKEN_BYTES / len(prefix)
+            self._lengths[name] = len(prefix) // TOKEN_BYTES
+            self._make_room()
+        except OSError as error:
+            self.failed(error.strerror or str(error))
+
+    def _make_room(self) -> None:
+        files = [entry for entry in os.scandir(self.directory) if entry.name.endswith(SUFFIX)]
+        sizes = {entry.name: (entry.stat().st_mtime_ns, entry.stat().st_size) for entry in files}
+        total = sum(size for _, size in sizes.values())
+        for name, (_, size) in sorted(sizes.items(), key=lambda item: item[1]):
+            if total <= self.max_bytes:
+                return
+            self.drop(name)
+            total -= size
+
+    def use(self, name: str) -> None:
+        """Its turn to go is the last again. Raises OSError where another process has made room."""
+        os.utime(self.directory / name)
+
+    def drop(self, name: str) -> None:
+        self._lengths.pop(name, None)
+        self._remove(name)
+
+    def failed(self, reason: str, unfinished: str | None = None) -> None:
+        """Nothing is saved or restored for a while: prompts are read as if there were no files."""
+        self._resting_until = time.monotonic() + RETRY_SECONDS
+        log.warning("prompts are not saved in %s for %.0f s: %s", self.directory, RETRY_SECONDS, reason)
+        if unfinished is not None:
+            self._remove(unfinished)
+
+    def _remove(self, name: str) -> None:
+        try:
+            (self.directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s could not be removed: %s", self.directory / name, error.strerror)

@@ -1,0 +1,242 @@
+"""How a llama.cpp engine reads prompts: each beginning that several share once, and long ones in pieces.
+
+llama.cpp keeps what it has read in the slot that read it, and slots share nothing. So the slot is chosen here; a
+shared beginning is read by one request (others that begin with it wait), saved, and restored into other slots, which
+takes milliseconds. Shared are the messages of the system, or what a prompt has in common with another recent one.
+All accounts share them, as they share slots: who knows a whole beginning can tell that somebody else has sent it.
+
+A long prompt is read in pieces, each a request to the engine: it fills its batches from the first slot on, and a
+short prompt beside a long one would wait for all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+
+import orjson
+
+from octoai.server.engines.base import Event, Finished, Generation, OnLeft, Started
+from octoai.server.engines.llama_control import Control, Refused
+from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.engines.prefixes import Prefixes
+from octoai.server.engines.slots import TOKEN_BYTES, Slots, num_common, packed
+
+log = logging.getLogger("octoai.engine")
+
+MIN_SHARED_TOKENS = 128  # fewer are read in one step
+PIECE_TOKENS = 512
+NUM_RECENT = 16
+NUM_HEADS = 64
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A prompt on its way into a slot. Its first `num_shared` tokens are worth keeping for others; `num_read` have
+    been read in pieces, of which `num_computed` were not in the slot before."""
+
+    tokens: Sequence[int] = ()
+    packed: bytes = b""
+    num_shared: int = 0
+    slot: int = -1
+    num_held: int = 0
+    num_read: int = 0
+    num_computed: int = 0
+    is_counted: bool = False  # by the engine, in what was told of it or in what it said when it was left
+
+    @property
+    def shared(self) -> bytes:
+        return self.packed[: self.num_shared * TOKEN_BYTES]
+
+    @property
+    def held(self) -> bytes:
+        """What its slot holds of it, as far as is known."""
+        return self.packed if self.is_counted else self.packed[: max(self.num_held, self.num_read) * TOKEN_BYTES]
+
+    def read(self, events: Sequence[Event]) -> None:
+        """What the engine says of a piece at its end, or when it is left."""
+        for event in events:
+            if isinstance(event, (Started, Finished)):
+                usage = event if isinstance(event, Started) else event.usage
+                self.num_read = usage.prompt_tokens
+                self.num_computed += usage.prompt_tokens - usage.cached_tokens
+
+    def counted(self, events: Sequence[Event]) -> Sequence[Event]:
+        """Events of the answer. What was read in pieces is cached to the engine; the request has computed it."""
+        self.is_counted = True
+        return [self._corrected(event) for event in events] if self.num_computed else events
+
+    def _corrected(self, event: Event) -> Event:
+        if isinstance(event, Started):
+            return replace(event, cached_tokens=max(0, event.cached_tokens - self.num_computed))
+        if isinstance(event, Finished):
+            cached_tokens = max(0, event.usage.cached_tokens - self.num_computed)
+            return replace(event, usage=replace(event.usage, cached_tokens=cached_tokens))
+        return event
+
+
+class Reading:
+    """The prompts of one child, and its slots."""
+
+    def __init__(self, http: OpenAIEngine, control: Control, prefixes: Prefixes, num_slots: int) -> None:
+        self._http = http
+        self._control = control
+        self._prefixes = prefixes
+        self._slots = Slots(num_slots)
+        self._turns = asyncio.Semaphore(num_slots)
+        self._recent: deque[bytes] = deque(maxlen=NUM_RECENT)
+        self._heads: OrderedDict[bytes, bytes] = OrderedDict()
+        self._being_read: dict[bytes, asyncio.Event] = {}
+        self._saving: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        for task in self._saving:
+            task.cancel()
+        await asyncio.gather(*self._saving, return_exceptions=True)
+        self._control.close()
+
+    async def generate(self, generation: Generation, on_left: OnLeft | None) -> AsyncGenerator[Sequence[Event]]:
+        """As of an `Engine`."""
+        async with self._turns:
+            prompt = await self._prompt(generation)
+            await self._until_others_have_read(prompt)
+            saved = self._take_slot(prompt)
+            try:
+                await self._read(prompt, saved)
+                told = None if on_left is None else partial(_told, on_left, prompt)
+                async with aclosing(self._http.generate(replace(generation, slot=prompt.slot), told)) as batches:
+                    async for batch in batches:
+                        yield prompt.counted(batch)
+            finally:
+                self._slots.put_back(prompt.slot, prompt.held)
+                if on_left is not None and prompt.num_read and not prompt.is_counted:
+                    on_left((Started(prompt.num_read, prompt.num_read - prompt.num_computed),))
+
+    async def _prompt(self, generation: Generation) -> Prompt:
+        """An empty one where the engine does not tell: it will say why when it is to answer."""
+        try:
+            tokens = await self._control.tokens(generation)
+            prompt = Prompt(tokens, packed(tokens))
+            limit = self._http.context_length
+            if limit is None or len(tokens) < limit:
+                prompt.num_shared = self._num_shared(prompt.packed, await self._head(generation))
+                return prompt
+        except (Refused, OverflowError) as error:
+            log.debug("a prompt is not known before it is read: %s", error)
+        return Prompt()
+
+    async def _head(self, generation: Generation) -> bytes:
+        """The prompt that these messages of the system begin, packed; nothing where they are few."""
+        head = []
+        for message in generation.messages or ():
+            if message["role"] not in ("system", "developer"):
+                break
+            head.append(message)
+        text = orjson.dumps(head)
+        if len(text) < MIN_SHARED_TOKENS:
+            return b""
+        if text not in self._heads:
+            asked = Generation(max_tokens=0, messages=[*head, {"role": "user", "content": ""}])
+            self._heads[text] = packed(await self._control.tokens(asked))
+            if len(self._heads) > NUM_HEADS:
+                self._heads.popitem(last=False)
+        self._heads.move_to_end(text)
+        return self._heads[text]
+
+    def _num_shared(self, prompt: bytes, head: bytes) -> int:
+        num_shared = num_common(prompt, head)
+        for recent in self._recent:
+            common = num_common(prompt, recent)
+            # What only goes on where another prompt ended is the next turn of its conversation, for nobody else.
+            branches = common * TOKEN_BYTES < len(recent) or recent == prompt
+            if branches and common >= num_shared + MIN_SHARED_TOKENS:
+                num_shared = common
+        if prompt not in self._recent:
+            self._recent.append(prompt)
+        num_shared = min(num_shared, len(prompt) // TOKEN_BYTES - 1)
+        return num_shared if num_shared >= MIN_SHARED_TOKENS else 0
+
+    async def _until_others_have_read(self, prompt: Prompt) -> None:
+        while others := [each for prefix, each in self._being_read.items() if prompt.packed.startswith(prefix)]:
+            await others[0].wait()
+
+    def _take_slot(self, prompt: Prompt) -> str | None:
+        """Returns the name of the saved beginning that the slot should have first, if there is one."""
+        num_saved, saved = self._prefixes.longest(prompt.packed)
+        prompt.slot, prompt.num_held = self._slots.take(prompt.packed, num_saved)
+        if saved is None or prompt.num_held >= num_saved:
+            return None
+        prompt.num_held = num_saved
+        return saved
+
+    async def _read(self, prompt: Prompt, saved: str | None) -> None:
+        """All but the last piece, which is left to the request itself."""
+        is_to_save = (
+            prompt.num_held <= prompt.num_shared > 0
+            and self._prefixes.has_room(prompt.shared)
+            and not self._prefixes.has(prompt.shared)
+        )
+        if is_to_save:
+            read = self._being_read[prompt.shared] = asyncio.Event()
+            try:
+                await self._restore(prompt, saved)
+                for end in _ends(prompt.num_held, prompt.num_shared):
+                    await self._read_to(prompt, end)
+                await self._read_to(prompt, prompt.num_shared)
+                await self._save(prompt)
+            finally:
+                del self._being_read[prompt.shared]
+                read.set()
+        else:
+            await self._restore(prompt, saved)
+        for end in _ends(max(prompt.num_held, prompt.num_read), len(prompt.tokens)):
+            await self._read_to(prompt, end)
+
+    async def _read_to(self, prompt: Prompt, end: int) -> None:
+        piece = Generation(max_tokens=0, tokens=prompt.tokens[:end], temperature=0.0, slot=prompt.slot)
+        async with aclosing(self._http.generate(piece, prompt.read)) as batches:
+            async for batch in batches:
+                if isinstance(batch[-1], Finished):
+                    prompt.read(batch[-1:])
+
+    async def _save(self, prompt: Prompt) -> None:
+        task = asyncio.create_task(self._saved(prompt.slot, prompt.shared))
+        self._saving.add(task)
+        task.add_done_callback(self._saving.discard)
+        await asyncio.shield(task)  # others may want it also when we are left
+
+    async def _saved(self, slot: int, prefix: bytes) -> None:
+        unfinished = self._prefixes.unfinished()
+        try:
+            await self._control.save(slot, unfinished)
+        except Refused as error:
+            self._prefixes.failed(str(error), unfinished)
+        else:
+            self._prefixes.keep(unfinished, prefix)
+
+    async def _restore(self, prompt: Prompt, saved: str | None) -> None:
+        if saved is None:
+            return
+        try:
+            self._prefixes.use(saved)
+            await self._control.restore(prompt.slot, saved)
+        except (Refused, OSError) as error:
+            prompt.num_held = 0
+            self._prefixes.drop(saved)
+            log.warning("a saved prompt could not be used, and is read again: %s", error)
+
+
+def _told(on_left: OnLeft, prompt: Prompt, events: Sequence[Event]) -> None:
+    on_left(prompt.counted(events))
+
+
+def _ends(start: int, end: int) -> Iterator[int]:
+    """Where pieces end, but for the last."""
+    while end - start > PIECE_TOKENS:
+        start += PIECE_TOKENS
+        yield start

@@ -1,0 +1,105 @@
+"""Which slot a prompt goes to; and where beginnings of prompts are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octoai.server.engines.prefixes import Prefixes, fingerprint
+from octoai.server.engines.slots import Slots, num_common, packed
+
+LONG = packed(range(1000, 1400))
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 3), max_size=40))
+def test_what_two_prompts_have_in_common_is_counted_in_tokens(one: list[int], other: list[int]) -> None:
+    same = [mine == its for mine, its in zip(one, other, strict=False)]
+    assert num_common(packed(one), packed(other)) == [*same, False].index(False)
+
+
+def test_a_number_that_is_no_token_is_not_packed() -> None:
+    for wrong in (-1, 2**32):
+        with pytest.raises(OverflowError):
+            packed([wrong])
+
+
+def test_a_conversation_goes_to_its_own_slot_and_a_new_one_to_the_slot_unused_for_longest() -> None:
+    slots = Slots(3)
+    for each in range(3):
+        assert slots.take(packed([each] * 10), 0) == (each, 0)
+    for each in (1, 0, 2):
+        slots.put_back(each, packed([each] * 10))
+    assert slots.take(packed([0] * 10 + [5]), 0) == (0, 10)
+    assert slots.take(packed([7, 8]), 0) == (1, 0)
+
+
+def test_a_slot_that_holds_much_more_than_what_is_shared_is_left_to_its_conversation() -> None:
+    slots = Slots(2)
+    slot, _ = slots.take(LONG, 0)
+    slots.put_back(slot, LONG)
+    assert slots.take(LONG[:400] + packed([1, 2]), 0) == (1, 0)
+
+
+def test_a_slot_is_not_chosen_for_what_any_slot_can_have() -> None:
+    slots = Slots(2)
+    slot, _ = slots.take(LONG, 0)
+    slots.put_back(slot, LONG)
+    other = LONG[:1200] + packed([1, 2])
+    assert slots.take(other, 300) == (1, 0)
+    assert slots.take(other, 300) == (0, 300)
+
+
+def write(prefixes: Prefixes, prefix: bytes, num_bytes: int, at: float) -> None:
+    unfinished = prefixes.unfinished()
+    (prefixes.directory / unfinished).write_bytes(b"x" * num_bytes)
+    os.utime(prefixes.directory / unfinished, (at, at))
+    prefixes.keep(unfinished, prefix)
+
+
+def test_the_longest_kept_beginning_is_found_also_by_who_opens_later(tmp_path: Path) -> None:
+    prefixes = Prefixes(tmp_path / "p", "owner", 10_000)
+    prefixes.open()
+    for length in (200, 300):
+        write(prefixes, LONG[: 4 * length], 10, 1.0)
+    for each in (prefixes, Prefixes(tmp_path / "p", "owner", 10_000)):
+        each.open()
+        assert each.longest(LONG)[0] == 300
+        assert each.longest(LONG[: 4 * 299])[0] == 200
+        assert each.longest(packed([9]) + LONG) == (0, None)
+    stranger = Prefixes(tmp_path / "p", "stranger", 10_000)
+    stranger.open()
+    assert stranger.longest(LONG) == (0, None)
+
+
+def test_the_least_recently_used_of_all_models_make_room(tmp_path: Path) -> None:
+    one, other = (Prefixes(tmp_path, owner, 100) for owner in ("one", "other"))
+    write(one, LONG[:800], 40, 1.0)
+    write(other, LONG[:800], 40, 2.0)
+    one.use(one.name(LONG[:800]))
+    write(one, LONG[:1200], 40, 3.0)
+    assert one.longest(LONG)[0] == 300
+    assert {path.name for path in tmp_path.iterdir()} == {one.name(LONG[:800]), one.name(LONG[:1200])}
+    with pytest.raises(OSError):
+        other.use(other.name(LONG[:800]))
+
+
+def test_one_that_could_never_fit_is_not_written(tmp_path: Path) -> None:
+    prefixes = Prefixes(tmp_path, "owner", 1000)
+    assert prefixes.has_room(LONG)  # nothing is known yet
+    write(prefixes, LONG[:400], 500, 1.0)
+    assert prefixes.has_room(LONG[:800])
+    assert not prefixes.has_room(LONG)
+
+
+def test_weights_that_changed_are_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"a" * 100)
+    before = fingerprint(path, "shape")
+    assert fingerprint(path, "shape") == before
+    assert fingerprint(path, "another shape") != before
+    path.write_bytes(b"b" * 100)
+    assert fingerprint(path, "shape") != before
