@@ -19,9 +19,9 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from octoai.server.engines.base import Event, Generation, OnLeft
 from octoai.server.engines.dialects import DIALECTS
@@ -40,6 +40,25 @@ TOKENIZED_BYTES_PER_SECOND = 100_000
 
 
 @dataclass(frozen=True, slots=True)
+class LlamaTuning:
+    """What a profile of this machine may say beside `LlamaOptions`; the defaults are safe everywhere.
+
+    `num_batch_threads` read prompts (0: as many as generate). Of a batch, `micro_batch_tokens` are computed at a time
+    (0: all). `cache_type` is the type of ggml that the KV cache is kept in; `is_unified` shares one cache between the
+    slots. `speculation` guesses tokens from n-grams of the text so far. Threads that wait asleep (`waits_asleep`) leave
+    their core to others: spinning ones halved decoding when a neighbour took one of two cores.
+    """
+
+    num_batch_threads: int = 0
+    micro_batch_tokens: int = 0
+    flash_attention: Literal["auto", "on", "off"] = "auto"
+    cache_type: Literal["f16", "q8_0", "q4_0"] = "f16"
+    is_unified: bool = False
+    speculation: Literal["none", "ngram_simple", "ngram_map_k", "ngram_map_k4v", "ngram_mod", "ngram_cache"] = "none"
+    waits_asleep: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class LlamaOptions:
     """How the child runs. `batch_tokens` bounds how long one step of prompt reading takes, and with it how soon a
     slot is free after its client left: 64 tokens keep that under a second where 256 took two."""
@@ -50,6 +69,7 @@ class LlamaOptions:
     batch_tokens: int = 64
     cache_ram_mib: int = 0
     stall_seconds: float = 30.0
+    tuning: LlamaTuning = field(default_factory=LlamaTuning)
 
     @property
     def threads(self) -> int:
@@ -184,6 +204,7 @@ class LlamaEngine:
             "batch_tokens": self.options.batch_tokens,
             "num_threads": self.options.threads,
             "cache_ram_mib": self.options.cache_ram_mib,
+            **asdict(self.options.tuning),
         }
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "octoai.server.engines.llama_child"),
@@ -192,8 +213,7 @@ class LlamaEngine:
             stderr=asyncio.subprocess.PIPE,
             limit=MAX_LINE_BYTES,
             start_new_session=True,  # a terminal's Ctrl-C is ours to handle
-            # Threads that wait asleep: spinning ones halved decoding when a neighbour took one of two cores.
-            env={**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
+            env=_environment(self.options.tuning),
         )
         self._directory = directory
         self._listener = asyncio.create_task(self._listen(self._process))
@@ -257,6 +277,11 @@ class LlamaEngine:
             shutil.rmtree(self._directory, ignore_errors=True)
         if http is not None:
             await http.close()
+
+
+def _environment(tuning: LlamaTuning) -> Mapping[str, str]:
+    """What the operator says of OpenMP goes before what we think. Unset, its threads spin a while, then sleep."""
+    return {"OMP_WAIT_POLICY": "passive", **os.environ} if tuning.waits_asleep else os.environ
 
 
 def _num_bytes(generation: Generation) -> int:
