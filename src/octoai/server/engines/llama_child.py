@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    _die_with_parent()
+    die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group; the service decides when we go
         signal.signal(number, signal.SIG_IGN)
     options = json.loads(sys.stdin.readline())
@@ -66,7 +66,7 @@ def _tune(xllamacpp: Any, params: Any, options: dict[str, Any]) -> None:
     params.speculative.types = [xllamacpp.common_speculative_type[speculation]]
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """On Linux the kernel kills us with the parent even while we load a model and do not read the pipe."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

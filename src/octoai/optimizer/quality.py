@@ -1,0 +1,146 @@
+"""What a change of format does to what a model says, measured: how far its next-token distributions move.
+
+A text that is shipped for it is read once through the weights as given and once through the candidate, and at every
+position the whole distributions are compared: nothing is sampled or cut off. Knows nothing of formats or of speed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octoai.optimizer.weights import UnusableWeights
+
+MAX_POSITIONS = 400
+_ROWS_A_STEP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How a candidate differs from the weights as given.
+
+    `kl_nats` is the mean over positions of KL(as given || candidate) of the next-token distribution, `kl_error` the
+    standard error of that mean, `same_top` the share of positions whose most likely token stays the same.
+    """
+
+    kl_nats: float
+    kl_error: float
+    same_top: float
+    num_positions: int
+
+
+class Reference:
+    """What the weights as given say, kept on disk to compare candidates with. Use it as a context manager.
+
+    The text is read up to `max_positions`, or until `max_seconds` have passed, in which case all candidates are
+    compared over the fewer positions read by then. Raises UnusableWeights.
+    """
+
+    def __init__(
+        self,
+        weights: Path,
+        *,
+        max_positions: int = MAX_POSITIONS,
+        max_seconds: float = 60.0,
+        num_threads: int = 1,
+        text: str | None = None,
+    ) -> None:
+        self._text = shipped_text() if text is None else text
+        self._num_threads = num_threads
+        self._directory = tempfile.TemporaryDirectory(prefix="octoai-")
+        try:
+            self._given = self._distributions(weights, max_positions, max_seconds)
+        except BaseException:
+            self._directory.cleanup()
+            raise
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._directory.cleanup()
+
+    @property
+    def num_positions(self) -> int:
+        return len(self._given)
+
+    def measure(self, candidate: Path) -> Quality:
+        """Takes about as long as the candidate takes to read the text. Raises UnusableWeights."""
+        found = self._distributions(candidate, self.num_positions, float("inf"))
+        try:
+            if found.shape != self._given.shape:
+                raise UnusableWeights(f"{candidate} has another vocabulary than the weights as given")
+            return compared(self._given, found)
+        finally:
+            _path_of(found).unlink()
+
+    def _distributions(self, weights: Path, max_positions: int, max_seconds: float) -> npt.NDArray[np.float32]:
+        """Log probabilities, (positions, tokens), mapped from a file."""
+        output = Path(tempfile.mkstemp(dir=self._directory.name)[1])
+        options = {
+            "weights": str(weights),
+            "text": self._text,
+            "output": str(output),
+            "max_positions": max_positions,
+            "max_seconds": max_seconds,
+            "num_threads": self._num_threads,
+        }
+        said = _run_child(options, weights)
+        shape = (said["num_positions"], said["num_tokens"])
+        return np.memmap(output, np.float32, mode="r", shape=shape)
+
+
+def compared(given: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> Quality:
+    """Both are log probabilities, (positions, tokens)."""
+    divergences: list[float] = []
+    same = 0
+    for first in range(0, len(given), _ROWS_A_STEP):
+        ours = given[first : first + _ROWS_A_STEP].astype(np.float64)
+        theirs = found[first : first + _ROWS_A_STEP].astype(np.float64)
+        divergences += (np.exp(ours) * (ours - theirs)).sum(axis=1).tolist()
+        same += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
+    count = len(divergences)
+    error = float(np.std(divergences, ddof=1)) / count**0.5 if count > 1 else float("inf")
+    return Quality(max(0.0, float(np.mean(divergences))), error, same / count, count)
+
+
+def shipped_text() -> str:
+    """Prose, dialogue, code, numbers and instructions: a little of what models are asked for."""
+    return files("octoai.optimizer").joinpath("passages.txt").read_text("utf-8")
+
+
+def _run_child(options: dict[str, Any], weights: Path) -> dict[str, Any]:
+    ran = subprocess.run(
+        [sys.executable, "-m", "octoai.optimizer.logits"],
+        input=json.dumps(options) + "\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
+    )
+    if ran.returncode != 0:
+        words = ran.stderr.strip().splitlines()
+        raise UnusableWeights(words[-1] if words else f"llama.cpp crashed on {weights} (exit {ran.returncode})")
+    said: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    if said["num_positions"] < 2:
+        raise UnusableWeights(f"{weights}: not even two positions could be read in the time given")
+    return said
+
+
+def _path_of(mapped: npt.NDArray[np.float32]) -> Path:
+    name = getattr(mapped, "filename", None)
+    assert name is not None
+    return Path(name)
