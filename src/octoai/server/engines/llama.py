@@ -45,17 +45,18 @@ class LlamaTuning:
 
     `num_batch_threads` read prompts (0: as many as generate). Of a batch, `micro_batch_tokens` are computed at a time
     (0: all). `cache_type` is the type of ggml that the KV cache is kept in; `is_unified` shares one cache between the
-    slots. `speculation` guesses tokens from n-grams of the text so far. Threads that wait asleep (`waits_asleep`) leave
-    their core to others: spinning ones halved decoding when a neighbour took one of two cores.
+    slots. `speculation` guesses tokens from n-grams of the text so far. A thread that waits for the others looks
+    `spin_count` times before it sleeps (None: OpenMP's own, some milliseconds): what spins is fastest alone, and halved
+    decoding when a neighbour took one of two cores.
     """
 
     num_batch_threads: int = 0
     micro_batch_tokens: int = 0
     flash_attention: Literal["auto", "on", "off"] = "auto"
-    cache_type: Literal["f16", "q8_0", "q4_0"] = "f16"
+    cache_type: Literal["f16", "f32", "q8_0"] = "f16"
     is_unified: bool = False
     speculation: Literal["none", "ngram_simple", "ngram_map_k", "ngram_map_k4v", "ngram_mod", "ngram_cache"] = "none"
-    waits_asleep: bool = True
+    spin_count: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,11 @@ class LlamaEngine:
     @property
     def is_ready(self) -> bool:
         return self._is_ready
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child, for who measures its memory."""
+        return self._process.pid if self._process else None
 
     async def start(self) -> None:
         """The first start must succeed: weights that cannot be loaded now cannot be loaded later either."""
@@ -280,8 +286,11 @@ class LlamaEngine:
 
 
 def _environment(tuning: LlamaTuning) -> Mapping[str, str]:
-    """What the operator says of OpenMP goes before what we think. Unset, its threads spin a while, then sleep."""
-    return {"OMP_WAIT_POLICY": "passive", **os.environ} if tuning.waits_asleep else os.environ
+    """What the operator says of OpenMP goes before what we think."""
+    if tuning.spin_count is None:
+        return os.environ
+    waiting = {"GOMP_SPINCOUNT": str(tuning.spin_count)} if tuning.spin_count else {"OMP_WAIT_POLICY": "passive"}
+    return {**waiting, **os.environ}
 
 
 def _num_bytes(generation: Generation) -> int:

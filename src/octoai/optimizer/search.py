@@ -1,0 +1,273 @@
+"""The search: successive halving within stages, from what matters most to what matters least.
+
+In each stage the best so far and its challengers are measured one after the other, briefly; those that are not slower
+again and for longer, half of them each time. Speeds are compared only within such a round, since a machine that other
+programs share is twice as fast in one minute as in the next. What is measured, and how, is an argument: nothing here
+starts a process or looks at a clock of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import exp, log
+from statistics import median
+from typing import Literal, Protocol
+
+from octoai.optimizer.space import Candidate, Stage
+from octoai.optimizer.workload import Speed
+
+Goal = Literal["latency", "throughput", "balanced"]
+
+# Of a prompt's rate, one stream's, and that of several requests at once.
+_WEIGHTS: dict[Goal, tuple[float, float, float]] = {
+    "latency": (0.45, 0.45, 0.1),
+    "throughput": (0.1, 0.1, 0.8),
+    "balanced": (1 / 3, 1 / 3, 1 / 3),
+}
+FIRST_SHARE = 1 / 8
+MOST_ROUNDS = 5  # of the comparison at the end
+_FOR_THE_END = 0.2  # of the budget
+_NOT_SLOWER = 0.97
+_FASTER = 1.03  # less is noise
+
+
+class Loss(Protocol):
+    """What is kept of a `Quality`."""
+
+    @property
+    def kl_nats(self) -> float: ...
+    @property
+    def same_top(self) -> float: ...
+
+
+class TrialFailed(Exception):
+    """A candidate that could not be measured; the text is one line."""
+
+
+class Measuring(Protocol):
+    """`share` is how much of the workload is run, `turn` which of its prompts: one turn's are the same for all."""
+
+    def speed(self, candidate: Candidate, share: float, turn: int) -> tuple[Speed, int]:
+        """And the most memory that it took, in bytes. Raises TrialFailed."""
+
+    def loss(self, weights: str) -> Loss:
+        """Of a recipe. Raises TrialFailed."""
+
+    def steadiness(self, candidate: Candidate) -> float:
+        """What is left of the joint rate, as a share of it, while another process takes a core. Raises TrialFailed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    max_loss: float = 0.005
+    """In nats: the mean KL divergence from the weights as given."""
+    max_memory_bytes: int | None = None
+    min_steadiness: float = 0.5
+    """Threads that spin are fastest alone and slowest in company: what is chosen must bear company."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """`score` is how fast it was for the goal, as a multiple of the best so far in the same round."""
+
+    stage: str
+    candidate: Candidate
+    share: float
+    speed: Speed | None = None
+    memory_bytes: int = 0
+    score: float | None = None
+    note: str = ""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """`pairs` are speeds of the defaults and of the best, in turn, at the end."""
+
+    best: Candidate
+    is_interrupted: bool = False
+    trials: list[Trial] = field(default_factory=list)
+    losses: dict[str, Loss] = field(default_factory=dict)
+    pairs: list[tuple[Speed, Speed]] = field(default_factory=list)
+
+    def ratio(self, rate: Callable[[Speed], float]) -> float | None:
+        """Of the best to the defaults: the median."""
+        return median(rate(best) / rate(defaults) for defaults, best in self.pairs) if self.pairs else None
+
+
+class _OutOfTime(Exception):
+    pass
+
+
+def score(speed: Speed, beside: Speed, goal: Goal) -> float:
+    """How many times as fast, for the goal."""
+    weights = _WEIGHTS[goal]
+    rates = (
+        (speed.prompt_rate, beside.prompt_rate),
+        (speed.stream_rate, beside.stream_rate),
+        (speed.joint_rate, beside.joint_rate),
+    )
+    return exp(sum(weight * log(a / b) for weight, (a, b) in zip(weights, rates, strict=True)))
+
+
+def _waiting(candidate: Candidate) -> object:
+    """What decides how a candidate bears company."""
+    tuning = candidate.tuning
+    return candidate.num_threads, tuning.num_batch_threads, tuning.spin_count
+
+
+class Search:
+    """`defaults` are what the result is compared with, `start` is where the search begins; both must be allowed."""
+
+    def __init__(
+        self,
+        measuring: Measuring,
+        stages: Sequence[Stage],
+        *,
+        start: Candidate,
+        defaults: Candidate,
+        goal: Goal = "balanced",
+        bounds: Bounds = Bounds(),
+        on_trial: Callable[[Trial], None] = lambda _trial: None,
+    ) -> None:
+        self._measuring = measuring
+        self._stages = stages
+        self._goal = goal
+        self._bounds = bounds
+        self._on_trial = on_trial
+        self._defaults = defaults
+        self._outcome = Outcome(best=start)
+        self._start = start
+        self._steadiness: dict[object, float] = {}
+        self._turn = 0
+        self._until = 0.0
+        self._clock: Callable[[], float] = lambda: 0.0
+
+    def run(self, seconds: float, clock: Callable[[], float]) -> Outcome:
+        """No trial begins after `seconds`. Interrupted by the keyboard it returns what was found by then."""
+        self._clock = clock
+        began = clock()
+        try:
+            self._until = began + seconds * (1 - _FOR_THE_END)
+            self._within_time(self._all_stages)
+            self._until = began + seconds
+            self._within_time(self._compare)
+        except KeyboardInterrupt:
+            self._outcome.is_interrupted = True
+        return self._outcome
+
+    def _within_time(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except _OutOfTime:
+            return
+
+    def _all_stages(self) -> None:
+        self._turn += 1
+        if (speed := self._tried("defaults", self._defaults, FIRST_SHARE)) is not None:
+            self._tried("start", self._start, FIRST_SHARE, speed)
+        for stage in self._stages:
+            best = self._outcome.best
+            self._best_of(stage.title, best, stage.others(best))
+
+    def _best_of(self, title: str, best: Candidate, others: Sequence[Candidate]) -> None:
+        """The best so far, or the challenger that was faster in all rounds together, becomes the best."""
+        challengers = [other for other in dict.fromkeys(others) if other != best]
+        scores: dict[Candidate, float] = {}
+        share, total, num_rounds = FIRST_SHARE, 0.0, 0
+        while challengers and not (num_rounds > 1 and len(challengers) == 1 and total >= 3 * FIRST_SHARE):
+            found = self._round(title, best, challengers, share)
+            total += share
+            for each in found:
+                scores[each] = scores.get(each, 0.0) + share * log(found[each])
+            ranked = sorted(found, key=lambda each: -scores[each])
+            good = [each for each in ranked if exp(scores[each] / total) > _NOT_SLOWER]
+            challengers = self._allowed(good, 1 if num_rounds else max(1, len(others) // 2))
+            share, num_rounds = share * 2, num_rounds + 1
+        if challengers and exp(scores[challengers[0]] / total) > _FASTER:
+            self._outcome.best = challengers[0]
+
+    def _round(
+        self, title: str, best: Candidate, challengers: Sequence[Candidate], share: float
+    ) -> dict[Candidate, float]:
+        """Scores of the challengers that could be measured, beside the best so far in the same round."""
+        self._turn += 1
+        beside = self._tried(title, best, share)
+        if beside is None:
+            return {}
+        found: dict[Candidate, float] = {}
+        for candidate in challengers:
+            speed = self._tried(title, candidate, share, beside)
+            if speed is not None:
+                found[candidate] = score(speed, beside, self._goal)
+        return found
+
+    def _tried(self, title: str, candidate: Candidate, share: float, beside: Speed | None = None) -> Speed | None:
+        """None for a candidate that failed, or takes more memory than allowed."""
+        self._check_time()
+        try:
+            speed, memory_bytes = self._measuring.speed(candidate, share, self._turn)
+        except TrialFailed as failure:
+            self._note(Trial(title, candidate, share, note=f"failed: {failure}"))
+            return None
+        limit = self._bounds.max_memory_bytes
+        is_too_large = limit is not None and memory_bytes > limit and candidate != self._defaults
+        relative = score(speed, beside, self._goal) if beside else 1.0
+        self._note(
+            Trial(title, candidate, share, speed, memory_bytes, relative, "too much memory" if is_too_large else "")
+        )
+        return None if is_too_large else speed
+
+    def _allowed(self, ranked: Sequence[Candidate], count: int) -> list[Candidate]:
+        """The first of them whose weights lose no more than they may."""
+        found: list[Candidate] = []
+        for candidate in ranked:
+            if len(found) == count:
+                break
+            if self._is_good_enough(candidate):
+                found.append(candidate)
+        return found
+
+    def _is_good_enough(self, candidate: Candidate) -> bool:
+        try:
+            return self._loses_little(candidate.weights) and self._is_steady(candidate)
+        except TrialFailed as failure:
+            self._note(Trial("bounds", candidate, 0.0, note=f"failed: {failure}"))
+            return False
+
+    def _loses_little(self, weights: str) -> bool:
+        if weights == self._start.weights:
+            return True
+        if weights not in self._outcome.losses:
+            self._check_time()
+            self._outcome.losses[weights] = self._measuring.loss(weights)
+        return self._outcome.losses[weights].kl_nats <= self._bounds.max_loss
+
+    def _is_steady(self, candidate: Candidate) -> bool:
+        waiting = _waiting(candidate)
+        if waiting == _waiting(self._start):
+            return True
+        if waiting not in self._steadiness:
+            self._check_time()
+            self._steadiness[waiting] = self._measuring.steadiness(candidate)
+            share = self._steadiness[waiting]
+            self._note(Trial("company", candidate, 0.0, note=f"{share:.0%} of it while another process takes a core"))
+        return self._steadiness[waiting] >= self._bounds.min_steadiness
+
+    def _check_time(self) -> None:
+        if self._clock() >= self._until:
+            raise _OutOfTime
+
+    def _compare(self) -> None:
+        """The defaults and the best in turn, until time is up: what is told to the user."""
+        for _ in range(MOST_ROUNDS):
+            self._turn += 1
+            defaults = self._tried("defaults", self._defaults, 2 * FIRST_SHARE)
+            best = self._tried("chosen", self._outcome.best, 2 * FIRST_SHARE, defaults)
+            if defaults is None or best is None:
+                return
+            self._outcome.pairs.append((defaults, best))
+
+    def _note(self, trial: Trial) -> None:
+        self._outcome.trials.append(trial)
+        self._on_trial(trial)

@@ -1,0 +1,150 @@
+"""One candidate, measured in a child engine of its own on the real model.
+
+The requantized files are made here too, in a directory of the search's own, when a candidate first needs one. A child
+that crashes, hangs or cannot load its weights is a `TrialFailed`, never more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+
+from octoai.optimizer.quality import Quality, Reference
+from octoai.optimizer.search import TrialFailed
+from octoai.optimizer.space import AS_GIVEN, Candidate
+from octoai.optimizer.weights import Recipe, UnusableWeights, recipes, requantize
+from octoai.optimizer.workload import Passages, Speed, Workload, joint_rate, measure
+from octoai.server.engines.llama import LlamaEngine, LlamaOptions
+from octoai.server.errors import Refusal
+
+TRIAL_SECONDS = 60.0
+COMPANY_SHARE = 1 / 8
+_COLLAPSED = 4.0  # as long as alone: no need to wait for more
+# It ends by itself when we are gone: its input is closed then.
+_BUSY = "import select, sys\nwhile not select.select([sys.stdin], [], [], 0)[0]:\n    sum(range(100000))"
+
+
+class Bench:
+    """Measures candidates for one file of weights. `directory` is empty and the search's own. Use it as a context
+    manager: what quality is compared with lies on disk meanwhile."""
+
+    def __init__(self, source: Path, directory: Path, *, context_length: int, num_threads: int) -> None:
+        self.source = source
+        self._directory = directory
+        self._context_length = context_length
+        self._num_threads = num_threads
+        self._recipes = {AS_GIVEN: Recipe(AS_GIVEN, ())} | {each.name: each for each in recipes(source)}
+        self._reference: Reference | None = None
+        self._stack = ExitStack()
+        self._unusable: dict[str, str] = {}
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def recipe_names(self) -> list[str]:
+        return list(self._recipes)
+
+    def weights(self, name: str) -> Path:
+        """The file of the recipe of that name, made first if need be. Raises TrialFailed."""
+        if name == AS_GIVEN:
+            return self.source
+        path = self._directory / f"{list(self._recipes).index(name)}.gguf"
+        if name in self._unusable:
+            raise TrialFailed(self._unusable[name])
+        if not path.is_file():
+            try:
+                requantize(self.source, path, self._recipes[name], num_threads=self._num_threads)
+            except UnusableWeights as error:
+                self._unusable[name] = str(error)
+                raise TrialFailed(str(error)) from None
+        return path
+
+    def speed(self, candidate: Candidate, share: float, turn: int) -> tuple[Speed, int]:
+        weights = self.weights(candidate.weights)
+        return asyncio.run(self._measured(candidate, weights, Workload().part(share), turn))
+
+    def loss(self, weights: str) -> Quality:
+        try:
+            if self._reference is None:
+                self._reference = self._stack.enter_context(Reference(self.source, num_threads=self._num_threads))
+            return self._reference.measure(self.weights(weights))
+        except UnusableWeights as error:
+            raise TrialFailed(str(error)) from None
+
+    def steadiness(self, candidate: Candidate) -> float:
+        weights = self.weights(candidate.weights)
+        return asyncio.run(self._beside_another(candidate, weights))
+
+    async def _measured(self, candidate: Candidate, weights: Path, workload: Workload, turn: int) -> tuple[Speed, int]:
+        async with self._engine(candidate, weights) as engine:
+            speed = await measure(engine, workload, Passages(turn))
+            return speed, _peak_memory_bytes(engine.pid)
+
+    async def _beside_another(self, candidate: Candidate, weights: Path) -> float:
+        workload, passages = Workload().part(COMPANY_SHARE), Passages(0)
+        async with self._engine(candidate, weights) as engine:
+            prompts = [await passages.take(engine, workload.prompt) for _ in range(3 * workload.num_requests)]
+            groups = [prompts[first::3] for first in range(3)]
+            await joint_rate(engine, groups[0], workload.completion)  # a first run is slower
+            alone = await joint_rate(engine, groups[1], workload.completion)
+            seconds = workload.num_requests * workload.completion / alone
+            with _busy_process():
+                try:
+                    async with asyncio.timeout(seconds * _COLLAPSED):
+                        return await joint_rate(engine, groups[2], workload.completion) / alone
+                except TimeoutError:
+                    return 1 / _COLLAPSED
+
+    @asynccontextmanager
+    async def _engine(self, candidate: Candidate, weights: Path) -> AsyncIterator[LlamaEngine]:
+        """Running, for as long as a trial may take. Raises TrialFailed for what goes wrong in it."""
+        options = engine_options(candidate, context_length=self._context_length, stall_seconds=TRIAL_SECONDS)
+        engine = LlamaEngine(weights, model="trial", options=options)
+        try:
+            async with AsyncExitStack() as stack, asyncio.timeout(TRIAL_SECONDS):
+                stack.push_async_callback(engine.close)
+                await engine.start()
+                yield engine
+        except TimeoutError:
+            raise TrialFailed(f"not done in {TRIAL_SECONDS:.0f} s") from None
+        except (Refusal, OSError) as error:
+            raise TrialFailed(getattr(error, "message", str(error))) from None
+
+
+@contextmanager
+def _busy_process() -> Iterator[None]:
+    """Another program that computes all the time."""
+    with subprocess.Popen([sys.executable, "-c", _BUSY], stdin=subprocess.PIPE) as process:  # noqa: S603  # our own text
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def engine_options(candidate: Candidate, *, context_length: int, stall_seconds: float) -> LlamaOptions:
+    return LlamaOptions(
+        context_length=context_length,
+        num_slots=candidate.num_slots,
+        num_threads=candidate.num_threads,
+        batch_tokens=candidate.batch_tokens,
+        stall_seconds=stall_seconds,
+        tuning=candidate.tuning,
+    )
+
+
+def _peak_memory_bytes(pid: int | None) -> int:
+    """Of a running process; 0 where the kernel does not say."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text("ascii")
+    except OSError:
+        return 0
+    peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), "0")
+    return int(peak) * 1024
