@@ -107,19 +107,22 @@ def converted(rows: bytearray, source: Format, target: Format, row_length: int) 
         read((ctypes.c_uint8 * len(rows)).from_buffer(rows), floats, num_numbers)
     if target.name == "F32":
         return bytes(floats)
+    return _quantized(floats, num_numbers, target, row_length)
+
+
+def _quantized(floats: Any, num_numbers: int, target: Format, row_length: int) -> bytearray:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
     written = bytearray(target.num_bytes(num_numbers))
     view = (ctypes.c_uint8 * len(written)).from_buffer(written)
-    num_bytes = _quantize()(target.id, floats, view, 0, num_numbers // row_length, row_length, None)
-    assert num_bytes == len(written), f"{target.name}: {num_bytes} bytes of {len(written)}"
-    return written
-
-
-@functools.cache
-def _quantize() -> Any:
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    return function(
+    if target.name == "IQ4_NL":  # a tenth of the time of the thorough one, for 3 % more error
+        function("quantize_row_iq4_nl_ref", None, pointer, pointer, number)(floats, view, num_numbers)
+        return written
+    quantize = function(
         "ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, pointer, pointer, number, number, number, pointer
     )
+    num_bytes = quantize(target.id, floats, view, 0, num_numbers // row_length, row_length, None)
+    assert num_bytes == len(written), f"{target.name}: {num_bytes} bytes of {len(written)}"
+    return written
 
 
 @dataclass(frozen=True, slots=True)

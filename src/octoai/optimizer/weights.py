@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from octoai.optimizer.affine import as_q8_0, is_affine
 from octoai.optimizer.ggml import BadFile, Format, Header, Tensor, can_read, converted, formats, open_header
 
 Progress = Callable[[int, int], None]
@@ -141,7 +142,10 @@ class _Piece:
         """Returns how many bytes were written."""
         start = self.tensor.format
         rows = self.source.read(self.tensor.offset + start.num_bytes(self.first), start.num_bytes(self.num_numbers))
-        made = memoryview(converted(rows, start, self.to, self.tensor.shape[0]))
+        if self.to.name == "Q8_0" and is_affine(start.name):
+            made = memoryview(as_q8_0(rows, start.name))
+        else:
+            made = memoryview(converted(rows, start, self.to, self.tensor.shape[0]))
         offset = self.target_offset + self.to.num_bytes(self.first)
         done = 0
         while done < len(made):
@@ -202,7 +206,7 @@ def _correct_file_type(header: Header, made: list[Tensor]) -> None:
     for each in made:
         numbers[each.format.name] = numbers.get(each.format.name, 0) + each.num_numbers
     most = max(numbers, key=lambda name: numbers[name])
-    if most in _FILE_TYPES:
+    if most in _FILE_TYPES and header.number("general.file_type", -1) != _FILE_TYPES[most]:
         header.set_number("general.file_type", _FILE_TYPES[most])
 
 

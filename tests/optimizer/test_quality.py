@@ -1,0 +1,97 @@
+"""How far a candidate's next-token distributions are from those of the weights as given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference, compared, shipped_text
+from octoai.optimizer.weights import Recipe, UnusableWeights, requantize
+
+
+def logs(*rows: list[float]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    return np.log(np.array(rows)).astype(np.float32)
+
+
+def test_the_divergence_is_the_mean_over_positions_of_kl_from_the_given_to_the_found() -> None:
+    given, found = logs([0.5, 0.5], [0.9, 0.1]), logs([0.25, 0.75], [0.9, 0.1])
+    first = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+    quality = compared(given, found)
+    assert quality.kl_nats == pytest.approx(first / 2, rel=1e-5)
+    assert quality.kl_error == pytest.approx(first / 2, rel=1e-5)  # of two values, one of them zero
+    assert compared(found, given).kl_nats != pytest.approx(quality.kl_nats, rel=0.01)
+
+
+def test_what_stays_on_top_is_counted() -> None:
+    given = logs([0.6, 0.4], [0.6, 0.4], [0.2, 0.8], [0.2, 0.8])
+    found = logs([0.9, 0.1], [0.4, 0.6], [0.1, 0.9], [0.3, 0.7])
+    assert compared(given, found).same_top == 0.75
+    assert compared(given, found).num_positions == 4
+
+
+def test_many_positions_are_compared_in_steps_as_well_as_at_once() -> None:
+    random = np.random.default_rng(5)
+    given, found = (random.dirichlet(np.ones(50), 100) for _ in range(2))
+    expected = (given * np.log(given / found)).sum(axis=1)
+    quality = compared(logs(*given), logs(*found))
+    assert quality.kl_nats == pytest.approx(expected.mean(), rel=1e-4)
+    assert quality.kl_error == pytest.approx(expected.std(ddof=1) / 10, rel=1e-4)
+
+
+def test_the_shipped_text_has_several_kinds_of_text() -> None:
+    text = shipped_text()
+    assert len(text.split()) > 350
+    kinds = ("the sea has no opinion", '"I thought you had it."', "def ", '{"name"', "1,620.00", "Question:", "2. Lift")
+    assert all(each in text for each in kinds)
+
+
+@pytest.fixture(scope="module")
+def reference(embedded_model: Path) -> Iterator[Reference]:
+    with Reference(embedded_model, num_threads=2) as opened:
+        yield opened
+
+
+@pytest.mark.model
+def test_weights_do_not_differ_from_themselves(reference: Reference, embedded_model: Path) -> None:
+    assert reference.measure(embedded_model) == Quality(0.0, 0.0, 1.0, MAX_POSITIONS)
+
+
+@pytest.mark.model
+def test_the_more_a_format_rounds_the_further_it_is(reference: Reference, embedded_model: Path, tmp_path: Path) -> None:
+    found = {}
+    for name in ("Q8_0", "Q4_0", "Q2_0"):
+        requantize(embedded_model, tmp_path / "made.gguf", Recipe(name, (("blk.*", name),)))
+        found[name] = reference.measure(tmp_path / "made.gguf")
+    assert 0 < found["Q8_0"].kl_nats < 0.005
+    assert 0.1 < found["Q4_0"].kl_nats < found["Q2_0"].kl_nats
+    assert found["Q8_0"].kl_error < 0.0005
+    assert found["Q8_0"].same_top > 0.9 > found["Q4_0"].same_top > found["Q2_0"].same_top
+
+
+@pytest.mark.model
+def test_a_budget_of_time_makes_it_fewer_positions(embedded_model: Path) -> None:
+    with Reference(embedded_model, max_seconds=0) as hurried:
+        assert 2 <= hurried.num_positions < 32
+        assert hurried.measure(embedded_model).num_positions == hurried.num_positions
+
+
+@pytest.mark.model
+def test_a_reference_leaves_nothing_behind(
+    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with Reference(embedded_model, max_positions=16) as opened:
+        opened.measure(embedded_model)
+        assert len(list(tmp_path.rglob("*"))) == 2  # its folder, and what the weights as given say
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_do_not_load_are_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UnusableWeights, match=r"cannot load .*missing\.gguf") as raised:
+        Reference(tmp_path / "missing.gguf")
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
