@@ -90,9 +90,16 @@ class Outcome:
     losses: dict[str, Loss] = field(default_factory=dict)
     pairs: list[tuple[Speed, Speed]] = field(default_factory=list)
 
-    def ratio(self, rate: Callable[[Speed], float]) -> float | None:
-        """Of the best to the defaults: the median."""
-        return median(rate(best) / rate(defaults) for defaults, best in self.pairs) if self.pairs else None
+    @property
+    def ratios(self) -> tuple[float, float, float] | None:
+        """Of the best to the defaults: medians of a prompt's rate, one stream's, and that of several requests."""
+        if not self.pairs:
+            return None
+        return (
+            median(best.prompt_rate / defaults.prompt_rate for defaults, best in self.pairs),
+            median(best.stream_rate / defaults.stream_rate for defaults, best in self.pairs),
+            median(best.joint_rate / defaults.joint_rate for defaults, best in self.pairs),
+        )
 
 
 class _OutOfTime(Exception):

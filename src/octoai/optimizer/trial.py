@@ -122,7 +122,7 @@ class Bench:
 @contextmanager
 def _busy_process() -> Iterator[None]:
     """Another program that computes all the time."""
-    with subprocess.Popen([sys.executable, "-c", _BUSY], stdin=subprocess.PIPE) as process:  # noqa: S603  # our own text
+    with subprocess.Popen([sys.executable, "-c", _BUSY], stdin=subprocess.PIPE, start_new_session=True) as process:  # noqa: S603  # our own text
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""What an engine is asked while it is measured: a long prompt, one stream, several requests at once; and how fast it was.
+"""What an engine is asked while it is measured: a long prompt, one stream, several at once; and how fast it was.
 
 Prompts are passages of English prose, no two alike, so that no cache answers them and guesses from n-grams are worth
 what they are worth in use. Knows engines by their interface only, neither candidates nor the search.
