@@ -73,6 +73,7 @@ def safe_defaults(num_cores: int) -> Candidate:
 def stages(recipes: Sequence[str], num_cores: int) -> list[Stage]:
     return [
         Stage("weights", lambda best: [replace(best, weights=name) for name in recipes]),
+        Stage("waiting", _spins),
         Stage("threads", lambda best: _threads(best, num_cores)),
         Stage("slots", _slots),
         Stage("batches", _batches),
@@ -92,14 +93,14 @@ def _waiting(spin_count: int | None) -> str:
     return f"spinning {spin_count}" if spin_count else ""
 
 
+def _spins(best: Candidate) -> list[Candidate]:
+    return [best.tuned(spin_count=count) for count in SPIN_COUNTS]
+
+
 def _threads(best: Candidate, num_cores: int) -> list[Candidate]:
-    fewer = sorted({1, num_cores // 2, 3 * num_cores // 4} - {0, num_cores}, reverse=True)
-    all_cores = replace(best, num_threads=num_cores)
-    return [
-        *(all_cores.tuned(spin_count=count) for count in SPIN_COUNTS),
-        *(replace(best, num_threads=count).tuned(spin_count=SPIN_COUNTS[0]) for count in fewer),
-        replace(best, num_threads=max(1, num_cores // 2)).tuned(num_batch_threads=num_cores),
-    ]
+    counts = sorted({1, num_cores // 2, 3 * num_cores // 4, num_cores} - {0}, reverse=True)
+    split = replace(best, num_threads=max(1, num_cores // 2)).tuned(num_batch_threads=num_cores)
+    return [*(replace(best, num_threads=count) for count in counts), split]
 
 
 def _slots(best: Candidate) -> list[Candidate]:
