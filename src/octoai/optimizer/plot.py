@@ -50,8 +50,8 @@ def _axes(right: float, top: float) -> Iterator[str]:
         yield f'<text x="{x:.0f}" y="{below}" text-anchor="middle">{right * step / 5:.2g}</text>'
         yield f'<text x="{_LEFT - 8}" y="{y + 4:.0f}" text-anchor="end">{top * step / 5:.3g}</text>'
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    below = "seconds to the first token of a prompt of 600"
-    yield f'<text x="{middle:.0f}" y="{_HEIGHT - 14}" text-anchor="middle">{below}</text>'
+    title = "seconds to the first token of a prompt of 600"
+    yield f'<text x="{middle:.0f}" y="{_HEIGHT - 14}" text-anchor="middle">{title}</text>'
     turned = f'transform="rotate(-90 18 {_HEIGHT / 2:.0f})"'
     yield f'<text x="18" y="{_HEIGHT / 2:.0f}" text-anchor="middle" {turned}>tokens/s of eight requests at once</text>'
 

@@ -9,13 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from octoai.server.engines.llama import LlamaTuning
+from octoai.server.engines.llama import LlamaOptions, LlamaTuning
 
 AS_GIVEN = "as given"
-CONTEXT_LENGTH = 1024
-"""Tokens a slot while measuring: what the workload needs. Serving takes the model's own."""
-
-
 SPIN_COUNTS = (1000, 300, 3000, None)
 
 
@@ -46,6 +42,17 @@ class Candidate:
             "" if tuning.speculation == "none" else tuning.speculation.replace("_", "-"),
         ]
         return ", ".join(filter(None, words))
+
+    @property
+    def options(self) -> LlamaOptions:
+        """How the engine is told. The context's length and the patience with it are for who starts it to say."""
+        return LlamaOptions(
+            context_length=0,
+            num_slots=self.num_slots,
+            num_threads=self.num_threads,
+            batch_tokens=self.batch_tokens,
+            tuning=self.tuning,
+        )
 
     def tuned(self, **changes: Any) -> Candidate:
         return replace(self, tuning=replace(self.tuning, **changes))

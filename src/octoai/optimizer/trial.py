@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from octoai.optimizer.quality import Quality, Reference
@@ -18,7 +19,7 @@ from octoai.optimizer.search import TrialFailed
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.optimizer.weights import Recipe, UnusableWeights, recipes, requantize
 from octoai.optimizer.workload import Passages, Speed, Workload, joint_rate, measure
-from octoai.server.engines.llama import LlamaEngine, LlamaOptions
+from octoai.server.engines.llama import LlamaEngine
 from octoai.server.errors import Refusal
 
 TRIAL_SECONDS = 60.0
@@ -96,7 +97,7 @@ class Bench:
             await joint_rate(engine, groups[0], workload.completion)  # a first run is slower
             alone = await joint_rate(engine, groups[1], workload.completion)
             seconds = workload.num_requests * workload.completion / alone
-            with _busy_process():
+            with busy_process():
                 try:
                     async with asyncio.timeout(seconds * _COLLAPSED):
                         return await joint_rate(engine, groups[2], workload.completion) / alone
@@ -106,7 +107,7 @@ class Bench:
     @asynccontextmanager
     async def _engine(self, candidate: Candidate, weights: Path) -> AsyncIterator[LlamaEngine]:
         """Running, for as long as a trial may take. Raises TrialFailed for what goes wrong in it."""
-        options = engine_options(candidate, context_length=self._context_length, stall_seconds=TRIAL_SECONDS)
+        options = replace(candidate.options, context_length=self._context_length, stall_seconds=TRIAL_SECONDS)
         engine = LlamaEngine(weights, model="trial", options=options)
         try:
             async with AsyncExitStack() as stack, asyncio.timeout(TRIAL_SECONDS):
@@ -120,24 +121,13 @@ class Bench:
 
 
 @contextmanager
-def _busy_process() -> Iterator[None]:
+def busy_process() -> Iterator[None]:
     """Another program that computes all the time."""
     with subprocess.Popen([sys.executable, "-c", _BUSY], stdin=subprocess.PIPE, start_new_session=True) as process:  # noqa: S603  # our own text
         try:
             yield
         finally:
             process.kill()
-
-
-def engine_options(candidate: Candidate, *, context_length: int, stall_seconds: float) -> LlamaOptions:
-    return LlamaOptions(
-        context_length=context_length,
-        num_slots=candidate.num_slots,
-        num_threads=candidate.num_threads,
-        batch_tokens=candidate.batch_tokens,
-        stall_seconds=stall_seconds,
-        tuning=candidate.tuning,
-    )
 
 
 def _peak_memory_bytes(pid: int | None) -> int:
