@@ -54,9 +54,10 @@ class Machine:
         waiting = 1.5 if spins is None else 1.3 if spins else 1.0
         return 20 * FORMATS[candidate.weights] * threads * waiting / (1 + abs(candidate.batch_tokens - 256) / 1000)
 
-    def loss(self, weights: str) -> Lost:
-        self.now += TRIAL_SECONDS
-        self.asked.append(weights)
+    def loss(self, weights: str, bound: float | None = None) -> Lost:
+        self.now += TRIAL_SECONDS if bound is None else TRIAL_SECONDS / 3
+        if bound is None:
+            self.asked.append(weights)
         return Lost(LOSSES[weights])
 
     def steadiness(self, candidate: Candidate) -> float:
@@ -92,11 +93,25 @@ def test_a_format_that_loses_more_is_not_chosen_and_one_that_may_is() -> None:
     assert found(Machine(), max_loss=0.5).best.weights == "Q4_0"
 
 
-def test_quality_is_measured_once_for_a_format_and_never_for_a_slow_one() -> None:
+def test_quality_is_measured_in_full_once_and_only_for_what_is_chosen() -> None:
     machine = Machine()
-    found(machine, max_loss=0.5)
-    assert len(machine.asked) == len(set(machine.asked))
-    assert "Q4_K" not in machine.asked
+    outcome = found(machine, max_loss=0.5)
+    assert machine.asked == ["Q4_0"]
+    assert outcome.losses["Q4_0"].kl_nats == LOSSES["Q4_0"]
+
+
+def test_a_format_that_looked_better_at_a_glance_than_it_is_is_not_chosen() -> None:
+    class Misleading(Machine):
+        def loss(self, weights: str, bound: float | None = None) -> Lost:
+            lost = Machine.loss(self, weights, bound)
+            return lost if bound is None else Lost(0.0)
+
+    assert found(Misleading()).best.weights == AS_GIVEN
+
+
+def test_a_format_that_loses_too_much_is_not_even_timed() -> None:
+    timed = {trial.candidate.weights for trial in found(Machine()).trials}
+    assert timed == {AS_GIVEN, "Q8_0"}
 
 
 def test_what_collapses_in_company_is_not_chosen_though_it_is_fastest_alone() -> None:

@@ -51,8 +51,8 @@ class Measuring(Protocol):
     def speed(self, candidate: Candidate, share: float, turn: int) -> tuple[Speed, int]:
         """And the most memory that it took, in bytes. Raises TrialFailed."""
 
-    def loss(self, weights: str) -> Loss:
-        """Of a recipe. Raises TrialFailed."""
+    def loss(self, weights: str, bound: float | None = None) -> Loss:
+        """Of a recipe; as little is read as tells on which side of the bound it is. Raises TrialFailed."""
 
     def steadiness(self, candidate: Candidate) -> float:
         """What is left of the joint rate, as a share of it, while another process takes a core. Raises TrialFailed."""
@@ -88,6 +88,7 @@ class Outcome:
     is_interrupted: bool = False
     trials: list[Trial] = field(default_factory=list)
     losses: dict[str, Loss] = field(default_factory=dict)
+    """Of weights that became the best at some time."""
     pairs: list[tuple[Speed, Speed]] = field(default_factory=list)
 
     @property
@@ -145,6 +146,7 @@ class Search:
         self._defaults = defaults
         self._outcome = Outcome(best=start)
         self._start = start
+        self._glances: dict[str, Loss | None] = {}
         self._steadiness: dict[object, float] = {}
         self._turn = 0
         self._until = 0.0
@@ -179,7 +181,7 @@ class Search:
 
     def _best_of(self, title: str, best: Candidate, others: Sequence[Candidate]) -> None:
         """The best so far, or the challenger that was faster in all rounds together, becomes the best."""
-        challengers = [other for other in dict.fromkeys(others) if other != best]
+        challengers = [other for other in dict.fromkeys(others) if other != best and self._may_lose(other)]
         scores: dict[Candidate, float] = {}
         share, total, num_rounds = FIRST_SHARE, 0.0, 0
         while challengers and not (num_rounds > 1 and len(challengers) == 1 and total >= 3 * FIRST_SHARE):
@@ -189,9 +191,9 @@ class Search:
                 scores[each] = scores.get(each, 0.0) + share * log(found[each])
             ranked = sorted(found, key=lambda each: -scores[each])
             good = [each for each in ranked if exp(scores[each] / total) > _NOT_SLOWER]
-            challengers = self._allowed(good, 1 if num_rounds else max(1, len(others) // 2))
+            challengers = self._steady(good, 1 if num_rounds else max(1, len(found) // 2))
             share, num_rounds = share * 2, num_rounds + 1
-        if challengers and exp(scores[challengers[0]] / total) > _FASTER:
+        if challengers and exp(scores[challengers[0]] / total) > _FASTER and self._loses_little(challengers[0]):
             self._outcome.best = challengers[0]
 
     def _round(
@@ -225,30 +227,43 @@ class Search:
         )
         return None if is_too_large else speed
 
-    def _allowed(self, ranked: Sequence[Candidate], count: int) -> list[Candidate]:
-        """The first of them whose weights lose no more than they may."""
+    def _may_lose(self, candidate: Candidate) -> bool:
+        """Whether a look at its weights says that they may be good enough: cheaper than to measure in vain."""
+        weights = candidate.weights
+        if weights == self._start.weights:
+            return True
+        if weights not in self._glances:
+            self._check_time()
+            try:
+                self._glances[weights] = self._measuring.loss(weights, self._bounds.max_loss)
+            except TrialFailed as failure:
+                self._glances[weights] = None
+                self._note(Trial("quality", candidate, 0.0, note=f"failed: {failure}"))
+        glance = self._glances[weights]
+        return glance is not None and glance.kl_nats <= self._bounds.max_loss
+
+    def _loses_little(self, candidate: Candidate) -> bool:
+        """Measured in full, once for the weights of each that is about to become the best."""
+        weights = candidate.weights
+        if weights == self._start.weights:
+            return True
+        if weights not in self._outcome.losses:
+            try:
+                self._outcome.losses[weights] = self._measuring.loss(weights)
+            except TrialFailed as failure:
+                self._note(Trial("quality", candidate, 0.0, note=f"failed: {failure}"))
+                return False
+        return self._outcome.losses[weights].kl_nats <= self._bounds.max_loss
+
+    def _steady(self, ranked: Sequence[Candidate], count: int) -> list[Candidate]:
+        """The first of them that bear company."""
         found: list[Candidate] = []
         for candidate in ranked:
             if len(found) == count:
                 break
-            if self._is_good_enough(candidate):
+            if self._is_steady(candidate):
                 found.append(candidate)
         return found
-
-    def _is_good_enough(self, candidate: Candidate) -> bool:
-        try:
-            return self._loses_little(candidate.weights) and self._is_steady(candidate)
-        except TrialFailed as failure:
-            self._note(Trial("bounds", candidate, 0.0, note=f"failed: {failure}"))
-            return False
-
-    def _loses_little(self, weights: str) -> bool:
-        if weights == self._start.weights:
-            return True
-        if weights not in self._outcome.losses:
-            self._check_time()
-            self._outcome.losses[weights] = self._measuring.loss(weights)
-        return self._outcome.losses[weights].kl_nats <= self._bounds.max_loss
 
     def _is_steady(self, candidate: Candidate) -> bool:
         waiting = _waiting(candidate)
@@ -256,9 +271,13 @@ class Search:
             return True
         if waiting not in self._steadiness:
             self._check_time()
-            self._steadiness[waiting] = self._measuring.steadiness(candidate)
-            share = self._steadiness[waiting]
-            self._note(Trial("company", candidate, 0.0, note=f"{share:.0%} of it while another process takes a core"))
+            try:
+                share = self._measuring.steadiness(candidate)
+                self._note(Trial("company", candidate, 0.0, note=f"{share:.0%} of it while a core is taken"))
+            except TrialFailed as failure:
+                share = 0.0
+                self._note(Trial("company", candidate, 0.0, note=f"failed: {failure}"))
+            self._steadiness[waiting] = share
         return self._steadiness[waiting] >= self._bounds.min_steadiness
 
     def _check_time(self) -> None:

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextma
 from dataclasses import replace
 from pathlib import Path
 
-from octoai.optimizer.quality import Quality, Reference
+from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference
 from octoai.optimizer.search import TrialFailed
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.optimizer.weights import Recipe, UnusableWeights, recipes, requantize
@@ -24,6 +24,7 @@ from octoai.server.errors import Refusal
 
 TRIAL_SECONDS = 60.0
 COMPANY_SHARE = 1 / 8
+_GLANCE_POSITIONS = 48  # enough to see that a format loses ten times what it may
 _COLLAPSED = 4.0  # as long as alone: no need to wait for more
 # It ends by itself when we are gone: its input is closed then.
 _BUSY = "import select, sys\nwhile not select.select([sys.stdin], [], [], 0)[0]:\n    sum(range(100000))"
@@ -39,7 +40,7 @@ class Bench:
         self._context_length = context_length
         self._num_threads = num_threads
         self._recipes = {AS_GIVEN: Recipe(AS_GIVEN, ())} | {each.name: each for each in recipes(source)}
-        self._reference: Reference | None = None
+        self._references: dict[int, Reference] = {}
         self._stack = ExitStack()
         self._unusable: dict[str, str] = {}
 
@@ -72,13 +73,23 @@ class Bench:
         weights = self.weights(candidate.weights)
         return asyncio.run(self._measured(candidate, weights, Workload().part(share), turn))
 
-    def loss(self, weights: str) -> Quality:
+    def loss(self, weights: str, bound: float | None = None) -> Quality:
+        path = self.weights(weights)
         try:
-            if self._reference is None:
-                self._reference = self._stack.enter_context(Reference(self.source, num_threads=self._num_threads))
-            return self._reference.measure(self.weights(weights))
+            if bound is not None:
+                glance = self._compared_to(_GLANCE_POSITIONS).measure(path)
+                if abs(glance.kl_nats - bound) > 3 * glance.kl_error:
+                    return glance
+            return self._compared_to(MAX_POSITIONS).measure(path)
         except UnusableWeights as error:
             raise TrialFailed(str(error)) from None
+
+    def _compared_to(self, num_positions: int) -> Reference:
+        """What the weights as given say, read once."""
+        if num_positions not in self._references:
+            made = Reference(self.source, max_positions=num_positions, num_threads=self._num_threads)
+            self._references[num_positions] = self._stack.enter_context(made)
+        return self._references[num_positions]
 
     def steadiness(self, candidate: Candidate) -> float:
         weights = self.weights(candidate.weights)
