@@ -53,6 +53,7 @@ bench: setup
 	@$(RUN) bench/sdk.py --short
 	@$(RUN) bench/ledger.py --short
 	@$(RUN) bench/ledger_crashes.py --short
+	@$(RUN) bench/optimizer.py --short
 
 clean:
 	rm -rf $(VENV) .demo dist build
