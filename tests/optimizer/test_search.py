@@ -139,10 +139,21 @@ def test_candidates_that_fail_are_lines_of_the_table() -> None:
     assert "failed: could not load it" in [trial.note for trial in outcome.trials]
 
 
-def test_a_model_that_cannot_be_run_at_all_ends_in_no_error() -> None:
+def test_a_model_that_cannot_be_run_at_all_is_said_to_be_unusable() -> None:
     outcome = found(Machine(broken=frozenset(RECIPES)))
-    assert outcome.best == first_guess(CORES)
+    assert not outcome.is_usable
     assert outcome.ratios is None
+
+
+def test_a_start_that_takes_too_much_memory_begins_with_less() -> None:
+    outcome = found(Machine(), max_memory_bytes=250)
+    assert outcome.is_usable
+    assert outcome.best.num_slots == 2
+    assert not found(Machine(), max_memory_bytes=50).is_usable
+
+
+def test_batches_that_take_long_are_not_chosen() -> None:
+    assert found(Machine(), max_step_seconds=0.2).best.batch_tokens == 128
 
 
 def test_what_was_found_until_an_interruption_is_kept() -> None:

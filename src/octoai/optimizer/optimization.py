@@ -72,6 +72,8 @@ def optimize(
                 outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
                 if outcome.is_interrupted and outcome.best == first_guess(num_cores):
                     return Optimized(outcome)
+                if not outcome.is_usable:
+                    raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")
                 return _stored(Profiles(cache_dir), source, model_sha256, outcome, wish, bench)
     except (TrialFailed, UnusableWeights) as error:
         raise CannotOptimize(str(error)) from None
@@ -104,6 +106,10 @@ def _stored(
     place = profiles.store(source, profile, made)
     (place / _PLOT_FILENAME).write_text(plotted(outcome), encoding="utf-8")
     return Optimized(outcome, profile, place)
+
+
+def _last_words(outcome: Outcome) -> str:
+    return next((trial.note for trial in reversed(outcome.trials) if trial.note), "there was no time")
 
 
 @contextmanager

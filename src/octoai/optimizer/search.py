@@ -9,12 +9,12 @@ starts a process or looks at a clock of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp, log
 from statistics import median
 from typing import Literal, Protocol
 
-from octoai.optimizer.space import Candidate, Stage
+from octoai.optimizer.space import SMALLEST_BATCH, Candidate, Stage
 from octoai.optimizer.workload import Speed
 
 Goal = Literal["latency", "throughput", "balanced"]
@@ -63,6 +63,8 @@ class Bounds:
     max_loss: float = 0.005
     """In nats: the mean KL divergence from the weights as given."""
     max_memory_bytes: int | None = None
+    max_step_seconds: float = 0.8
+    """That a batch of a prompt takes: a client that leaves is noticed in between, and others' streams wait for it."""
     min_steadiness: float = 0.5
     """Threads that spin are fastest alone and slowest in company: what is chosen must bear company."""
 
@@ -85,6 +87,8 @@ class Outcome:
     """`pairs` are speeds of the defaults and of the best, in turn, at the end."""
 
     best: Candidate
+    is_usable: bool = False
+    """Whether the best, or where the search began, ran within the bounds."""
     is_interrupted: bool = False
     trials: list[Trial] = field(default_factory=list)
     losses: dict[str, Loss] = field(default_factory=dict)
@@ -174,10 +178,24 @@ class Search:
     def _all_stages(self) -> None:
         self._turn += 1
         if (speed := self._tried("defaults", self._defaults, FIRST_SHARE)) is not None:
-            self._tried("start", self._start, FIRST_SHARE, speed)
+            self._begin(speed)
+        if not self._outcome.is_usable:
+            return
         for stage in self._stages:
             best = self._outcome.best
             self._best_of(stage.title, best, stage.others(best))
+
+    def _begin(self, beside: Speed) -> None:
+        """Where the search starts, with fewer slots and smaller batches where that is too much here."""
+        start = self._start
+        while True:
+            self._start = self._outcome.best = start
+            if self._tried("start", start, FIRST_SHARE, beside) is not None:
+                self._outcome.is_usable = True
+                return
+            if start.num_slots == 1:
+                return
+            start = replace(start, num_slots=start.num_slots // 2, batch_tokens=SMALLEST_BATCH)
 
     def _best_of(self, title: str, best: Candidate, others: Sequence[Candidate]) -> None:
         """The best so far, or the challenger that was faster in all rounds together, becomes the best."""
@@ -219,13 +237,20 @@ class Search:
         except TrialFailed as failure:
             self._note(Trial(title, candidate, share, note=f"failed: {failure}"))
             return None
-        limit = self._bounds.max_memory_bytes
-        is_too_large = limit is not None and memory_bytes > limit and candidate != self._defaults
         relative = score(speed, beside, self._goal) if beside else 1.0
-        self._note(
-            Trial(title, candidate, share, speed, memory_bytes, relative, "too much memory" if is_too_large else "")
-        )
-        return None if is_too_large else speed
+        note = "" if candidate == self._defaults else self._excess(candidate, speed, memory_bytes)
+        self._note(Trial(title, candidate, share, speed, memory_bytes, relative, note))
+        return None if note else speed
+
+    def _excess(self, candidate: Candidate, speed: Speed, memory_bytes: int) -> str:
+        """What it has more of than it may; "" of nothing."""
+        limit = self._bounds.max_memory_bytes
+        if limit is not None and memory_bytes > limit:
+            return "too much memory"
+        seconds = candidate.batch_tokens / speed.prompt_rate
+        if candidate.batch_tokens > SMALLEST_BATCH and seconds > self._bounds.max_step_seconds:
+            return f"a batch takes {seconds:.1f} s"
+        return ""
 
     def _may_lose(self, candidate: Candidate) -> bool:
         """Whether a look at its weights says that they may be good enough: cheaper than to measure in vain."""
@@ -286,6 +311,8 @@ class Search:
 
     def _compare(self) -> None:
         """The defaults and the best in turn, until time is up: what is told to the user."""
+        if not self._outcome.is_usable:
+            return
         for _ in range(MOST_ROUNDS):
             self._turn += 1
             defaults = self._tried("defaults", self._defaults, 2 * FIRST_SHARE)

@@ -12,6 +12,7 @@ from typing import Any
 from octoai.server.engines.llama import LlamaOptions, LlamaTuning
 
 AS_GIVEN = "as given"
+SMALLEST_BATCH = 64
 SPIN_COUNTS = (1000, 300, 3000, None)
 
 
@@ -112,7 +113,7 @@ def _threads(best: Candidate, num_cores: int) -> list[Candidate]:
 
 def _slots(best: Candidate) -> list[Candidate]:
     return [
-        *(replace(best, num_slots=count) for count in (4, 8, 16)),
+        *(replace(best, num_slots=count) for count in (2, 4, 8, 16)),
         best.tuned(is_unified=not best.tuning.is_unified),
     ]
 
