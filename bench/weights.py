@@ -36,6 +36,7 @@ from octoai.server.sources import WeightStore
 RESULTS = Path(__file__).parent / "results"
 NUM_AT_ONCE, PROMPT_TOKENS, OUTPUT_TOKENS, LONG_PROMPT = 8, 180, 64, 600
 MEASURES = ("first token", "decode", "at once")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how threads wait for each other: spinning, asleep, or first one
 OURS = {
     "n_parallel": 8,
     "n_ctx": 8192,
@@ -44,22 +45,26 @@ OURS = {
     "cpuparams_batch.n_threads": 2,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "8 slots": {},
-    "8 slots, active waiting": {"OMP_WAIT_POLICY": "active"},
-    "8 slots, 1 thread": {"cpuparams.n_threads": 1, "cpuparams_batch.n_threads": 1},
-    "8 slots, 1 to decode": {"cpuparams.n_threads": 1},
-    "8 slots, no flash": {"flash_attn_type": 0},
-    "8 slots, flash": {"flash_attn_type": 1},
-    "8 slots, batch 64": {"n_batch": 64, "n_ubatch": 64},
-    "8 slots, batch 128": {"n_batch": 128, "n_ubatch": 128},
-    "8 slots, ubatch 128": {"n_ubatch": 128},
-    "8 slots, split KV": {"kv_unified": False},
+    "as libgomp waits": {},
+    "asleep": {"OMP_WAIT_POLICY": "passive"},
+    "spinning 10,000 turns": {"GOMP_SPINCOUNT": "10000"},
+    "1 thread to decode": {"cpuparams.n_threads": 1},
+    "1 thread": {"cpuparams.n_threads": 1, "cpuparams_batch.n_threads": 1},
+    "no flash attention": {"flash_attn_type": 0},
+    "flash attention": {"flash_attn_type": 1},
+    "n_ubatch 64": {"n_ubatch": 64},
+    "n_ubatch 128": {"n_ubatch": 128},
+    "n_ubatch 1024": {"n_ubatch": 1024},
+    "n-grams": {"speculative.types": [6], "speculative.ngram_simple.size_n": 4, "speculative.ngram_simple.size_m": 8},
+    "split KV": {"kv_unified": False},
     "1 slot": {"n_parallel": 1},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+    """`params` are fields of CommonParams and, in capitals, variables of the environment."""
+
     name: str
     weights: Path
     params: Mapping[str, Any]
@@ -75,12 +80,16 @@ def child() -> None:
     params.model.path = told["weights"]
     params.hostnames = [told["socket"]]
     params.api_keys = [told["key"]]
+    converters: dict[str, Any] = {
+        "flash_attn_type": xllamacpp.llama_flash_attn_type,
+        "types": lambda given: [xllamacpp.common_speculative_type(each) for each in given],
+    }
     for name, value in told["params"].items():
         *path, last = name.split(".")
         place = params
         for each in path:
             place = getattr(place, each)
-        setattr(place, last, xllamacpp.llama_flash_attn_type(value) if last == "flash_attn_type" else value)
+        setattr(place, last, converters.get(last, lambda given: given)(value))
     params.verbosity = told["verbosity"]
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
@@ -90,9 +99,9 @@ def child() -> None:
 
 @contextlib.asynccontextmanager
 async def serving(row: Row) -> AsyncIterator[tuple[aiohttp.ClientSession, int]]:
-    params = dict(row.params)
-    policy = params.pop("OMP_WAIT_POLICY", None if row.params == {} else "passive")
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    params = {name: value for name, value in row.params.items() if not name.isupper()}
+    inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment = inherited | {name: value for name, value in row.params.items() if name.isupper()}
     with tempfile.TemporaryDirectory() as directory:
         socket, key = f"{directory}/engine.sock", secrets.token_hex()
         process = await asyncio.create_subprocess_exec(
@@ -100,7 +109,7 @@ async def serving(row: Row) -> AsyncIterator[tuple[aiohttp.ClientSession, int]]:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
-            env=environment | ({"OMP_WAIT_POLICY": policy} if policy else {}),
+            env=environment,
         )
         assert process.stdin is not None
         assert process.stdout is not None

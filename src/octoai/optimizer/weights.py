@@ -25,9 +25,7 @@ Progress = Callable[[int, int], None]
 
 EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
-ATTENTION = "blk.*.attn_*.weight"
 FEED_FORWARD = "blk.*.ffn_*.weight"
-FFN_DOWN = "blk.*.ffn_down*.weight"
 
 _MATRICES = re.compile(
     r"token_embd\.weight|output\.weight|"
@@ -69,13 +67,17 @@ class Recipe:
 
 AS_GIVEN = Recipe("as given", ())
 
+_FINE_EMBEDDING = ((EMBEDDING, "Q8_0"), (OUTPUT, "Q8_0"))
 _CANDIDATES = (
     Recipe("Q8_0", (("*", "Q8_0"),)),
-    Recipe("Q4_0, embedding Q8_0", ((EMBEDDING, "Q8_0"), (OUTPUT, "Q8_0"), ("*", "Q4_0"))),
-    Recipe("IQ4_NL, embedding Q8_0", ((EMBEDDING, "Q8_0"), (OUTPUT, "Q8_0"), ("*", "IQ4_NL"))),
-    Recipe("Q4_K, embedding Q8_0", ((EMBEDDING, "Q8_0"), (OUTPUT, "Q8_0"), ("*", "Q4_K"), ("*", "Q4_0"))),
+    Recipe("feed-forward IQ4_NL, rest Q8_0", ((FEED_FORWARD, "IQ4_NL"), ("*", "Q8_0"))),
+    Recipe("Q4_K or IQ4_NL, embedding Q8_0", (*_FINE_EMBEDDING, ("*", "Q4_K"), ("*", "IQ4_NL"))),
+    Recipe("IQ4_NL, embedding Q8_0", (*_FINE_EMBEDDING, ("*", "IQ4_NL"))),
+    Recipe("Q4_0, embedding Q8_0", (*_FINE_EMBEDDING, ("*", "Q4_0"))),
+    Recipe("Q4_K or IQ4_NL", (("*", "Q4_K"), ("*", "IQ4_NL"))),
     Recipe("Q4_0", (("*", "Q4_0"),)),
 )
+"""From little loss to much. What the kernels run fast differs from one CPU to another, so it is not guessed here."""
 
 
 def recipes(source: Path) -> list[Recipe]:
