@@ -109,6 +109,18 @@ def test_a_format_that_looked_better_at_a_glance_than_it_is_is_not_chosen() -> N
     assert found(Misleading()).best.weights == AS_GIVEN
 
 
+def test_formats_smaller_than_one_that_loses_by_far_too_much_are_not_looked_at() -> None:
+    looked: list[str] = []
+
+    class Looking(Machine):
+        def loss(self, weights: str, bound: float | None = None) -> Lost:
+            looked.append(weights)
+            return Machine.loss(self, weights, bound)
+
+    found(Looking())
+    assert set(looked) == {"Q8_0", "Q4_0"}
+
+
 def test_a_format_that_loses_too_much_is_not_even_timed() -> None:
     timed = {trial.candidate.weights for trial in found(Machine()).trials}
     assert timed == {AS_GIVEN, "Q8_0"}

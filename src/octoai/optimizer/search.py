@@ -29,6 +29,7 @@ FIRST_SHARE = 1 / 8
 MOST_ROUNDS = 5  # of the comparison at the end
 _FOR_THE_END = 0.2  # of the budget
 _NOT_SLOWER = 0.97
+_HOPELESS = 10
 _FASTER = 1.03  # less is noise
 
 
@@ -253,11 +254,15 @@ class Search:
         return ""
 
     def _may_lose(self, candidate: Candidate) -> bool:
-        """Whether a look at its weights says that they may be good enough: cheaper than to measure in vain."""
+        """Whether a look at its weights says that they may be good enough: cheaper than to measure in vain. They come
+        from the largest to the smallest: where some lose by far too much, those after them do too."""
         weights = candidate.weights
         if weights == self._start.weights:
             return True
         if weights not in self._glances:
+            far_too_much = _HOPELESS * self._bounds.max_loss
+            if any(glance and glance.kl_nats > far_too_much for glance in self._glances.values()):
+                return False
             self._check_time()
             try:
                 self._glances[weights] = self._measuring.loss(weights, self._bounds.max_loss)

@@ -13,7 +13,7 @@ from octoai.server.engines.llama import LlamaOptions, LlamaTuning
 
 AS_GIVEN = "as given"
 SMALLEST_BATCH = 64
-SPIN_COUNTS = (1000, 300, 3000, None)
+SPIN_COUNTS = (300, 1000, None)
 
 
 @dataclass(frozen=True, slots=True)

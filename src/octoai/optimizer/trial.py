@@ -17,7 +17,7 @@ from pathlib import Path
 from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference
 from octoai.optimizer.search import TrialFailed
 from octoai.optimizer.space import AS_GIVEN, Candidate
-from octoai.optimizer.weights import Recipe, UnusableWeights, recipes, requantize
+from octoai.optimizer.weights import UnusableWeights, num_bytes, recipes, requantize
 from octoai.optimizer.workload import Passages, Speed, Workload, joint_rate, measure
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.errors import Refusal
@@ -39,7 +39,8 @@ class Bench:
         self._directory = directory
         self._context_length = context_length
         self._num_threads = num_threads
-        self._recipes = {AS_GIVEN: Recipe(AS_GIVEN, ())} | {each.name: each for each in recipes(source)}
+        made = sorted(recipes(source), key=lambda recipe: -num_bytes(source, recipe))
+        self._recipes = {each.name: each for each in made}
         self._references: dict[int, Reference] = {}
         self._stack = ExitStack()
         self._unusable: dict[str, str] = {}
@@ -52,6 +53,7 @@ class Bench:
 
     @property
     def recipe_names(self) -> list[str]:
+        """From the largest to the smallest."""
         return list(self._recipes)
 
     def weights(self, name: str) -> Path:
