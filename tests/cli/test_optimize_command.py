@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from octoai.cli import serve
 from octoai.optimizer.optimization import Wish
 from octoai.optimizer.profile import Profile, Profiles, sha256
 from octoai.optimizer.space import AS_GIVEN, Candidate
@@ -76,6 +77,14 @@ def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
     assert "is not a GGUF file" in refused(tmp_path, "text.gguf", "--seconds", "5")
 
 
+def test_what_serve_runs_while_idle_is_this_command(tmp_path: Path) -> None:
+    config = tmp_path / "here.toml"
+    config.write_text("[[models]]\nid = 'far'\nengine_url = 'http://x/v1'\n")
+    command = serve._optimization("far", config)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert "optimize it where that server runs" in ran.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -119,7 +128,10 @@ def test_a_short_search_ends_in_a_profile_that_serve_uses(cache: Path, tmp_path:
 
 
 @pytest.mark.model
-def test_an_interrupted_search_leaves_no_traceback_and_nothing_half_done(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_search_leaves_no_traceback_and_nothing_half_done(
+    cache: Path, tmp_path: Path, number: int, status: int
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "octoai", "optimize", "--seconds", "100"],
         cwd=tmp_path,
@@ -130,13 +142,15 @@ def test_an_interrupted_search_leaves_no_traceback_and_nothing_half_done(cache: 
         start_new_session=True,
     )
     time.sleep(8)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    os.killpg(process.pid, number)  # as a terminal does it
     output, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
+    assert process.returncode == status, errors
     assert "Traceback" not in output + errors
     assert not [path for path in (cache / "optimizing").iterdir() if path.is_dir()]
-    stored = "chosen: " in output
-    assert stored or "nothing is stored" in errors
+    if number == signal.SIGTERM:  # of who wants the machine back: nothing is stored
+        assert output == ""
+    else:
+        assert "chosen: " in output or "nothing is stored" in errors
 
 
 @pytest.mark.model

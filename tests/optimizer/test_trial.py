@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from octoai.optimizer import trial
 from octoai.optimizer.search import TrialFailed
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.optimizer.trial import Bench
@@ -61,7 +60,7 @@ def test_weights_that_cannot_be_loaded_are_a_failed_candidate(bench: Bench, tmp_
         bench.speed(candidate, SHARE, 1)
 
 
-def test_a_candidate_that_takes_too_long_is_a_failed_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "TRIAL_SECONDS", 0.2)
-    with pytest.raises(TrialFailed, match="not done"):
+def test_a_candidate_that_takes_too_long_is_a_failed_one(embedded_model: Path, tmp_path: Path) -> None:
+    options = {"context_length": 512, "num_threads": 2, "trial_seconds": 0.2}
+    with Bench(embedded_model, tmp_path, **options) as bench, pytest.raises(TrialFailed, match="not done"):
         bench.speed(replace(Candidate(), num_threads=1), 1, 1)

@@ -59,6 +59,8 @@ def serve(args: argparse.Namespace) -> int:
 
 def _tuned(settings: Settings, weights: dict[str, Path]) -> dict[str, LlamaOptions]:
     """How profiles say to run these models, whose files become those of the profiles. One line about each."""
+    if not weights:
+        return {}
     from octoai.optimizer.profile import BadProfile, Profiles
 
     profiles, found = Profiles(settings.cache_dir), {}

@@ -15,7 +15,7 @@ from octoai.optimizer.plot import plotted
 from octoai.optimizer.profile import Profile, Profiles, sha256
 from octoai.optimizer.search import Bounds, Goal, Outcome, Search, Trial, TrialFailed
 from octoai.optimizer.space import AS_GIVEN, engine_defaults, first_guess, stages
-from octoai.optimizer.trial import Bench
+from octoai.optimizer.trial import TRIAL_SECONDS, Bench
 from octoai.optimizer.weights import UnusableWeights
 from octoai.server.places import create
 
@@ -58,8 +58,13 @@ def optimize(
     try:
         model_sha256 = sha256(source)
         with _workplace(cache_dir, model_sha256) as directory:
-            context_length = wish.context_length
-            with Bench(source, directory, context_length=context_length, num_threads=num_cores) as bench:
+            with Bench(
+                source,
+                directory,
+                context_length=wish.context_length,
+                num_threads=num_cores,
+                trial_seconds=max(TRIAL_SECONDS, wish.seconds / 4),
+            ) as bench:
                 search = Search(
                     bench,
                     stages(bench.recipe_names, num_cores),
@@ -70,7 +75,7 @@ def optimize(
                     on_trial=on_trial,
                 )
                 outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
-                if outcome.is_interrupted and outcome.best == first_guess(num_cores):
+                if outcome.is_interrupted and (not outcome.is_usable or outcome.best == first_guess(num_cores)):
                     return Optimized(outcome)
                 if not outcome.is_usable:
                     raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")

@@ -34,11 +34,20 @@ class Bench:
     """Measures candidates for one file of weights. `directory` is empty and the search's own. Use it as a context
     manager: what quality is compared with lies on disk meanwhile."""
 
-    def __init__(self, source: Path, directory: Path, *, context_length: int, num_threads: int) -> None:
+    def __init__(
+        self,
+        source: Path,
+        directory: Path,
+        *,
+        context_length: int,
+        num_threads: int,
+        trial_seconds: float = TRIAL_SECONDS,
+    ) -> None:
         self.source = source
         self._directory = directory
         self._context_length = context_length
         self._num_threads = num_threads
+        self._trial_seconds = trial_seconds
         made = sorted(recipes(source), key=lambda recipe: -num_bytes(source, recipe))
         self._recipes = {each.name: each for each in made}
         self._references: dict[int, Reference] = {}
@@ -120,15 +129,15 @@ class Bench:
     @asynccontextmanager
     async def _engine(self, candidate: Candidate, weights: Path) -> AsyncIterator[LlamaEngine]:
         """Running, for as long as a trial may take. Raises TrialFailed for what goes wrong in it."""
-        options = replace(candidate.options, context_length=self._context_length, stall_seconds=TRIAL_SECONDS)
+        options = replace(candidate.options, context_length=self._context_length, stall_seconds=self._trial_seconds)
         engine = LlamaEngine(weights, model="trial", options=options)
         try:
-            async with AsyncExitStack() as stack, asyncio.timeout(TRIAL_SECONDS):
+            async with AsyncExitStack() as stack, asyncio.timeout(self._trial_seconds):
                 stack.push_async_callback(engine.close)
                 await engine.start()
                 yield engine
         except TimeoutError:
-            raise TrialFailed(f"not done in {TRIAL_SECONDS:.0f} s") from None
+            raise TrialFailed(f"not done in {self._trial_seconds:.0f} s") from None
         except (Refusal, OSError) as error:
             raise TrialFailed(getattr(error, "message", str(error))) from None
 

@@ -43,6 +43,8 @@ async def _run_all(commands: Sequence[Sequence[str]], is_busy: Callable[[], bool
                 return
         if status:
             log.warning("what should run while idle ended with %d: %s", status, " ".join(command))
+        else:
+            log.info("done while idle: %s", " ".join(command))
 
 
 async def _quiet(is_busy: Callable[[], bool], quiet_seconds: float) -> None:
