@@ -25,8 +25,8 @@ from pathlib import Path
 from statistics import median
 
 from octoai.optimizer.optimization import Wish, optimize
+from octoai.optimizer.outcome import Bounds
 from octoai.optimizer.profile import Profile, Profiles
-from octoai.optimizer.search import Bounds
 from octoai.optimizer.trial import busy_process
 from octoai.optimizer.workload import Passages, Workload, first_token_seconds, joint_rate, stream_rate
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from octoai.optimizer.outcome import Outcome, Trial
 from octoai.optimizer.plot import plotted
 from octoai.optimizer.profile import BadProfile, Profile, Profiles, sha256, this_cpu
-from octoai.optimizer.search import Outcome, Trial
 from octoai.optimizer.space import Candidate
 from octoai.optimizer.workload import Speed
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from octoai.optimizer.search import Bounds, Goal, Outcome, Search, Trial, TrialFailed, score
+from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed, score
+from octoai.optimizer.search import Search
 from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guess, safe_defaults, stages
 from octoai.optimizer.workload import Speed
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from octoai.optimizer.search import TrialFailed
+from octoai.optimizer.outcome import TrialFailed
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.optimizer.trial import Bench
 

@@ -18,7 +18,7 @@ from octoai.cli.messages import fail
 
 if TYPE_CHECKING:
     from octoai.optimizer.optimization import Optimized
-    from octoai.optimizer.search import Trial
+    from octoai.optimizer.outcome import Trial
     from octoai.server.settings import ModelSettings, Settings
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -52,7 +52,7 @@ def optimize(args: argparse.Namespace) -> int:
     from octoai.cli.models import pulled
     from octoai.optimizer.optimization import CannotOptimize, Wish
     from octoai.optimizer.optimization import optimize as optimized
-    from octoai.optimizer.search import Bounds
+    from octoai.optimizer.outcome import Bounds
     from octoai.server import app
     from octoai.server.catalogue import BadCatalogue
     from octoai.server.settings import BadSettings

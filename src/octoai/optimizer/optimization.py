@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed
 from octoai.optimizer.plot import plotted
 from octoai.optimizer.profile import Profile, Profiles, sha256
-from octoai.optimizer.search import Bounds, Goal, Outcome, Search, Trial, TrialFailed
+from octoai.optimizer.search import Search
 from octoai.optimizer.space import AS_GIVEN, engine_defaults, first_guess, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
 from octoai.optimizer.weights import UnusableWeights
@@ -57,29 +58,31 @@ def optimize(
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         model_sha256 = sha256(source)
-        with _workplace(cache_dir, model_sha256) as directory:
-            with Bench(
+        with (
+            _workplace(cache_dir, model_sha256) as directory,
+            Bench(
                 source,
                 directory,
                 context_length=wish.context_length,
                 num_threads=num_cores,
                 trial_seconds=max(TRIAL_SECONDS, wish.seconds / 4),
-            ) as bench:
-                search = Search(
-                    bench,
-                    stages(bench.recipe_names, num_cores),
-                    start=first_guess(num_cores),
-                    defaults=engine_defaults(num_cores),
-                    goal=wish.goal,
-                    bounds=wish.bounds,
-                    on_trial=on_trial,
-                )
-                outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
-                if outcome.is_interrupted and (not outcome.is_usable or outcome.best == first_guess(num_cores)):
-                    return Optimized(outcome)
-                if not outcome.is_usable:
-                    raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")
-                return _stored(Profiles(cache_dir), source, model_sha256, outcome, wish, bench)
+            ) as bench,
+        ):
+            search = Search(
+                bench,
+                stages(bench.recipe_names, num_cores),
+                start=first_guess(num_cores),
+                defaults=engine_defaults(num_cores),
+                goal=wish.goal,
+                bounds=wish.bounds,
+                on_trial=on_trial,
+            )
+            outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
+            if outcome.is_interrupted and (not outcome.is_usable or outcome.best == first_guess(num_cores)):
+                return Optimized(outcome)
+            if not outcome.is_usable:
+                raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")
+            return _stored(Profiles(cache_dir), source, model_sha256, outcome, wish, bench)
     except (TrialFailed, UnusableWeights) as error:
         raise CannotOptimize(str(error)) from None
     except OSError as error:

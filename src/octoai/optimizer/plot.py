@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from statistics import median
 
-from octoai.optimizer.search import Outcome
+from octoai.optimizer.outcome import Outcome
 from octoai.optimizer.space import Candidate
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 760, 480, 70, 60, 50, 30

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from octoai.optimizer.search import Goal
+from octoai.optimizer.outcome import Goal
 from octoai.optimizer.space import Candidate
 from octoai.server.places import create
 

@@ -14,8 +14,8 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextma
 from dataclasses import replace
 from pathlib import Path
 
+from octoai.optimizer.outcome import TrialFailed
 from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference
-from octoai.optimizer.search import TrialFailed
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.optimizer.weights import UnusableWeights, num_bytes, recipes, requantize
 from octoai.optimizer.workload import Passages, Speed, Workload, joint_rate, measure
