@@ -5,7 +5,7 @@ all three engines run side by side and are asked the same in turn: a prompt of 6
 once (180 + 64 tokens). Figures are medians, ratios are taken within a round. At the end of each round 8 requests at
 once are measured again while another process takes a core.
 
-    python bench/optimizer.py [--short] [--rounds N] [--seconds S] [--search-only] [--cache DIR] [--json PATH]
+    python bench/optimizer.py [--short] [--rounds N] [--share X] [--seconds S] [--search-only] [--cache DIR] [--json PATH]
 """
 
 import argparse
@@ -53,9 +53,12 @@ Samples = dict[str, dict[str, list[float]]]
 def arguments() -> argparse.Namespace:
     here = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="one search of 30 seconds, two rounds: about 2 minutes")
-    parser.add_argument("--rounds", type=int, help="default 5, short 2")
-    parser.add_argument("--seconds", type=float, help="for each search (default 120, short 30)")
+    parser.add_argument(
+        "--short", action="store_true", help="one search of 40 seconds, a quarter of each length: 2 minutes"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--share", type=float, help="of the lengths above that is measured (default 1, short 1/4)")
+    parser.add_argument("--seconds", type=float, help="for each search (default 120, short 40)")
     parser.add_argument("--search-only", action="store_true", help="only the searches, whose results are kept")
     parser.add_argument("--cache", type=Path, default=here / "optimizer", metavar="DIR")
     parser.add_argument("--json", type=Path, default=here / "optimizer.json", metavar="PATH")
@@ -99,7 +102,9 @@ def searched(source: Path, cache: Path, seconds: float, context_length: int, nam
             optimize(source, place, wish, lambda trial: print(".", end="", file=sys.stderr, flush=True))
 
 
-async def measured(source: Path, found: dict[str, tuple[Profile, Path]], rounds: int, context_length: int) -> Samples:
+async def measured(
+    source: Path, found: dict[str, tuple[Profile, Path]], rounds: int, context_length: int, workload: Workload
+) -> Samples:
     async with AsyncExitStack() as stack:
         defaults = stack.enter_context(llama_defaults(source))
         await defaults.connect()
@@ -116,7 +121,7 @@ async def measured(source: Path, found: dict[str, tuple[Profile, Path]], rounds:
         }
         for number in range(rounds + 1):
             one = {figure: {name: [] for name in engines} for figure in samples}
-            await one_round(engines, number, one)
+            await one_round(engines, number, one, workload if number else workload.part(1 / 8))
             if number:  # the first warms up
                 for figure, by_name in one.items():
                     for name, values in by_name.items():
@@ -124,23 +129,22 @@ async def measured(source: Path, found: dict[str, tuple[Profile, Path]], rounds:
         return samples
 
 
-async def one_round(engines: dict[str, Engine], number: int, samples: Samples) -> None:
-    full = Workload() if number else Workload().part(1 / 8)
+async def one_round(engines: dict[str, Engine], number: int, samples: Samples, workload: Workload) -> None:
     passages = Passages(1000 + number)
     counter = engines["defaults"]
-    long_prompt = await passages.take(counter, full.long_prompt)
+    long_prompt = await passages.take(counter, workload.long_prompt)
     for name, engine in engines.items():
         samples["first"][name].append(await first_token_seconds(engine, long_prompt))
     for _ in range(NUM_STREAMS):
         short = await passages.take(counter, 16)
         for name, engine in engines.items():
-            samples["stream"][name].append(await stream_rate(engine, short, full.stream))
-    prompts = [await passages.take(counter, full.prompt) for _ in range(full.num_requests)]
+            samples["stream"][name].append(await stream_rate(engine, short, workload.stream))
+    prompts = [await passages.take(counter, workload.prompt) for _ in range(workload.num_requests)]
     for name, engine in engines.items():
-        samples["joint"][name].append(await joint_rate(engine, prompts, full.completion))
-    again = [await passages.take(counter, full.prompt) for _ in range(full.num_requests)]
+        samples["joint"][name].append(await joint_rate(engine, prompts, workload.completion))
+    again = [await passages.take(counter, workload.prompt) for _ in range(workload.num_requests)]
     with busy_process():
-        beside = await joint_rate(engines["ours"], again, full.completion)
+        beside = await joint_rate(engines["ours"], again, workload.completion)
     samples["company"]["ours"].append(beside / samples["joint"]["ours"][-1])
 
 
@@ -153,7 +157,7 @@ def ratios(samples: Samples, figure: str, name: str) -> list[float]:
 
 def report(samples: Samples, found: dict[str, tuple[Profile, Path]]) -> tuple[str, list[dict[str, object]]]:
     lines = [f"{name}: {profile.candidate}; {loss(profile)}" for name, (profile, _) in found.items()]
-    lines.append(f"\n{'':18}{'first token of 600':>20}{'one stream':>16}{'8 at once':>16}")
+    lines.append(f"\n{'':18}{'first token':>20}{'one stream':>16}{'8 at once':>16}")
     for name in ("defaults", *found):
         first, stream, joint = (median(samples[figure][name]) for figure in ("first", "stream", "joint"))
         lines.append(f"{name:18}{first:>18.2f} s{stream:>10.1f} tok/s{joint:>10.1f} tok/s")
@@ -189,13 +193,13 @@ def main() -> None:
     context_length = model.context_length or 8192
     names = ["ours"] if options.short else list(LOSSES)
     cache = options.cache.with_name("optimizer-short") if options.short else options.cache
-    searched(source, cache, options.seconds or (30 if options.short else 120), context_length, names)
+    searched(source, cache, options.seconds or (40 if options.short else 120), context_length, names)
     found = {name: profile for name in names if (profile := Profiles(cache / str(LOSSES[name])).find(source))}
     if options.search_only:
         print("\n".join(f"{name}: {profile}; {loss(profile)}" for name, (profile, _) in found.items()))
         return
-    rounds = options.rounds or (2 if options.short else 5)
-    samples = asyncio.run(measured(source, found, rounds, context_length))
+    workload = Workload().part(options.share or (1 / 4 if options.short else 1))
+    samples = asyncio.run(measured(source, found, options.rounds, context_length, workload))
     text, bars = report(samples, found)
     print(text)
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "date": time.strftime("%F")}

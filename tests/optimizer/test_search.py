@@ -52,7 +52,7 @@ class Machine:
     def rate(self, candidate: Candidate) -> float:
         threads = {1: 1.0, 2: 1.8, 3: 2.4, 4: 2.0}[candidate.num_threads]
         spins = candidate.tuning.spin_count
-        waiting = 1.5 if spins is None else 1.3 if spins else 1.0
+        waiting = 2.0 if spins is None else 1.3 if spins else 1.0
         return 20 * FORMATS[candidate.weights] * threads * waiting / (1 + abs(candidate.batch_tokens - 256) / 1000)
 
     def loss(self, weights: str, bound: float | None = None) -> Lost:
@@ -107,7 +107,9 @@ def test_a_format_that_looked_better_at_a_glance_than_it_is_is_not_chosen() -> N
             lost = Machine.loss(self, weights, bound)
             return lost if bound is None else Lost(0.0)
 
-    assert found(Misleading()).best.weights == AS_GIVEN
+    outcome = found(Misleading())
+    assert outcome.best.weights == "Q8_0"
+    assert outcome.losses["Q4_0"].kl_nats == LOSSES["Q4_0"]
 
 
 def test_formats_smaller_than_one_that_loses_by_far_too_much_are_not_looked_at() -> None:
@@ -144,6 +146,12 @@ def test_the_budget_is_exceeded_by_no_more_than_a_trial(seconds: float) -> None:
     outcome = found(machine, seconds=seconds)
     assert machine.now - 100 < seconds + TRIAL_SECONDS
     assert FORMATS[outcome.best.weights] >= 1
+
+
+def test_what_was_clearly_faster_in_a_round_is_kept_when_time_runs_out_before_the_next() -> None:
+    kept = {found(Machine(), seconds=seconds).best.weights for seconds in range(20, 40)}
+    assert kept == {AS_GIVEN, "Q8_0"}
+    assert found(Machine(), seconds=39).best.weights == "Q8_0"
 
 
 def test_candidates_that_fail_are_lines_of_the_table() -> None:

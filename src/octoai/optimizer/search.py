@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import exp, log
 
 from octoai.optimizer.outcome import Bounds, Goal, Loss, Measuring, Outcome, Trial, TrialFailed, score
 from octoai.optimizer.space import SMALLEST_BATCH, Candidate, Stage
@@ -23,6 +22,7 @@ _NOT_SLOWER = 0.97
 _DEFAULT_BOUNDS = Bounds()
 _HOPELESS = 10
 _FASTER = 1.03  # less is noise
+_CLEARLY_FASTER = 1.15  # in a first round alone
 
 
 class _OutOfTime(Exception):
@@ -105,28 +105,32 @@ class Search:
             start = replace(start, num_slots=start.num_slots // 2, batch_tokens=SMALLEST_BATCH)
 
     def _best_of(self, title: str, best: Candidate, others: Sequence[Candidate]) -> None:
-        """The best so far, or the challenger that was faster in all rounds together, becomes the best."""
+        """The best so far, or the challenger that was faster in both rounds together, becomes the best."""
         challengers = [other for other in dict.fromkeys(others) if other != best and self._may_lose(other)]
-        scores: dict[Candidate, float] = {}
-        share, total, num_rounds = FIRST_SHARE, 0.0, 0
-        while challengers and not (num_rounds > 1 and len(challengers) == 1 and total >= 3 * FIRST_SHARE):
-            found = self._round(title, best, challengers, share)
-            total += share
-            for each in found:
-                scores[each] = scores.get(each, 0.0) + share * log(found[each])
-            ranked = sorted(found, key=lambda each: -scores[each])
-            good = [each for each in ranked if exp(scores[each] / total) > _NOT_SLOWER]
-            challengers = self._steady(good, 1 if num_rounds else max(1, len(found) // 2))
-            share, num_rounds = share * 2, num_rounds + 1
-        if challengers and exp(scores[challengers[0]] / total) > _FASTER and self._loses_little(challengers[0]):
-            self._outcome.best = challengers[0]
+        first = self._round(title, best, challengers, FIRST_SHARE)
+        ranked = sorted((each for each in first if first[each] > _NOT_SLOWER), key=lambda each: -first[each])
+        try:
+            second = self._round(title, best, ranked[: (len(first) + 1) // 2], 2 * FIRST_SHARE)
+        except _OutOfTime:
+            self._accept({each: first[each] for each in ranked}, _CLEARLY_FASTER)
+            raise
+        self._accept({each: (first[each] * second[each] ** 2) ** (1 / 3) for each in second}, _FASTER)
+
+    def _accept(self, scores: dict[Candidate, float], margin: float) -> None:
+        """How a candidate bears company, and what it loses, take long to see: they are asked of the winner only."""
+        for candidate in sorted(scores, key=lambda each: -scores[each]):
+            if scores[candidate] < margin:
+                return
+            if self._is_steady(candidate) and self._loses_little(candidate):
+                self._outcome.best = candidate
+                return
 
     def _round(
         self, title: str, best: Candidate, challengers: Sequence[Candidate], share: float
     ) -> dict[Candidate, float]:
         """Scores of the challengers that could be measured, beside the best so far in the same round."""
         self._turn += 1
-        beside = self._tried(title, best, share)
+        beside = self._tried(title, best, share) if challengers else None
         if beside is None:
             return {}
         found: dict[Candidate, float] = {}
@@ -184,22 +188,13 @@ class Search:
         if weights == self._start.weights:
             return True
         if weights not in self._outcome.losses:
+            self._check_time()
             try:
                 self._outcome.losses[weights] = self._measuring.loss(weights)
             except TrialFailed as failure:
                 self._note(Trial("quality", candidate, 0.0, note=f"failed: {failure}"))
                 return False
         return self._outcome.losses[weights].kl_nats <= self._bounds.max_loss
-
-    def _steady(self, ranked: Sequence[Candidate], count: int) -> list[Candidate]:
-        """The first of them that bear company."""
-        found: list[Candidate] = []
-        for candidate in ranked:
-            if len(found) == count:
-                break
-            if self._is_steady(candidate):
-                found.append(candidate)
-        return found
 
     def _is_steady(self, candidate: Candidate) -> bool:
         waiting = _waiting(candidate)

@@ -13,7 +13,7 @@ from octoai.server.engines.llama import LlamaOptions, LlamaTuning
 
 AS_GIVEN = "as given"
 SMALLEST_BATCH = 64
-SPIN_COUNTS = (300, 1000, None)
+SPIN_COUNTS = (300, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +81,11 @@ def safe_defaults(num_cores: int) -> Candidate:
 def stages(recipes: Sequence[str], num_cores: int) -> list[Stage]:
     return [
         Stage("weights", lambda best: [replace(best, weights=name) for name in recipes]),
-        Stage("waiting", _spins),
         Stage("threads", lambda best: _threads(best, num_cores)),
-        Stage("slots", _slots),
-        Stage("batches", _batches),
-        Stage("attention", _attention),
         Stage("speculation", _speculation),
+        Stage("batches", _batches),
+        Stage("slots", _slots),
+        Stage("attention", _attention),
     ]
 
 
@@ -101,14 +100,17 @@ def _waiting(spin_count: int | None) -> str:
     return f"spinning {spin_count}" if spin_count else ""
 
 
-def _spins(best: Candidate) -> list[Candidate]:
-    return [best.tuned(spin_count=count) for count in SPIN_COUNTS]
-
-
 def _threads(best: Candidate, num_cores: int) -> list[Candidate]:
-    counts = sorted({1, num_cores // 2, 3 * num_cores // 4, num_cores} - {0}, reverse=True)
-    split = replace(best, num_threads=max(1, num_cores // 2)).tuned(num_batch_threads=num_cores)
-    return [*(replace(best, num_threads=count) for count in counts), split]
+    """How many, how many more of them for prompts, and how they wait: one hangs on the other."""
+    counts = sorted({1, num_cores // 2, 3 * num_cores // 4} - {0, num_cores}, reverse=True)
+    all_cores = replace(best, num_threads=num_cores).tuned(num_batch_threads=0)
+    fewer = [replace(best, num_threads=count).tuned(num_batch_threads=num_cores) for count in counts]
+    return [
+        *fewer,
+        *(all_cores.tuned(spin_count=count) for count in SPIN_COUNTS),
+        *(each.tuned(spin_count=SPIN_COUNTS[0]) for each in fewer),
+        *(replace(best, num_threads=count).tuned(num_batch_threads=0) for count in counts),
+    ]
 
 
 def _slots(best: Candidate) -> list[Candidate]:
@@ -130,4 +132,4 @@ def _attention(best: Candidate) -> list[Candidate]:
 
 
 def _speculation(best: Candidate) -> list[Candidate]:
-    return [best.tuned(speculation=kind) for kind in ("ngram_simple", "ngram_map_k", "ngram_mod", "ngram_cache")]
+    return [best.tuned(speculation=kind) for kind in ("ngram_simple", "ngram_mod", "ngram_cache")]
