@@ -32,13 +32,20 @@ class Machine:
     noise: float = 0.0
     drift: float = 0.0
     broken: frozenset[str] = frozenset()
+    hanging: frozenset[str] = frozenset()
     interrupted_at: int | None = None
     now: float = 100.0
     num_trials: int = 0
     asked: list[str] = field(default_factory=list)
     random: random.Random = field(default_factory=lambda: random.Random(7))
 
-    def speed(self, candidate: Candidate, share: float, turn: int) -> tuple[Speed, int]:
+    def speed(
+        self, candidate: Candidate, share: float, turn: int, max_seconds: float | None = None
+    ) -> tuple[Speed, int]:
+        if candidate.weights in self.hanging:
+            assert max_seconds is not None
+            self.now += max_seconds
+            raise TrialFailed("not done")
         self.now += TRIAL_SECONDS
         self.num_trials += 1
         if self.num_trials == self.interrupted_at:
@@ -158,6 +165,18 @@ def test_candidates_that_fail_are_lines_of_the_table() -> None:
     outcome = found(Machine(broken=frozenset({"Q8_0"})))
     assert outcome.best.weights == AS_GIVEN
     assert "failed: could not load it" in [trial.note for trial in outcome.trials]
+
+
+def test_a_candidate_that_hangs_costs_no_more_than_a_few_trials() -> None:
+    machine = Machine(hanging=frozenset({"Q8_0"}))
+    outcome = found(machine)
+    assert machine.now < found_in(Machine()) + 5 * TRIAL_SECONDS
+    assert outcome.best.weights == AS_GIVEN
+
+
+def found_in(machine: Machine) -> float:
+    found(machine)
+    return machine.now
 
 
 def test_a_model_that_cannot_be_run_at_all_is_said_to_be_unusable() -> None:

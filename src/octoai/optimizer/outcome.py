@@ -36,8 +36,10 @@ class TrialFailed(Exception):
 class Measuring(Protocol):
     """`share` is how much of the workload is run, `turn` which of its prompts: one turn's are the same for all."""
 
-    def speed(self, candidate: Candidate, share: float, turn: int) -> tuple[Speed, int]:
-        """And the most memory that it took, in bytes. Raises TrialFailed."""
+    def speed(
+        self, candidate: Candidate, share: float, turn: int, max_seconds: float | None = None
+    ) -> tuple[Speed, int]:
+        """And the most memory that it took, in bytes. Raises TrialFailed, also when it takes longer than it may."""
 
     def loss(self, weights: str, bound: float | None = None) -> Loss:
         """Of a recipe; as little is read as tells on which side of the bound it is. Raises TrialFailed."""

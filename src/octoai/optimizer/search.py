@@ -20,6 +20,8 @@ MOST_ROUNDS = 5  # of the comparison at the end
 _FOR_THE_END = 0.2  # of the budget
 _NOT_SLOWER = 0.97
 _DEFAULT_BOUNDS = Bounds()
+_PATIENCE = 3.0  # with a challenger, as a multiple of what the best so far took in the same round
+_START_SECONDS = 3.0
 _HOPELESS = 10
 _FASTER = 1.03  # less is noise
 _CLEARLY_FASTER = 1.15  # in a first round alone
@@ -60,6 +62,7 @@ class Search:
         self._glances: dict[str, Loss | None] = {}
         self._steadiness: dict[object, float] = {}
         self._turn = 0
+        self._patience: float | None = None
         self._until = 0.0
         self._clock: Callable[[], float] = lambda: 0.0
 
@@ -144,10 +147,15 @@ class Search:
         """None for a candidate that failed, or takes more memory than allowed."""
         self._check_time()
         try:
-            speed, memory_bytes = self._measuring.speed(candidate, share, self._turn)
+            began = self._clock()
+            speed, memory_bytes = self._measuring.speed(
+                candidate, share, self._turn, self._patience if beside else None
+            )
         except TrialFailed as failure:
             self._note(Trial(title, candidate, share, note=f"failed: {failure}"))
             return None
+        if beside is None:
+            self._patience = _PATIENCE * (self._clock() - began) + _START_SECONDS
         relative = score(speed, beside, self._goal) if beside else 1.0
         note = "" if candidate == self._defaults else self._excess(candidate, speed, memory_bytes)
         self._note(Trial(title, candidate, share, speed, memory_bytes, relative, note))

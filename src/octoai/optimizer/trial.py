@@ -80,9 +80,12 @@ class Bench:
                 raise TrialFailed(str(error)) from None
         return path
 
-    def speed(self, candidate: Candidate, share: float, turn: int) -> tuple[Speed, int]:
+    def speed(
+        self, candidate: Candidate, share: float, turn: int, max_seconds: float | None = None
+    ) -> tuple[Speed, int]:
         weights = self.weights(candidate.weights)
-        return asyncio.run(self._measured(candidate, weights, Workload().part(share), turn))
+        seconds = min(max_seconds or self._trial_seconds, self._trial_seconds)
+        return asyncio.run(self._measured(candidate, weights, Workload().part(share), turn, seconds))
 
     def loss(self, weights: str, bound: float | None = None) -> Quality:
         path = self.weights(weights)
@@ -106,14 +109,16 @@ class Bench:
         weights = self.weights(candidate.weights)
         return asyncio.run(self._beside_another(candidate, weights))
 
-    async def _measured(self, candidate: Candidate, weights: Path, workload: Workload, turn: int) -> tuple[Speed, int]:
-        async with self._engine(candidate, weights) as engine:
+    async def _measured(
+        self, candidate: Candidate, weights: Path, workload: Workload, turn: int, seconds: float
+    ) -> tuple[Speed, int]:
+        async with self._engine(candidate, weights, seconds) as engine:
             speed = await measure(engine, workload, Passages(turn))
             return speed, _peak_memory_bytes(engine.pid)
 
     async def _beside_another(self, candidate: Candidate, weights: Path) -> float:
         workload, passages = Workload().part(COMPANY_SHARE), Passages(0)
-        async with self._engine(candidate, weights) as engine:
+        async with self._engine(candidate, weights, self._trial_seconds) as engine:
             prompts = [await passages.take(engine, workload.prompt) for _ in range(3 * workload.num_requests)]
             groups = [prompts[first::3] for first in range(3)]
             await joint_rate(engine, groups[0], workload.completion)  # a first run is slower
@@ -127,17 +132,17 @@ class Bench:
                     return 1 / _COLLAPSED
 
     @asynccontextmanager
-    async def _engine(self, candidate: Candidate, weights: Path) -> AsyncIterator[LlamaEngine]:
+    async def _engine(self, candidate: Candidate, weights: Path, seconds: float) -> AsyncIterator[LlamaEngine]:
         """Running, for as long as a trial may take. Raises TrialFailed for what goes wrong in it."""
-        options = replace(candidate.options, context_length=self._context_length, stall_seconds=self._trial_seconds)
+        options = replace(candidate.options, context_length=self._context_length, stall_seconds=2 * seconds)
         engine = LlamaEngine(weights, model="trial", options=options)
         try:
-            async with AsyncExitStack() as stack, asyncio.timeout(self._trial_seconds):
+            async with AsyncExitStack() as stack, asyncio.timeout(seconds):
                 stack.push_async_callback(engine.close)
                 await engine.start()
                 yield engine
         except TimeoutError:
-            raise TrialFailed(f"not done in {self._trial_seconds:.0f} s") from None
+            raise TrialFailed(f"not done in {seconds:.0f} s") from None
         except (Refusal, OSError) as error:
             raise TrialFailed(getattr(error, "message", str(error))) from None
 
