@@ -90,8 +90,10 @@ def stages(recipes: Sequence[str], num_cores: int) -> list[Stage]:
 
 
 def first_guess(num_cores: int) -> Candidate:
-    """Where the search starts: not the best, but good everywhere, also in company."""
-    return Candidate(num_slots=8, num_threads=num_cores, batch_tokens=128)
+    """Where the search starts: not the best, but good everywhere, also in company. Decoding waits for its slowest
+    thread at every step, so that fewer are often faster; reading a prompt does not."""
+    tuning = LlamaTuning(num_batch_threads=num_cores if num_cores > 1 else 0)
+    return Candidate(num_slots=8, num_threads=max(1, num_cores // 2), batch_tokens=128, tuning=tuning)
 
 
 def _waiting(spin_count: int | None) -> str:
@@ -107,6 +109,7 @@ def _threads(best: Candidate, num_cores: int) -> list[Candidate]:
     fewer = [replace(best, num_threads=count).tuned(num_batch_threads=num_cores) for count in counts]
     return [
         *fewer,
+        all_cores.tuned(spin_count=0),
         *(all_cores.tuned(spin_count=count) for count in SPIN_COUNTS),
         *(each.tuned(spin_count=SPIN_COUNTS[0]) for each in fewer),
         *(replace(best, num_threads=count).tuned(num_batch_threads=0) for count in counts),
