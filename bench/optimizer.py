@@ -5,7 +5,7 @@ all three engines run side by side and are asked the same in turn: a prompt of 6
 once (180 + 64 tokens). Figures are medians, ratios are taken within a round. At the end of each round 8 requests at
 once are measured again while another process takes a core.
 
-    python bench/optimizer.py [--short] [--rounds N] [--share X] [--seconds S] [--search-only] [--cache DIR] [--json PATH]
+    python bench/optimizer.py [--short] [--rounds N] [--share X] [--seconds S] [--search-only] [--cache DIR] [--json F]
 """
 
 import argparse
@@ -74,6 +74,7 @@ def child(socket: str, key: str, model: str) -> None:
     params.model.path, params.hostnames, params.api_keys = model, [socket], [key]
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
+    os.dup2(2, 1)  # nobody reads it after this line
     sys.stdin.read()
     os._exit(0)
 

@@ -113,7 +113,7 @@ def test_a_short_search_ends_in_a_profile_that_serve_uses(cache: Path, tmp_path:
     began = time.monotonic()
     ran = run(tmp_path, "--seconds", "25", "--json", "--plot", "here.svg", OCTOAI_CACHE_DIR=str(cache))
     assert ran.returncode == 0, ran.stderr
-    assert time.monotonic() - began < 25 + 65  # a trial more, on a busy machine
+    assert time.monotonic() - began < 25 + 100  # a trial more, or a reading of the text for quality, on a busy machine
     result = json.loads(ran.stdout)
     assert result["profile"]["candidate"]["weights"] in {AS_GIVEN, "Q8_0"}
     assert all(trial["note"] == "" or trial["speed"] is None for trial in result["trials"])

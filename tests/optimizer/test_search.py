@@ -68,7 +68,7 @@ class Machine:
             self.asked.append(weights)
         return Lost(LOSSES[weights])
 
-    def steadiness(self, candidate: Candidate) -> float:
+    def steadiness(self, candidate: Candidate, max_seconds: float | None = None) -> float:
         self.now += TRIAL_SECONDS
         return 0.1 if candidate.tuning.spin_count is None else 0.8
 

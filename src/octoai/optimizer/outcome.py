@@ -44,7 +44,7 @@ class Measuring(Protocol):
     def loss(self, weights: str, bound: float | None = None) -> Loss:
         """Of a recipe; as little is read as tells on which side of the bound it is. Raises TrialFailed."""
 
-    def steadiness(self, candidate: Candidate) -> float:
+    def steadiness(self, candidate: Candidate, max_seconds: float | None = None) -> float:
         """What is left of the joint rate, as a share of it, while another process takes a core. Raises TrialFailed."""
 
 

@@ -215,7 +215,7 @@ class Search:
         if waiting not in self._steadiness:
             self._check_time()
             try:
-                share = self._measuring.steadiness(candidate)
+                share = self._measuring.steadiness(candidate, self._limit(None))
                 self._note(Trial("company", candidate, 0.0, note=f"{share:.0%} of it while a core is taken"))
             except TrialFailed as failure:
                 share = 0.0

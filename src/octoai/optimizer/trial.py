@@ -105,9 +105,10 @@ class Bench:
             self._references[num_positions] = self._stack.enter_context(made)
         return self._references[num_positions]
 
-    def steadiness(self, candidate: Candidate) -> float:
+    def steadiness(self, candidate: Candidate, max_seconds: float | None = None) -> float:
         weights = self.weights(candidate.weights)
-        return asyncio.run(self._beside_another(candidate, weights))
+        seconds = min(max_seconds or self._trial_seconds, self._trial_seconds)
+        return asyncio.run(self._beside_another(candidate, weights, seconds))
 
     async def _measured(
         self, candidate: Candidate, weights: Path, workload: Workload, turn: int, seconds: float
@@ -116,9 +117,9 @@ class Bench:
             speed = await measure(engine, workload, Passages(turn))
             return speed, _peak_memory_bytes(engine.pid)
 
-    async def _beside_another(self, candidate: Candidate, weights: Path) -> float:
+    async def _beside_another(self, candidate: Candidate, weights: Path, seconds: float) -> float:
         workload, passages = Workload().part(COMPANY_SHARE), Passages(0)
-        async with self._engine(candidate, weights, self._trial_seconds) as engine:
+        async with self._engine(candidate, weights, seconds) as engine:
             prompts = [await passages.take(engine, workload.prompt) for _ in range(3 * workload.num_requests)]
             groups = [prompts[first::3] for first in range(3)]
             await joint_rate(engine, groups[0], workload.completion)  # a first run is slower
