@@ -192,6 +192,13 @@ def test_a_start_that_takes_too_much_memory_begins_with_less() -> None:
     assert not found(Machine(), max_memory_bytes=50).is_usable
 
 
+def test_the_best_so_far_stays_within_its_bounds_when_the_machine_becomes_slower() -> None:
+    machine = Machine(drift=-0.05)
+    outcome = found(machine, max_step_seconds=0.3)
+    assert outcome.best.weights == "Q8_0"
+    assert outcome.ratios is not None
+
+
 def test_batches_that_take_long_are_not_chosen() -> None:
     assert found(Machine(), max_step_seconds=0.2).best.batch_tokens == 128
 

@@ -155,7 +155,9 @@ class Search:
         if beside is None:
             self._patience = _PATIENCE * (self._clock() - began) + _START_SECONDS
         relative = score(speed, beside, self._goal) if beside else 1.0
-        note = "" if candidate == self._defaults else self._excess(candidate, speed, memory_bytes)
+        # What was found to be within the bounds stays so when a neighbour slows a later trial down.
+        is_known = candidate == self._defaults or (self._outcome.is_usable and candidate == self._outcome.best)
+        note = "" if is_known else self._excess(candidate, speed, memory_bytes)
         self._note(Trial(title, candidate, share, speed, memory_bytes, relative, note))
         return None if note else speed
 
