@@ -54,6 +54,7 @@ bench: setup
 	@$(RUN) bench/ledger.py --short
 	@$(RUN) bench/ledger_crashes.py --short
 	@$(RUN) bench/gateway.py --short
+	@$(RUN) bench/optimizer.py --short
 
 clean:
 	rm -rf $(VENV) .demo dist build

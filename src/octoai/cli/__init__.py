@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from octoai.cli import account, ledger, models, price, serve, statement, token, usage
+from octoai.cli import account, ledger, models, optimize, price, serve, statement, token, usage
 from octoai.cli.messages import fail
 from octoai.version import __version__
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="octoai", description="Text generation on your own machine.")
     parser.add_argument("--version", action="version", version=f"octoai {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (serve, account, token, price, usage, statement, ledger, models):
+    for command in (serve, optimize, account, token, price, usage, statement, ledger, models):
         command.add_parsers(subparsers)
     args = parser.parse_args(arguments)
     try:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from octoai.cli.messages import fail
+
+if TYPE_CHECKING:
+    from octoai.server.engines.llama import LlamaOptions
+    from octoai.server.settings import Settings
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,6 +47,37 @@ def serve(args: argparse.Namespace) -> int:
         catalogue = app.catalogue(settings)
         store = WeightStore(settings.cache_dir)
         own = [catalogue[model.id] for model in settings.models if model.engine_url is None]
-        return run.serve(settings, {model.id: store.path(model) or pulled(store, model) for model in own})
+        weights = {model.id: store.path(model) or pulled(store, model) for model in own}
+        tuned = _tuned(settings, weights)
+        # A file of the command line has an id that only this service knows.
+        names = {model.id: str(model.path) if args.model and model.path else model.id for model in settings.models}
+        idle = [_optimization(names[each], args.config) for each in weights if each not in tuned]
+        return run.serve(settings, weights, tuned, idle if settings.optimize_when_idle == "on" else ())
     except (BadCatalogue, BadSettings, PullFailed, StoreError, run.CannotServe) as error:
         return fail(str(error))
+
+
+def _tuned(settings: Settings, weights: dict[str, Path]) -> dict[str, LlamaOptions]:
+    """How profiles say to run these models, whose files become those of the profiles. One line about each."""
+    if not weights:
+        return {}
+    from octoai.optimizer.profile import BadProfile, Profiles
+
+    profiles, found = Profiles(settings.cache_dir), {}
+    for model_id, source in list(weights.items()):
+        try:
+            known = profiles.find(source)
+        except BadProfile as error:
+            fail(str(error))
+            continue
+        if known is not None:
+            profile, weights[model_id] = known
+            found[model_id] = profile.candidate.options
+            print(f"octoai: profile of {model_id}: {profile}", flush=True)
+    return found
+
+
+def _optimization(model: str, config: Path | None) -> list[str]:
+    """The command that makes a profile."""
+    given = ["--config", str(config)] if config else []
+    return [sys.executable, "-m", "octoai", "optimize", model, *given]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from starlette.routing import BaseRoute, Route
@@ -19,6 +20,7 @@ from octoai.server.catalogue import Catalogue, Model
 from octoai.server.directory import Directory
 from octoai.server.edge import Edge
 from octoai.server.engines.base import Engine
+from octoai.server.engines.llama import LlamaEngine, LlamaOptions
 from octoai.server.ledger import Ledger
 from octoai.server.metrics import Metrics
 from octoai.server.queue import FairQueue
@@ -75,10 +77,22 @@ def prepare(settings: Settings) -> Connection:
     return db
 
 
-def service(settings: Settings, catalogue: Catalogue, weights: dict[str, Path]) -> Service:
-    """`weights` has the file of every model that an engine of ours serves, by the model's id."""
+def service(
+    settings: Settings,
+    catalogue: Catalogue,
+    weights: Mapping[str, Path],
+    tuned: Mapping[str, LlamaOptions] | None = None,
+) -> Service:
+    """`weights` has the file of every model that an engine of ours serves, by the model's id, `tuned` how to run those
+    that are known to run best in some way; what the settings say of a model goes before that."""
     deployments = [
-        _deployment(model, catalogue[model.id], weights.get(model.id), settings) for model in settings.models
+        Deployment(
+            catalogue[model.id], engine, FairQueue(engine.num_slots, settings.max_waiting, settings.max_waiting_tokens)
+        )
+        for model in settings.models
+        for engine in [
+            _engine(model, catalogue[model.id], weights.get(model.id), (tuned or {}).get(model.id), settings)
+        ]
     ]
     metrics = Metrics()
     metrics.watch(deployments)
@@ -128,11 +142,6 @@ def missing_weights(settings: Settings, catalogue: Catalogue) -> list[Model]:
     return [model for model in own if store.path(model) is None]
 
 
-def _deployment(chosen: ModelSettings, model: Model, weights: Path | None, settings: Settings) -> Deployment:
-    engine = _engine(chosen, model, weights, settings)
-    return Deployment(model, engine, FairQueue(engine.num_slots, settings.max_waiting, settings.max_waiting_tokens))
-
-
 def _engine_key(chosen: ModelSettings) -> str | None:
     """Looked up when the service starts: other commands read the same file where the variable is not set."""
     if chosen.engine_key_env is None:
@@ -143,7 +152,9 @@ def _engine_key(chosen: ModelSettings) -> str | None:
     return key
 
 
-def _engine(chosen: ModelSettings, model: Model, weights: Path | None, settings: Settings) -> Engine:
+def _engine(
+    chosen: ModelSettings, model: Model, weights: Path | None, tuned: LlamaOptions | None, settings: Settings
+) -> Engine:
     if chosen.engine_url is not None:
         from octoai.server.engines.openai_http import OpenAIEngine
 
@@ -155,13 +166,13 @@ def _engine(chosen: ModelSettings, model: Model, weights: Path | None, settings:
             num_slots=chosen.num_slots or 256,
             context_length=chosen.context_length,
         )
-    from octoai.server.engines.llama import LlamaEngine, LlamaOptions
-
     assert weights is not None
-    options = LlamaOptions(
+    base = tuned or LlamaOptions(context_length=DEFAULT_CONTEXT_LENGTH)
+    options = replace(
+        base,
         context_length=chosen.context_length or model.context_length or DEFAULT_CONTEXT_LENGTH,
-        num_slots=chosen.num_slots or 4,
-        num_threads=chosen.num_threads or 0,
+        num_slots=chosen.num_slots or base.num_slots,
+        num_threads=chosen.num_threads or base.num_threads,
         stall_seconds=settings.engine_stall_seconds,
         prefix_dir=settings.cache_dir / "prefixes",
         prefix_bytes=settings.prefix_cache_mib * 2**20,

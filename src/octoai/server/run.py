@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,8 @@ import anyio.lowlevel
 import uvicorn
 
 from octoai import _credentials
-from octoai.server import accounts, app, tokens
+from octoai.server import accounts, app, idle, tokens
+from octoai.server.engines.llama import LlamaOptions
 from octoai.server.errors import Refusal
 from octoai.server.protocol import BoundedProtocol
 from octoai.server.service import Service
@@ -59,13 +60,19 @@ class _Stop:
         self.drain.set()
 
 
-def serve(settings: Settings, weights: dict[str, Path]) -> int:
-    """Returns the exit status. `weights` are the files of the models that engines of ours serve."""
+def serve(
+    settings: Settings,
+    weights: Mapping[str, Path],
+    tuned: Mapping[str, LlamaOptions] | None = None,
+    idle_commands: Sequence[Sequence[str]] = (),
+) -> int:
+    """Returns the exit status. `weights` are the files of the models that engines of ours serve, `tuned` how to run
+    them where that is known, `idle_commands` programs to run while nobody asks anything."""
     db = _database(settings)
     listener = _listen(settings.host, settings.port)
     url = _url(settings.host, listener)
     with closing(db):
-        service = app.service(settings, app.catalogue(settings), weights)
+        service = app.service(settings, app.catalogue(settings), weights, tuned)
         _bootstrap(db, url)
     if settings.ledger == "off":
         print("octoai: the ledger is off: nothing is recorded, billed or limited", flush=True)
@@ -73,10 +80,10 @@ def serve(settings: Settings, weights: dict[str, Path]) -> int:
         print(line, flush=True)
     runner = asyncio.Runner(loop_factory=_loop_factory())
     with runner, listener:
-        return runner.run(_serve(service, listener, url))
+        return runner.run(_serve(service, listener, url, idle_commands))
 
 
-async def _serve(service: Service, listener: socket.socket, url: str) -> int:
+async def _serve(service: Service, listener: socket.socket, url: str, idle_commands: Sequence[Sequence[str]]) -> int:
     await anyio.lowlevel.checkpoint()  # loads anyio's half for this loop now, not in the first request
     stop = _Stop()
     loop = asyncio.get_running_loop()
@@ -90,7 +97,8 @@ async def _serve(service: Service, listener: socket.socket, url: str) -> int:
     try:
         if await _until_ready(starting, stop):
             print(f"octoai ready on {url}", flush=True)
-            await stop.drain.wait()
+            async with idle.running(idle_commands, lambda: bool(service.jobs)):
+                await stop.drain.wait()
         await _drain(service, stop)
     except Refusal as refusal:
         raise CannotServe(refusal.message) from None

@@ -24,6 +24,7 @@ FILENAME = "octoai.toml"
 _FROM_ENVIRONMENT = (
     "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting", "max_waiting_tokens",
     "prefix_cache_mib", "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
+    "optimize_when_idle",
 )  # fmt: skip
 _PLACES = {"data_dir": places.data_dir, "cache_dir": places.cache_dir}  # "~" and relative ones as everywhere else
 _FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached_input_price", "output_price", "sha256")
@@ -104,7 +105,7 @@ class Settings(_Checked):
 
     `database` is a PostgreSQL URL; without one it is SQLite in `data_dir`. While it does not answer, tokens that are
     known stay good for `database_away_seconds`, unless `when_database_is_away` is "refuse". `ledger` "off" records,
-    bills and limits nothing.
+    bills and limits nothing. `optimize_when_idle` "on" has a model without a profile optimized while nobody asks.
     """
 
     host: str = "127.0.0.1"
@@ -121,6 +122,7 @@ class Settings(_Checked):
     database_away_seconds: Annotated[float, Field(ge=0, le=86400)] = 300.0
     when_database_is_away: Literal["serve", "refuse"] = "serve"
     ledger: Literal["on", "off"] = "on"
+    optimize_when_idle: Literal["on", "off"] = "off"
     stand_in: str = ""
     models: list[ModelSettings] = []
 

@@ -19,10 +19,10 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from octoai.server.engines.base import Event, Generation, OnLeft
 from octoai.server.engines.dialects import DIALECTS
@@ -42,7 +42,27 @@ MAX_LINE_BYTES = 1024 * 1024
 # A prompt is taken apart into tokens before there is any sign of life: 0.7 MB/s on a slow text, and noise on top.
 TOKENIZED_BYTES_PER_SECOND = 100_000
 # Options that may change without making a saved prompt useless.
-_WITHOUT_SHAPE = ("num_slots", "num_threads", "cache_ram_mib", "stall_seconds", "prefix_dir", "prefix_bytes")
+_WITHOUT_SHAPE = ("num_slots", "num_threads", "cache_ram_mib", "stall_seconds", "prefix_dir", "prefix_bytes", "tuning")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaTuning:
+    """What a profile of this machine may say beside `LlamaOptions`; the defaults are safe everywhere.
+
+    `num_batch_threads` read prompts (0: as many as generate). Of a batch, `micro_batch_tokens` are computed at a time
+    (0: all). `cache_type` is the type of ggml that the KV cache is kept in; `is_unified` shares one cache between the
+    slots. `speculation` guesses tokens from n-grams of the text so far. A thread that waits for the others looks
+    `spin_count` times before it sleeps (None: OpenMP's own, some milliseconds): what spins is fastest alone, and halved
+    decoding when a neighbour took one of two cores.
+    """
+
+    num_batch_threads: int = 0
+    micro_batch_tokens: int = 0
+    flash_attention: Literal["auto", "on", "off"] = "auto"
+    cache_type: Literal["f16", "f32", "q8_0"] = "f16"
+    is_unified: bool = False
+    speculation: Literal["none", "ngram_simple", "ngram_map_k", "ngram_map_k4v", "ngram_mod", "ngram_cache"] = "none"
+    spin_count: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +79,7 @@ class LlamaOptions:
     stall_seconds: float = 30.0
     prefix_dir: Path | None = None
     prefix_bytes: int = 0
+    tuning: LlamaTuning = field(default_factory=LlamaTuning)
 
     @property
     def threads(self) -> int:
@@ -70,8 +91,10 @@ class LlamaOptions:
         """Where beginnings of prompts are kept; none of another engine's are ever found there."""
         if self.prefix_dir is None:
             return Prefixes(Path(), "", 0)
-        other = dict.fromkeys(_WITHOUT_SHAPE)
-        shape = f"xllamacpp {version('xllamacpp')} {replace(self, **other)}"  # type: ignore[arg-type]
+        other: dict[str, Any] = dict.fromkeys(_WITHOUT_SHAPE)
+        tuning = self.tuning
+        kept = (tuning.cache_type, tuning.flash_attention, tuning.is_unified)
+        shape = f"xllamacpp {version('xllamacpp')} {replace(self, **other)} {kept}"
         return Prefixes(self.prefix_dir, fingerprint(weights, shape), self.prefix_bytes)
 
 
@@ -102,6 +125,11 @@ class LlamaEngine:
     @property
     def is_ready(self) -> bool:
         return self._is_ready
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child, for who measures its memory."""
+        return self._process.pid if self._process else None
 
     async def start(self) -> None:
         """The first start must succeed: weights that cannot be loaded now cannot be loaded later either."""
@@ -211,6 +239,7 @@ class LlamaEngine:
             "save_path": f"{self._prefixes.directory}/" if self._prefixes.max_bytes else "",
             "num_threads": self.options.threads,
             "cache_ram_mib": self.options.cache_ram_mib,
+            **asdict(self.options.tuning),
         }
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "octoai.server.engines.llama_child"),
@@ -219,8 +248,7 @@ class LlamaEngine:
             stderr=asyncio.subprocess.PIPE,
             limit=MAX_LINE_BYTES,
             start_new_session=True,  # a terminal's Ctrl-C is ours to handle
-            # Threads that wait asleep: spinning ones halved decoding when a neighbour took one of two cores.
-            env={**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
+            env=_environment(self.options.tuning),
         )
         self._directory = directory
         self._listener = asyncio.create_task(self._listen(self._process))
@@ -289,3 +317,11 @@ class LlamaEngine:
             await reading.close()
         if http is not None:
             await http.close()
+
+
+def _environment(tuning: LlamaTuning) -> Mapping[str, str]:
+    """What the operator says of OpenMP goes before what we think."""
+    if tuning.spin_count is None:
+        return os.environ
+    waiting = {"GOMP_SPINCOUNT": str(tuning.spin_count)} if tuning.spin_count else {"OMP_WAIT_POLICY": "passive"}
+    return {**waiting, **os.environ}

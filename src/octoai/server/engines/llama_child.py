@@ -42,16 +42,29 @@ def _serve(options: dict[str, Any]) -> Any:
     params.endpoint_slots = True
     params.n_parallel = options["num_slots"]
     params.n_ctx = options["context_length"] * options["num_slots"]
-    params.n_batch = params.n_ubatch = options["batch_tokens"]
+    params.n_batch = options["batch_tokens"]
+    params.n_ubatch = options["micro_batch_tokens"] or options["batch_tokens"]
     os.umask(0o077)  # what it saves has prompts in it
     params.slot_save_path = options["save_path"]
     params.n_threads_http = options["num_slots"] + 8
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["num_threads"]
+    params.cpuparams.n_threads = options["num_threads"]
+    params.cpuparams_batch.n_threads = options["num_batch_threads"] or options["num_threads"]
     params.ctx_shift = False  # never drop the beginning of a conversation silently
     params.cache_ram_mib = options["cache_ram_mib"]
     params.sse_ping_interval = -1
     params.verbosity = 1
+    _tune(xllamacpp, params, options)
     return xllamacpp.Server(params)
+
+
+def _tune(xllamacpp: Any, params: Any, options: dict[str, Any]) -> None:
+    attention = {"auto": "AUTO", "on": "ENABLED", "off": "DISABLED"}[options["flash_attention"]]
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{attention}"]
+    cache_type = xllamacpp.ggml_type[f"GGML_TYPE_{options['cache_type'].upper()}"]
+    params.cache_type_k = params.cache_type_v = cache_type
+    params.kv_unified = options["is_unified"]
+    speculation = f"COMMON_SPECULATIVE_TYPE_{options['speculation'].upper()}"
+    params.speculative.types = [xllamacpp.common_speculative_type[speculation]]
 
 
 def _clean_up(socket: str) -> None:

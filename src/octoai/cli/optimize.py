@@ -1,0 +1,194 @@
+"""`octoai optimize`: find, by measurement, the fastest way to run a model on this machine, and keep it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from octoai.cli.messages import fail
+
+if TYPE_CHECKING:
+    from octoai.optimizer.optimization import Optimized
+    from octoai.optimizer.outcome import Trial
+    from octoai.server.settings import ModelSettings, Settings
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("optimize", help="find the fastest way to run a model here", description=__doc__)
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="an id or a GGUF file (default: the first one served)"
+    )
+    parser.add_argument(
+        "--for", dest="goal", choices=("latency", "throughput", "balanced"), default="balanced", help="what counts"
+    )
+    parser.add_argument("--seconds", type=_seconds, default=120.0, metavar="S", help="time to spend (default 120)")
+    parser.add_argument(
+        "--max-loss",
+        type=_nats,
+        default=0.005,
+        metavar="NATS",
+        help="mean KL divergence from the file as given that its weights may have (default 0.005)",
+    )
+    parser.add_argument("--max-memory", type=_bytes, metavar="SIZE", help="of the engine, as 900M or 4G")
+    parser.add_argument("--json", action="store_true", help="for programs: the result as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="write the plot here too")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="octoai.toml (default: the one here, if any)")
+    parser.set_defaults(run=optimize)
+
+
+def optimize(args: argparse.Namespace) -> int:
+    """Search within the time given; `octoai serve` uses what is found."""
+    from octoai.cli.models import pulled
+    from octoai.optimizer.optimization import CannotOptimize, Wish
+    from octoai.optimizer.optimization import optimize as optimized
+    from octoai.optimizer.outcome import Bounds
+    from octoai.server import app
+    from octoai.server.catalogue import BadCatalogue
+    from octoai.server.settings import BadSettings
+    from octoai.server.sources import PullFailed, WeightStore
+
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        settings, chosen = _chosen(args.model, args.config)
+        if chosen.engine_url is not None:
+            return fail(f"{chosen.id} is served by {chosen.engine_url}: optimize it where that server runs")
+        model = app.catalogue(settings)[chosen.id]
+        store = WeightStore(settings.cache_dir)
+        source = store.path(model) or pulled(store, model)
+        wish = Wish(
+            context_length=chosen.context_length or model.context_length or app.DEFAULT_CONTEXT_LENGTH,
+            goal=args.goal,
+            seconds=args.seconds,
+            bounds=Bounds(max_loss=args.max_loss, max_memory_bytes=args.max_memory),
+        )
+        with _bar(chosen.id, args.seconds) as on_trial:
+            result = optimized(source, settings.cache_dir, wish, on_trial)
+        if args.plot and result.plot:
+            args.plot.write_bytes(result.plot.read_bytes())
+    except (BadCatalogue, BadSettings, CannotOptimize, PullFailed) as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename}: {error.strerror or error}")
+    print(json.dumps(_described(result), indent=2) if args.json else _shown(result), end="" if not args.json else "\n")
+    if result.profile is None:
+        fail("stopped before anything better was found: nothing is stored")
+    return 130 if result.outcome.is_interrupted else 0
+
+
+def _chosen(name: str | None, config: Path | None) -> tuple[Settings, ModelSettings]:
+    """A model of the configuration by its id or alias, or any other by its id or file."""
+    from octoai.server.settings import load
+
+    settings = load(path=config, environ=os.environ)
+    if name is None:
+        return settings, settings.models[0]
+    for model in settings.models:
+        if name.lower() in map(str.lower, (model.id, *model.aliases)):
+            return settings, model
+    settings = load(path=config, environ=os.environ, models=[name], overrides={"stand_in": ""})
+    return settings, settings.models[0]
+
+
+@contextmanager
+def _bar(name: str, seconds: float) -> Iterator[Callable[[Trial], None]]:
+    from tqdm import tqdm
+
+    began = time.monotonic()
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
+    with tqdm(desc=name, total=seconds, bar_format=form, mininterval=0.1 if sys.stderr.isatty() else 10.0) as bar:
+
+        def on_trial(trial: Trial) -> None:
+            bar.set_postfix_str(f"{trial.stage}: {trial.candidate}"[:70], refresh=False)
+            bar.update(min(seconds, time.monotonic() - began) - bar.n)
+
+        yield on_trial
+
+
+def _shown(result: Optimized) -> str:
+    from octoai.cli.columns import Figure, aligned
+
+    heads = ("STAGE", "SHARE", "600 TOKENS", "ONE", "EIGHT", "MIB", "SCORE", "CANDIDATE", "")
+    rows = []
+    for trial in result.outcome.trials:
+        speed = trial.speed
+        figures = (
+            f"{trial.share:.3f}" if trial.share else "",
+            f"{speed.first_token_seconds:.2f} s" if speed else "",
+            f"{speed.stream_rate:.0f}" if speed else "",
+            f"{speed.joint_rate:.1f}" if speed else "",
+            f"{trial.memory_bytes >> 20}" if speed else "",
+            f"{trial.score:.2f}" if trial.score else "",
+        )
+        rows.append([trial.stage, *map(Figure, figures), str(trial.candidate), trial.note])
+    lines = [
+        aligned(heads, rows),
+        *(
+            f"{name}: {loss.kl_nats:.5f} nats from the file as given; "
+            f"the most likely token is the same at {loss.same_top:.1%} of positions\n"
+            for name, loss in result.outcome.losses.items()
+        ),
+    ]
+    if result.profile is not None:
+        lines.append(f"chosen: {result.profile.candidate}\n")
+        if result.profile.ratios:
+            prompt, stream, joint = result.profile.ratios
+            lines.append(
+                f"times the engine's defaults: {joint:.2f} for eight requests at once, {stream:.2f} for one stream, "
+                f"{prompt:.2f} for a long prompt\n"
+            )
+        lines.append(f"stored in {result.place}; the plot is {result.plot}\n")
+    return "".join(lines)
+
+
+def _described(result: Optimized) -> dict[str, Any]:
+    outcome = result.outcome
+    return {
+        "profile": asdict(result.profile) if result.profile else None,
+        "place": str(result.place) if result.place else None,
+        "plot": str(result.plot) if result.plot else None,
+        "is_interrupted": outcome.is_interrupted,
+        "losses": {name: {"kl_nats": loss.kl_nats, "same_top": loss.same_top} for name, loss in outcome.losses.items()},
+        "trials": [asdict(trial) for trial in outcome.trials],
+    }
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    """Asked to go: nothing is stored, and engines go too."""
+    raise SystemExit(128 + number)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 1 <= value <= 86400:
+        raise argparse.ArgumentTypeError("expected 1 to 86400 seconds")
+    return value
+
+
+def _nats(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError("expected 0 to 100 nats")
+    return value
+
+
+def _bytes(text: str) -> int:
+    number = text.upper().removesuffix("B").removesuffix("I")
+    unit = number[-1:] if number[-1:] in _UNITS else ""
+    try:
+        value = float(number.removesuffix(unit)) * _UNITS[unit]
+    except ValueError:
+        value = 0.0
+    if not 1 << 20 <= value < 1 << 60:
+        raise argparse.ArgumentTypeError(f"expected a size as 900M or 4G, not {text!r:.20}")
+    return int(value)

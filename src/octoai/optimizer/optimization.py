@@ -1,0 +1,138 @@
+"""`octoai optimize`, from a file of weights to a stored profile. Knows no command line and no service."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed
+from octoai.optimizer.plot import plotted
+from octoai.optimizer.profile import Profile, Profiles, sha256
+from octoai.optimizer.search import Search
+from octoai.optimizer.space import AS_GIVEN, engine_defaults, first_guess, stages
+from octoai.optimizer.trial import TRIAL_SECONDS, Bench
+from octoai.optimizer.weights import UnusableWeights
+from octoai.server.places import create
+
+_PLOT_FILENAME = "profile.svg"
+
+
+class CannotOptimize(Exception):
+    """The text is one line that says why and what to do next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the result should be good for, and what it may cost. Times are seconds."""
+
+    context_length: int
+    goal: Goal = "balanced"
+    seconds: float = 120.0
+    bounds: Bounds = field(default_factory=Bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class Optimized:
+    """`profile` is None where nothing was found before it was stopped, `place` is the directory it is in."""
+
+    outcome: Outcome
+    profile: Profile | None = None
+    place: Path | None = None
+
+    @property
+    def plot(self) -> Path | None:
+        return self.place / _PLOT_FILENAME if self.place else None
+
+
+def optimize(
+    source: Path, cache_dir: Path, wish: Wish, on_trial: Callable[[Trial], None] = lambda _trial: None
+) -> Optimized:
+    """Search, and store what was found. Stopped by the keyboard it stores the best so far. Raises CannotOptimize."""
+    began = time.monotonic()
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        model_sha256 = sha256(source)
+        with (
+            _workplace(cache_dir, model_sha256) as directory,
+            Bench(
+                source,
+                directory,
+                context_length=wish.context_length,
+                num_threads=num_cores,
+                trial_seconds=max(TRIAL_SECONDS, wish.seconds / 4),
+            ) as bench,
+        ):
+            search = Search(
+                bench,
+                stages(bench.recipe_names, num_cores),
+                start=first_guess(num_cores),
+                defaults=engine_defaults(num_cores),
+                goal=wish.goal,
+                bounds=wish.bounds,
+                on_trial=on_trial,
+            )
+            outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
+            if outcome.is_interrupted and (not outcome.is_usable or outcome.best == first_guess(num_cores)):
+                return Optimized(outcome)
+            if not outcome.is_usable:
+                raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")
+            return _stored(Profiles(cache_dir), source, model_sha256, outcome, wish, bench)
+    except (TrialFailed, UnusableWeights) as error:
+        raise CannotOptimize(str(error)) from None
+    except OSError as error:
+        raise CannotOptimize(f"{error.filename or cache_dir}: {error.strerror or error}") from None
+
+
+def _stored(
+    profiles: Profiles, source: Path, model_sha256: str, outcome: Outcome, wish: Wish, bench: Bench
+) -> Optimized:
+    best = outcome.best
+    made = None if best.weights == AS_GIVEN else bench.weights(best.weights)
+    weights_sha256 = sha256(made) if made else None
+    loss = outcome.losses.get(best.weights)
+    profile = Profile(
+        model_sha256=model_sha256,
+        cpu=profiles.cpu,
+        engine=profiles.engine,
+        candidate=best,
+        goal=wish.goal,
+        max_loss=wish.bounds.max_loss,
+        made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        kl_nats=loss.kl_nats if loss else None,
+        same_top=loss.same_top if loss else None,
+        ratios=outcome.ratios,
+        weights_file=f"{weights_sha256[:12]}.gguf" if weights_sha256 else None,
+        weights_bytes=made.stat().st_size if made else None,
+        weights_sha256=weights_sha256,
+    )
+    place = profiles.store(source, profile, made)
+    (place / _PLOT_FILENAME).write_text(plotted(outcome), encoding="utf-8")
+    return Optimized(outcome, profile, place)
+
+
+def _last_words(outcome: Outcome) -> str:
+    return next((trial.note for trial in reversed(outcome.trials) if trial.note), "there was no time")
+
+
+@contextmanager
+def _workplace(cache_dir: Path, model_sha256: str) -> Iterator[Path]:
+    """An empty directory for the files that a search makes, gone afterwards; one search at a time for a model."""
+    create(cache_dir)
+    base = create(cache_dir / "optimizing")
+    with (base / f"{model_sha256[:16]}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CannotOptimize("this model is being optimized already: wait for that to end") from None
+        directory = base / model_sha256[:16]
+        shutil.rmtree(directory, ignore_errors=True)  # left by a search that was killed
+        try:
+            yield create(directory)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)

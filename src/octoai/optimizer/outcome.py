@@ -1,0 +1,108 @@
+"""What a search is told, what it measures, and what comes of it: values, and how speeds are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import exp, log
+from statistics import median
+from typing import Literal, Protocol
+
+from octoai.optimizer.space import Candidate
+from octoai.optimizer.workload import Speed
+
+Goal = Literal["latency", "throughput", "balanced"]
+
+# Of a prompt's rate, one stream's, and that of several requests at once.
+_WEIGHTS: dict[Goal, tuple[float, float, float]] = {
+    "latency": (0.45, 0.45, 0.1),
+    "throughput": (0.1, 0.1, 0.8),
+    "balanced": (1 / 3, 1 / 3, 1 / 3),
+}
+
+
+class Loss(Protocol):
+    """What is kept of a `Quality`."""
+
+    @property
+    def kl_nats(self) -> float: ...
+    @property
+    def same_top(self) -> float: ...
+
+
+class TrialFailed(Exception):
+    """A candidate that could not be measured; the text is one line."""
+
+
+class Measuring(Protocol):
+    """`share` is how much of the workload is run, `turn` which of its prompts: one turn's are the same for all."""
+
+    def speed(
+        self, candidate: Candidate, share: float, turn: int, max_seconds: float | None = None
+    ) -> tuple[Speed, int]:
+        """And the most memory that it took, in bytes. Raises TrialFailed, also when it takes longer than it may."""
+
+    def loss(self, weights: str, bound: float | None = None) -> Loss:
+        """Of a recipe; as little is read as tells on which side of the bound it is. Raises TrialFailed."""
+
+    def steadiness(self, candidate: Candidate, max_seconds: float | None = None) -> float:
+        """What is left of the joint rate, as a share of it, while another process takes a core. Raises TrialFailed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    max_loss: float = 0.005
+    """In nats: the mean KL divergence from the weights as given."""
+    max_memory_bytes: int | None = None
+    max_step_seconds: float = 0.8
+    """That a batch of a prompt takes: a client that leaves is noticed in between, and others' streams wait for it."""
+    min_steadiness: float = 0.5
+    """Threads that spin are fastest alone and slowest in company: what is chosen must bear company."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """`score` is how fast it was for the goal, as a multiple of the best so far in the same round."""
+
+    stage: str
+    candidate: Candidate
+    share: float
+    speed: Speed | None = None
+    memory_bytes: int = 0
+    score: float | None = None
+    note: str = ""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """`pairs` are speeds of the defaults and of the best, in turn, at the end."""
+
+    best: Candidate
+    is_usable: bool = False
+    """Whether the best, or where the search began, ran within the bounds."""
+    is_interrupted: bool = False
+    trials: list[Trial] = field(default_factory=list)
+    losses: dict[str, Loss] = field(default_factory=dict)
+    """Of weights that became the best at some time."""
+    pairs: list[tuple[Speed, Speed]] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> tuple[float, float, float] | None:
+        """Of the best to the defaults: medians of a prompt's rate, one stream's, and that of several requests."""
+        if not self.pairs:
+            return None
+        return (
+            median(best.prompt_rate / defaults.prompt_rate for defaults, best in self.pairs),
+            median(best.stream_rate / defaults.stream_rate for defaults, best in self.pairs),
+            median(best.joint_rate / defaults.joint_rate for defaults, best in self.pairs),
+        )
+
+
+def score(speed: Speed, beside: Speed, goal: Goal) -> float:
+    """How many times as fast, for the goal."""
+    weights = _WEIGHTS[goal]
+    rates = (
+        (speed.prompt_rate, beside.prompt_rate),
+        (speed.stream_rate, beside.stream_rate),
+        (speed.joint_rate, beside.joint_rate),
+    )
+    return exp(sum(weight * log(a / b) for weight, (a, b) in zip(weights, rates, strict=True)))

@@ -1,0 +1,147 @@
+"""What a search found, kept for the next start: a profile, and beside it the file of weights that it needs.
+
+A profile holds for one model (by the hash of its file), one CPU and one version of the engine; for any other it is not
+found. The directory of profiles lies in the cache: deleting it costs a search, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from octoai.optimizer.outcome import Goal
+from octoai.optimizer.space import Candidate
+from octoai.server.places import create
+
+_FILENAME = "profile.json"
+_AGAIN = "the defaults are used; make it again with `octoai optimize`"
+
+
+class BadProfile(Exception):
+    """A profile that cannot be used; the text is one line that says why and what to do next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`weights_file` is beside it, None where the file as given is the best. `ratios` are the rates of the prompt, one
+    stream and several requests, each as a multiple of the engine's own defaults; None where none were compared."""
+
+    model_sha256: str
+    cpu: str
+    engine: str
+    candidate: Candidate
+    goal: Goal
+    max_loss: float
+    made: str
+    kl_nats: float | None = None
+    same_top: float | None = None
+    ratios: tuple[float, float, float] | None = None
+    weights_file: str | None = None
+    weights_bytes: int | None = None
+    weights_sha256: str | None = None
+
+    def __str__(self) -> str:
+        gain = f", {self.ratios[2]:.1f} x the engine's defaults" if self.ratios else ""
+        return f"{self.candidate}{gain}"
+
+
+_PROFILE = TypeAdapter(Profile)
+
+
+class Profiles:
+    """Those in a cache directory. `cpu` and `engine` are by default this machine's."""
+
+    def __init__(self, cache_dir: Path, *, cpu: str | None = None, engine: str | None = None) -> None:
+        self._directory = cache_dir / "profiles"
+        self.cpu = cpu or this_cpu()
+        self.engine = engine or version("xllamacpp")
+
+    def find(self, source: Path) -> tuple[Profile, Path] | None:
+        """The profile for that file of weights, and the file to serve in its place. Raises BadProfile."""
+        try:
+            size = source.stat().st_size
+            # The model is hashed only where a profile may be for it.
+            if not any(self._directory.glob(f"{size}-*-{self._machine}")):
+                return None
+            place = self._directory / self._name(size, sha256(source))
+            if not place.is_dir():
+                return None
+            profile = _PROFILE.validate_json((place / _FILENAME).read_bytes())
+            return profile, _weights(profile, place) or source
+        except ValidationError:
+            raise BadProfile(f"the profile of {source.name} is damaged; {_AGAIN}") from None
+        except OSError as error:
+            raise BadProfile(f"cannot read the profile of {source.name}: {error.strerror or error}; {_AGAIN}") from None
+
+    def place(self, source: Path, model_sha256: str) -> Path:
+        """Where the profile of that model is, or will be."""
+        return self._directory / self._name(source.stat().st_size, model_sha256)
+
+    def store(self, source: Path, profile: Profile, weights: Path | None) -> Path:
+        """Keep it in place of an older one. `weights`, if any, is moved here. Returns the directory of the profile."""
+        place = self.place(source, profile.model_sha256)
+        create(self._directory)
+        create(place)
+        if weights is not None:
+            assert profile.weights_file is not None
+            with weights.open("rb") as file:
+                os.fsync(file.fileno())
+            weights.replace(place / profile.weights_file)
+        part = place / f".{_FILENAME}.{os.getpid()}"
+        part.write_bytes(_PROFILE.dump_json(profile, indent=1))
+        part.replace(place / _FILENAME)
+        self._remove_replaced(place, {_FILENAME, profile.weights_file})
+        return place
+
+    def _remove_replaced(self, place: Path, kept: set[str | None]) -> None:
+        """Weights of an older profile, and profiles for older engines."""
+        for path in place.iterdir():
+            if path.name not in kept:
+                path.unlink()
+        with suppress(OSError):  # only room is lost
+            for other in self._directory.glob(place.name.rpartition("-")[0] + "-*"):
+                if other != place:
+                    shutil.rmtree(other)
+
+    @property
+    def _machine(self) -> str:
+        return f"{hashlib.sha256(self.cpu.encode()).hexdigest()[:8]}-{self.engine}"
+
+    def _name(self, size: int, model_sha256: str) -> str:
+        return f"{size}-{model_sha256[:16]}-{self._machine}"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def this_cpu() -> str:
+    """What decides which kernels are fast: the processor, what it can do, and how many cores we may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name, flags = platform.processor() or platform.machine(), ""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+        said = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+        said = {key.strip(): value.strip() for key, value in said.items()}
+        name = said.get("model name", name)
+        flags = hashlib.sha256(said.get("flags", said.get("Features", "")).encode()).hexdigest()[:8]
+    return " ".join(filter(None, [name, f"{cores} cores", flags]))
+
+
+def _weights(profile: Profile, place: Path) -> Path | None:
+    """The file, checked. None where the model's own is served."""
+    if profile.weights_file is None:
+        return None
+    path = place / Path(profile.weights_file).name
+    if not path.is_file() or path.stat().st_size != profile.weights_bytes or sha256(path) != profile.weights_sha256:
+        raise BadProfile(f"the weights of the profile in {place} are not the ones it was made with; {_AGAIN}")
+    return path

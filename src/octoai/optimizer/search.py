@@ -1,0 +1,246 @@
+"""The search: successive halving within stages, from what matters most to what matters least.
+
+In each stage the best so far and its challengers are measured one after the other, briefly; those that are not slower
+again and for longer, half of them each time. Speeds are compared only within such a round, since a machine that other
+programs share is twice as fast in one minute as in the next. What is measured, and how, is an argument: nothing here
+starts a process or looks at a clock of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from octoai.optimizer.outcome import Bounds, Goal, Loss, Measuring, Outcome, Trial, TrialFailed, score
+from octoai.optimizer.space import SMALLEST_BATCH, Candidate, Stage
+from octoai.optimizer.workload import Speed
+
+FIRST_SHARE = 1 / 8
+MOST_ROUNDS = 5  # of the comparison at the end
+_FOR_THE_END = 0.2  # of the budget
+_NOT_SLOWER = 0.97
+_DEFAULT_BOUNDS = Bounds()
+_PATIENCE = 3.0  # with a challenger, as a multiple of what the best so far took in the same round
+_START_SECONDS = 3.0
+_HOPELESS = 10
+_FASTER = 1.03  # less is noise
+_CLEARLY_FASTER = 1.15  # in a first round alone
+
+
+class _OutOfTime(Exception):
+    pass
+
+
+def _waiting(candidate: Candidate) -> object:
+    """What decides how a candidate bears company."""
+    tuning = candidate.tuning
+    return candidate.num_threads, tuning.num_batch_threads, tuning.spin_count
+
+
+class Search:
+    """`defaults` are what the result is compared with, `start` is where the search begins; both must be allowed."""
+
+    def __init__(
+        self,
+        measuring: Measuring,
+        stages: Sequence[Stage],
+        *,
+        start: Candidate,
+        defaults: Candidate,
+        goal: Goal = "balanced",
+        bounds: Bounds = _DEFAULT_BOUNDS,
+        on_trial: Callable[[Trial], None] = lambda _trial: None,
+    ) -> None:
+        self._measuring = measuring
+        self._stages = stages
+        self._goal = goal
+        self._bounds = bounds
+        self._on_trial = on_trial
+        self._defaults = defaults
+        self._outcome = Outcome(best=start)
+        self._start = start
+        self._glances: dict[str, Loss | None] = {}
+        self._steadiness: dict[object, float] = {}
+        self._turn = 0
+        self._patience: float | None = None
+        self._until = 0.0
+        self._clock: Callable[[], float] = lambda: 0.0
+
+    def run(self, seconds: float, clock: Callable[[], float]) -> Outcome:
+        """No trial begins after `seconds`. Interrupted by the keyboard it returns what was found by then."""
+        self._clock = clock
+        began = clock()
+        try:
+            self._until = began + seconds * (1 - _FOR_THE_END)
+            self._within_time(self._all_stages)
+            self._until = began + seconds
+            self._within_time(self._compare)
+        except KeyboardInterrupt:
+            self._outcome.is_interrupted = True
+        return self._outcome
+
+    def _within_time(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except _OutOfTime:
+            return
+
+    def _all_stages(self) -> None:
+        self._turn += 1
+        if (speed := self._tried("defaults", self._defaults, FIRST_SHARE)) is not None:
+            self._begin(speed)
+        if not self._outcome.is_usable:
+            return
+        for stage in self._stages:
+            best = self._outcome.best
+            self._best_of(stage.title, best, stage.others(best))
+
+    def _begin(self, beside: Speed) -> None:
+        """Where the search starts, with fewer slots and smaller batches where that is too much here."""
+        start = self._start
+        while True:
+            self._start = self._outcome.best = start
+            if self._tried("start", start, FIRST_SHARE, beside) is not None:
+                self._outcome.is_usable = True
+                return
+            if start.num_slots == 1:
+                return
+            start = replace(start, num_slots=start.num_slots // 2, batch_tokens=SMALLEST_BATCH)
+
+    def _best_of(self, title: str, best: Candidate, others: Sequence[Candidate]) -> None:
+        """The best so far, or the challenger that was faster in both rounds together, becomes the best."""
+        challengers = [other for other in dict.fromkeys(others) if other != best and self._may_lose(other)]
+        first = self._round(title, best, challengers, FIRST_SHARE)
+        ranked = sorted((each for each in first if first[each] > _NOT_SLOWER), key=lambda each: -first[each])
+        try:
+            second = self._round(title, best, ranked[: (len(first) + 1) // 2], 2 * FIRST_SHARE)
+        except _OutOfTime:
+            self._accept({each: first[each] for each in ranked}, _CLEARLY_FASTER)
+            raise
+        self._accept({each: (first[each] * second[each] ** 2) ** (1 / 3) for each in second}, _FASTER)
+
+    def _accept(self, scores: dict[Candidate, float], margin: float) -> None:
+        """How a candidate bears company, and what it loses, take long to see: they are asked of the winner only."""
+        for candidate in sorted(scores, key=lambda each: -scores[each]):
+            if scores[candidate] < margin:
+                return
+            if self._is_steady(candidate) and self._loses_little(candidate):
+                self._outcome.best = candidate
+                return
+
+    def _round(
+        self, title: str, best: Candidate, challengers: Sequence[Candidate], share: float
+    ) -> dict[Candidate, float]:
+        """Scores of the challengers that could be measured, beside the best so far in the same round."""
+        self._turn += 1
+        beside = self._tried(title, best, share) if challengers else None
+        if beside is None:
+            return {}
+        found: dict[Candidate, float] = {}
+        for candidate in challengers:
+            speed = self._tried(title, candidate, share, beside)
+            if speed is not None:
+                found[candidate] = score(speed, beside, self._goal)
+        return found
+
+    def _tried(self, title: str, candidate: Candidate, share: float, beside: Speed | None = None) -> Speed | None:
+        """None for a candidate that failed, or takes more memory than allowed."""
+        self._check_time()
+        try:
+            began = self._clock()
+            speed, memory_bytes = self._measuring.speed(candidate, share, self._turn, self._limit(beside))
+        except TrialFailed as failure:
+            self._note(Trial(title, candidate, share, note=f"failed: {failure}"))
+            return None
+        if beside is None:
+            self._patience = _PATIENCE * (self._clock() - began) + _START_SECONDS
+        relative = score(speed, beside, self._goal) if beside else 1.0
+        # What was found to be within the bounds stays so when a neighbour slows a later trial down.
+        is_known = candidate == self._defaults or (self._outcome.is_usable and candidate == self._outcome.best)
+        note = "" if is_known else self._excess(candidate, speed, memory_bytes)
+        self._note(Trial(title, candidate, share, speed, memory_bytes, relative, note))
+        return None if note else speed
+
+    def _limit(self, beside: Speed | None) -> float | None:
+        """Seconds that a trial may take; the best so far has twice as long, since its round may be a longer one."""
+        return self._patience if beside or self._patience is None else 2 * self._patience
+
+    def _excess(self, candidate: Candidate, speed: Speed, memory_bytes: int) -> str:
+        """What it has more of than it may; "" of nothing."""
+        limit = self._bounds.max_memory_bytes
+        if limit is not None and memory_bytes > limit:
+            return "too much memory"
+        seconds = candidate.batch_tokens / speed.prompt_rate
+        if candidate.batch_tokens > SMALLEST_BATCH and seconds > self._bounds.max_step_seconds:
+            return f"a batch takes {seconds:.1f} s"
+        return ""
+
+    def _may_lose(self, candidate: Candidate) -> bool:
+        """Whether a look at its weights says that they may be good enough: cheaper than to measure in vain. They come
+        from the largest to the smallest: where some lose by far too much, those after them do too."""
+        weights = candidate.weights
+        if weights == self._start.weights:
+            return True
+        if weights not in self._glances:
+            far_too_much = _HOPELESS * self._bounds.max_loss
+            if any(glance and glance.kl_nats > far_too_much for glance in self._glances.values()):
+                return False
+            self._check_time()
+            try:
+                self._glances[weights] = self._measuring.loss(weights, self._bounds.max_loss)
+            except TrialFailed as failure:
+                self._glances[weights] = None
+                self._note(Trial("quality", candidate, 0.0, note=f"failed: {failure}"))
+        glance = self._glances[weights]
+        return glance is not None and glance.kl_nats <= self._bounds.max_loss
+
+    def _loses_little(self, candidate: Candidate) -> bool:
+        """Measured in full, once for the weights of each that is about to become the best."""
+        weights = candidate.weights
+        if weights == self._start.weights:
+            return True
+        glance = self._glances.get(weights)
+        if weights not in self._outcome.losses and glance and self._clock() >= self._until:
+            self._outcome.losses[weights] = glance  # it says on which side of the bound, if not exactly how far
+        if weights not in self._outcome.losses:
+            try:
+                self._outcome.losses[weights] = self._measuring.loss(weights)
+            except TrialFailed as failure:
+                self._note(Trial("quality", candidate, 0.0, note=f"failed: {failure}"))
+                return False
+        return self._outcome.losses[weights].kl_nats <= self._bounds.max_loss
+
+    def _is_steady(self, candidate: Candidate) -> bool:
+        waiting = _waiting(candidate)
+        if waiting == _waiting(self._start):
+            return True
+        if waiting not in self._steadiness:
+            self._check_time()
+            try:
+                share = self._measuring.steadiness(candidate, self._limit(None))
+                self._note(Trial("company", candidate, 0.0, note=f"{share:.0%} of it while a core is taken"))
+            except TrialFailed as failure:
+                share = 0.0
+                self._note(Trial("company", candidate, 0.0, note=f"failed: {failure}"))
+            self._steadiness[waiting] = share
+        return self._steadiness[waiting] >= self._bounds.min_steadiness
+
+    def _check_time(self) -> None:
+        if self._clock() >= self._until:
+            raise _OutOfTime
+
+    def _compare(self) -> None:
+        """The defaults and the best in turn, until time is up: what is told to the user."""
+        if not self._outcome.is_usable:
+            return
+        for _ in range(MOST_ROUNDS):
+            self._turn += 1
+            defaults = self._tried("defaults", self._defaults, 2 * FIRST_SHARE)
+            best = self._tried("chosen", self._outcome.best, 2 * FIRST_SHARE, defaults)
+            if defaults is None or best is None:
+                return
+            self._outcome.pairs.append((defaults, best))
+
+    def _note(self, trial: Trial) -> None:
+        self._outcome.trials.append(trial)
+        self._on_trial(trial)

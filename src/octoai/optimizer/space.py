@@ -1,0 +1,138 @@
+"""What can be varied in how a model runs, and in which order it is worth trying: what matters most comes first.
+
+Pure: candidates are values, and a stage is a function from the best so far to others worth measuring beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from octoai.server.engines.llama import LlamaOptions, LlamaTuning
+
+AS_GIVEN = "as given"
+SMALLEST_BATCH = 64
+SPIN_COUNTS = (300, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a model. `weights` is the name of a recipe."""
+
+    weights: str = AS_GIVEN
+    num_slots: int = 4
+    num_threads: int = 1
+    batch_tokens: int = 64
+    tuning: LlamaTuning = field(default_factory=LlamaTuning)
+
+    def __str__(self) -> str:
+        """Only what a reader may want to know: what is as in `LlamaTuning()` is left out."""
+        tuning = self.tuning
+        reading = tuning.num_batch_threads or self.num_threads
+        threads = f"{self.num_threads}" if reading == self.num_threads else f"{self.num_threads}+{reading}"
+        words = [
+            self.weights,
+            f"{threads} thread{'s' if threads != '1' else ''}",
+            _waiting(tuning.spin_count),
+            f"{self.num_slots} slots",
+            f"batch {self.batch_tokens}" + (f"/{tuning.micro_batch_tokens}" if tuning.micro_batch_tokens else ""),
+            "" if tuning.flash_attention == "auto" else f"flash attention {tuning.flash_attention}",
+            "" if tuning.cache_type == "f16" else f"KV {tuning.cache_type}",
+            "unified KV" if tuning.is_unified else "",
+            "" if tuning.speculation == "none" else tuning.speculation.replace("_", "-"),
+        ]
+        return ", ".join(filter(None, words))
+
+    @property
+    def options(self) -> LlamaOptions:
+        """How the engine is told. The context's length and the patience with it are for who starts it to say."""
+        return LlamaOptions(
+            context_length=0,
+            num_slots=self.num_slots,
+            num_threads=self.num_threads,
+            batch_tokens=self.batch_tokens,
+            tuning=self.tuning,
+        )
+
+    def tuned(self, **changes: Any) -> Candidate:
+        return replace(self, tuning=replace(self.tuning, **changes))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """`others` are candidates that differ from the best so far in what the stage is about."""
+
+    title: str
+    others: Callable[[Candidate], list[Candidate]]
+
+
+def engine_defaults(num_cores: int) -> Candidate:
+    """As llama.cpp's own server runs a model when it is told nothing: what others are compared with."""
+    tuning = LlamaTuning(micro_batch_tokens=512, spin_count=None)
+    return Candidate(num_slots=1, num_threads=num_cores, batch_tokens=2048, tuning=tuning)
+
+
+def safe_defaults(num_cores: int) -> Candidate:
+    """As `octoai serve` runs a model without a profile."""
+    return Candidate(num_threads=num_cores)
+
+
+def stages(recipes: Sequence[str], num_cores: int) -> list[Stage]:
+    return [
+        Stage("weights", lambda best: [replace(best, weights=name) for name in recipes]),
+        Stage("threads", lambda best: _threads(best, num_cores)),
+        Stage("speculation", _speculation),
+        Stage("batches", _batches),
+        Stage("slots", _slots),
+        Stage("attention", _attention),
+    ]
+
+
+def first_guess(num_cores: int) -> Candidate:
+    """Where the search starts: not the best, but good everywhere, also in company. Decoding waits for its slowest
+    thread at every step, so that fewer are often faster; reading a prompt does not."""
+    tuning = LlamaTuning(num_batch_threads=num_cores if num_cores > 1 else 0)
+    return Candidate(num_slots=8, num_threads=max(1, num_cores // 2), batch_tokens=128, tuning=tuning)
+
+
+def _waiting(spin_count: int | None) -> str:
+    if spin_count is None:
+        return "spinning"
+    return f"spinning {spin_count}" if spin_count else ""
+
+
+def _threads(best: Candidate, num_cores: int) -> list[Candidate]:
+    """How many, how many more of them for prompts, and how they wait: one hangs on the other."""
+    counts = sorted({1, num_cores // 2, 3 * num_cores // 4} - {0, num_cores}, reverse=True)
+    all_cores = replace(best, num_threads=num_cores).tuned(num_batch_threads=0)
+    fewer = [replace(best, num_threads=count).tuned(num_batch_threads=num_cores) for count in counts]
+    return [
+        *fewer,
+        all_cores.tuned(spin_count=0),
+        *(all_cores.tuned(spin_count=count) for count in SPIN_COUNTS),
+        *(each.tuned(spin_count=SPIN_COUNTS[0]) for each in fewer),
+        *(replace(best, num_threads=count).tuned(num_batch_threads=0) for count in counts),
+    ]
+
+
+def _slots(best: Candidate) -> list[Candidate]:
+    return [
+        *(replace(best, num_slots=count) for count in (2, 4, 8, 16)),
+        best.tuned(is_unified=not best.tuning.is_unified),
+    ]
+
+
+def _batches(best: Candidate) -> list[Candidate]:
+    sizes = [(64, 0), (128, 0), (256, 0), (256, 128), (512, 0)]
+    return [replace(best, batch_tokens=batch).tuned(micro_batch_tokens=micro) for batch, micro in sizes]
+
+
+def _attention(best: Candidate) -> list[Candidate]:
+    """Types of the cache that round are not tried: what they lose is not measured."""
+    other = "on" if best.tuning.flash_attention == "off" else "off"
+    return [best.tuned(flash_attention=other), best.tuned(cache_type="f32")]
+
+
+def _speculation(best: Candidate) -> list[Candidate]:
+    return [best.tuned(speculation=kind) for kind in ("ngram_simple", "ngram_mod", "ngram_cache")]

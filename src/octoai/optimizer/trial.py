@@ -1,0 +1,168 @@
+"""One candidate, measured in a child engine of its own on the real model.
+
+The requantized files are made here too, in a directory of the search's own, when a candidate first needs one. A child
+that crashes, hangs or cannot load its weights is a `TrialFailed`, never more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from octoai.optimizer.outcome import TrialFailed
+from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference
+from octoai.optimizer.space import AS_GIVEN, Candidate
+from octoai.optimizer.weights import UnusableWeights, num_bytes, recipes, requantize
+from octoai.optimizer.workload import Passages, Speed, Workload, joint_rate, measure
+from octoai.server.engines.llama import LlamaEngine
+from octoai.server.errors import Refusal
+
+TRIAL_SECONDS = 60.0
+COMPANY_SHARE = 1 / 8
+_GLANCE_POSITIONS = 48  # enough to see that a format loses ten times what it may
+_COLLAPSED = 4.0  # as long as alone: no need to wait for more
+# It ends by itself when we are gone: its input is closed then.
+_BUSY = "import select, sys\nwhile not select.select([sys.stdin], [], [], 0)[0]:\n    sum(range(100000))"
+
+
+class Bench:
+    """Measures candidates for one file of weights. `directory` is empty and the search's own. Use it as a context
+    manager: what quality is compared with lies on disk meanwhile."""
+
+    def __init__(
+        self,
+        source: Path,
+        directory: Path,
+        *,
+        context_length: int,
+        num_threads: int,
+        trial_seconds: float = TRIAL_SECONDS,
+    ) -> None:
+        self.source = source
+        self._directory = directory
+        self._context_length = context_length
+        self._num_threads = num_threads
+        self._trial_seconds = trial_seconds
+        made = sorted(recipes(source), key=lambda recipe: -num_bytes(source, recipe))
+        self._recipes = {each.name: each for each in made}
+        self._references: dict[int, Reference] = {}
+        self._stack = ExitStack()
+        self._unusable: dict[str, str] = {}
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def recipe_names(self) -> list[str]:
+        """From the largest to the smallest."""
+        return list(self._recipes)
+
+    def weights(self, name: str) -> Path:
+        """The file of the recipe of that name, made first if need be. Raises TrialFailed."""
+        if name == AS_GIVEN:
+            return self.source
+        path = self._directory / f"{list(self._recipes).index(name)}.gguf"
+        if name in self._unusable:
+            raise TrialFailed(self._unusable[name])
+        if not path.is_file():
+            try:
+                requantize(self.source, path, self._recipes[name], num_threads=self._num_threads)
+            except UnusableWeights as error:
+                self._unusable[name] = str(error)
+                raise TrialFailed(str(error)) from None
+        return path
+
+    def speed(
+        self, candidate: Candidate, share: float, turn: int, max_seconds: float | None = None
+    ) -> tuple[Speed, int]:
+        weights = self.weights(candidate.weights)
+        seconds = min(max_seconds or self._trial_seconds, self._trial_seconds)
+        return asyncio.run(self._measured(candidate, weights, Workload().part(share), turn, seconds))
+
+    def loss(self, weights: str, bound: float | None = None) -> Quality:
+        path = self.weights(weights)
+        try:
+            if bound is not None:
+                glance = self._compared_to(_GLANCE_POSITIONS).measure(path)
+                if abs(glance.kl_nats - bound) > 3 * glance.kl_error:
+                    return glance
+            return self._compared_to(MAX_POSITIONS).measure(path)
+        except UnusableWeights as error:
+            raise TrialFailed(str(error)) from None
+
+    def _compared_to(self, num_positions: int) -> Reference:
+        """What the weights as given say, read once."""
+        if num_positions not in self._references:
+            made = Reference(self.source, max_positions=num_positions, num_threads=self._num_threads)
+            self._references[num_positions] = self._stack.enter_context(made)
+        return self._references[num_positions]
+
+    def steadiness(self, candidate: Candidate, max_seconds: float | None = None) -> float:
+        weights = self.weights(candidate.weights)
+        seconds = min(max_seconds or self._trial_seconds, self._trial_seconds)
+        return asyncio.run(self._beside_another(candidate, weights, seconds))
+
+    async def _measured(
+        self, candidate: Candidate, weights: Path, workload: Workload, turn: int, seconds: float
+    ) -> tuple[Speed, int]:
+        async with self._engine(candidate, weights, seconds) as engine:
+            speed = await measure(engine, workload, Passages(turn))
+            return speed, _peak_memory_bytes(engine.pid)
+
+    async def _beside_another(self, candidate: Candidate, weights: Path, seconds: float) -> float:
+        workload, passages = Workload().part(COMPANY_SHARE), Passages(0)
+        async with self._engine(candidate, weights, seconds) as engine:
+            prompts = [await passages.take(engine, workload.prompt) for _ in range(3 * workload.num_requests)]
+            groups = [prompts[first::3] for first in range(3)]
+            await joint_rate(engine, groups[0], workload.completion)  # a first run is slower
+            alone = await joint_rate(engine, groups[1], workload.completion)
+            seconds = workload.num_requests * workload.completion / alone
+            with busy_process():
+                try:
+                    async with asyncio.timeout(seconds * _COLLAPSED):
+                        return await joint_rate(engine, groups[2], workload.completion) / alone
+                except TimeoutError:
+                    return 1 / _COLLAPSED
+
+    @asynccontextmanager
+    async def _engine(self, candidate: Candidate, weights: Path, seconds: float) -> AsyncIterator[LlamaEngine]:
+        """Running, for as long as a trial may take. Raises TrialFailed for what goes wrong in it."""
+        options = replace(candidate.options, context_length=self._context_length, stall_seconds=2 * seconds)
+        engine = LlamaEngine(weights, model="trial", options=options)
+        try:
+            async with AsyncExitStack() as stack, asyncio.timeout(seconds):
+                stack.push_async_callback(engine.close)
+                await engine.start()
+                yield engine
+        except TimeoutError:
+            raise TrialFailed(f"not done in {seconds:.0f} s") from None
+        except (Refusal, OSError) as error:
+            raise TrialFailed(getattr(error, "message", str(error))) from None
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Another program that computes all the time."""
+    with subprocess.Popen([sys.executable, "-c", _BUSY], stdin=subprocess.PIPE, start_new_session=True) as process:  # noqa: S603  # our own text
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def _peak_memory_bytes(pid: int | None) -> int:
+    """Of a running process; 0 where the kernel does not say."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text("ascii")
+    except OSError:
+        return 0
+    peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), "0")
+    return int(peak) * 1024

@@ -1,0 +1,88 @@
+"""Programs that run while nobody asks anything: begun after a quiet while, ended as soon as a request comes.
+
+Knows neither what they do nor what a request is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+
+log = logging.getLogger("octoai.idle")
+
+QUIET_SECONDS = 30.0
+POLL_SECONDS = 0.1
+LEAVE_SECONDS = 5.0  # to clean up; then it is killed
+
+
+@asynccontextmanager
+async def running(
+    commands: Sequence[Sequence[str]], is_busy: Callable[[], bool], *, quiet_seconds: float = QUIET_SECONDS
+) -> AsyncIterator[None]:
+    """One after the other, each until it ended by itself once. Those that still run at the end are ended."""
+    task = asyncio.create_task(_run_all(commands, is_busy, quiet_seconds))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _run_all(commands: Sequence[Sequence[str]], is_busy: Callable[[], bool], quiet_seconds: float) -> None:
+    for command in commands:
+        status: int | None = None
+        while status is None:
+            await _quiet(is_busy, quiet_seconds)
+            try:
+                status = await _run(command, is_busy)
+            except OSError as error:
+                log.warning("cannot run %s: %s", command[0], error.strerror or error)
+                return
+        if status:
+            log.warning("what should run while idle ended with %d: %s", status, " ".join(command))
+        else:
+            log.info("done while idle: %s", " ".join(command))
+
+
+async def _quiet(is_busy: Callable[[], bool], quiet_seconds: float) -> None:
+    loop = asyncio.get_running_loop()
+    since = loop.time()
+    while loop.time() - since < quiet_seconds:
+        await asyncio.sleep(POLL_SECONDS)
+        if is_busy():
+            since = loop.time()
+
+
+async def _run(command: Sequence[str], is_busy: Callable[[], bool]) -> int | None:
+    """Its exit status; None when a request came first."""
+    nothing = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+    )
+    try:
+        while process.returncode is None:
+            if is_busy():
+                return None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await process.wait()
+        return process.returncode
+    finally:
+        await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(LEAVE_SECONDS):
+            await process.wait()
+    except TimeoutError:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

@@ -1,0 +1,166 @@
+"""`octoai optimize`, and `octoai serve` with what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from octoai.cli import serve
+from octoai.optimizer.optimization import Wish
+from octoai.optimizer.profile import Profile, Profiles, sha256
+from octoai.optimizer.space import AS_GIVEN, Candidate
+from octoai.server.catalogue import EMBEDDED_MODEL_ID
+from tests.running import Serve
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def run(place: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "octoai", "optimize", *arguments],
+        cwd=place,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def refused(place: Path, *arguments: str) -> str:
+    ran = run(place, *arguments)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "Traceback" not in ran.stderr
+    return ran.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def cache(embedded_model: Path, tmp_path: Path) -> Path:
+    """A cache of the test's own, with the model in it."""
+    models = tmp_path / "cache" / "models"
+    models.mkdir(parents=True)
+    shutil.copy(embedded_model, models)
+    return tmp_path / "cache"
+
+
+def profile_of(source: Path, profiles: Profiles, candidate: Candidate) -> Profile:
+    return Profile(
+        model_sha256=sha256(source),
+        cpu=profiles.cpu,
+        engine=profiles.engine,
+        candidate=candidate,
+        goal="balanced",
+        max_loss=0.005,
+        made="2026-11-22T23:00:00Z",
+        ratios=(2.0, 1.2, 1.9),
+    )
+
+
+def test_a_model_of_another_server_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text("[[models]]\nid = 'far'\naliases = ['away']\nengine_url = 'http://x/v1'\n")
+    for arguments in ((), ("far",), ("AWAY",)):
+        assert "far is served by http://x/v1: optimize it where that server runs" in refused(tmp_path, *arguments)
+
+
+def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
+    assert "unknown model 'no-such-model'" in refused(tmp_path, "no-such-model")
+    assert "there is no file" in refused(tmp_path, "missing.gguf")
+    (tmp_path / "text.gguf").write_text("not a model")
+    assert "is not a GGUF file" in refused(tmp_path, "text.gguf", "--seconds", "5")
+
+
+def test_what_serve_runs_while_idle_is_this_command(tmp_path: Path) -> None:
+    config = tmp_path / "here.toml"
+    config.write_text("[[models]]\nid = 'far'\nengine_url = 'http://x/v1'\n")
+    command = serve._optimization("far", config)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert "optimize it where that server runs" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--seconds", "0"),
+        ("--seconds", "nan"),
+        ("--max-loss", "-1"),
+        ("--max-loss", "nan"),
+        ("--max-memory", "much"),
+        ("--max-memory", "12"),
+        ("--for", "fun"),
+    ],
+)
+def test_arguments_are_bounded(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    ran = run(tmp_path, *arguments)
+    assert ran.returncode == 2
+    assert "Traceback" not in ran.stderr
+
+
+def test_the_wish_is_the_issues() -> None:
+    wish = Wish(context_length=512)
+    assert (wish.goal, wish.seconds, wish.bounds.max_loss) == ("balanced", 120.0, 0.005)
+
+
+@pytest.mark.model
+def test_a_short_search_ends_in_a_profile_that_serve_uses(cache: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    ran = run(tmp_path, "--seconds", "25", "--json", "--plot", "here.svg", OCTOAI_CACHE_DIR=str(cache))
+    assert ran.returncode == 0, ran.stderr
+    assert time.monotonic() - began < 25 + 100  # a trial more, or a reading of the text for quality, on a busy machine
+    result = json.loads(ran.stdout)
+    assert result["profile"]["candidate"]["weights"] in {AS_GIVEN, "Q8_0"}
+    assert all(trial["note"] == "" or trial["speed"] is None for trial in result["trials"])
+    assert (tmp_path / "here.svg").read_text().startswith("<svg")
+    assert not list((cache / "optimizing").glob("*.gguf"))
+    service = Serve(tmp_path / "served", environ={"OCTOAI_CACHE_DIR": str(cache)})
+    try:
+        (line,) = [line for line in service.lines if "profile" in line]
+        assert line.startswith(f"octoai: profile of {EMBEDDED_MODEL_ID}: {result['profile']['candidate']['weights']}, ")
+    finally:
+        assert service.stop() == 0
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_search_leaves_no_traceback_and_nothing_half_done(
+    cache: Path, tmp_path: Path, number: int, status: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "octoai", "optimize", "--seconds", "100"],
+        cwd=tmp_path,
+        env={**os.environ, "OCTOAI_CACHE_DIR": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(8)
+    os.killpg(process.pid, number)  # as a terminal does it
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == status, errors
+    assert "Traceback" not in output + errors
+    assert not [path for path in (cache / "optimizing").iterdir() if path.is_dir()]
+    if number == signal.SIGTERM:  # of who wants the machine back: nothing is stored
+        assert output == ""
+    else:
+        assert "chosen: " in output or "nothing is stored" in errors
+
+
+@pytest.mark.model
+def test_a_damaged_profile_is_one_line_and_the_defaults(cache: Path, embedded_model: Path, tmp_path: Path) -> None:
+    profiles = Profiles(cache)
+    place = profiles.store(embedded_model, profile_of(embedded_model, profiles, Candidate(num_slots=2)), None)
+    (place / "profile.json").write_text("{")
+    service = Serve(tmp_path / "served", environ={"OCTOAI_CACHE_DIR": str(cache)})
+    try:
+        assert not [line for line in service.lines if "profile of" in line and "damaged" not in line]
+        assert "is damaged; the defaults are used" in service.log.read_text()
+    finally:
+        assert service.stop() == 0

@@ -1,0 +1,151 @@
+"""Profiles: kept and found again, and ignored where they are not for this model, CPU and engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from octoai.optimizer.outcome import Outcome, Trial
+from octoai.optimizer.plot import plotted
+from octoai.optimizer.profile import BadProfile, Profile, Profiles, sha256, this_cpu
+from octoai.optimizer.space import Candidate
+from octoai.optimizer.workload import Speed
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"weights as given")
+    return path
+
+
+@pytest.fixture
+def profiles(tmp_path: Path) -> Profiles:
+    return Profiles(tmp_path / "cache", cpu="a CPU, 2 cores", engine="1.2.3")
+
+
+def stored(profiles: Profiles, source: Path, made: bytes | None = b"weights in another format") -> tuple[Profile, Path]:
+    """A profile, and the directory it is in."""
+    weights = None
+    if made is not None:
+        weights = source.with_name("made.gguf")
+        weights.write_bytes(made)
+    digest = sha256(weights) if weights else None
+    profile = Profile(
+        model_sha256=sha256(source),
+        cpu=profiles.cpu,
+        engine=profiles.engine,
+        candidate=Candidate("Q8_0" if made else "as given", 8, 2).tuned(spin_count=300),
+        goal="balanced",
+        max_loss=0.005,
+        made="2026-11-22T23:00:00Z",
+        kl_nats=0.001,
+        same_top=0.99,
+        ratios=(2.5, 1.3, 1.9),
+        weights_file=f"{digest[:12]}.gguf" if digest else None,
+        weights_bytes=len(made) if made else None,
+        weights_sha256=digest,
+    )
+    return profile, profiles.store(source, profile, weights)
+
+
+def test_a_profile_is_found_again_with_its_weights(profiles: Profiles, source: Path) -> None:
+    profile, place = stored(profiles, source)
+    assert profiles.find(source) == (profile, place / str(profile.weights_file))
+    assert str(profile) == "Q8_0, 2 threads, spinning 300, 8 slots, batch 64, 1.9 x the engine's defaults"
+
+
+def test_a_profile_of_the_file_as_given_serves_that_file(profiles: Profiles, source: Path) -> None:
+    profile, _ = stored(profiles, source, None)
+    assert profiles.find(source) == (profile, source)
+
+
+def test_there_is_none_at_first(profiles: Profiles, source: Path) -> None:
+    assert profiles.find(source) is None
+
+
+def test_it_is_not_found_for_another_model_cpu_or_engine(profiles: Profiles, source: Path, tmp_path: Path) -> None:
+    stored(profiles, source)
+    assert Profiles(tmp_path / "cache", cpu="another CPU", engine="1.2.3").find(source) is None
+    assert Profiles(tmp_path / "cache", cpu="a CPU, 2 cores", engine="1.2.4").find(source) is None
+    source.write_bytes(b"WEIGHTS AS GIVEN")  # as long
+    assert profiles.find(source) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: json.dumps({**json.loads(text), "candidate": {"num_slots": "many"}}),
+    ],
+)
+def test_a_damaged_profile_is_one_line(profiles: Profiles, source: Path, damage: object) -> None:
+    _, place = stored(profiles, source)
+    path = place / "profile.json"
+    path.write_text(damage(path.read_text()))  # type: ignore[operator]
+    with pytest.raises(BadProfile) as raised:
+        profiles.find(source)
+    assert "octoai optimize" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"weights in another format!", b"WEIGHTS in another format", None])
+def test_weights_that_are_not_those_it_was_made_with_are_not_served(
+    profiles: Profiles, source: Path, content: bytes | None
+) -> None:
+    profile, place = stored(profiles, source)
+    path = place / str(profile.weights_file)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadProfile, match="not the ones"):
+        profiles.find(source)
+
+
+def test_a_profile_cannot_name_a_file_elsewhere(profiles: Profiles, source: Path) -> None:
+    _, place = stored(profiles, source)
+    path = place / "profile.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights_file": "../../../model.gguf"}))
+    with pytest.raises(BadProfile):
+        profiles.find(source)
+
+
+def test_a_new_profile_takes_the_place_and_the_room_of_the_old_one(profiles: Profiles, source: Path) -> None:
+    _, place = stored(profiles, source)
+    profile, again = stored(profiles, source, b"yet other weights")
+    assert again == place
+    assert {path.name for path in place.iterdir()} == {"profile.json", profile.weights_file}
+
+
+def test_a_newer_engine_takes_the_room_of_the_older(profiles: Profiles, source: Path, tmp_path: Path) -> None:
+    _, place = stored(profiles, source)
+    newer = Profiles(tmp_path / "cache", cpu=profiles.cpu, engine="1.2.4")
+    stored(newer, source)
+    assert newer.find(source) is not None
+    assert not place.exists()
+    elsewhere = Profiles(tmp_path / "cache", cpu="another CPU", engine="1.2.4")
+    stored(elsewhere, source)
+    assert newer.find(source) is not None  # another machine's, in a shared cache
+
+
+def test_this_cpu_is_said_in_one_line_and_always_alike() -> None:
+    assert this_cpu() == this_cpu()
+    assert "cores" in this_cpu()
+    assert "\n" not in this_cpu()
+
+
+def test_the_plot_is_a_picture_with_the_chosen_point_marked() -> None:
+    chosen, other = Candidate("Q8_0"), Candidate("<Q4>")
+    trials = [Trial("a", each, 0.1, Speed(100 + n, 10, 20 + n)) for n, each in enumerate((chosen, other, other))]
+    trials.append(Trial("a", replace(other, num_slots=9), 0.1, note="failed"))
+    root = ElementTree.fromstring(plotted(Outcome(chosen, trials=trials)))
+    circles = root.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(circles) == 2
+    assert [circle.get("fill") for circle in circles].count("#d4380d") == 1
+    ElementTree.fromstring(plotted(Outcome(chosen)))

@@ -1,0 +1,252 @@
+"""The search, over a machine that is a formula."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed, score
+from octoai.optimizer.search import Search
+from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guess, safe_defaults, stages
+from octoai.optimizer.workload import Speed
+
+CORES = 4
+RECIPES = [AS_GIVEN, "Q8_0", "Q4_0", "Q4_K"]
+FORMATS = {AS_GIVEN: 1.0, "Q8_0": 1.6, "Q4_0": 2.2, "Q4_K": 0.7}
+LOSSES = {"Q8_0": 0.001, "Q4_0": 0.2, "Q4_K": 0.05}
+TRIAL_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Lost:
+    kl_nats: float
+    same_top: float = 0.9
+
+
+@dataclass
+class Machine:
+    """Measures by a formula, on a clock of its own. `drift` is how much faster it becomes by the trial."""
+
+    noise: float = 0.0
+    drift: float = 0.0
+    broken: frozenset[str] = frozenset()
+    hanging: frozenset[str] = frozenset()
+    interrupted_at: int | None = None
+    now: float = 100.0
+    num_trials: int = 0
+    asked: list[str] = field(default_factory=list)
+    random: random.Random = field(default_factory=lambda: random.Random(7))
+
+    def speed(
+        self, candidate: Candidate, share: float, turn: int, max_seconds: float | None = None
+    ) -> tuple[Speed, int]:
+        if candidate.weights in self.hanging:
+            assert max_seconds is not None
+            self.now += max_seconds
+            raise TrialFailed("not done")
+        self.now += TRIAL_SECONDS
+        self.num_trials += 1
+        if self.num_trials == self.interrupted_at:
+            raise KeyboardInterrupt
+        if candidate.weights in self.broken:
+            raise TrialFailed("could not load it")
+        rate = self.rate(candidate) * (1 + self.drift) ** self.num_trials
+        rate *= self.random.uniform(1 - self.noise, 1 + self.noise)
+        return Speed(10 * rate, rate, rate * candidate.num_slots**0.2), candidate.num_slots * 100
+
+    def rate(self, candidate: Candidate) -> float:
+        threads = {1: 1.0, 2: 1.8, 3: 2.4, 4: 2.0}[candidate.num_threads]
+        spins = candidate.tuning.spin_count
+        waiting = 2.0 if spins is None else 1.3 if spins else 1.0
+        return 20 * FORMATS[candidate.weights] * threads * waiting / (1 + abs(candidate.batch_tokens - 256) / 1000)
+
+    def loss(self, weights: str, bound: float | None = None) -> Lost:
+        self.now += TRIAL_SECONDS if bound is None else TRIAL_SECONDS / 3
+        if bound is None:
+            self.asked.append(weights)
+        return Lost(LOSSES[weights])
+
+    def steadiness(self, candidate: Candidate, max_seconds: float | None = None) -> float:
+        self.now += TRIAL_SECONDS
+        return 0.1 if candidate.tuning.spin_count is None else 0.8
+
+
+def found(machine: Machine, *, seconds: float = 1000, goal: Goal = "balanced", **bounds: float) -> Outcome:
+    search = Search(
+        machine,
+        stages(RECIPES, CORES),
+        start=first_guess(CORES),
+        defaults=engine_defaults(CORES),
+        goal=goal,
+        bounds=Bounds(**bounds),  # type: ignore[arg-type]
+    )
+    return search.run(seconds, lambda: machine.now)
+
+
+def test_it_finds_the_best_that_loses_little() -> None:
+    best = found(Machine()).best
+    assert (best.weights, best.num_threads, best.num_slots, best.batch_tokens) == ("Q8_0", 3, 16, 256)
+
+
+def test_it_finds_about_the_best_on_a_noisy_machine_that_becomes_faster_all_the_time() -> None:
+    for seed in range(10):
+        machine = Machine(noise=0.03, drift=0.01, random=random.Random(seed))
+        assert machine.rate(found(machine).best) > 0.85 * machine.rate(found(Machine()).best)
+
+
+def test_a_format_that_loses_more_is_not_chosen_and_one_that_may_is() -> None:
+    assert found(Machine(), max_loss=0.0).best.weights == AS_GIVEN
+    assert found(Machine(), max_loss=0.5).best.weights == "Q4_0"
+
+
+def test_quality_is_measured_in_full_once_and_only_for_what_is_chosen() -> None:
+    machine = Machine()
+    outcome = found(machine, max_loss=0.5)
+    assert machine.asked == ["Q4_0"]
+    assert outcome.losses["Q4_0"].kl_nats == LOSSES["Q4_0"]
+
+
+def test_a_format_that_looked_better_at_a_glance_than_it_is_is_not_chosen() -> None:
+    class Misleading(Machine):
+        def loss(self, weights: str, bound: float | None = None) -> Lost:
+            lost = Machine.loss(self, weights, bound)
+            return lost if bound is None else Lost(0.0)
+
+    outcome = found(Misleading())
+    assert outcome.best.weights == "Q8_0"
+    assert outcome.losses["Q4_0"].kl_nats == LOSSES["Q4_0"]
+
+
+def test_formats_smaller_than_one_that_loses_by_far_too_much_are_not_looked_at() -> None:
+    looked: list[str] = []
+
+    class Looking(Machine):
+        def loss(self, weights: str, bound: float | None = None) -> Lost:
+            looked.append(weights)
+            return Machine.loss(self, weights, bound)
+
+    found(Looking())
+    assert set(looked) == {"Q8_0", "Q4_0"}
+
+
+def test_a_format_that_loses_too_much_is_not_even_timed() -> None:
+    timed = {trial.candidate.weights for trial in found(Machine()).trials}
+    assert timed == {AS_GIVEN, "Q8_0"}
+
+
+def test_what_collapses_in_company_is_not_chosen_though_it_is_fastest_alone() -> None:
+    assert found(Machine()).best.tuning.spin_count is not None
+    assert found(Machine(), min_steadiness=0.05).best.tuning.spin_count is None
+
+
+def test_memory_is_bounded() -> None:
+    outcome = found(Machine(), max_memory_bytes=800)
+    assert outcome.best.num_slots == 8
+    assert any(trial.note == "too much memory" for trial in outcome.trials)
+
+
+@pytest.mark.parametrize("seconds", [1, 10, 30, 60, 120, 300])
+def test_the_budget_is_exceeded_by_no_more_than_a_trial(seconds: float) -> None:
+    machine = Machine()
+    outcome = found(machine, seconds=seconds)
+    assert machine.now - 100 < seconds + TRIAL_SECONDS
+    assert FORMATS[outcome.best.weights] >= 1
+
+
+def test_what_was_clearly_faster_in_a_round_is_kept_when_time_runs_out_before_the_next() -> None:
+    kept = {found(Machine(), seconds=seconds).best.weights for seconds in range(1, 40)}
+    assert kept == {AS_GIVEN, "Q8_0"}
+    assert found(Machine(), seconds=39).best.weights == "Q8_0"
+
+
+def test_candidates_that_fail_are_lines_of_the_table() -> None:
+    outcome = found(Machine(broken=frozenset({"Q8_0"})))
+    assert outcome.best.weights == AS_GIVEN
+    assert "failed: could not load it" in [trial.note for trial in outcome.trials]
+
+
+def test_a_candidate_that_hangs_costs_no_more_than_a_few_trials() -> None:
+    machine = Machine(hanging=frozenset({"Q8_0"}))
+    outcome = found(machine)
+    assert machine.now < found_in(Machine()) + 5 * TRIAL_SECONDS
+    assert outcome.best.weights == AS_GIVEN
+
+
+def found_in(machine: Machine) -> float:
+    found(machine)
+    return machine.now
+
+
+def test_a_model_that_cannot_be_run_at_all_is_said_to_be_unusable() -> None:
+    outcome = found(Machine(broken=frozenset(RECIPES)))
+    assert not outcome.is_usable
+    assert outcome.ratios is None
+
+
+def test_a_start_that_takes_too_much_memory_begins_with_less() -> None:
+    outcome = found(Machine(), max_memory_bytes=250)
+    assert outcome.is_usable
+    assert outcome.best.num_slots == 2
+    assert not found(Machine(), max_memory_bytes=50).is_usable
+
+
+def test_the_best_so_far_stays_within_its_bounds_when_the_machine_becomes_slower() -> None:
+    machine = Machine(drift=-0.05)
+    outcome = found(machine, max_step_seconds=0.3)
+    assert outcome.best.weights == "Q8_0"
+    assert outcome.ratios is not None
+
+
+def test_batches_that_take_long_are_not_chosen() -> None:
+    assert found(Machine(), max_step_seconds=0.2).best.batch_tokens == 128
+
+
+def test_what_was_found_until_an_interruption_is_kept() -> None:
+    outcome = found(Machine(interrupted_at=20))
+    assert outcome.is_interrupted
+    assert outcome.best.weights == "Q8_0"
+    assert found(Machine(interrupted_at=1)).best == first_guess(CORES)
+
+
+def test_the_end_compares_the_best_with_the_defaults_in_turn() -> None:
+    machine = Machine(drift=0.05)
+    outcome = found(machine)
+    ratios = outcome.ratios
+    assert ratios is not None
+    expected = machine.rate(outcome.best) / machine.rate(engine_defaults(CORES))
+    assert ratios[1] == pytest.approx(expected * 1.05)  # measured one trial later
+    last = [trial.stage for trial in outcome.trials][-4:]
+    assert last == ["defaults", "chosen", "defaults", "chosen"]
+
+
+def test_goals_weigh_what_they_are_named_for() -> None:
+    quick, many = Speed(200, 20, 10), Speed(100, 10, 30)
+    assert score(quick, many, "latency") > 1 > score(quick, many, "throughput")
+    assert score(many, many, "balanced") == pytest.approx(1)
+
+
+def test_every_trial_is_told_of() -> None:
+    told: list[Trial] = []
+    machine = Machine()
+    search = Search(
+        machine, stages(RECIPES, CORES), start=first_guess(CORES), defaults=engine_defaults(CORES), on_trial=told.append
+    )
+    assert search.run(60, lambda: machine.now).trials == told
+
+
+def test_a_stage_offers_only_what_its_machine_has() -> None:
+    for cores in (1, 2, 3, 64):
+        for stage in stages(RECIPES, cores):
+            for candidate in stage.others(first_guess(cores)):
+                assert 1 <= candidate.num_threads <= cores
+                assert 0 <= candidate.tuning.num_batch_threads <= cores
+                assert candidate.tuning.micro_batch_tokens <= candidate.batch_tokens
+
+
+def test_a_candidate_says_what_it_is() -> None:
+    assert str(safe_defaults(1)) == "as given, 1 thread, 4 slots, batch 64"
+    assert str(engine_defaults(2)) == "as given, 2 threads, spinning, 1 slots, batch 2048/512"
+    other = Candidate("Q8_0", 8, 2).tuned(num_batch_threads=4, spin_count=300, flash_attention="off", is_unified=True)
+    assert str(other) == "Q8_0, 2+4 threads, spinning 300, 8 slots, batch 64, flash attention off, unified KV"

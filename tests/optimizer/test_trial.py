@@ -1,0 +1,66 @@
+"""Trials with the real model: what is measured, and what becomes of candidates that cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from octoai.optimizer.outcome import TrialFailed
+from octoai.optimizer.space import AS_GIVEN, Candidate
+from octoai.optimizer.trial import Bench
+
+pytestmark = pytest.mark.model
+
+SHARE = 1 / 16
+
+
+@pytest.fixture
+def bench(embedded_model: Path, tmp_path: Path) -> Iterator[Bench]:
+    with Bench(embedded_model, tmp_path, context_length=512, num_threads=2) as opened:
+        yield opened
+
+
+def test_a_candidate_is_measured(bench: Bench) -> None:
+    candidate = Candidate(AS_GIVEN, num_slots=8, num_threads=2, batch_tokens=128)
+    speed, memory_bytes = bench.speed(candidate, SHARE, 1)
+    assert min(speed.prompt_rate, speed.stream_rate, speed.joint_rate) > 0
+    assert 50 << 20 < memory_bytes < 2 << 30
+
+
+def test_every_option_reaches_an_engine_that_runs(bench: Bench) -> None:
+    plain = Candidate(AS_GIVEN, num_slots=2, num_threads=1, batch_tokens=64)
+    for changes in (
+        {"flash_attention": "off", "cache_type": "f32", "spin_count": None, "num_batch_threads": 2},
+        {"flash_attention": "on", "cache_type": "q8_0", "is_unified": True, "micro_batch_tokens": 32},
+        {"speculation": "ngram_simple", "spin_count": 300},
+    ):
+        speed, _ = bench.speed(plain.tuned(**changes), SHARE, 1)
+        assert speed.joint_rate > 0
+
+
+def test_another_format_is_made_measured_and_loses_what_it_loses(bench: Bench, tmp_path: Path) -> None:
+    assert "Q8_0" in bench.recipe_names
+    speed, _ = bench.speed(Candidate("Q8_0", num_threads=2), SHARE, 1)
+    assert speed.joint_rate > 0
+    assert 0 < bench.loss("Q8_0").kl_nats < 0.005
+    assert len(list(tmp_path.glob("*.gguf"))) == 1
+
+
+def test_steadiness_is_a_share(bench: Bench) -> None:
+    assert 0 < bench.steadiness(Candidate(AS_GIVEN, num_slots=8, num_threads=1)) < 3
+
+
+def test_weights_that_cannot_be_loaded_are_a_failed_candidate(bench: Bench, tmp_path: Path) -> None:
+    candidate = Candidate(bench.recipe_names[1])
+    (tmp_path / "1.gguf").write_bytes(b"GGUF and nothing else")
+    with pytest.raises(TrialFailed):
+        bench.speed(candidate, SHARE, 1)
+
+
+def test_a_candidate_that_takes_too_long_is_a_failed_one(embedded_model: Path, tmp_path: Path) -> None:
+    options = {"context_length": 512, "num_threads": 2, "trial_seconds": 0.2}
+    with Bench(embedded_model, tmp_path, **options) as bench, pytest.raises(TrialFailed, match="not done"):
+        bench.speed(replace(Candidate(), num_threads=1), 1, 1)

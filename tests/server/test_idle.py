@@ -1,0 +1,93 @@
+"""What runs while nobody asks: when it begins, that a request ends it, and that it is not begun again once done."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from octoai.server import idle
+
+NOTE = """
+import sys, time
+note = open(sys.argv[1], "a", buffering=1)
+note.write("begun ")
+note.flush()
+time.sleep(float(sys.argv[2]))
+note.write("done ")
+"""
+
+
+def noting(path: Path, seconds: float) -> list[str]:
+    return [sys.executable, "-c", NOTE, str(path), str(seconds)]
+
+
+def noted(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+async def until(path: Path, text: str) -> None:
+    async with asyncio.timeout(20):
+        while noted(path) != text:
+            await asyncio.sleep(0.02)
+
+
+def test_commands_run_in_turn_once_each(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+
+    async def main() -> None:
+        async with idle.running([noting(first, 0), noting(second, 0)], lambda: False, quiet_seconds=0.1):
+            await until(second, "begun done ")
+            await asyncio.sleep(0.5)
+
+    asyncio.run(main())
+    assert first.read_text() == "begun done "
+    assert second.read_text() == "begun done "
+
+
+def test_a_request_ends_it_and_it_is_begun_again_in_quiet(tmp_path: Path) -> None:
+    path, busy = tmp_path / "it", False
+
+    async def main() -> None:
+        nonlocal busy
+        async with idle.running([noting(path, 2)], lambda: busy, quiet_seconds=0.3):
+            await until(path, "begun ")
+            busy = True
+            await asyncio.sleep(3)
+            assert path.read_text() == "begun "
+            busy = False
+            await until(path, "begun begun done ")
+
+    asyncio.run(main())
+
+
+def test_it_does_not_begin_while_requests_come(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with idle.running([noting(tmp_path / "it", 0)], lambda: True, quiet_seconds=0.1):
+            await asyncio.sleep(1)
+
+    asyncio.run(main())
+    assert not (tmp_path / "it").exists()
+
+
+def test_it_ends_with_the_service_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "it"
+
+    async def main() -> None:
+        async with idle.running([noting(path, 60)], lambda: False, quiet_seconds=0.1):
+            await until(path, "begun ")
+
+    began = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - began < 15
+
+
+def test_what_fails_is_not_tried_for_ever(tmp_path: Path) -> None:
+    failing = [sys.executable, "-c", "raise SystemExit(1)"]
+
+    async def main() -> None:
+        async with idle.running([failing, ["/nonexistent/program"]], lambda: False, quiet_seconds=0.1):
+            await asyncio.sleep(1.5)
+
+    asyncio.run(main())
