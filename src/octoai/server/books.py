@@ -21,8 +21,9 @@ from octoai.server.journal import Journal, Orphan, orphans
 from octoai.server.store import Place, connect, keys, requests, reservations
 from octoai.server.store.applier import Applier
 from octoai.server.store.database import Connection, StoreError
+from octoai.server.store.journals import forget, keep_position, position_of
 from octoai.server.store.reader import Reader
-from octoai.server.store.writer import Writer, forget, keep_position, position_of
+from octoai.server.store.writer import Writer
 
 log = logging.getLogger("octoai.books")
 

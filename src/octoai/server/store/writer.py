@@ -24,6 +24,7 @@ from octoai.server.journal import START, Followed, Journal, Position
 from octoai.server.store import Place, connect
 from octoai.server.store.applier import Applier, News
 from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull
+from octoai.server.store.journals import keep_position
 from octoai.server.store.requests import Record, apply
 
 log = logging.getLogger("octoai.store")
@@ -265,24 +266,6 @@ class Writer:
                 _resolve(reached, None, error)
             else:
                 self._waiting.append((position, reached))
-
-
-def keep_position(db: Connection, journal: str, position: Position) -> None:
-    """How far a journal has been applied, in the same transaction as what was."""
-    db.execute(
-        "INSERT INTO journals (id, segment, byte) VALUES (?, ?, ?) "
-        "ON CONFLICT (id) DO UPDATE SET segment = excluded.segment, byte = excluded.byte",
-        (journal, position.segment, position.offset),
-    )
-
-
-def position_of(db: Connection, journal: str) -> Position:
-    row = db.row("SELECT segment, byte FROM journals WHERE id = ?", (journal,))
-    return START if row is None else Position(int(row[0]), int(row[1]))
-
-
-def forget(db: Connection, journal: str) -> None:
-    db.execute("DELETE FROM journals WHERE id = ?", (journal,))
 
 
 def _done(db: Connection, action: Action) -> tuple[Any, BaseException | None]:

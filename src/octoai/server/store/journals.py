@@ -1,0 +1,24 @@
+"""How far the database has each journal."""
+
+from __future__ import annotations
+
+from octoai.server.journal import START, Position
+from octoai.server.store.database import Connection
+
+
+def keep_position(db: Connection, journal: str, position: Position) -> None:
+    """How far a journal has been applied, in the same transaction as what was."""
+    db.execute(
+        "INSERT INTO journals (id, segment, byte) VALUES (?, ?, ?) "
+        "ON CONFLICT (id) DO UPDATE SET segment = excluded.segment, byte = excluded.byte",
+        (journal, position.segment, position.offset),
+    )
+
+
+def position_of(db: Connection, journal: str) -> Position:
+    row = db.row("SELECT segment, byte FROM journals WHERE id = ?", (journal,))
+    return START if row is None else Position(int(row[0]), int(row[1]))
+
+
+def forget(db: Connection, journal: str) -> None:
+    db.execute("DELETE FROM journals WHERE id = ?", (journal,))
