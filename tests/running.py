@@ -169,7 +169,8 @@ class Serve:
     def children(self) -> list[int]:
         """Process ids of the engines."""
         listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in listed.split()]
+        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in listed.split()}
+        return [pid for pid, command in commands.items() if b"llama_child" in command]
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 40) -> int:
         if self.process.poll() is None:

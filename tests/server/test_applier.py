@@ -109,6 +109,7 @@ def test_what_was_appended_last_is_brought_in_at_the_end(place: Place) -> None:
 def test_a_process_that_is_killed_again_and_again_loses_and_doubles_nothing(place: Place) -> None:
     async def main() -> None:
         async with kept(place) as (books, journal):
+            await books.writer.reached(await journal.append(settlement(1_000_000)))
             number = 0
             for _ in range(4):
                 process = process_of(books)
@@ -122,7 +123,7 @@ def test_a_process_that_is_killed_again_and_again_loses_and_doubles_nothing(plac
             await until(lambda: books.writer.away_seconds is None)
 
     run(main())
-    assert balance(place) == -1_200 * COST
+    assert balance(place) == -1_201 * COST
 
 
 def test_while_there_is_none_the_database_counts_as_away(tmp_path: Path) -> None:
@@ -164,10 +165,11 @@ import asyncio, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
 from octoai.server.store import Place
-from tests.server.test_applier import kept, process_of
+from tests.server.test_applier import kept, process_of, settlement
 
 async def main():
-    async with kept(Place(Path({str(tmp_path)!r}))) as (books, _):
+    async with kept(Place(Path({str(tmp_path)!r}))) as (books, journal):
+        await books.writer.reached(await journal.append(settlement(1)))
         print(process_of(books).pid, flush=True)
         await asyncio.sleep(60)
 

@@ -42,7 +42,8 @@ class News:
 
 
 class Applier:
-    """`start`, `durable` and `hurry` are for the thread of the event loop, but for `durable`, which is for any."""
+    """Its process begins when there is something to bring in. Methods are for the thread of the event loop, but for
+    `durable`, which is for any."""
 
     def __init__(self, place: Place, journal: Journal) -> None:
         self._place = place
@@ -53,15 +54,18 @@ class Applier:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._said = b""
         self._is_told = False  # of something durable that it has not answered yet
-        self._is_closing = False
+        self._is_begun = self._is_closing = False
 
     def start(self, heard: Callable[[News], None]) -> None:
         self._heard, self._loop = heard, asyncio.get_running_loop()
-        self._spawn()
 
     def durable(self) -> None:
         """More of the journal is durable. It is told once, until it answers: what comes meanwhile shares the next."""
-        if not self._is_told:
+        if not self._is_begun and self._loop is not None:
+            self._is_begun = self._is_told = True
+            with suppress(RuntimeError):  # the loop is closed: the next service brings it in
+                self._loop.call_soon_threadsafe(self._spawn)
+        elif not self._is_told:
             self._is_told = True
             self._tell("durable")
 
