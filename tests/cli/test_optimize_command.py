@@ -108,6 +108,7 @@ def test_the_wish_is_the_issues() -> None:
     assert (wish.goal, wish.seconds, wish.bounds.max_loss) == ("balanced", 120.0, 0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_a_short_search_ends_in_a_profile_that_serve_uses(cache: Path, tmp_path: Path) -> None:
     began = time.monotonic()

@@ -59,6 +59,7 @@ def test_weights_do_not_differ_from_themselves(reference: Reference, embedded_mo
     assert reference.measure(embedded_model) == Quality(0.0, 0.0, 1.0, MAX_POSITIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_more_a_format_rounds_the_further_it_is(reference: Reference, embedded_model: Path, tmp_path: Path) -> None:
     found = {}

@@ -30,6 +30,7 @@ def test_a_candidate_is_measured(bench: Bench) -> None:
     assert 50 << 20 < memory_bytes < 2 << 30
 
 
+@pytest.mark.slow
 def test_every_option_reaches_an_engine_that_runs(bench: Bench) -> None:
     plain = Candidate(AS_GIVEN, num_slots=2, num_threads=1, batch_tokens=64)
     for changes in (
