@@ -103,7 +103,7 @@ def test_arguments_are_bounded(tmp_path: Path, arguments: tuple[str, ...]) -> No
     assert "Traceback" not in ran.stderr
 
 
-def test_the_wish_is_the_issues() -> None:
+def test_without_a_word_it_looks_for_two_minutes_and_loses_next_to_nothing() -> None:
     wish = Wish(context_length=512)
     assert (wish.goal, wish.seconds, wish.bounds.max_loss) == ("balanced", 120.0, 0.005)
 
@@ -129,7 +129,9 @@ def test_a_short_search_ends_in_a_profile_that_serve_uses(cache: Path, tmp_path:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_search_leaves_no_traceback_and_nothing_half_done(
     cache: Path, tmp_path: Path, number: int, status: int
 ) -> None:

@@ -42,6 +42,7 @@ def test_every_option_reaches_an_engine_that_runs(bench: Bench) -> None:
         assert speed.joint_rate > 0
 
 
+@pytest.mark.slow
 def test_another_format_is_made_measured_and_loses_what_it_loses(bench: Bench, tmp_path: Path) -> None:
     assert "Q8_0" in bench.recipe_names
     speed, _ = bench.speed(Candidate("Q8_0", num_threads=2), SHARE, 1)
@@ -50,6 +51,7 @@ def test_another_format_is_made_measured_and_loses_what_it_loses(bench: Bench, t
     assert len(list(tmp_path.glob("*.gguf"))) == 1
 
 
+@pytest.mark.slow
 def test_steadiness_is_a_share(bench: Bench) -> None:
     assert 0 < bench.steadiness(Candidate(AS_GIVEN, num_slots=8, num_threads=1)) < 3
 
