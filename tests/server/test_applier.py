@@ -4,6 +4,7 @@ becomes of it."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -137,6 +138,23 @@ def test_while_there_is_none_the_database_counts_as_away(tmp_path: Path) -> None
             await books.writer.reached(await journal.append(settlement(2)))
 
     run(main())
+
+
+def test_one_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    async def main() -> None:
+        async with kept(Place(tmp_path)) as (books, journal):
+            with monkeypatch.context() as poor:
+                poor.setattr(subprocess, "Popen", none)
+                position = await journal.append(settlement(1))
+                await until(lambda: books.writer.away_seconds is not None)
+            await until(lambda: books.writer.applied >= position)
+            assert books.writer.away_seconds is None
+
+    run(main())
+    assert balance(Place(tmp_path)) == -COST
 
 
 def test_one_that_does_not_answer_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:

@@ -79,9 +79,6 @@ class HeldSyncs:
     def submit(self, _: int, done: Callable[[OSError | None], None]) -> None:
         self.running.append(done)
 
-    def close(self) -> None:
-        pass
-
 
 def record(n: int, padding: int = 0) -> dict[str, Any]:
     return {"n": n, "padding": "x" * padding}
@@ -734,6 +731,23 @@ def test_a_segment_that_fills_while_it_is_synced_is_whole(opened: Opened, monkey
         HeldSyncs.newest.running[1](None)
         assert waiters[2].done()
         assert numbers(journal.tail()) == [0, 1, 2]
+
+    run(main())
+
+
+def test_a_sync_that_fails_when_the_journal_is_closed_closes_nobodys_file(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_writer, "Syncs", HeldSyncs)
+
+    async def main() -> None:
+        journal = opened()
+        journal.append(record(1), soon=True)
+        await asyncio.to_thread(journal.stop)
+        others = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]  # they take the numbers that are free again
+        HeldSyncs.newest.running[0](OSError(errno.EIO, "broken"))
+        for fd in others:
+            os.close(fd)
 
     run(main())
 

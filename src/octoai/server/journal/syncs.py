@@ -44,10 +44,6 @@ class Syncs:
         except ValueError as error:  # so it says that the file, or the system behind it, cannot
             raise OSError(errno.EINVAL, str(error)) from None
 
-    def close(self) -> None:
-        if not self.loop.is_closed():
-            self.loop.remove_reader(self._context.fileno)
-
     def _collect(self) -> None:
         self._context.poll()
         self._context.process_events()

@@ -162,7 +162,7 @@ class Journal:
         if segment is None or self._syncs is None:
             return
         try:
-            self._syncs.submit(segment.fd, partial(self._was_synced, segment, written))
+            self._syncs.submit(segment.kernel_fd, partial(self._was_synced, segment, written))
         except OSError as error:
             self._sync_at = 0.0
             self._leave_to_thread(str(error))

@@ -90,12 +90,16 @@ class Applier:
     def _spawn(self) -> None:
         if self._is_closing or self._loop is None:
             return
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "octoai.server.store.applier"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # a terminal's Ctrl-C is the service's to handle
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "octoai.server.store.applier"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # a terminal's Ctrl-C is the service's to handle
+            )
+        except OSError as error:  # no memory, no more processes
+            self._failed(f"cannot be started: {error.strerror or error}")
+            return
         assert self._process.stdout is not None
         assert self._process.stdin is not None
         for pipe in (self._process.stdin, self._process.stdout):
@@ -148,8 +152,12 @@ class Applier:
             return
         status = process.wait()
         self._process = None
-        log.error("the process that writes to the database ended with %s; it is started again", status)
-        self._heard(News(self._applied, failure="it ended"))
+        self._failed(f"ended with {status}")
+
+    def _failed(self, how: str) -> None:
+        assert self._loop is not None
+        log.error("the process that writes to the database %s; it is started again", how)
+        self._heard(News(self._applied, failure=f"the process that writes to the database {how}"))
         self._loop.call_later(RESTART_SECONDS, self._spawn)
 
 
