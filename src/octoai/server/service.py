@@ -275,8 +275,8 @@ class Job:
 
     def _count(self, outcome: str, error: BaseException | None) -> None:
         metrics, usage = self.service.metrics, self.meter.usage
-        metrics.count_job(self.deployment, self.request, self.meter, outcome)
-        metrics.count_cost(self.caller.token.id, usage, self.cost_nanos)
+        metrics.count_job(self.deployment, self.request, self.meter, usage, outcome)
+        metrics.count_cost(self.caller.token.id, usage, self.tab.price.charge(usage))
         if log.isEnabledFor(logging.INFO):
             log.info("request", extra={"fields": self._line(outcome, _refusal(error))})
 
