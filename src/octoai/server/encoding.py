@@ -68,22 +68,24 @@ class _Encoder:
 
     def stream(self, batch: Sequence[Event]) -> bytes:
         """The server-sent events of a batch, as one block."""
-        block = "".join(chunk for event in batch for chunk in self._chunks(event))
-        return _without_end(block).encode("ascii")
+        chunks: list[str] = []
+        for event in batch:
+            if isinstance(event, Delta):
+                chunks.append(self._chunk(event.index, self._delta(event), "null"))
+            elif isinstance(event, Started):
+                chunks += self._beginning()
+            else:
+                chunks += self._ending(event)
+        return _without_end("".join(chunks)).encode("ascii")
 
-    def _chunks(self, event: Event) -> Iterable[str]:
-        if isinstance(event, Delta):
-            yield self._chunk(event.index, self._delta(event), "null")
-        elif isinstance(event, Started):
-            if self._is_open:
-                return  # several requests to the engine make one answer, and each of them starts
-            self._is_open = True
-            for index in range(self.request.num_choices):
-                opening = self._opening(index)
-                if opening is not None:
-                    yield self._chunk(index, opening, "null")
-        else:
-            yield from self._ending(event)
+    def _beginning(self) -> Iterable[str]:
+        if self._is_open:
+            return  # several requests to the engine make one answer, and each of them starts
+        self._is_open = True
+        for index in range(self.request.num_choices):
+            opening = self._opening(index)
+            if opening is not None:
+                yield self._chunk(index, opening, "null")
 
     def _ending(self, event: Finished) -> Iterable[str]:
         *others, last = sorted(event.reasons)
@@ -161,6 +163,8 @@ class ChatEncoder(_Encoder):
         return '"delta":{"role":"assistant","content":""},"logprobs":null'
 
     def _delta(self, event: Delta) -> str:
+        if not event.tool_calls and not event.logprobs:  # nearly every one
+            return f'"delta":{{"content":{quoted(event.text)}}},"logprobs":null'
         calls = f',"tool_calls":{_json(event.tool_calls)}' if event.tool_calls else ""
         return f'"delta":{{"content":{quoted(event.text)}{calls}}}{self._logprobs_json(event, 0)}'
 

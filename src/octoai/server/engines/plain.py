@@ -11,39 +11,43 @@ from typing import NamedTuple
 
 _TEXT = re.compile(rb'"(?:content|text)": ?"([^"\\]+)"')
 # The two counts that change, in whichever order.
-_COUNTS = re.compile(
-    rb'"total_tokens": ?[0-9]{1,9}, ?"completion_tokens": ?([0-9]{1,9})'
-    rb'|"completion_tokens": ?([0-9]{1,9}), ?"total_tokens": ?[0-9]{1,9}'
-)
+_COUNTS = re.compile(rb'"(?:total|completion)_tokens": ?([0-9]{1,9})(, ?"(total|completion)_tokens": ?)([0-9]{1,9})')
 
 
 class Plain(NamedTuple):
-    """A text stands between `begins` and `counts`; what the engine has counted, where it says so, before `ends`."""
+    """A text stands between `begins` and `middle`. Where the engine says what it has counted, two numbers with
+    `between` between them stand before `ends`, the tokens of the answer first or last."""
 
     begins: bytes
-    counts: bytes
-    ends: bytes
-    has_counts: bool
+    middle: bytes
+    between: bytes = b""
+    ends: bytes = b""
+    is_last: bool = False
+
+    @property
+    def has_counts(self) -> bool:
+        return bool(self.between)
 
     def read(self, event: bytes) -> tuple[str, int | None] | None:
         """The text of an event, and how many tokens the answer has by then where that is said; None where the event
         is of another shape, or has a character that JSON escapes."""
-        if not event.startswith(self.begins):
+        begins, middle, between, ends, is_last = self
+        if not event.startswith(begins):
             return None
-        start = len(self.begins)
-        end = event.find(b'"', start)
-        raw = event[start:end]
-        if not raw or b"\\" in raw or not event.startswith(self.counts, end) or not event.endswith(self.ends):
+        raw, _, rest = event[len(begins) :].partition(b'"')
+        if not raw or b"\\" in raw:
             return None
         try:
             text = raw.decode()
         except UnicodeDecodeError:
             return None
-        first, last = end + len(self.counts), len(event) - len(self.ends)
-        if not self.has_counts:
-            return (text, None) if first == len(event) else None
-        counted = _COUNTS.fullmatch(event, first, last)
-        return None if counted is None else (text, int(counted[1] or counted[2]))
+        if not between:
+            return (text, None) if rest == middle else None
+        first, found, last = rest[len(middle) : -len(ends)].partition(between)
+        count = last if is_last else first
+        if not (found and first.isdigit() and last.isdigit() and len(count) < 10):
+            return None
+        return (text, int(count)) if rest.startswith(middle) and rest.endswith(ends) else None
 
 
 def plain(event: bytes) -> Plain | None:
@@ -51,8 +55,9 @@ def plain(event: bytes) -> Plain | None:
     text = _TEXT.search(event)
     if text is None or _TEXT.search(event, text.end()) is not None:
         return None
-    counted = _COUNTS.search(event, text.end())
-    begins, rest = event[: text.start(1)], text.end(1)
+    begins, rest = event[: text.start(1)], event[text.end() :]
+    counted = _COUNTS.search(rest)
     if counted is None:
-        return Plain(begins, event[rest:], b"", has_counts=False)
-    return Plain(begins, event[rest : counted.start()], event[counted.end() :], has_counts=True)
+        return Plain(begins, rest)
+    is_last = counted[3] == b"completion"
+    return Plain(begins, rest[: counted.start(1)], counted[2], rest[counted.end() :], is_last)

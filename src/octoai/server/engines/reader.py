@@ -5,7 +5,7 @@ Pure: bytes or the data of server-sent events in, `Started`, `Delta`s and `Finis
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -32,13 +32,8 @@ class Answer:
         except EventTooLargeError:
             raise EngineFailed("The engine sent an event without an end.") from None
         events: list[Event] = []
-        for text in texts:
-            if self._reader.read_plain(text, events):
-                continue
-            event = parsed(text)
-            if event is not None:
-                self._reader.read(event.data, events)
-                self.is_whole = self.is_whole or event.data == DONE
+        self._reader.read_events(texts, events)
+        self.is_whole = self._reader.is_done
         return events
 
     def so_far(self) -> list[Event]:
@@ -55,6 +50,7 @@ class Reader:
     """Reads one answer's events. `Finished` comes last, with the sum of what the server counted."""
 
     def __init__(self, generation: Generation | None = None) -> None:
+        self.is_done = False
         self._generation = generation
         self._started = False
         self._counted: dict[int, int] = {}
@@ -66,30 +62,36 @@ class Reader:
         may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
         self._num_tries = MAX_TRIES if may_be_plain else 0
 
+    def read_events(self, texts: Iterable[bytes], events: list[Event]) -> None:
+        """Add what server-sent events mean, which are given as they were received."""
+        counted = self._counted
+        for text in texts:
+            found = None if self._plain is None else self._plain.read(text)
+            if found is None:
+                event = parsed(text)
+                if event is not None:
+                    self.read(event.data, events)
+                continue
+            said, completion_tokens = found
+            before = counted.get(0, 0)
+            if completion_tokens is None:
+                completion_tokens = before + 1
+            else:
+                self._completion_tokens = completion_tokens
+                completion_tokens = max(before, completion_tokens)
+            counted[0] = completion_tokens
+            events.append(Delta(0, said, completion_tokens))
+
     def read(self, payload: bytes, events: list[Event]) -> None:
         """Add what the data of one server-sent event means."""
         if payload == DONE:
+            self.is_done = True
             events.append(self._finished())
             return
         chunk, num_before, num_ended = _decoded(payload), len(events), len(self._reasons)
         self._read_checked(chunk, events)
         if self._num_tries and self._plain is None and len(events) > num_before and len(self._reasons) == num_ended:
             self._learn(payload, chunk, events[-1])
-
-    def read_plain(self, text: bytes, events: list[Event]) -> bool:
-        """Do the same for a whole event as it was received, if it is as plain as one that was read before."""
-        found = None if self._plain is None else self._plain.read(text)
-        if found is None:
-            return False
-        said, completion_tokens = found
-        if completion_tokens is None:
-            completion_tokens = self._counted.get(0, 0) + 1
-        else:
-            self._completion_tokens = completion_tokens
-            completion_tokens = max(self._counted.get(0, 0), completion_tokens)
-        self._counted[0] = completion_tokens
-        events.append(Delta(0, said, completion_tokens))
-        return True
 
     def _learn(self, payload: bytes, chunk: Mapping[str, Any], event: Event) -> None:
         """What the events to come will look like, by one that was more of the only choice's text and nothing else."""
