@@ -74,6 +74,12 @@ class Tab:
         self._opened = self.ledger.append({"kind": "intent", **self._intent()}, soon=None)
         self._opened.add_done_callback(_retrieved)
 
+    @property
+    def is_durable(self) -> bool:
+        """Whether the intent is on disk, as far as is known without waiting."""
+        opened = self._opened
+        return opened is not None and opened.done() and not opened.cancelled() and opened.exception() is None
+
     async def durable(self) -> None:
         """Return when the intent is on disk. Raises Unavailable where it cannot be: then nothing may be sent."""
         if self._opened is None:  # the engine was quicker

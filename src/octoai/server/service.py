@@ -211,7 +211,8 @@ class Job:
                     self._observe(batch)
                     if part.is_finished:
                         ended()
-                    if self.request.stream and not isinstance(batch[-1], Finished):  # an end waits to be settled
+                    is_sent = self.request.stream and not isinstance(batch[-1], Finished)  # an end waits to be settled
+                    if is_sent and not self.tab.is_durable:
                         await self.tab.durable()
                     yield batch if first == 0 else _renumbered(batch, first)
 
