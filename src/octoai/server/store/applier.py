@@ -166,6 +166,7 @@ class Applier:
 
 def main() -> None:
     die_with_parent()
+    _give_way()
     for number in (signal.SIGINT, signal.SIGTERM):  # the service decides when we go
         signal.signal(number, signal.SIG_IGN)
     options = json.loads(sys.stdin.buffer.readline())
@@ -173,6 +174,14 @@ def main() -> None:
     _follow(options)
     # Our own end of the pipe: where it is lost without a word, the service has died, and the next one goes on.
     os._exit(0)
+
+
+def _give_way() -> None:
+    """The service is not to be interrupted because there is something to do here. One client's 98th percentile was 1.9
+    instead of 2.7 ms for it (two cores, an engine that answers at once)."""
+    if sys.platform == "linux":
+        with suppress(OSError):  # where it is not allowed, it is done without
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _follow(options: dict[str, Any]) -> None:
