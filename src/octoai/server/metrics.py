@@ -5,7 +5,7 @@ Labels come from the configuration only: a name that a client sends never become
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,6 +61,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which no dashboard reads
         self.registry = CollectorRegistry()
         self._per_deployment: list[Counter | Histogram] = []
+        self.of_all: Callable[[], Awaitable[bytes]] | None = None
         self._known: dict[Any, Any] = {}  # finding a labelled metric costs as much as counting
 
         def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
@@ -180,8 +181,9 @@ class Metrics:
             of.success("abort").inc()
             (of.aborted if outcome == "aborted" else of.failed).inc()
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
+    async def text(self) -> bytes:
+        """Of the whole service: where this process is one of several, of all of them. Raises Unavailable."""
+        return generate_latest(self.registry) if self.of_all is None else await self.of_all()
 
 
 def _count_times(of: SimpleNamespace, meter: Meter, completion_tokens: int) -> None:
