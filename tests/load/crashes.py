@@ -50,7 +50,7 @@ class Crashes:
 
     def kill_worker(self, load: Load, pid: int) -> None:
         """One of the processes that serve: what it was answering breaks off, and the load goes on."""
-        running = [each for each in load.told if not each.is_finished and each.left_at is None]
+        running = [each for each in load.told if not each.is_over]
         killed_at = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         for each in running:
