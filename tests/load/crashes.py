@@ -50,10 +50,12 @@ class Crashes:
 
     def kill_worker(self, load: Load, pid: int) -> None:
         """One of the processes that serve: what it was answering breaks off, and the load goes on."""
-        running = [each for each in load.told if not each.is_over]
+        told = tuple(load.told)
+        running = [each for each in told if not each.is_over]
         killed_at = time.monotonic()
         os.kill(pid, signal.SIGKILL)
-        for each in running:
+        just_left = [each for each in told if each.left_at is not None and each.left_at > killed_at - 1]
+        for each in running + just_left:
             each.killed_at = killed_at
         self.num_kills += 1
 
