@@ -93,8 +93,8 @@ class SqliteConnection:
         self.execute("RELEASE inner_step")
 
     def _take_turn(self) -> None:
-        """Begin to write, when nobody else does. SQLite itself waits longer each time: under several that write often, as
-        the workers of one service do, some would wait for a second where others wait for none."""
+        """Begin to write, when nobody else does. SQLite itself waits longer each time: among several that write often,
+        as the workers of one service do, some would wait for a second where others wait for none."""
         end = time.monotonic() + BUSY_SECONDS
         self.execute("PRAGMA busy_timeout = 0")
         try:
