@@ -21,7 +21,12 @@ import pytest
 
 from octoai.server import accounts, tokens
 from octoai.server.books import Books, open_journal
+from octoai.server.errors import OutOfCredit
+from octoai.server.ledger import Ledger
+from octoai.server.limits import standings
 from octoai.server.store import Connection, Place, connect, requests
+from octoai.server.store.reservations import Reservation
+from octoai.server.store.writer import Writer
 from tests.load.clients import Load, Request, Target, Told, ask
 from tests.load.crashes import Crashes
 from tests.load.places import serve
@@ -417,3 +422,23 @@ def test_requests_of_a_living_neighbour_are_not_taken_for_lost(tmp_path: Path) -
         await books.close()
 
     run(main())
+
+
+def test_while_the_database_is_away_each_gives_out_its_part_of_what_is_left(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    with closing(connect(place)) as db, db.transaction():
+        account = accounts.create(db, "acme", plan="unlimited", limits={"hard_budget_nanos": 7 * ONE})
+        minted = tokens.mint(db, "acme", "acme")
+        caller = accounts.Caller(account, tokens.find(db, minted.id))
+        held = standings(db, caller, 1)
+    now = {"at_us": 1, "lease_us": 2, "nanos": ONE, "prompt_tokens": 7, "completion_tokens": 20}
+    wanted = Reservation(id="1", account=account.id, token_id=minted.id, **now)
+    passed = 0
+    for _ in range(3):
+        ledger = Ledger(None, Writer(place), num_processes=3)
+        ledger._heard(caller, held, wanted)
+        with suppress(OutOfCredit):
+            while True:
+                ledger._reserve_unheard(caller, wanted)
+                passed += 1
+    assert passed == 6  # two each: no more than there are
