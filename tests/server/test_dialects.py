@@ -126,11 +126,10 @@ def test_what_a_server_cannot_do_is_named(dialect: str, given: dict[str, Any], n
 
 def read(*payloads: dict[str, Any] | str) -> list[Event]:
     reader = Reader()
-    return [
-        event
-        for payload in payloads
-        for event in reader.events([(payload if isinstance(payload, str) else json.dumps(payload)).encode()])
-    ]
+    events: list[Event] = []
+    for payload in payloads:
+        reader.read((payload if isinstance(payload, str) else json.dumps(payload)).encode(), events)
+    return events
 
 
 def delta(text: str | None, index: int = 0, reason: str | None = None, **more: Any) -> dict[str, Any]:

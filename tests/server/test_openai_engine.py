@@ -322,6 +322,26 @@ def test_leaving_closes_the_connection_within_a_second() -> None:
     run(main())
 
 
+class Unimpressed(Upstream):
+    """Ends its answer as if its client were still there, and keeps the connection open."""
+
+    async def _generate(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self.reply(self, writer)
+        await writer.drain()
+        await asyncio.sleep(0.5)
+
+
+def test_a_connection_that_was_hung_up_is_not_used_again_though_its_answer_came_to_an_end() -> None:
+    async def main() -> None:
+        upstream = Unimpressed(says(event("Hel"), 0.1, event("lo"), event("", "stop"), USAGE, DONE))
+        async with up(upstream) as engine:
+            async with aclosing(engine.generate(GENERATION)) as batches:
+                await anext(batches)
+            assert isinstance((await generated(engine))[-1], Finished)
+
+    run(main())
+
+
 async def _soon(fact: Callable[[], bool]) -> None:
     async with asyncio.timeout(1):
         while not fact():

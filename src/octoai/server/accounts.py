@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from octoai.server.store import accounts as table
@@ -53,14 +54,14 @@ class AccountExists(BadAccount):
     pass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Caller:
     """Who is asking, and pays: an account, by one of its tokens."""
 
     account: AccountRow
     token: TokenRow
 
-    @property
+    @cached_property
     def is_limited(self) -> bool:
         """Whether its requests must be reserved before they run."""
         return self.account.is_limited or self.token.limits.is_any

@@ -18,6 +18,8 @@ from octoai.server.errors import TooLarge, TooSlow, UnknownModel
 from octoai.server.idempotency import Key, Recording
 from octoai.server.metrics import CONTENT_TYPE
 from octoai.server.params import TextRequest
+from octoai.server.presence import KEY as PRESENCE
+from octoai.server.presence import Presence
 from octoai.server.pricing import price_json
 from octoai.server.router import Deployment
 from octoai.server.service import Service
@@ -123,21 +125,28 @@ async def body_of(scope: Scope, receive: Receive) -> bytes:
     declared = header(scope, b"content-length") or ""
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise TooLarge(MAX_BODY_BYTES)
-    blocks, size, has_more = [], 0, True
+    presence: Presence | None = scope["state"].get(PRESENCE)
+    if presence is not None and presence.has_body():
+        return await _received(receive)
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            while has_more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                has_more = message.get("more_body", False)
-                blocks.append(message.get("body", b""))
-                size += len(blocks[-1])
-                if size > MAX_BODY_BYTES:
-                    raise TooLarge(MAX_BODY_BYTES)
+            return await _received(receive)
     except TimeoutError:
         raise TooSlow(f"The request body did not arrive within {BODY_SECONDS:.0f} s.") from None
-    return b"".join(blocks)
+
+
+async def _received(receive: Receive) -> bytes:
+    blocks, size, has_more = [], 0, True
+    while has_more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        has_more = message.get("more_body", False)
+        blocks.append(message.get("body", b""))
+        size += len(blocks[-1])
+        if size > MAX_BODY_BYTES:
+            raise TooLarge(MAX_BODY_BYTES)
+    return blocks[0] if len(blocks) == 1 else b"".join(blocks)
 
 
 def _model_json(service: Service, model: Model, deployment: Deployment) -> dict[str, object]:

@@ -48,6 +48,7 @@ class Directory:
         self._version = 0
         self._accounts: dict[str, AccountRow] = {}
         self._tokens: dict[bytes, TokenRow] = {}
+        self._callers: dict[bytes, Caller] = {}  # by the same hash, as they are asked for
         self._unknown: OrderedDict[bytes, None] = OrderedDict()
         self._fresh_at = float("-inf")
         self._asked_at = float("-inf")
@@ -97,10 +98,10 @@ class Directory:
             raise error
 
     async def _find(self, token: str) -> TokenRow | None:
-        if not is_well_formed(token):
-            return None
         # Looked up by a hash, whose timing tells nothing of the token.
         key = digest(token)
+        if key not in self._tokens and not is_well_formed(token):
+            return None
         if self._is_away and self._clock() - self._fresh_at > self.away_seconds:
             raise Unavailable("The database of accounts does not answer.", retry_after=5, code="database_away")
         row = self._tokens.get(key)
@@ -138,14 +139,16 @@ class Directory:
             await self.refresh()
 
     def _caller(self, row: TokenRow) -> Caller:
-        account = self._accounts[row.account]
+        caller = self._callers.get(row.hash)
+        if caller is None:
+            caller = self._callers[row.hash] = Caller(self._accounts[row.account], row)
         if row.revoked_at is not None:
             raise Unauthenticated(f"This API token has been revoked. {_HOW}")
         if row.expires_at is not None and row.expires_at <= time.time():
             raise Unauthenticated(f"This API token has expired. {_HOW}")
-        if account.closed_at is not None:
+        if caller.account.closed_at is not None:
             raise Unauthenticated("The account of this API token is closed.")
-        return Caller(account, row)
+        return caller
 
     async def _look(self, before: asyncio.Task[StoreError | None] | None) -> StoreError | None:
         """One look, after the one `before`. Whoever comes once it has begun is for the next."""
@@ -179,6 +182,8 @@ class Directory:
         for token in changes.tokens:
             self._tokens[token.hash] = token
             self._unknown.pop(token.hash, None)
+        if changes.accounts or changes.tokens:
+            self._callers.clear()
         self.prices.add(changes.prices)
         self._version = changes.version
 

@@ -8,8 +8,8 @@ never empty, and usage comes on the last event that has a choice.
 from __future__ import annotations
 
 import json
+import secrets
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
@@ -22,23 +22,21 @@ DONE = b"data: [DONE]\n\n"
 
 
 def new_id() -> str:
-    return f"cmpl-{uuid.uuid4().hex}"
+    return f"cmpl-{secrets.token_hex(16)}"
 
 
-def usage_json(usage: Usage, cost_nanos: int | None = None) -> dict[str, Any]:
+def usage_json(usage: Usage, cost_nanos: int | None = None) -> str:
     """`cost` is in US dollars, as an exact decimal."""
-    cost = {} if cost_nanos is None else {"cost": usd(cost_nanos)}
-    return {
-        "completion_tokens": usage.completion_tokens,
-        "prompt_tokens": usage.prompt_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        **cost,
-    }
+    cost = "" if cost_nanos is None else f',"cost":"{usd(cost_nanos)}"'
+    return (
+        f'{{"completion_tokens":{usage.completion_tokens},"prompt_tokens":{usage.prompt_tokens},'
+        f'"total_tokens":{usage.prompt_tokens + usage.completion_tokens},'
+        f'"prompt_tokens_details":{{"cached_tokens":{usage.cached_tokens}}}{cost}}}'
+    )
 
 
 def error_event(body: Mapping[str, Any]) -> bytes:
-    return b"data: " + _without_end(_json(body).decode("ascii")).encode("ascii") + b"\n\n"
+    return b"data: " + _without_end(_json(body)).encode("ascii") + b"\n\n"
 
 
 def _without_end(data: str) -> str:
@@ -46,8 +44,8 @@ def _without_end(data: str) -> str:
     return data.replace("[DONE]", "\\u005bDONE]") if "[DONE]" in data else data
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 class _Encoder:
@@ -66,36 +64,34 @@ class _Encoder:
         self._usage = ',"usage":null' if request.include_usage else ""
         # Text that stands before what is generated, by choice (`echo`).
         self._echoed = _echoed(request)
-        self._head = (
-            f'data: {{"id":{quoted(self.id)},"object":"{self.chunk_object}","created":{self.created},'
-            f'"model":{quoted(request.model)}{self._extra_json()},"choices":['
-        )
+        self._head = f"data: {self._frame(self.chunk_object)}"
 
     def stream(self, batch: Sequence[Event]) -> bytes:
         """The server-sent events of a batch, as one block."""
-        block = "".join(chunk for event in batch for chunk in self._chunks(event))
-        return _without_end(block).encode("ascii")
+        chunks: list[str] = []
+        for event in batch:
+            if isinstance(event, Delta):
+                chunks.append(self._chunk(event.index, self._delta(event), "null"))
+            elif isinstance(event, Started):
+                chunks += self._beginning()
+            else:
+                chunks += self._ending(event)
+        return _without_end("".join(chunks)).encode("ascii")
 
-    def _chunks(self, event: Event) -> Iterable[str]:
-        if isinstance(event, Delta):
-            yield self._chunk(event.index, self._delta(event), "null")
-        elif isinstance(event, Started):
-            if self._is_open:
-                return  # several requests to the engine make one answer, and each of them starts
-            self._is_open = True
-            for index in range(self.request.num_choices):
-                opening = self._opening(index)
-                if opening is not None:
-                    yield self._chunk(index, opening, "null")
-        else:
-            yield from self._ending(event)
+    def _beginning(self) -> Iterable[str]:
+        if self._is_open:
+            return  # several requests to the engine make one answer, and each of them starts
+        self._is_open = True
+        for index in range(self.request.num_choices):
+            opening = self._opening(index)
+            if opening is not None:
+                yield self._chunk(index, opening, "null")
 
     def _ending(self, event: Finished) -> Iterable[str]:
         *others, last = sorted(event.reasons)
         for index in others:
             yield self._chunk(index, self._closing(), quoted(event.reasons[index]))
-        usage = f',"usage":{json.dumps(usage_json(event.usage, self.cost_nanos), separators=(",", ":"))}'
-        tail = usage if self.request.include_usage else ""
+        tail = f',"usage":{usage_json(event.usage, self.cost_nanos)}' if self.request.include_usage else ""
         yield self._chunk(last, self._closing(), quoted(event.reasons[last]), tail)
 
     def _chunk(self, index: int, said: str, reason: str, usage: str | None = None) -> str:
@@ -111,39 +107,37 @@ class _Encoder:
         for event in events:
             if isinstance(event, Delta):
                 texts[event.index] += event.text
-                logprobs.setdefault(event.index, []).extend(event.logprobs or ())
-                calls.setdefault(event.index, []).extend(event.tool_calls or ())
+                if event.logprobs:
+                    logprobs.setdefault(event.index, []).extend(event.logprobs)
+                if event.tool_calls:
+                    calls.setdefault(event.index, []).extend(event.tool_calls)
             elif isinstance(event, Finished):
                 finished = event
         assert finished is not None
-        choices = [
-            {
-                "index": index,
-                **self._said(texts[index], _gathered_calls(calls.get(index, ()))),
-                "logprobs": self._logprobs(logprobs.get(index, ()), 0) if self._wants_logprobs else None,
-                "finish_reason": reason,
-            }
+        wants_logprobs = self.request.generations[0].logprobs is not None
+        choices = ",".join(
+            f'{{"index":{index},{self._said(texts[index], _gathered_calls(calls.get(index, ())))},'
+            f'"logprobs":{_json(self._logprobs(logprobs.get(index, ()), 0)) if wants_logprobs else "null"},'
+            f'"finish_reason":{quoted(reason)}}}'
             for index, reason in sorted(finished.reasons.items())
-        ]
-        head = {"id": self.id, "object": self.whole_object, "created": self.created, "model": self.request.model}
-        return _json(
-            {**head, **self._extra(), "choices": choices, "usage": usage_json(finished.usage, self.cost_nanos)}
+        )
+        usage = usage_json(finished.usage, self.cost_nanos)
+        return f'{self._frame(self.whole_object)}{choices}],"usage":{usage}}}'.encode("ascii")
+
+    def _frame(self, name: str) -> str:
+        """What comes before the choices, whole or in a chunk."""
+        return (
+            f'{{"id":"{self.id}","object":"{name}","created":{self.created},'
+            f'"model":{quoted(self.request.model)}{self._extra()},"choices":['
         )
 
-    @property
-    def _wants_logprobs(self) -> bool:
-        return self.request.generations[0].logprobs is not None
-
-    def _extra(self) -> dict[str, Any]:
-        return {}
-
-    def _extra_json(self) -> str:
-        return "".join(f",{quoted(key)}:{quoted(value)}" for key, value in self._extra().items())
+    def _extra(self) -> str:
+        return ""
 
     def _logprobs_json(self, event: Delta, text_offset: int) -> str:
         if not event.logprobs:
             return ',"logprobs":null'
-        return ',"logprobs":' + json.dumps(self._logprobs(event.logprobs, text_offset), separators=(",", ":"))
+        return ',"logprobs":' + _json(self._logprobs(event.logprobs, text_offset))
 
     def _logprobs(self, entries: Sequence[Mapping[str, Any]], text_offset: int) -> dict[str, Any]:
         return {"content": list(entries)}
@@ -157,7 +151,7 @@ class _Encoder:
     def _closing(self) -> str:
         raise NotImplementedError
 
-    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> str:
         raise NotImplementedError
 
 
@@ -169,15 +163,17 @@ class ChatEncoder(_Encoder):
         return '"delta":{"role":"assistant","content":""},"logprobs":null'
 
     def _delta(self, event: Delta) -> str:
-        calls = f',"tool_calls":{json.dumps(event.tool_calls)}' if event.tool_calls else ""
+        if not event.tool_calls and not event.logprobs:  # nearly every one
+            return f'"delta":{{"content":{quoted(event.text)}}},"logprobs":null'
+        calls = f',"tool_calls":{_json(event.tool_calls)}' if event.tool_calls else ""
         return f'"delta":{{"content":{quoted(event.text)}{calls}}}{self._logprobs_json(event, 0)}'
 
     def _closing(self) -> str:
         return '"delta":{"content":""},"logprobs":null'
 
-    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": text}
-        return {"message": {**message, "tool_calls": list(calls)} if calls else message}
+    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> str:
+        called = f',"tool_calls":{_json(calls)}' if calls else ""
+        return f'"message":{{"role":"assistant","content":{quoted(text)}{called}}}'
 
 
 class CompletionEncoder(_Encoder):
@@ -188,8 +184,8 @@ class CompletionEncoder(_Encoder):
         super().__init__(request, fingerprint=fingerprint, created=created)
         self._offsets = {index: len(text) for index, text in self._echoed.items()}
 
-    def _extra(self) -> dict[str, Any]:
-        return {"system_fingerprint": self.fingerprint}  # the original SDK rejects an answer without one
+    def _extra(self) -> str:
+        return f',"system_fingerprint":{quoted(self.fingerprint)}'  # the original SDK rejects an answer without one
 
     def _opening(self, index: int) -> str | None:
         text = self._echoed[index]
@@ -203,8 +199,8 @@ class CompletionEncoder(_Encoder):
     def _closing(self) -> str:
         return '"text":"","logprobs":null'
 
-    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {"text": text}
+    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> str:
+        return f'"text":{quoted(text)}'
 
     def _logprobs(self, entries: Sequence[Mapping[str, Any]], text_offset: int) -> dict[str, Any]:
         """OctoAI's form and, beside it, the four parallel lists that OpenAI's completions have."""

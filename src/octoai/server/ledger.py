@@ -32,7 +32,9 @@ CHECKPOINT_SECONDS = 0.5
 RENEW_SECONDS = 15.0
 LEASE_SECONDS = 60.0
 RETRY_SECONDS = 0.2
-OPEN_SECONDS = 0.002  # until an intent is written: many requests to a quick engine are settled before
+OPEN_SECONDS = 0.02  # until an intent is written: many requests to a quick engine are settled before
+CROWD = 4  # requests at once, from which on what is to be on disk waits for others that will be in a moment
+GATHER_SECONDS = 0.001
 SETTLE_SECONDS = 0.005  # until a settlement is brought to the disk, where the request is there already
 LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a limit
 
@@ -69,14 +71,19 @@ class Tab:
             self.ledger.opened(self)
 
     def write_intent(self) -> None:
-        self._opened = self.ledger.append({"kind": "intent", **self._intent()}, soon=True)
+        self._opened = self.ledger.append({"kind": "intent", **self._intent()}, soon=None)
         self._opened.add_done_callback(_retrieved)
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether the intent is on disk, as far as is known without waiting."""
+        opened = self._opened
+        return opened is not None and opened.done() and not opened.cancelled() and opened.exception() is None
 
     async def durable(self) -> None:
         """Return when the intent is on disk. Raises Unavailable where it cannot be: then nothing may be sent."""
         if self._opened is None:  # the engine was quicker
             self.ledger.write_intents()
-            self.ledger.sync()
         assert self._opened is not None
         await _done(self._opened)
 
@@ -225,6 +232,7 @@ class Ledger:
         unwritten, self._unwritten = self._unwritten, {}
         for tab in unwritten:
             tab.write_intent()
+        self.sync()
 
     def closed(self, tab: Tab) -> None:
         """It is about to be settled. A settlement says all that the intent would, so that need not be written now."""
@@ -234,7 +242,7 @@ class Ledger:
     def sync(self) -> None:
         """Somebody waits for what was written."""
         if self.journal is not None:
-            self.journal.sync_soon()
+            self.journal.sync_soon(GATHER_SECONDS if len(self.tabs) >= CROWD else 0.0)
 
     async def reserve(self, caller: Caller, wanted: Reservation) -> Standings | None:
         """Hold what a request may need. Raises OutOfCredit, RateLimited; None while the database is away, when money

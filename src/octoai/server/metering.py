@@ -67,6 +67,9 @@ class Meter:
     @property
     def usage(self) -> Usage:
         """A prompt counts once, however many choices were made from it."""
+        if len(self.parts) == 1:
+            part = self.parts[0]
+            return Usage(part.usage.prompt_tokens, part.usage.cached_tokens, part.completion_tokens)
         prompts: dict[int, Usage] = {}
         for part in self.parts:
             known = prompts.get(part.prompt)

@@ -6,13 +6,15 @@ Labels come from the configuration only: a name that a client sends never become
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from octoai.server.counting import Counter, Histogram
 from octoai.server.directory import Directory
 from octoai.server.engines.base import Usage
 from octoai.server.ledger import Ledger
@@ -55,23 +57,26 @@ _LABELS = ("model_name", "engine")
 
 
 class Metrics:
-    """One registry of its own per service, so that two in a process (a test) do not share numbers."""
+    """One registry of its own per service, so that two in a process (a test) do not share numbers. `of_all` is set
+    where this process is one of several: the text of all of them."""
+
+    of_all: Callable[[], Awaitable[bytes]] | None = None
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which no dashboard reads
         self.registry = CollectorRegistry()
         self._per_deployment: list[Counter | Histogram] = []
-        self.of_all: Callable[[], Awaitable[bytes]] | None = None
         self._known: dict[Any, Any] = {}  # finding a labelled metric costs as much as counting
 
         def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
-            made = Counter(name, text, labels, registry=self.registry)
+            made = Counter(name, text, labels)
+            self.registry.register(made)
             if labels == _LABELS:
                 self._per_deployment.append(made)
             return made
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = _LABELS) -> Histogram:
-            made = Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+            made = Histogram(name, text, labels, buckets)
+            self.registry.register(made)
             if labels == _LABELS:
                 self._per_deployment.append(made)
             return made
@@ -136,7 +141,7 @@ class Metrics:
             labels = deployment.model.id, _engine_name(deployment)
             named = {name: made for name, made in vars(self).items() if made in self._per_deployment}
             known = SimpleNamespace(**{name: made.labels(*labels) for name, made in named.items()})
-            known.success = lambda reason: self.success.labels(*labels, reason)
+            known.success = partial(self.success.labels, *labels)
             self._known[deployment] = known
         return known
 
@@ -155,15 +160,17 @@ class Metrics:
         if counters is None:
             kinds = (self.token_tokens.labels(token_id, kind) for kind in ("prompt", "cached", "completion"))
             counters = self._known[token_id] = (*kinds, self.token_cost.labels(token_id))
-        values = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, cost_nanos / 1_000_000_000)
-        for counter, value in zip(counters, values, strict=True):
-            counter.inc(value)
+        prompt, cached, completion, cost = counters
+        prompt.inc(usage.prompt_tokens)
+        cached.inc(usage.cached_tokens)
+        completion.inc(usage.completion_tokens)
+        cost.inc(cost_nanos / 1_000_000_000)
 
-    def count_job(self, deployment: Deployment, request: TextRequest, meter: Meter, outcome: str) -> None:
+    def count_job(self, deployment: Deployment, request: TextRequest, meter: Meter, usage: Usage, outcome: str) -> None:
         """One ended request: "finished", "refused" (by the engine), "aborted" (its client left) or "failed"."""
         if outcome == "refused":
             return
-        of, usage = self.of(deployment), meter.usage
+        of = self.of(deployment)
         of.prompt_tokens.inc(usage.prompt_tokens)
         of.generation_tokens.inc(usage.completion_tokens)
         of.prefix_queries.inc(usage.prompt_tokens)

@@ -24,7 +24,7 @@ MAX_PROMPTS = 128
 
 # Parameters of today's OpenAI clients that would change the answer in a way nothing here can do. The harmless rest
 # (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) is accepted and changes nothing.
-IMPOSSIBLE = (
+IMPOSSIBLE = {
     "audio",
     "function_call",
     "functions",
@@ -33,10 +33,26 @@ IMPOSSIBLE = (
     "prediction",
     "suffix",
     "web_search_options",
-)
+}
 
 
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+# Those that mean here what they mean there.
+_PASSED = frozenset(
+    {
+        "frequency_penalty",
+        "ignore_eos",
+        "min_p",
+        "n",
+        "presence_penalty",
+        "repetition_penalty",
+        "seed",
+        "temperature",
+        "top_k",
+        "top_p",
+    }
+)
 
 
 class _BodyParams(TypedDict, total=False):
@@ -158,34 +174,26 @@ def _prompts(prompt: Any) -> list[dict[str, Any]]:
 
 
 def _sampling(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Null means the default, for every parameter; defaults are the OctoAI API's."""
+    """Those that are given, for a `Generation`, whose defaults are the OctoAI API's. Null means the default."""
 
-    def given(name: str, default: Any) -> Any:
-        value = params.get(name)
-        return default if value is None else value
-
-    old = _old_vllm_options(params)
-    stop = given("stop", ())
-    return {
-        "max_tokens": given("max_completion_tokens", given("max_tokens", DEFAULT_MAX_TOKENS)),
-        "n": given("n", 1),
-        "temperature": given("temperature", 1.0),
-        "top_p": given("top_p", 1.0),
-        "top_k": max(0, given("top_k", old.get("top_k") or 0)),
-        "min_p": given("min_p", 0.0),
-        "frequency_penalty": given("frequency_penalty", 0.0),
-        "presence_penalty": given("presence_penalty", 0.0),
-        "repetition_penalty": given("repetition_penalty", 1.0),
-        "seed": params.get("seed"),
-        "stop": (stop,) if isinstance(stop, str) else tuple(stop),
-        "logit_bias": _logit_bias(given("logit_bias", {})),
-        "ignore_eos": bool(given("ignore_eos", old.get("ignore_eos"))),
-    }
+    given = {name: value for name, value in params.items() if value is not None}
+    sampling: dict[str, Any] = {name: given[name] for name in _PASSED.intersection(given)}
+    sampling["max_tokens"] = given.get("max_completion_tokens", given.get("max_tokens", DEFAULT_MAX_TOKENS))
+    sampling.setdefault("n", 1)
+    if "octoai" in given:
+        sampling = {**_old_vllm_options(given["octoai"]), **sampling}
+    if "top_k" in sampling:
+        sampling["top_k"] = max(0, sampling["top_k"])
+    if "stop" in given:
+        stop = given["stop"]
+        sampling["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "logit_bias" in given:
+        sampling["logit_bias"] = _logit_bias(given["logit_bias"])
+    return sampling
 
 
-def _old_vllm_options(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`octoai: {vllm: {…}, loras: []}`, which OctoAI 0.x and 1.0 to 1.2 sent."""
-    extension = params.get("octoai") or {}
+def _old_vllm_options(extension: Mapping[str, Any]) -> dict[str, Any]:
+    """`{vllm: {…}, loras: []}`, which OctoAI 0.x and 1.0 to 1.2 sent."""
     if extension.get("loras"):
         raise UnsupportedParameter("octoai.loras: no adapters are served here", param="octoai.loras")
     options = extension.get("vllm") or {}
@@ -199,7 +207,7 @@ def _old_vllm_options(params: Mapping[str, Any]) -> Mapping[str, Any]:
     for name in ("use_beam_search", "stop_token_ids"):
         if options.get(name):
             raise UnsupportedParameter(f"octoai.vllm.{name}: not offered here", param=f"octoai.vllm.{name}")
-    return options
+    return {"top_k": top_k or 0, "ignore_eos": bool(options.get("ignore_eos"))}
 
 
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
@@ -250,8 +258,8 @@ def _schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | No
 
 
 def _refuse_impossible(params: Mapping[str, Any]) -> None:
-    for name in IMPOSSIBLE:
-        if params.get(name) and not (name == "function_call" and params[name] in ("none", "auto")):
+    for name in sorted(IMPOSSIBLE.intersection(params)):
+        if params[name] and not (name == "function_call" and params[name] in ("none", "auto")):
             raise UnsupportedParameter(f"{name}: not offered here; leave it out", param=name)
     if any(kind != "text" for kind in params.get("modalities") or ()):
         raise UnsupportedParameter("modalities: only text is generated here", param="modalities")

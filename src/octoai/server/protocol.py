@@ -58,7 +58,9 @@ class BoundedProtocol(HttpToolsProtocol):
     _reads_head = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._presence = presence.Presence()
+        self._presence = presence.Presence(
+            is_behind=lambda: bool(self.flow.write_paused), has_body=lambda: not self.cycle.more_body
+        )
         super().connection_made(HeldHead(transport, self.loop))  # type: ignore[arg-type]
 
     def connection_lost(self, exc: Exception | None) -> None:

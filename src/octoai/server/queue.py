@@ -15,10 +15,10 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import TracebackType
 
 from octoai.server.errors import Unavailable
 
@@ -41,6 +41,23 @@ class _Account:
     since: int
     waiting: deque[_Place] = field(default_factory=deque)
     num_running: int = 0
+
+
+class Turn:
+    """To be entered with `async with`. What that gives is called at the end of an answer that is whole: one that was
+    left says nothing of how fast the engine is."""
+
+    def __init__(self, queue: FairQueue, account: str, tokens: int, is_admitted: bool) -> None:
+        self._queue, self._account, self._tokens, self._is_admitted = queue, account, tokens, is_admitted
+
+    async def __aenter__(self) -> Callable[[], None]:
+        await self._queue._take(self._account, self._tokens, self._is_admitted)
+        return partial(self._queue._measure, self._tokens)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._queue._give_back(self._account, self._tokens)
 
 
 class FairQueue:
@@ -81,18 +98,10 @@ class FairQueue:
             return 0.0
         return (self.waiting_tokens + self.running_tokens / 2) / self.tokens_per_second
 
-    @asynccontextmanager
-    async def turn(
-        self, account: str, tokens: int = 1, *, is_admitted: bool = False
-    ) -> AsyncIterator[Callable[[], None]]:
+    def turn(self, account: str, tokens: int = 1, *, is_admitted: bool = False) -> Turn:
         """`tokens` is what it may come to, at least 1. `is_admitted`: more of a request that had a turn already, which
-        must not be refused half-way. What is yielded is called at the end of an answer that is whole: one that was
-        left says nothing of how fast the engine is. Raises Unavailable."""
-        await self._take(account, tokens, is_admitted)
-        try:
-            yield partial(self._measure, tokens)
-        finally:
-            self._give_back(account, tokens)
+        must not be refused half-way. To enter it raises Unavailable."""
+        return Turn(self, account, tokens, is_admitted)
 
     async def _take(self, account: str, tokens: int, is_admitted: bool) -> None:
         if self.num_running < self.num_slots and not self.num_waiting:

@@ -19,7 +19,7 @@ import anyio
 from octoai.server.accounts import Caller
 from octoai.server.admission import Admission
 from octoai.server.directory import Directory
-from octoai.server.engines.base import Delta, Event, Finished, Generation
+from octoai.server.engines.base import Delta, Event, Finished, Generation, Started
 from octoai.server.errors import Forbidden, Refusal, Unavailable, UnsupportedParameter
 from octoai.server.idempotency import Key, Recording
 from octoai.server.ledger import Tab, now_us
@@ -193,11 +193,7 @@ class Job:
 
     def events(self) -> AsyncGenerator[Batch]:
         """Batches of events, choices numbered through. The first one comes when nothing can be refused any more."""
-        parts = [
-            (prompt, first, part)
-            for prompt, first, generation in _numbered(self.request.generations)
-            for first, part in _split(generation, first, self.deployment.engine.max_choices)
-        ]
+        parts = _parts(self.request.generations, self.deployment.engine.max_choices)
         self._num_parts = len(parts)
         self._events = self._part(*parts[0]) if len(parts) == 1 else self._merged(parts)
         return self._events
@@ -215,14 +211,15 @@ class Job:
                     self._observe(batch)
                     if part.is_finished:
                         ended()
-                    if self.request.stream and not isinstance(batch[-1], Finished):  # an end waits to be settled
+                    is_sent = self.request.stream and not isinstance(batch[-1], Finished)  # an end waits to be settled
+                    if is_sent and not self.tab.is_durable:
                         await self.tab.durable()
                     yield batch if first == 0 else _renumbered(batch, first)
 
     def _observe(self, batch: Batch) -> None:
         before = self.meter.last_token
         self.meter.passed(batch)
-        num_tokens = sum(isinstance(event, Delta) for event in batch)
+        num_tokens = len(batch) - isinstance(batch[0], Started) - isinstance(batch[-1], Finished)
         if num_tokens:
             metrics = self.service.metrics.of(self.deployment)
             metrics.iteration_tokens.observe(num_tokens)
@@ -275,8 +272,8 @@ class Job:
 
     def _count(self, outcome: str, error: BaseException | None) -> None:
         metrics, usage = self.service.metrics, self.meter.usage
-        metrics.count_job(self.deployment, self.request, self.meter, outcome)
-        metrics.count_cost(self.caller.token.id, usage, self.cost_nanos)
+        metrics.count_job(self.deployment, self.request, self.meter, usage, outcome)
+        metrics.count_cost(self.caller.token.id, usage, self.tab.price.charge(usage))
         if log.isEnabledFor(logging.INFO):
             log.info("request", extra={"fields": self._line(outcome, _refusal(error))})
 
@@ -313,6 +310,17 @@ def _refusal(error: BaseException | None) -> Refusal | None:
 
 def _ms(start: float, end: float | None) -> float | None:
     return None if end is None else round((end - start) * 1000, 1)
+
+
+def _parts(generations: Sequence[Generation], max_choices: int) -> list[tuple[int, int, Generation]]:
+    """(number of the prompt, number of its first choice, generation) for each request to an engine."""
+    if len(generations) == 1 and generations[0].n == 1:
+        return [(0, 0, generations[0])]
+    return [
+        (prompt, first, part)
+        for prompt, first, generation in _numbered(generations)
+        for first, part in _split(generation, first, max_choices)
+    ]
 
 
 def _numbered(generations: Sequence[Generation]) -> list[tuple[int, int, Generation]]:

@@ -19,6 +19,7 @@ from octoai.server.engines.base import Event, Finished
 from octoai.server.errors import InternalError, Refusal
 from octoai.server.idempotency import Recording, pack
 from octoai.server.presence import KEY as PRESENCE
+from octoai.server.presence import Presence
 from octoai.server.service import Batch, Job
 
 log = logging.getLogger("octoai.http")
@@ -35,9 +36,11 @@ class _Answer:
     def __init__(self, job: Job, encoder: Encoder) -> None:
         self.job = job
         self.encoder = encoder
+        self.presence: Presence | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         recording = self.job.recording
+        self.presence = scope["state"].get(PRESENCE)
         # Others may have joined a recording: the work goes on as long as one of them is there.
         watched = _Watched(scope, receive) if recording is None else _Watched(scope, receive, recording.leave)
         try:
@@ -79,6 +82,7 @@ class EventStream(_Answer):
     async def answer(self, send: Send) -> None:
         batches = self.job.events()
         first = await anext(batches)
+        send = _in_time(send, self.presence)
         await send(
             self._start(
                 b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")
@@ -97,19 +101,19 @@ class EventStream(_Answer):
 
     async def _relay(self, batch: Batch, batches: AsyncIterator[Batch], send: Send) -> None:
         while not isinstance(batch[-1], Finished):
-            await _send_in_time(send, self.encoder.stream(batch))
+            await send(_more(self.encoder.stream(batch)))
             batch = await anext(batches)
         self.encoder.cost_nanos = self.job.cost_nanos
         last = self.encoder.stream(batch) + DONE
         recording = self.job.recording
         await self.job.finish(None if recording is None else recording.packed(last))
         # The end of the events and of the body in one write, or a client that stops at [DONE] loses its connection.
-        await _send_in_time(send, last, more_body=False)
+        await send({"type": "http.response.body", "body": last})
 
     async def _break_off(self, refusal: Refusal, send: Send) -> None:
         """An error event, and then no end of the body: the server cuts the connection, so that clients that skip
         events they do not know notice as well."""
-        await _send_in_time(send, error_event(refusal.body()))
+        await send(_more(error_event(refusal.body())))
         raise BrokenOff from refusal
 
 
@@ -149,13 +153,25 @@ class BrokenOff(Exception):
     """The answer ends here without its end; the server closes the connection."""
 
 
-async def _send_in_time(send: Send, body: bytes, *, more_body: bool = True) -> None:
-    """A reader slower than the engine holds nobody up: the buffer is bounded, and so is the patience."""
-    try:
-        async with asyncio.timeout(SLOW_READER_SECONDS):
-            await send({"type": "http.response.body", "body": body, "more_body": more_body})
-    except TimeoutError:
-        raise SlowReader from None
+def _more(body: bytes) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": True}
+
+
+def _in_time(send: Send, presence: Presence | None) -> Send:
+    """A reader slower than the engine holds nobody up: the buffer is bounded, and so is the patience. Where nothing has
+    to wait, no time is taken."""
+
+    async def sent(message: Message) -> None:
+        if presence is not None and not presence.is_behind():
+            await send(message)
+            return
+        try:
+            async with asyncio.timeout(SLOW_READER_SECONDS):
+                await send(message)
+        except TimeoutError:
+            raise SlowReader from None
+
+    return sent
 
 
 class _Watched:

@@ -2,6 +2,9 @@
 
 Engines know neither accounts nor our HTTP API. What one cannot honour it says beforehand (`unsupported`), so that
 the request can be refused by name instead of being answered with something else.
+
+None of these values is changed once it is made. They are not `frozen`, because to make one would take three times as
+long then, and one is made for every token.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ Message = Mapping[str, Any]
 BYTES_PER_TOKEN = 4  # of English, about
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Generation:
     """One prompt to continue, with every sampling parameter decided.
 
@@ -61,7 +64,7 @@ class Generation:
         return self.num_prompt_bytes // BYTES_PER_TOKEN + self.max_tokens * self.n + 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Usage:
     """Tokens as the engine counted them; `cached_tokens` are those of the prompt that it did not compute again."""
 
@@ -70,7 +73,7 @@ class Usage:
     completion_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Started:
     """The prompt has been read; the first token is here. Nothing was sent before this that could not be refused."""
 
@@ -78,7 +81,7 @@ class Started:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Delta:
     """More of choice `index`. `completion_tokens` is how many it has in all so far, as the engine counts."""
 
@@ -89,7 +92,7 @@ class Delta:
     tool_calls: Sequence[Mapping[str, Any]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finished:
     """The end of every choice: why each ended (by index), and what it all came to."""
 

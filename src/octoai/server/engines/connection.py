@@ -25,7 +25,7 @@ class Connection(asyncio.Protocol):
         self._parser: Any = None
         self._blocks: list[bytes] = []
         self._num_buffered = self._num_head = 0
-        self._has_length = self._is_over = self._is_kept = False
+        self._has_length = self._is_over = self._is_kept = self._has_hung_up = False
         self._failure: OSError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._due = 0.0
@@ -34,7 +34,8 @@ class Connection(asyncio.Protocol):
     @property
     def is_usable(self) -> bool:
         """For another request: silent, whole and open."""
-        return self._is_over and self._is_kept and self._failure is None and not self._transport.is_closing()
+        is_whole = self._is_over and self._is_kept and not self._has_hung_up
+        return is_whole and self._failure is None and not self._transport.is_closing()
 
     async def ask(self, message: bytes, seconds: float) -> int:
         self.status = self._num_head = 0
@@ -58,7 +59,7 @@ class Connection(asyncio.Protocol):
 
     def hang_up(self) -> bool:
         """End our half of the connection, where it has halves; whether the engine can tell."""
-        self._is_kept = False
+        self._has_hung_up = True
         if self._transport.is_closing() or not self._transport.can_write_eof():  # TLS has no halves
             return False
         self._transport.write_eof()

@@ -90,9 +90,18 @@ class Dialect:
             "repetition_penalty": generation.repetition_penalty,
             "ignore_eos": generation.ignore_eos,
         }
-        optional = {"seed": generation.seed, "stop": list(generation.stop), "logit_bias": dict(generation.logit_bias)}
-        values |= {name: value for name, value in optional.items() if value not in (None, [], {})}
-        return {self.renamed.get(name, name): value for name, value in values.items() if name not in self.refused}
+        if generation.seed is not None:
+            values["seed"] = generation.seed
+        if generation.stop:
+            values["stop"] = list(generation.stop)
+        if generation.logit_bias:
+            values["logit_bias"] = generation.logit_bias
+        for name in self.refused.intersection(values):
+            del values[name]
+        for name in self.renamed:
+            if name in values:
+                values[self.renamed[name]] = values.pop(name)
+        return values
 
     def _logprobs(self, generation: Generation) -> dict[str, Any]:
         if generation.logprobs is None:

@@ -182,7 +182,7 @@ class OpenAIEngine:
     def _within(self, generation: Generation) -> Generation:
         """More than the window cannot be generated, and vLLM refuses to be asked for it."""
         limit = self.context_length
-        return generation if limit is None else replace(generation, max_tokens=min(generation.max_tokens, limit))
+        return generation if limit is None or generation.max_tokens <= limit else replace(generation, max_tokens=limit)
 
     async def _block(self, exchange: Exchange) -> bytes:
         """All that has arrived, at once. The stall limit is for servers without a supervisor of ours."""

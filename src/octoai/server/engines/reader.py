@@ -11,9 +11,10 @@ from typing import Any
 import orjson
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.plain import Plain, plain
 from octoai.server.engines.refusals import message_of, refusal
 from octoai.server.errors import EngineFailed, Refusal
-from octoai.sse import EventDecoder, EventTooLargeError
+from octoai.sse import EventDecoder, EventTooLargeError, parsed
 
 
 class Answer:
@@ -27,11 +28,12 @@ class Answer:
     def events(self, block: bytes) -> list[Event]:
         """Raises EngineFailed for what is not the protocol, and what the engine's own error events mean."""
         try:
-            payloads = [event.data for event in self._decoder.feed(block)]
+            texts = self._decoder.split(block)
         except EventTooLargeError:
             raise EngineFailed("The engine sent an event without an end.") from None
-        events = self._reader.events(payloads)
-        self.is_whole = self.is_whole or b"[DONE]" in payloads
+        events: list[Event] = []
+        self._reader.read_events(texts, events)
+        self.is_whole = self._reader.is_done
         return events
 
     def so_far(self) -> list[Event]:
@@ -39,13 +41,16 @@ class Answer:
         return self._reader.so_far(is_whole=self.is_whole)
 
 
+DONE = b"[DONE]"
 MAX_TOKENS = 2**31
+MAX_TRIES = 3  # at learning what an answer's plain events look like
 
 
 class Reader:
     """Reads one answer's events. `Finished` comes last, with the sum of what the server counted."""
 
     def __init__(self, generation: Generation | None = None) -> None:
+        self.is_done = False
         self._generation = generation
         self._started = False
         self._counted: dict[int, int] = {}
@@ -53,16 +58,49 @@ class Reader:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._completion_tokens: int | None = None
+        self._plain: Plain | None = None
+        may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
+        self._num_tries = MAX_TRIES if may_be_plain else 0
 
-    def events(self, payloads: Iterable[bytes]) -> list[Event]:
-        """Events for the data of one or more server-sent events."""
-        events: list[Event] = []
-        for payload in payloads:
-            if payload == b"[DONE]":
-                events.append(self._finished())
+    def read_events(self, texts: Iterable[bytes], events: list[Event]) -> None:
+        """Add what server-sent events mean, which are given as they were received."""
+        counted = self._counted
+        for text in texts:
+            found = None if self._plain is None else self._plain.read(text)
+            if found is None:
+                event = parsed(text)
+                if event is not None:
+                    self.read(event.data, events)
+                continue
+            said, completion_tokens = found
+            before = counted.get(0, 0)
+            if completion_tokens is None:
+                completion_tokens = before + 1
             else:
-                self._read_checked(_decoded(payload), events)
-        return events
+                self._completion_tokens = completion_tokens
+                completion_tokens = max(before, completion_tokens)
+            counted[0] = completion_tokens
+            events.append(Delta(0, said, completion_tokens))
+
+    def read(self, payload: bytes, events: list[Event]) -> None:
+        """Add what the data of one server-sent event means."""
+        if payload == DONE:
+            self.is_done = True
+            events.append(self._finished())
+            return
+        chunk, num_before, num_ended = _decoded(payload), len(events), len(self._reasons)
+        self._read_checked(chunk, events)
+        if self._num_tries and self._plain is None and len(events) > num_before and len(self._reasons) == num_ended:
+            self._learn(payload, chunk, events[-1])
+
+    def _learn(self, payload: bytes, chunk: Mapping[str, Any], event: Event) -> None:
+        """What the events to come will look like, by one that was more of the only choice's text and nothing else."""
+        if isinstance(event, Delta) and event.index == 0 and event.text and not (event.tool_calls or event.logprobs):
+            self._num_tries -= 1
+            usage = chunk.get("usage")
+            shape = plain(b"data: " + payload)
+            if shape is not None and shape.has_counts == bool(usage) and not chunk.get("timings"):
+                self._plain = shape
 
     def so_far(self, *, is_whole: bool) -> list[Event]:
         """The counts until now, also those of tokens that had no text of their own yet: `Started` and a `Delta` a

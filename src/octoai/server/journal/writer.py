@@ -181,10 +181,10 @@ class Journal:
         with self._writing:
             return self._entries[-1].end if self._entries else self.durable
 
-    def sync_soon(self) -> None:
-        """Somebody waits for what was appended."""
+    def sync_soon(self, seconds: float = 0.0) -> None:
+        """Somebody waits for what was appended, and can for that long."""
         if self._entries:
-            self._ask_for_sync(0.0)
+            self._ask_for_sync(seconds)
 
     def tail(self, position: Position = START) -> Tail:
         """What is durable after `position`, to be read in another thread."""

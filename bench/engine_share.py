@@ -1,0 +1,147 @@
+"""What is left of the engine's own speed when it is asked through the service: `octoai serve` over its llama.cpp child,
+beside that same child asked directly over its own HTTP server.
+
+Both are asked the same in turn, by one client in a process of its own: 8 requests at once (180 + 64 tokens), and one
+stream. It is one child under one set of settings, so that nothing differs but the way there. Figures are medians over
+the rounds, ratios are taken within a round; the order changes from round to round.
+
+    python bench/engine_share.py [--short] [--rounds N] [--json PATH]
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from octoai.optimizer.workload import Passages, Workload, joint_rate, stream_rate
+from octoai.server.catalogue import EMBEDDED_MODEL_ID
+from octoai.server.engines.base import Engine
+from octoai.server.engines.openai_http import OpenAIEngine
+
+HERE = Path(__file__).parent
+LEAST = 0.98
+Samples = dict[str, dict[str, list[float]]]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--short", action="store_true", help="3 rounds of a quarter of the lengths: about half a minute"
+    )
+    parser.add_argument("--rounds", type=int, help="default 9, short 3")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "engine_share.json", metavar="PATH")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def serve() -> None:
+    """`octoai serve`, which also says where its child listens and with which key: nobody else is to know."""
+    from octoai.cli import main
+    from octoai.server.engines.llama import LlamaEngine
+
+    start = LlamaEngine.start
+
+    async def started(engine: LlamaEngine) -> None:
+        await start(engine)
+        http = engine._http
+        assert http is not None
+        key = http._pool._headers.partition("Bearer ")[2].strip()
+        print(json.dumps({"url": http.url, "key": key}), flush=True)
+
+    LlamaEngine.start = started  # type: ignore[method-assign]
+    sys.exit(main(["serve", "--port", "0"]))
+
+
+@contextmanager
+def served() -> Iterator[dict[str, Engine]]:
+    """Both ways to the one child."""
+    with tempfile.TemporaryDirectory() as place:
+        environ = {
+            **os.environ,
+            "OCTOAI_CONFIG_DIR": place,
+            "OCTOAI_DATA_DIR": f"{place}/data",
+            "OCTOAI_LOG_LEVEL": "warning",
+        }
+        command = [sys.executable, __file__, "--serve"]
+        process = subprocess.Popen(command, cwd=place, env=environ, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            token, child, url = "", {}, ""
+            for line in process.stdout:
+                if line.startswith("{"):
+                    child = json.loads(line)
+                elif "shown once:" in line:
+                    token = line.rsplit(" ", 1)[1].strip()
+                elif "ready on" in line:
+                    url = line.rsplit(" ", 1)[1].strip()
+                    break
+            yield {
+                "direct": OpenAIEngine(child["url"], model=EMBEDDED_MODEL_ID, dialect="llama.cpp", key=child["key"]),
+                "ours": OpenAIEngine(f"{url}/v1", model=EMBEDDED_MODEL_ID, dialect="vllm", key=token),
+            }
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+async def measured(engines: dict[str, Engine], rounds: int, workload: Workload) -> Samples:
+    samples: Samples = {figure: {name: [] for name in engines} for figure in ("8 at once", "one stream")}
+    for number in range(rounds + 1):
+        passages, counter = Passages(2000 + number), engines["direct"]
+        for name in sorted(engines, reverse=number % 2 == 1):
+            engine = engines[name]
+            prompts = [await passages.take(counter, workload.prompt) for _ in range(workload.num_requests)]
+            joint = await joint_rate(engine, prompts, workload.completion)
+            stream = median(
+                [await stream_rate(engine, await passages.take(counter, 16), workload.stream) for _ in range(3)]
+            )
+            if number:  # the first warms up
+                samples["8 at once"][name].append(joint)
+                samples["one stream"][name].append(stream)
+    for engine in engines.values():
+        await engine.close()
+    return samples
+
+
+def ratios(samples: Samples, figure: str) -> list[float]:
+    pairs = zip(samples[figure]["ours"], samples[figure]["direct"], strict=True)
+    return [ours / direct for ours, direct in pairs]
+
+
+def report(samples: Samples) -> str:
+    lines = [f"{'tokens/s':14}{'direct':>10}{'ours':>10}"]
+    for figure, by_name in samples.items():
+        lines.append(f"{figure:14}{median(by_name['direct']):>10.1f}{median(by_name['ours']):>10.1f}")
+    lines.append("\nmust show")
+    for figure in samples:
+        found = ratios(samples, figure)
+        verdict = "ok  " if median(found) >= LEAST else "MISS"
+        spread = f"rounds {min(found):.3f} to {max(found):.3f}, {len(found)}"
+        lines.append(f"  {verdict} {median(found):6.3f}  (at least {LEAST:g}; {spread})  {figure}, ours over direct")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = arguments()
+    if options.serve:
+        serve()
+    workload = Workload().part(1 / 4) if options.short else Workload()
+    with served() as engines:
+        samples = asyncio.run(measured(engines, options.rounds or (3 if options.short else 9), workload))
+    print(report(samples))
+    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "date": time.strftime("%F")}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({"machine": machine, "samples": samples}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Events that are read by their shape mean what they mean when they are read in full."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octoai.server.engines.base import Delta, Event, Generation
+from octoai.server.engines.plain import plain
+from octoai.server.engines.reader import Answer
+from octoai.server.errors import EngineFailed
+
+ONE = Generation(max_tokens=8, messages=[{"role": "user", "content": "x"}])
+TEXTS = st.one_of(
+    st.text(max_size=4), st.sampled_from([" word", "[DONE]", '"', "\\", "é", "\n", "\u2028", '","x":"', ""])
+)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> bytes:
+    """An answer as some server might write it, most events alike, some not."""
+    says_usage, has_role, is_completion = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    spaced = draw(st.sampled_from([(",", ":"), (", ", ": ")]))
+    escapes = draw(st.booleans())
+    events: list[dict[str, Any]] = []
+    total = 0
+    for number, text in enumerate(draw(st.lists(TEXTS, max_size=8))):
+        total += draw(st.integers(0, 2))
+        said = {"text": text} if is_completion else {"delta": {"content": text}}
+        choice: dict[str, Any] = {"index": 0, **said, "finish_reason": None}
+        if draw(st.integers(0, 9)) == 0:
+            logprobs = {"content": [{"token": "a", "logprob": -1.0}]}
+            choice |= draw(
+                st.sampled_from([{"finish_reason": "stop"}, {"logprobs": logprobs}, {"stop_reason": "content"}])
+            )
+        if has_role and number == 0 and not is_completion:
+            choice["delta"]["role"] = "assistant"
+        counts = [("total_tokens", 3 + total), ("completion_tokens", total)]
+        usage = {"prompt_tokens": 3, **dict(counts[::-1] if is_completion else counts)}
+        if draw(st.integers(0, 9)) == 0:
+            usage = draw(
+                st.sampled_from([{}, {**usage, "prompt_tokens": 4}, {"completion_tokens": total}, {**usage, "x": 1}])
+            )
+        events.append({"id": "x", "choices": [choice], **({"usage": usage} if says_usage else {})})
+    events.append({"id": "x", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    texts = [json.dumps(event, separators=spaced, ensure_ascii=escapes) for event in events]
+    return "".join(f"data: {text}\n\n" for text in [*texts, "[DONE]"]).encode()
+
+
+def read(answer: Answer, blocks: Iterator[bytes]) -> tuple[list[Event], list[Event]]:
+    events = [event for block in blocks for event in answer.events(block)]
+    return events, answer.so_far()
+
+
+def cut(data: bytes, places: list[int]) -> Iterator[bytes]:
+    ends = sorted(place % (len(data) + 1) for place in places)
+    return (data[start:end] for start, end in zip([0, *ends], [*ends, len(data)], strict=True))
+
+
+@given(streams(), st.lists(st.integers(min_value=0, max_value=10_000), max_size=4))
+def test_plain_or_in_full_it_means_the_same(data: bytes, places: list[int]) -> None:
+    assert read(Answer(ONE), cut(data, places)) == read(Answer(), cut(data, places))
+
+
+def test_events_like_the_first_are_known_by_their_shape() -> None:
+    first = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"a"}}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1}}'  # noqa: E501
+    shape = plain(first)
+    assert shape is not None
+    assert shape.read(first) == ("a", 1)
+    assert shape.read(first.replace(b'"a"', b'"b c"').replace(b":4,", b":14,").replace(b":1}", b":11}")) == ("b c", 11)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b'data: {"choices":[{"index":1,"delta":{"content":"a"}}]}',  # another choice
+        b'data: {"choices":[{"index":0,"delta":{"content":""}}]}',  # no text
+        b'data: {"choices":[{"index":0,"delta":{"content":"\\n"}}]}',  # an escape
+        b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}',
+        b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}}',
+        b'data: {"choices":[{"index":0,"delta":{"content":"a',
+        b"",
+    ],
+)
+def test_what_differs_is_read_in_full(other: bytes) -> None:
+    shape = plain(b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}')
+    assert shape is not None
+    assert shape.read(other) is None
+
+
+def test_an_event_that_may_be_read_in_two_ways_is_not_plain() -> None:
+    assert plain(b'data: {"choices":[{"index":0,"delta":{"content":"a","text":"b"}}]}') is None
+
+
+def test_a_text_that_is_no_unicode_is_the_engines_fault() -> None:
+    event = b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n'
+    answer = Answer(ONE)
+    assert isinstance(answer.events(event % b"a")[-1], Delta)
+    with pytest.raises(EngineFailed):
+        answer.events(event % b"\xff")
