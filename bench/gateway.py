@@ -6,6 +6,7 @@ interleaved; figures are medians, what is added and ratios are taken within a ro
 script, and so does a ledger that does not have exactly what clients were answered; being slow does not.
 
     python bench/gateway.py [--short] [--only NAME]… [--part NAME]… [--rounds N] [--requests N] [--ours CHECKOUT]
+                            [--workers N]
 """
 
 import argparse
@@ -27,7 +28,8 @@ from gateway_plot import plot
 from gateway_report import bars, report
 
 HERE = Path(__file__).parent
-NAMES = ("direct", "ours", "ours-unix", *PEERS)
+NAMES = ("direct", "ours", "ours-alone", "ours-unix", *PEERS)
+ONLY_NAMED = ("ours-alone", "ours-unix")
 
 
 def arguments() -> argparse.Namespace:
@@ -35,10 +37,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="fewer rounds, less in each: about a minute and a half")
     parser.add_argument("--rounds", type=int, help="of speeds (default 7, short 3)")
     parser.add_argument("--requests", type=int, help="over which memory is watched (default 50000, short 2000)")
-    words = "may be repeated; ours-unix (ours, its engine on a unix socket) only where named"
+    words = "may be repeated; only where named: ours-unix (its engine on a unix socket), ours-alone (without --workers)"
     parser.add_argument("--only", action="append", choices=NAMES, help=words)
     parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated; default all")
     parser.add_argument("--ours", type=Path, default=HERE.parent, metavar="CHECKOUT", help="whose .venv serves")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes of ours (default 1)")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "gateway.json", metavar="PATH")
     return parser.parse_args()
 
@@ -52,16 +55,16 @@ def plan(options: argparse.Namespace) -> Plan:
     return Plan(parts, rounds, 0.5, (16, 32, 64, 128, 256, 512, 1024), 100, requests, memory_seconds=20)
 
 
-def start(name: str, upstream: Upstream, place: Path, ours: Path) -> Running:
+def start(name: str, upstream: Upstream, place: Path, ours: Path, workers: int) -> Running:
     if name == "direct":
         return Running(name, "", upstream.port)
     if name.startswith("ours"):
         url = f"unix:{upstream.socket}" if name == "ours-unix" else f"{upstream.url}/v1"
-        return start_ours(name, url, ours.absolute(), place / name)
+        return start_ours(name, url, ours.absolute(), place / name, 1 if name == "ours-alone" else workers)
     return PEERS[name].start(upstream, place / name)
 
 
-def started(names: list[str], ours: Path, stack: contextlib.ExitStack) -> list[Running]:
+def started(names: list[str], ours: Path, workers: int, stack: contextlib.ExitStack) -> list[Running]:
     """Those that can be; of the others it is said why not."""
     place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     upstream = Upstream(place)
@@ -69,7 +72,7 @@ def started(names: list[str], ours: Path, stack: contextlib.ExitStack) -> list[R
     gateways = []
     for name in names:
         try:
-            gateway = start(name, upstream, place, ours)
+            gateway = start(name, upstream, place, ours, workers)
         except Failed as failed:
             if name.startswith("ours"):
                 raise
@@ -94,10 +97,10 @@ def problems(gateway: Running, asked: Asked) -> list[str]:
 
 def measured(options: argparse.Namespace) -> tuple[Samples, dict[str, str], list[str]]:
     """What was measured, of which versions, and what was wrong with ours."""
-    names = [name for name in NAMES if (name in options.only if options.only else name != "ours-unix")]
+    names = [name for name in NAMES if (name in options.only if options.only else name not in ONLY_NAMED)]
     wrong: list[str] = []
     with contextlib.ExitStack() as stack:
-        gateways = started(names, options.ours, stack)
+        gateways = started(names, options.ours, options.workers, stack)
         bench = Bench(gateways, plan(options))
         stack.callback(bench.close)
         samples = bench.measure()

@@ -226,12 +226,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 # ---- ours ----
 
 
-def start_ours(name: str, engine_url: str, checkout: Path, place: Path) -> Running:
-    """The service of that checkout, as `octoai serve` of its own environment."""
+def start_ours(name: str, engine_url: str, checkout: Path, place: Path, workers: int) -> Running:
+    """The service of that checkout, as `octoai serve` of its own environment, in so many processes."""
     python = checkout / ".venv" / "bin" / "python"
     if not python.exists():
         raise Failed(f"{checkout} has no environment: run `make setup` there")
-    service = Served(place, engine_url, "on", str(python), NUM_SLOTS)
+    service = Served(place, engine_url, "on", str(python), NUM_SLOTS, workers)
     if service.process.poll() is not None or not service.token:
         raise Failed(f"the service of {checkout} did not start")
     version = service.run("--version").split()[-1]

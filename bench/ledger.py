@@ -170,7 +170,13 @@ class Served:
     """`octoai serve` over the mock engine, with a directory of its own; `python` is that of its environment."""
 
     def __init__(
-        self, place: Path, engine_url: str, ledger: str, python: str = sys.executable, num_slots: int = 256
+        self,
+        place: Path,
+        engine_url: str,
+        ledger: str,
+        python: str = sys.executable,
+        num_slots: int = 256,
+        workers: int = 1,
     ) -> None:
         place.mkdir()
         (place / "octoai.toml").write_text(
@@ -179,11 +185,14 @@ class Served:
             'input_price = "0.15"\noutput_price = "0.60"\n'
         )
         self.python = python
+        # Only where there are several: a checkout to compare with may not know the setting.
+        several = {"OCTOAI_WORKERS": str(workers)} if workers > 1 else {}
         self.environ = {
             **os.environ,
             "OCTOAI_CONFIG_DIR": str(place),
             "OCTOAI_DATA_DIR": str(place / "data"),
             "OCTOAI_COUNT_LOOKS": "1",
+            **several,
         }
         command = [python, "-m", "octoai", "serve"]
         self.process = subprocess.Popen(command, cwd=place, env=self.environ, stdout=subprocess.PIPE, text=True)

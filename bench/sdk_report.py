@@ -1,6 +1,8 @@
 """Tables of what `sdk.py` measured, and how far ours is from what it must show. Medians over the rounds; ratios are
 taken within a round."""
 
+import contextlib
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +27,17 @@ class Bar:
 
 
 def median(rounds: list[dict[str, Any]], figure: Callable[[dict[str, Any]], float]) -> float:
-    return statistics.median(map(figure, rounds))
+    """Over the rounds that have the figure."""
+    values = []
+    for each in rounds:
+        with contextlib.suppress(KeyError):
+            values.append(figure(each))
+    return statistics.median(values) if values else math.nan
+
+
+def measured(rounds: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """Those that did at least one of the rounds."""
+    return [name for name in names if any(name in each for each in rounds)]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -43,7 +55,7 @@ def cold_table(rounds: list[dict[str, Any]], names: list[str]) -> str:
 
     bare = median(rounds, lambda each: each["bare"]["import"]["wall_ms"])
     rows = [["bare Python", f"{bare:.1f} (1.0 x)", "", "", "", "", ""]]
-    for name in names:
+    for name in measured(rounds, names):
         cells = [name]
         for stage in STAGES:
             wall = median(rounds, lambda each, name=name, stage=stage: each[name][stage]["wall_ms"])
@@ -56,7 +68,7 @@ def cold_table(rounds: list[dict[str, Any]], names: list[str]) -> str:
 
 def calls_table(rounds: list[dict[str, Any]], names: list[str], figure: str) -> str:
     rows = []
-    for name in names:
+    for name in measured(rounds, names):
         values = [median(rounds, lambda each, n=name, w=work: each[n][w][figure]) for work in WORKLOADS]
         rate = median(rounds, lambda each, n=name: 1e6 / each[n]["100 streams"]["wall_us"])
         rows.append([name, *(f"{value:.1f}" for value in values), f"{rate:,.0f}"])
@@ -81,7 +93,9 @@ def ratio_to_best(rounds: list[dict[str, Any]], names: list[str], what: str, fig
     return max(map(ratio, names))
 
 
-def cold_bars(rounds: list[dict[str, Any]], peers: list[str]) -> list[Bar]:
+def cold_bars(rounds: list[dict[str, Any]], names: list[str]) -> list[Bar]:
+    peers = measured(rounds, names)
+
     def added(each: dict[str, Any]) -> float:
         bare = each["bare"]["import"]["wall_ms"]
         return (each["ours"]["import"]["wall_ms"] - bare) * 20 / bare
@@ -96,14 +110,15 @@ def cold_bars(rounds: list[dict[str, Any]], peers: list[str]) -> list[Bar]:
     return found
 
 
-def chunk_bars(rounds: list[dict[str, Any]], peers: list[str]) -> list[Bar]:
+def chunk_bars(rounds: list[dict[str, Any]], names: list[str]) -> list[Bar]:
+    peers = measured(rounds, names)
     against = (("openai", ["openai"], 0.2), ("ollama", ["ollama"], 1.0), ("the best peer", peers, 0.6))
     return [
-        Bar(f"CPU per chunk, {work}: x {words}", ratio_to_best(rounds, names, work, "cpu_us"), limit)
+        Bar(f"CPU per chunk, {work}: x {words}", ratio_to_best(rounds, others, work, "cpu_us"), limit)
         for work in WORKLOADS
         if "stream" in work
-        for words, names, limit in against
-        if names and set(names) <= set(peers)
+        for words, others, limit in against
+        if others and set(others) <= set(peers)
     ]
 
 
@@ -115,8 +130,8 @@ def bars(samples: Samples, names: list[str], packages: dict[str, dict[str, str]]
     found = [
         Bar("installed packages", len(packages["ours"]), 12),
         Bar("boto3 among them", float("boto3" in packages["ours"]), 0.5),
-        *(cold_bars(samples.cold, peers) if samples.cold else []),
-        *(chunk_bars(samples.calls, peers) if samples.calls else []),
+        *(cold_bars(samples.cold, peers) if measured(samples.cold, ["ours"]) else []),
+        *(chunk_bars(samples.calls, peers) if measured(samples.calls, ["ours"]) else []),
     ]
     if own := samples.memory.get("ours"):
         share = own["growth_kib"] / own["before_kib"]
@@ -137,6 +152,8 @@ def report(samples: Samples, names: list[str], packages: dict[str, dict[str, str
         parts += [calls_table(samples.calls, names, "cpu_us"), calls_table(samples.calls, names, "wall_us")]
     if samples.memory:
         parts.append(memory_table(samples.memory))
+    if samples.failed:
+        parts.append("left out from some time on\n" + "\n".join(samples.failed.values()))
     must = bars(samples, names, packages)
     if must:
         parts.append("must show (ours)\n" + "\n".join(bar.line for bar in must))

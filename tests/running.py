@@ -168,9 +168,21 @@ class Serve:
 
     def children(self) -> list[int]:
         """Process ids of the engines."""
-        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return self._children(self.process.pid, b"llama_child")
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers, where there are several."""
+        return self._children(self.process.pid, b"octoai.server.worker")
+
+    def appliers(self) -> list[int]:
+        """Process ids of those that write to the database for the workers."""
+        return [pid for worker in self.workers() for pid in self._children(worker, b"store.applier")]
+
+    @staticmethod
+    def _children(pid: int, command: bytes) -> list[int]:
+        listed = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
         commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in listed.split()}
-        return [pid for pid, command in commands.items() if b"llama_child" in command]
+        return [pid for pid, said in commands.items() if command in said]
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 40) -> int:
         if self.process.poll() is None:

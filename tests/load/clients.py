@@ -32,7 +32,7 @@ class Leave:
 @dataclass(slots=True)
 class Told:
     """What a client knows of its request. `seen` are moments, and how many tokens had come by then; `killed_at` is
-    when the service was killed under it, if it was."""
+    when the service was killed under it, if it was; `is_over` once nothing more can come."""
 
     number: int
     how: str
@@ -41,6 +41,7 @@ class Told:
     usage: dict[str, Any] | None = None
     left_at: float | None = None
     killed_at: float | None = None
+    is_over: bool = False
     seen: list[tuple[float, int]] = field(default_factory=list)
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
@@ -102,6 +103,7 @@ async def ask(target: Target, request: Request, told: Told) -> Told:
     try:
         reader, writer = await asyncio.open_connection(*target.address)
     except OSError:
+        told.is_over = True
         return told
     try:
         with suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
@@ -111,6 +113,7 @@ async def ask(target: Target, request: Request, told: Told) -> Told:
         if request.leave is not None and not told.is_finished:
             told.left_at = time.monotonic()
     finally:
+        told.is_over = True
         await _hang_up(writer, resets=request.leave is not None and request.leave.resets)
     return told
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import signal
 import time
@@ -46,6 +47,17 @@ class Crashes:
             if not each.is_finished and (each.left_at is None or each.left_at > killed_at - 1):
                 each.killed_at = killed_at
         self.told += told
+
+    def kill_worker(self, load: Load, pid: int) -> None:
+        """One of the processes that serve: what it was answering breaks off, and the load goes on."""
+        told = tuple(load.told)
+        running = [each for each in told if not each.is_over]
+        killed_at = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        just_left = [each for each in told if each.left_at is not None and each.left_at > killed_at - 1]
+        for each in running + just_left:
+            each.killed_at = killed_at
+        self.num_kills += 1
 
     def round(self, chance: random.Random) -> None:
         """Some seconds of load, the end at a random moment, and the next start."""

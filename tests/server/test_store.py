@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from octoai.server.store import Conflict, Connection, Place, StoreError, connect
+from octoai.server.store.reader import Reader
 from octoai.server.store.sqlite import FILENAME
 
 READ = """
@@ -223,3 +225,28 @@ def test_what_cannot_be_used_is_one_line_that_names_it(tmp_path: Path, wreck: st
         connect(Place(directory))
     assert str(directory) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_reader_that_is_closed_while_it_reads_reads_to_the_end(place: Place) -> None:
+    """As at the end of a service, whose look for changes has just begun. It used to end the process."""
+    query = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 20000) SELECT MAX(x) FROM c"
+    connect(place).close()
+    found: list[int] = []
+
+    def action(db: Connection) -> None:
+        begun.set()
+        row = db.row(query)
+        assert row is not None
+        found.append(row[0])
+
+    async def main() -> None:
+        reader = Reader(place)
+        asking = asyncio.create_task(reader.run(action))
+        await asyncio.to_thread(begun.wait)
+        reader.close()
+        await asking
+
+    for _ in range(20):
+        begun = threading.Event()
+        asyncio.run(main())
+    assert found == [20000] * 20

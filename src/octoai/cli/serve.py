@@ -26,6 +26,9 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--drain-seconds", type=float, metavar="S", help="time for running requests to end (default 30)"
     )
+    parser.add_argument(
+        "--workers", metavar="N", help="processes that serve, for models with an engine_url (default 1)"
+    )
     parser.set_defaults(run=serve)
 
 
@@ -34,15 +37,16 @@ def serve(args: argparse.Namespace) -> int:
     import os
 
     from octoai.cli.models import pulled
-    from octoai.server import app, logs, run
+    from octoai.server import app, logs, run, shares
     from octoai.server.catalogue import BadCatalogue
     from octoai.server.settings import BadSettings, load
     from octoai.server.sources import PullFailed, WeightStore
     from octoai.server.store import StoreError
 
-    given = {key: getattr(args, key) for key in ("host", "port", "data_dir", "drain_seconds")}
+    given = {key: getattr(args, key) for key in ("host", "port", "data_dir", "drain_seconds", "workers")}
     try:
         settings = load(path=args.config, environ=os.environ, models=args.model, overrides=given)
+        shares.check(settings)
         logs.set_up(settings.log_level)
         catalogue = app.catalogue(settings)
         store = WeightStore(settings.cache_dir)
@@ -53,7 +57,7 @@ def serve(args: argparse.Namespace) -> int:
         names = {model.id: str(model.path) if args.model and model.path else model.id for model in settings.models}
         idle = [_optimization(names[each], args.config) for each in weights if each not in tuned]
         return run.serve(settings, weights, tuned, idle if settings.optimize_when_idle == "on" else ())
-    except (BadCatalogue, BadSettings, PullFailed, StoreError, run.CannotServe) as error:
+    except (BadCatalogue, BadSettings, PullFailed, StoreError, run.CannotListen, run.CannotServe) as error:
         return fail(str(error))
 
 

@@ -109,7 +109,7 @@ async def ready(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     service: Service = request.state.service
-    return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+    return Response(await service.metrics.text(), media_type=CONTENT_TYPE)
 
 
 def header(scope: Scope, name: bytes) -> str | None:

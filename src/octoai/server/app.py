@@ -26,7 +26,7 @@ from octoai.server.metrics import Metrics
 from octoai.server.queue import FairQueue
 from octoai.server.router import Deployment, Router
 from octoai.server.service import Service
-from octoai.server.settings import BadSettings, ModelSettings, Settings
+from octoai.server.settings import NUM_SLOTS_ELSEWHERE, BadSettings, ModelSettings, Settings
 from octoai.server.sources import WeightStore
 from octoai.server.store import Connection, connect
 from octoai.server.store.reader import Reader
@@ -77,14 +77,17 @@ def prepare(settings: Settings) -> Connection:
     return db
 
 
-def service(
+def router(
     settings: Settings,
     catalogue: Catalogue,
     weights: Mapping[str, Path],
     tuned: Mapping[str, LlamaOptions] | None = None,
-) -> Service:
-    """`weights` has the file of every model that an engine of ours serves, by the model's id, `tuned` how to run those
-    that are known to run best in some way; what the settings say of a model goes before that."""
+) -> Router:
+    """The models and what generates for them, nothing started yet.
+
+    `weights` has the file of every model that an engine of ours serves, by the model's id, `tuned` how to run those
+    that are known to run best in some way; what the settings say of a model goes before that.
+    """
     deployments = [
         Deployment(
             catalogue[model.id], engine, FairQueue(engine.num_slots, settings.max_waiting, settings.max_waiting_tokens)
@@ -94,11 +97,14 @@ def service(
             _engine(model, catalogue[model.id], weights.get(model.id), (tuned or {}).get(model.id), settings)
         ]
     ]
+    return Router(deployments, catalogue, stand_in=_stand_in(deployments, settings))
+
+
+def service(settings: Settings, router: Router) -> Service:
+    """As `octoai serve` runs it."""
     metrics = Metrics()
-    metrics.watch(deployments)
-    return over(
-        settings, Router(deployments, catalogue, stand_in=_stand_in(deployments, settings)), metrics, is_beside=True
-    )
+    metrics.watch(router.deployments)
+    return over(settings, router, metrics, is_beside=True)
 
 
 def over(settings: Settings, router: Router, metrics: Metrics, *, is_beside: bool = False) -> Service:
@@ -113,6 +119,7 @@ def over(settings: Settings, router: Router, metrics: Metrics, *, is_beside: boo
         books.writer,
         away_seconds=settings.database_away_seconds,
         serves_when_away=settings.when_database_is_away == "serve",
+        num_processes=settings.workers,
     )
     metrics.watch_books(ledger, directory)
     return Service(
@@ -163,7 +170,7 @@ def _engine(
             model=chosen.upstream_model or chosen.id,
             dialect=chosen.dialect or "openai",
             key=_engine_key(chosen),
-            num_slots=chosen.num_slots or 256,
+            num_slots=chosen.num_slots or NUM_SLOTS_ELSEWHERE,
             context_length=chosen.context_length,
         )
     assert weights is not None

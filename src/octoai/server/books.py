@@ -17,7 +17,7 @@ from typing import TypeVar
 import orjson
 
 from octoai.server.idempotency import KEEP_SECONDS
-from octoai.server.journal import Journal, Orphan, orphans
+from octoai.server.journal import Journal, Orphan, is_alive, orphans
 from octoai.server.store import Place, connect, keys, requests, reservations
 from octoai.server.store.applier import Applier
 from octoai.server.store.database import Connection, StoreError
@@ -107,9 +107,10 @@ class Books:
 
     def _order(self, db: Connection) -> None:
         now_us = _now_us()
-        own = None if self._journal is None else self._journal.instance
-        # Ours are not expired while we live, however long the database was away.
-        lost = [row for row in requests.expired(db, now_us) if row.journal != own]
+        expired, directory = requests.expired(db, now_us), journal_dir(self.place)
+        # Those of a process that lives are not, however long the database was away: ours, and others' on this machine.
+        alive = {each for each in {row.journal for row in expired} if is_alive(directory, each)}
+        lost = [row for row in expired if row.journal not in alive]
         if lost:
             log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
         requests.interrupt(db, lost, now_us)

@@ -156,15 +156,22 @@ class Tab:
 
 class Ledger:
     """`journal` None records, bills and limits nothing. `serves_when_away`: whether known callers go on while the
-    database is away, for at most `away_seconds`."""
+    database is away, for at most `away_seconds`; each of `num_processes` then has its part of what is left."""
 
     def __init__(
-        self, journal: Journal | None, writer: Writer, *, away_seconds: float = 300.0, serves_when_away: bool = True
+        self,
+        journal: Journal | None,
+        writer: Writer,
+        *,
+        away_seconds: float = 300.0,
+        serves_when_away: bool = True,
+        num_processes: int = 1,
     ) -> None:
         self.journal = journal
         self.writer = writer
         self.tabs: set[Tab] = set()
         self._away_seconds = away_seconds if serves_when_away else 0.0
+        self._num_processes = num_processes
         self._left: dict[str, int] = {}  # nano-dollars, by payer, as last heard from the database
         self._checkpoints: asyncio.Task[None] | None = None
         self._again: set[asyncio.Future[Position]] = set()
@@ -336,7 +343,7 @@ class Ledger:
             if standing.left_nanos is None:
                 self._left.pop(payer, None)
             else:
-                self._left[payer] = standing.left_nanos
+                self._left[payer] = standing.left_nanos // self._num_processes
 
     def _reserve_unheard(self, caller: Caller, wanted: Reservation) -> None:
         account, token = caller.account, caller.token

@@ -5,7 +5,7 @@ Labels come from the configuration only: a name that a client sends never become
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +57,10 @@ _LABELS = ("model_name", "engine")
 
 
 class Metrics:
-    """One registry of its own per service, so that two in a process (a test) do not share numbers."""
+    """One registry of its own per service, so that two in a process (a test) do not share numbers. `of_all` is set
+    where this process is one of several: the text of all of them."""
+
+    of_all: Callable[[], Awaitable[bytes]] | None = None
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -185,8 +188,9 @@ class Metrics:
             of.success("abort").inc()
             (of.aborted if outcome == "aborted" else of.failed).inc()
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
+    async def text(self) -> bytes:
+        """Of the whole service: where this process is one of several, of all of them. Raises Unavailable."""
+        return generate_latest(self.registry) if self.of_all is None else await self.of_all()
 
 
 def _count_times(of: SimpleNamespace, meter: Meter, completion_tokens: int) -> None:

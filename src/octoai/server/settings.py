@@ -20,11 +20,12 @@ from octoai.server.catalogue import EMBEDDED_MODEL_ID, BadCatalogue, Catalogue, 
 from octoai.server.store import Place
 
 FILENAME = "octoai.toml"
+NUM_SLOTS_ELSEWHERE = 256  # requests at once to a server that nobody said more of
 # Which keys an environment variable may set: OCTOAI_HOST, OCTOAI_PORT, …
 _FROM_ENVIRONMENT = (
     "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting", "max_waiting_tokens",
     "prefix_cache_mib", "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
-    "optimize_when_idle",
+    "optimize_when_idle", "workers",
 )  # fmt: skip
 _PLACES = {"data_dir": places.data_dir, "cache_dir": places.cache_dir}  # "~" and relative ones as everywhere else
 _FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached_input_price", "output_price", "sha256")
@@ -106,6 +107,7 @@ class Settings(_Checked):
     `database` is a PostgreSQL URL; without one it is SQLite in `data_dir`. While it does not answer, tokens that are
     known stay good for `database_away_seconds`, unless `when_database_is_away` is "refuse". `ledger` "off" records,
     bills and limits nothing. `optimize_when_idle` "on" has a model without a profile optimized while nobody asks.
+    `workers` is the number of processes that serve.
     """
 
     host: str = "127.0.0.1"
@@ -123,6 +125,7 @@ class Settings(_Checked):
     when_database_is_away: Literal["serve", "refuse"] = "serve"
     ledger: Literal["on", "off"] = "on"
     optimize_when_idle: Literal["on", "off"] = "off"
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
     stand_in: str = ""
     models: list[ModelSettings] = []
 

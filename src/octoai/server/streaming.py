@@ -131,6 +131,8 @@ class Replay:
                 async for message in self.recording.replayed():
                     if message["type"] == "http.response.start":
                         message["headers"] = [*message["headers"], (b"idempotent-replayed", b"true")]
+                        # Where another process has given the answer, only now is it known which request's it is.
+                        scope["state"]["request_id"] = self.recording.request_id
                     await send(message)
         except asyncio.CancelledError:
             if not watched.has_cancelled:

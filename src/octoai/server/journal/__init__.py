@@ -28,7 +28,7 @@ from octoai.server.journal.lines import (
     JournalFull,
     Position,
 )
-from octoai.server.journal.orphans import Orphan, orphans
+from octoai.server.journal.orphans import Orphan, is_alive, orphans
 from octoai.server.journal.tail import Tail
 from octoai.server.journal.writer import SEGMENT_BYTES, Journal
 
@@ -44,5 +44,6 @@ __all__ = [
     "Orphan",
     "Position",
     "Tail",
+    "is_alive",
     "orphans",
 ]

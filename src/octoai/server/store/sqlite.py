@@ -15,6 +15,7 @@ from octoai.server.store.schema import MIGRATIONS, statements
 
 FILENAME = "octoai.db"
 BUSY_SECONDS = 10.0
+TURN_SECONDS = 0.001  # between attempts to write while another does
 NUM_BACKUPS = 5
 
 
@@ -60,7 +61,7 @@ class SqliteConnection:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        self.execute("BEGIN IMMEDIATE")
+        self._take_turn()
         try:
             yield
             self.execute("COMMIT")
@@ -90,6 +91,23 @@ class SqliteConnection:
                 self.execute("RELEASE inner_step")
             raise
         self.execute("RELEASE inner_step")
+
+    def _take_turn(self) -> None:
+        """Begin to write, when nobody else does. SQLite itself waits longer each time: among several that write often,
+        as the workers of one service do, some would wait for a second where others wait for none."""
+        end = time.monotonic() + BUSY_SECONDS
+        self.execute("PRAGMA busy_timeout = 0")
+        try:
+            while True:
+                try:
+                    self.execute("BEGIN IMMEDIATE")
+                    return
+                except StoreAway:
+                    if time.monotonic() > end:
+                        raise
+                    time.sleep(TURN_SECONDS)
+        finally:
+            self.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
 
     def set_durable(self, is_durable: bool) -> None:
         self.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")

@@ -1,0 +1,156 @@
+"""A service in this process: its engines and HTTP started, then stopped in order when it is asked to.
+
+Knows neither signals nor other processes: who runs it tells it when to stop, and is told when it is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio.lowlevel
+import uvicorn
+
+from octoai.server import app, idle
+from octoai.server.errors import Refusal
+from octoai.server.protocol import BoundedProtocol
+from octoai.server.service import Service
+from octoai.server.settings import Settings
+from octoai.server.store import Connection, StoreAway
+
+KEEP_ALIVE_SECONDS = 75
+DATABASE_POLL_SECONDS = 0.5
+GC_THRESHOLD = 20_000  # objects made and not yet freed, Python's own default being 700
+
+
+class CannotServe(Exception):
+    """The service cannot start; the text is one line."""
+
+
+@dataclass
+class Stop:
+    """The first asks for an orderly end, the second for an immediate one."""
+
+    drain: asyncio.Event = field(default_factory=asyncio.Event)
+    now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def ask(self) -> None:
+        if self.drain.is_set():
+            self.now.set()
+        self.drain.set()
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: uvicorn's own handling closes the port, and new requests could not be told to wait."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    service: Service,
+    listener: socket.socket,
+    stop: Stop,
+    on_ready: Callable[[], None],
+    idle_commands: Sequence[Sequence[str]] = (),
+) -> None:
+    """Until `stop` is asked for. Raises CannotServe where an engine cannot be started, StoreError."""
+    await anyio.lowlevel.checkpoint()  # loads anyio's half for this loop now, not in the first request
+    await service.start()
+    _settle_memory()
+    server = _Server(_config(service))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    engines = [deployment.engine for deployment in service.router.deployments]
+    starting = asyncio.gather(*(engine.start() for engine in engines))
+    try:
+        if await _until_ready(starting, stop):
+            on_ready()
+            async with idle.running(idle_commands, lambda: bool(service.jobs)):
+                await stop.drain.wait()
+        await _drain(service, stop)
+    except Refusal as refusal:
+        raise CannotServe(refusal.message) from None
+    finally:
+        starting.cancel()
+        # Engines first: requests that outlived the drain end with an error event, not with silence.
+        await asyncio.gather(*(engine.close() for engine in engines))
+        server.should_exit, server.force_exit = True, stop.now.is_set()
+        await serving
+        await service.close()
+
+
+def database(settings: Settings) -> Connection:
+    """Wait for a database that does not answer yet, as long as it may be away later. Raises StoreError."""
+    until = time.monotonic() + settings.database_away_seconds
+    has_said = False
+    while True:
+        try:
+            return app.prepare(settings)
+        except StoreAway as error:
+            if time.monotonic() > until:
+                raise
+            if not has_said:
+                print(f"octoai: {error}; waiting for it", file=sys.stderr, flush=True)
+            has_said = True
+            time.sleep(DATABASE_POLL_SECONDS)
+
+
+def runner() -> asyncio.Runner:
+    """For the loop that serves."""
+    if sys.platform == "win32":
+        return asyncio.Runner()
+    import uvloop
+
+    return asyncio.Runner(loop_factory=uvloop.Loop)
+
+
+def _settle_memory() -> None:
+    """What is there now stays: the garbage collector need not go through it again, a pause of tens of milliseconds
+    for whoever is being served then. A request leaves next to no cycles, so young objects are looked at less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+
+
+async def _until_ready(starting: asyncio.Future[list[None]], stop: Stop) -> bool:
+    """False when we are to stop before. Raises what an engine's start raised."""
+    stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.drain.wait())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        return False
+    stopping.cancel()
+    starting.result()
+    return True
+
+
+async def _drain(service: Service, stop: Stop) -> None:
+    if service.jobs:
+        print(f"octoai: finishing {len(service.jobs)} requests; once more to stop at once", file=sys.stderr, flush=True)
+    draining = asyncio.create_task(service.drain())
+    now: asyncio.Task[Any] = asyncio.create_task(stop.now.wait())
+    await asyncio.wait([draining, now], return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    now.cancel()
+
+
+def _config(service: Service) -> uvicorn.Config:
+    return uvicorn.Config(
+        app.application(service),
+        http=BoundedProtocol,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nothing here asks who is behind a proxy
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=2,
+        ws="none",
+    )

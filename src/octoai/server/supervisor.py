@@ -1,0 +1,172 @@
+"""Several processes that serve on one port, and the one that starts them, starts again those that die, and ends them.
+
+What a worker left open when it died is settled by the one that is started for it, before that serves. Here is also who
+knows the metrics of all. Requests never come here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from octoai.server import totals
+from octoai.server.channel import Channel, ChannelClosed, Message
+from octoai.server.listener import CannotListen, Port
+from octoai.server.serving import CannotServe, Stop
+from octoai.server.settings import Settings
+from octoai.server.shares import share
+
+log = logging.getLogger("octoai.supervisor")
+
+FIRST_DELAY_SECONDS = 0.2
+MAX_DELAY_SECONDS = 30.0
+STEADY_SECONDS = 60.0  # a worker that lived this long starts the back-off afresh
+REPORT_SECONDS = 2.0
+NOW_SECONDS = 30.0  # for workers that are to stop at once; then they are killed
+
+
+@dataclass(eq=False)
+class _Worker:
+    """`report` is what it counted when it was last asked, `reason` why it cannot serve, if it said so."""
+
+    process: Process
+    channel: Channel
+    is_ready: bool = False
+    reason: str | None = None
+    report: totals.Report = field(default_factory=list)
+
+
+class Supervisor:
+    def __init__(self, settings: Settings, port: Port, stop: Stop) -> None:
+        self._settings = settings
+        self._port = port
+        self._stop = stop
+        self._workers: dict[int, _Worker] = {}
+        self._all_ready = asyncio.Event()
+        self._failure: str | None = None
+        self._ended: totals.Report = []  # what workers that are no more had counted
+        self._num_restarts = 0
+        self._scrapes: set[asyncio.Task[None]] = set()
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Until a stop is asked for and all have ended. Raises CannotServe where they cannot be started."""
+        keeping = [asyncio.create_task(self._keep(number)) for number in range(self._settings.workers)]
+        telling = asyncio.create_task(self._tell_when_ready(on_ready))
+        try:
+            await self._stop.drain.wait()
+            for worker in self._workers.values():
+                worker.channel.tell("drain")
+            hurrying = asyncio.create_task(self._hurry())
+            await asyncio.gather(*keeping)
+            hurrying.cancel()
+        finally:
+            telling.cancel()
+            self._kill()
+        if self._failure is not None:
+            raise CannotServe(self._failure)
+
+    async def _tell_when_ready(self, on_ready: Callable[[], None]) -> None:
+        await self._all_ready.wait()
+        on_ready()
+
+    async def _hurry(self) -> None:
+        await self._stop.now.wait()
+        for worker in self._workers.values():
+            worker.channel.tell("now")
+        await asyncio.sleep(NOW_SECONDS)
+        self._kill()
+
+    def _kill(self) -> None:
+        for worker in self._workers.values():
+            with suppress(ProcessLookupError):
+                worker.process.kill()
+
+    async def _keep(self, number: int) -> None:
+        """One worker after the other under this number, until a stop is asked for."""
+        loop, delay = asyncio.get_running_loop(), FIRST_DELAY_SECONDS
+        while not self._stop.drain.is_set():
+            began = loop.time()
+            how = await self._one(number)
+            if self._stop.drain.is_set():
+                return
+            if not self._all_ready.is_set():
+                self._failure = how
+                self._stop.drain.set()
+                return
+            delay = FIRST_DELAY_SECONDS if loop.time() - began > STEADY_SECONDS else delay
+            log.error("%s; another is started in %.1f s", how, delay)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._stop.drain.wait()
+            delay = min(2 * delay, MAX_DELAY_SECONDS)
+            self._num_restarts += 1
+
+    async def _one(self, number: int) -> str:
+        """Start a worker, and return how it ended when it has."""
+        try:
+            worker = await self._started(number)
+        except (CannotListen, OSError) as error:  # no memory, no more processes
+            return f"worker {number} cannot be started: {error}"
+        self._workers[number] = worker
+        if self._stop.drain.is_set():
+            worker.channel.tell("drain")
+        async for message in worker.channel.messages():
+            self._hear(worker, message)
+        status = await worker.process.wait()
+        # Both at once: a sum of counters that is taken meanwhile has them once.
+        del self._workers[number]
+        self._ended = totals.merged([self._ended, totals.counted(worker.report)])
+        await worker.channel.close()
+        return worker.reason or f"worker {number} (process {worker.process.pid}) ended with {status}"
+
+    async def _started(self, number: int) -> _Worker:
+        # While none has served, who comes waits for the first; later, others serve until this one can.
+        listener = self._port.listener(is_listening=not self._all_ready.is_set())
+        ours, theirs = socket.socketpair()
+        with listener, theirs:
+            descriptors = (theirs.fileno(), listener.fileno())
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "octoai.server.worker", *map(str, descriptors)),
+                stdin=DEVNULL,
+                pass_fds=descriptors,
+                start_new_session=True,  # a terminal's Ctrl-C is ours to handle
+            )
+        channel = await Channel.over(ours)
+        channel.tell("serve", settings=share(self._settings, number).model_dump(mode="json"))
+        return _Worker(process, channel)
+
+    def _hear(self, worker: _Worker, message: Message) -> None:
+        if message["kind"] == "ready":
+            worker.is_ready = True
+            if sum(each.is_ready for each in self._workers.values()) == self._settings.workers:
+                self._all_ready.set()
+        elif message["kind"] == "failed":
+            worker.reason = message["reason"]
+        elif message["kind"] == "scrape":
+            scrape = asyncio.create_task(self._answer_scrape(worker, message))
+            self._scrapes.add(scrape)
+            scrape.add_done_callback(self._scrapes.discard)
+
+    async def _answer_scrape(self, asking: _Worker, question: Message) -> None:
+        await asyncio.gather(*map(self._ask_report, tuple(self._workers.values())))
+        reports = [self._ended, *(worker.report for worker in self._workers.values()), self._own()]
+        asking.channel.answer(question, totals.text(totals.merged(reports)).decode())
+
+    async def _ask_report(self, worker: _Worker) -> None:
+        """One that does not answer in time has counted what it said last, at least."""
+        with suppress(ChannelClosed, TimeoutError):
+            worker.report = await worker.channel.ask("report", seconds=REPORT_SECONDS)
+
+    def _own(self) -> totals.Report:
+        num_ready = sum(worker.is_ready for worker in self._workers.values())
+        return [
+            *totals.gauge("octoai_workers", "Processes that serve.", num_ready),
+            *totals.counter("octoai_worker_restarts", "Times a process that serves was started again.",
+                            self._num_restarts),
+        ]  # fmt: skip
