@@ -52,9 +52,10 @@ class Desk:
     def ask(self, at_us: int, nanos: int = 0, prompt: int = 0, completion: int = 0) -> Standings:
         wanted = self.wanted(at_us, nanos, prompt, completion)
         with self.db.transaction():
-            standings = reserve(self.db, self.caller, wanted)
+            held = reserve(self.db, self.caller, wanted)
+        assert held == standings(self.db, self.caller, at_us)
         self.newest = wanted.id
-        return standings
+        return held
 
     def refused(self, at_us: int, nanos: int = 0, prompt: int = 0, completion: int = 0) -> RateLimited:
         with pytest.raises(RateLimited) as caught:

@@ -73,7 +73,7 @@ def reserve(db: Connection, caller: Caller, wanted: Reservation) -> Standings:
     if refusals:  # the one that takes longest: when that one is over, the request is let through
         raise max(refusals, key=lambda refusal: math.inf if refusal.retry_after is None else refusal.retry_after)
     reservations.hold(db, wanted)
-    return standings(db, caller, now_us)
+    return Standings(before.account.with_one_more(wanted), before.token.with_one_more(wanted), now_us)
 
 
 def _check_money(name: str, standing: Standing, wanted: Reservation) -> None:

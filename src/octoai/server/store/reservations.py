@@ -75,6 +75,18 @@ class Standing:
             bounds.append(self.credit_nanos)
         return min(bounds) - self.held_nanos if bounds else None
 
+    def with_one_more(self, held: Reservation) -> Standing:
+        """As it is once that is held as well."""
+        return replace(
+            self,
+            num_requests=self.num_requests + 1,
+            prompt_tokens=self.prompt_tokens + held.prompt_tokens,
+            completion_tokens=self.completion_tokens + held.completion_tokens,
+            newest_us=max(self.newest_us, held.at_us),
+            num_running=self.num_running + 1,
+            held_nanos=self.held_nanos + held.nanos,
+        )
+
 
 def standings(
     db: Connection, account: AccountRow, token: TokenRow, now_us: int, charge_us: int | None = None

@@ -205,6 +205,13 @@ MIGRATIONS = (
         byte     INTEGER NOT NULL
     ) {strict};
     """,
+    # A minute's requests are counted from the index alone: an account may have thousands.
+    """
+    DROP INDEX reservations_by_account;
+    DROP INDEX reservations_by_token;
+    CREATE INDEX reservations_by_account ON reservations (account, at_us, prompt_tokens, completion_tokens);
+    CREATE INDEX reservations_by_token ON reservations (token_id, at_us, prompt_tokens, completion_tokens);
+    """,
 )
 
 _TYPES = {
