@@ -55,6 +55,9 @@ bench: setup
 	@$(RUN) bench/ledger_crashes.py --short
 	@$(RUN) bench/gateway.py --short
 	@$(RUN) bench/optimizer.py --short
+	@$(RUN) bench/engine_share.py --short
+	@$(RUN) bench/prefixes.py --short
+	@$(RUN) bench/fairness.py --short
 
 clean:
 	rm -rf $(VENV) .demo dist build
