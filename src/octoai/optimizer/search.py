@@ -34,7 +34,7 @@ class _OutOfTime(Exception):
 def _waiting(candidate: Candidate) -> object:
     """What decides how a candidate bears company."""
     tuning = candidate.tuning
-    return candidate.num_threads, tuning.num_batch_threads, tuning.spin_count
+    return candidate.num_threads, tuning.num_batch_threads, tuning.spin_count, tuning.gives_way
 
 
 class Search:
