@@ -13,15 +13,17 @@ from dataclasses import replace
 
 from octoai.optimizer.outcome import Bounds, Goal, Loss, Measuring, Outcome, Trial, TrialFailed, score
 from octoai.optimizer.space import SMALLEST_BATCH, Candidate, Stage
-from octoai.optimizer.workload import Speed
+from octoai.optimizer.workload import Speed, Workload
 
 FIRST_SHARE = 1 / 8
+LARGEST_FIRST_SHARE = 1 / 4
 MOST_ROUNDS = 5  # of the comparison at the end
 _FOR_THE_END = 0.2  # of the budget
 _NOT_SLOWER = 0.97
 _DEFAULT_BOUNDS = Bounds()
 _PATIENCE = 3.0  # with a challenger, as a multiple of what the best so far took in the same round
 _START_SECONDS = 3.0
+_TRIAL = 0.02  # of the budget: what a first round may take for each, where the model is fast
 _HOPELESS = 10
 _FASTER = 1.03  # less is noise
 _CLEARLY_FASTER = 1.15  # in a first round alone
@@ -64,11 +66,14 @@ class Search:
         self._turn = 0
         self._patience: float | None = None
         self._until = 0.0
+        self._share = FIRST_SHARE
+        self._seconds = 0.0
         self._clock: Callable[[], float] = lambda: 0.0
 
     def run(self, seconds: float, clock: Callable[[], float]) -> Outcome:
         """No trial begins after `seconds`. Interrupted by the keyboard it returns what was found by then."""
         self._clock = clock
+        self._seconds = seconds
         began = clock()
         try:
             self._until = began + seconds * (1 - _FOR_THE_END)
@@ -88,6 +93,8 @@ class Search:
     def _all_stages(self) -> None:
         self._turn += 1
         if (speed := self._tried("defaults", self._defaults, FIRST_SHARE)) is not None:
+            share = _TRIAL * self._seconds / Workload().seconds(speed)
+            self._share = min(LARGEST_FIRST_SHARE, max(FIRST_SHARE, share))
             self._begin(speed)
         if not self._outcome.is_usable:
             return
@@ -110,10 +117,10 @@ class Search:
     def _best_of(self, title: str, best: Candidate, others: Sequence[Candidate]) -> None:
         """The best so far, or the challenger that was faster in both rounds together, becomes the best."""
         challengers = [other for other in dict.fromkeys(others) if other != best and self._may_lose(other)]
-        first = self._round(title, best, challengers, FIRST_SHARE)
+        first = self._round(title, best, challengers, self._share)
         ranked = sorted((each for each in first if first[each] > _NOT_SLOWER), key=lambda each: -first[each])
         try:
-            second = self._round(title, best, ranked[: (len(first) + 1) // 2], 2 * FIRST_SHARE)
+            second = self._round(title, best, ranked[: (len(first) + 1) // 2], 2 * self._share)
         except _OutOfTime:
             self._accept({each: first[each] for each in ranked}, _CLEARLY_FASTER)
             raise
@@ -235,8 +242,8 @@ class Search:
             return
         for _ in range(MOST_ROUNDS):
             self._turn += 1
-            defaults = self._tried("defaults", self._defaults, 2 * FIRST_SHARE)
-            best = self._tried("chosen", self._outcome.best, 2 * FIRST_SHARE, defaults)
+            defaults = self._tried("defaults", self._defaults, 2 * self._share)
+            best = self._tried("chosen", self._outcome.best, 2 * self._share, defaults)
             if defaults is None or best is None:
                 return
             self._outcome.pairs.append((defaults, best))
