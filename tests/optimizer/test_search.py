@@ -254,3 +254,15 @@ def test_a_candidate_says_what_it_is() -> None:
     assert str(first_guess(2)) == "as given, 2 threads, spinning while alone, 8 slots, batch 128"
     other = Candidate("Q8_0", 8, 2).tuned(num_batch_threads=4, spin_count=300, flash_attention="off", is_unified=True)
     assert str(other) == "Q8_0, 2+4 threads, spinning 300, 8 slots, batch 64, flash attention off, unified KV"
+
+
+def test_one_disturbed_trial_costs_no_candidate_its_place() -> None:
+    class Disturbed(Machine):
+        def rate(self, candidate: Candidate) -> float:
+            is_first = candidate.weights == "Q8_0" and not self.asked
+            self.asked += ["seen"] if is_first else []
+            return Machine.rate(self, candidate) * (0.55 if is_first else 1.0)
+
+    outcome = found(Disturbed())
+    assert next(each for each in outcome.trials if each.candidate.weights == "Q8_0").score == pytest.approx(0.88)
+    assert outcome.best.weights == "Q8_0"

@@ -1,17 +1,17 @@
 """The search: successive halving within stages, from what matters most to what matters least.
 
-In each stage the best so far and its challengers are measured one after the other, briefly; those that are not slower
-again and for longer, half of them each time. Speeds are compared only within such a round, since a machine that other
-programs share is twice as fast in one minute as in the next. What is measured, and how, is an argument: nothing here
-starts a process or looks at a clock of its own.
+In each stage the best so far and its challengers are measured one after the other, briefly; the better half of these
+again and for longer. Of both rounds the better figures count, since a machine that other programs share is twice as
+fast in one minute as in the next, and nothing makes a candidate faster than it is. What is measured, and how, is an
+argument: nothing here starts a process or looks at a clock of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from octoai.optimizer.outcome import Bounds, Goal, Loss, Measuring, Outcome, Trial, TrialFailed, score
+from octoai.optimizer.outcome import Bounds, Goal, Loss, Measuring, Outcome, Trial, TrialFailed, fastest, score
 from octoai.optimizer.space import SMALLEST_BATCH, Candidate, Stage
 from octoai.optimizer.workload import Speed, Workload
 
@@ -19,7 +19,7 @@ FIRST_SHARE = 1 / 8
 LARGEST_FIRST_SHARE = 1 / 4
 MOST_ROUNDS = 5  # of the comparison at the end
 _FOR_THE_END = 0.2  # of the budget
-_NOT_SLOWER = 0.97
+_HOPEFUL = 0.75  # in a first round: a neighbour may have slowed it down, or the best so far not
 _DEFAULT_BOUNDS = Bounds()
 _PATIENCE = 3.0  # with a challenger, as a multiple of what the best so far took in the same round
 _START_SECONDS = 3.0
@@ -118,13 +118,19 @@ class Search:
         """The best so far, or the challenger that was faster in both rounds together, becomes the best."""
         challengers = [other for other in dict.fromkeys(others) if other != best and self._may_lose(other)]
         first = self._round(title, best, challengers, self._share)
-        ranked = sorted((each for each in first if first[each] > _NOT_SLOWER), key=lambda each: -first[each])
+        scores = self._scores(best, first)
+        ranked = sorted((each for each in scores if scores[each] > _HOPEFUL), key=lambda each: -scores[each])
         try:
-            second = self._round(title, best, ranked[: (len(first) + 1) // 2], 2 * self._share)
+            second = self._round(title, best, ranked[: (len(scores) + 1) // 2], 2 * self._share)
         except _OutOfTime:
-            self._accept({each: first[each] for each in ranked}, _CLEARLY_FASTER)
+            self._accept({each: scores[each] for each in ranked}, _CLEARLY_FASTER)
             raise
-        self._accept({each: (first[each] * second[each] ** 2) ** (1 / 3) for each in second}, _FASTER)
+        both = {each: fastest(first[each], speed) for each, speed in second.items()}
+        self._accept(self._scores(best, both), _FASTER)
+
+    def _scores(self, best: Candidate, speeds: Mapping[Candidate, Speed]) -> dict[Candidate, float]:
+        """Of the challengers, beside the best so far."""
+        return {each: score(speed, speeds[best], self._goal) for each, speed in speeds.items() if each != best}
 
     def _accept(self, scores: dict[Candidate, float], margin: float) -> None:
         """How a candidate bears company, and what it loses, take long to see: they are asked of the winner only."""
@@ -137,17 +143,17 @@ class Search:
 
     def _round(
         self, title: str, best: Candidate, challengers: Sequence[Candidate], share: float
-    ) -> dict[Candidate, float]:
-        """Scores of the challengers that could be measured, beside the best so far in the same round."""
+    ) -> dict[Candidate, Speed]:
+        """Speeds of those that could be measured, with the best so far; of none where that could not be."""
         self._turn += 1
         beside = self._tried(title, best, share) if challengers else None
         if beside is None:
             return {}
-        found: dict[Candidate, float] = {}
+        found = {best: beside}
         for candidate in challengers:
             speed = self._tried(title, candidate, share, beside)
             if speed is not None:
-                found[candidate] = score(speed, beside, self._goal)
+                found[candidate] = speed
         return found
 
     def _tried(self, title: str, candidate: Candidate, share: float, beside: Speed | None = None) -> Speed | None:
