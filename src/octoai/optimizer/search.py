@@ -25,7 +25,7 @@ _PATIENCE = 3.0  # with a challenger, as a multiple of what the best so far took
 _START_SECONDS = 3.0
 _TRIAL = 0.01  # of the budget: what a first round may take for each, where the model is fast
 _HOPELESS = 10
-_FASTER = 1.03  # less is noise
+_FASTER = 1.04  # less is noise
 _CLEARLY_FASTER = 1.15  # in a first round alone
 
 
