@@ -116,8 +116,9 @@ def _threads(best: Candidate, num_cores: int) -> list[Candidate]:
 
 
 def _slots(best: Candidate) -> list[Candidate]:
+    """No more than the requests at once that are measured: of further ones only the memory would show."""
     return [
-        *(replace(best, num_slots=count) for count in (2, 4, 8, 16)),
+        *(replace(best, num_slots=count) for count in (2, 4, 8)),
         best.tuned(is_unified=not best.tuning.is_unified),
     ]
 
