@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     here = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--short", action="store_true", help="one search of 40 seconds, a quarter of each length: 2 minutes"
+        "--short", action="store_true", help="one search of 40 seconds, a part of each length: 2 minutes"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--share", type=float, help="of the lengths above that is measured (default 1, short 1/4)")

@@ -37,6 +37,7 @@ def test_every_option_reaches_an_engine_that_runs(bench: Bench) -> None:
         {"flash_attention": "off", "cache_type": "f32", "spin_count": None, "num_batch_threads": 2},
         {"flash_attention": "on", "cache_type": "q8_0", "is_unified": True, "micro_batch_tokens": 32},
         {"speculation": "ngram_simple", "spin_count": 300},
+        {"spin_count": None, "gives_way": True, "num_batch_threads": 2},
     ):
         speed, _ = bench.speed(plain.tuned(**changes), SHARE, 1)
         assert speed.joint_rate > 0

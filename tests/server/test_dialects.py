@@ -68,6 +68,23 @@ def test_llama_cpp_is_told_everything_by_its_own_names() -> None:
     assert said["messages"] == [{"role": "user", "content": "Hi"}]
 
 
+@pytest.mark.parametrize(
+    ("given", "samplers"),
+    [
+        ({}, []),
+        ({"temperature": 0.0, "seed": 4}, []),
+        ({"top_p": 0.9}, ["top_p"]),
+        ({"top_k": 40, "min_p": 0.05}, ["top_k", "min_p"]),
+        ({"frequency_penalty": 1.0}, ["penalties"]),
+        ({"presence_penalty": -1.0, "top_p": 0.5}, ["penalties", "top_p"]),
+        ({"repetition_penalty": 1.1}, ["penalties"]),
+    ],
+)
+def test_llama_cpp_runs_only_the_samplers_that_change_something(given: dict[str, Any], samplers: list[str]) -> None:
+    said = body("llama.cpp", Generation(max_tokens=1, text="x", **given))
+    assert said["samplers"] == [*samplers, "temperature"]
+
+
 @pytest.mark.parametrize("seed", [0, -1, 2**32 - 1, 2**63 - 1, -(2**63)])
 def test_no_seed_becomes_llama_cpps_random_one(seed: int) -> None:
     assert body("llama.cpp", Generation(max_tokens=1, text="x", seed=seed))["seed"] != 0xFFFFFFFF

@@ -106,3 +106,12 @@ def score(speed: Speed, beside: Speed, goal: Goal) -> float:
         (speed.joint_rate, beside.joint_rate),
     )
     return exp(sum(weight * log(a / b) for weight, (a, b) in zip(weights, rates, strict=True)))
+
+
+def fastest(one: Speed, other: Speed) -> Speed:
+    """The better of each figure: what disturbs a measurement makes it slower."""
+    return Speed(
+        max(one.prompt_rate, other.prompt_rate),
+        max(one.stream_rate, other.stream_rate),
+        max(one.joint_rate, other.joint_rate),
+    )

@@ -1,29 +1,31 @@
 """The search: successive halving within stages, from what matters most to what matters least.
 
-In each stage the best so far and its challengers are measured one after the other, briefly; those that are not slower
-again and for longer, half of them each time. Speeds are compared only within such a round, since a machine that other
-programs share is twice as fast in one minute as in the next. What is measured, and how, is an argument: nothing here
-starts a process or looks at a clock of its own.
+In each stage the best so far and its challengers are measured one after the other, briefly; the better half of these
+again and for longer. Of both rounds the better figures count, since a machine that other programs share is twice as
+fast in one minute as in the next, and nothing makes a candidate faster than it is. What is measured, and how, is an
+argument: nothing here starts a process or looks at a clock of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from octoai.optimizer.outcome import Bounds, Goal, Loss, Measuring, Outcome, Trial, TrialFailed, score
+from octoai.optimizer.outcome import Bounds, Goal, Loss, Measuring, Outcome, Trial, TrialFailed, fastest, score
 from octoai.optimizer.space import SMALLEST_BATCH, Candidate, Stage
-from octoai.optimizer.workload import Speed
+from octoai.optimizer.workload import Speed, Workload
 
 FIRST_SHARE = 1 / 8
+LARGEST_FIRST_SHARE = 1 / 4
 MOST_ROUNDS = 5  # of the comparison at the end
 _FOR_THE_END = 0.2  # of the budget
-_NOT_SLOWER = 0.97
+_HOPEFUL = 0.75  # in a first round: a neighbour may have slowed it down, or the best so far not
 _DEFAULT_BOUNDS = Bounds()
 _PATIENCE = 3.0  # with a challenger, as a multiple of what the best so far took in the same round
 _START_SECONDS = 3.0
+_TRIAL = 0.01  # of the budget: what a first round may take for each, where the model is fast
 _HOPELESS = 10
-_FASTER = 1.03  # less is noise
+_FASTER = 1.04  # less is noise
 _CLEARLY_FASTER = 1.15  # in a first round alone
 
 
@@ -34,7 +36,7 @@ class _OutOfTime(Exception):
 def _waiting(candidate: Candidate) -> object:
     """What decides how a candidate bears company."""
     tuning = candidate.tuning
-    return candidate.num_threads, tuning.num_batch_threads, tuning.spin_count
+    return candidate.num_threads, tuning.num_batch_threads, tuning.spin_count, tuning.gives_way
 
 
 class Search:
@@ -64,11 +66,14 @@ class Search:
         self._turn = 0
         self._patience: float | None = None
         self._until = 0.0
+        self._share = FIRST_SHARE
+        self._seconds = 0.0
         self._clock: Callable[[], float] = lambda: 0.0
 
     def run(self, seconds: float, clock: Callable[[], float]) -> Outcome:
         """No trial begins after `seconds`. Interrupted by the keyboard it returns what was found by then."""
         self._clock = clock
+        self._seconds = seconds
         began = clock()
         try:
             self._until = began + seconds * (1 - _FOR_THE_END)
@@ -88,6 +93,8 @@ class Search:
     def _all_stages(self) -> None:
         self._turn += 1
         if (speed := self._tried("defaults", self._defaults, FIRST_SHARE)) is not None:
+            share = _TRIAL * self._seconds / Workload().seconds(speed)
+            self._share = min(LARGEST_FIRST_SHARE, max(FIRST_SHARE, share))
             self._begin(speed)
         if not self._outcome.is_usable:
             return
@@ -110,14 +117,20 @@ class Search:
     def _best_of(self, title: str, best: Candidate, others: Sequence[Candidate]) -> None:
         """The best so far, or the challenger that was faster in both rounds together, becomes the best."""
         challengers = [other for other in dict.fromkeys(others) if other != best and self._may_lose(other)]
-        first = self._round(title, best, challengers, FIRST_SHARE)
-        ranked = sorted((each for each in first if first[each] > _NOT_SLOWER), key=lambda each: -first[each])
+        first = self._round(title, best, challengers, self._share)
+        scores = self._scores(best, first)
+        ranked = sorted((each for each in scores if scores[each] > _HOPEFUL), key=lambda each: -scores[each])
         try:
-            second = self._round(title, best, ranked[: (len(first) + 1) // 2], 2 * FIRST_SHARE)
+            second = self._round(title, best, ranked[: (len(scores) + 1) // 2], 2 * self._share)
         except _OutOfTime:
-            self._accept({each: first[each] for each in ranked}, _CLEARLY_FASTER)
+            self._accept({each: scores[each] for each in ranked}, _CLEARLY_FASTER)
             raise
-        self._accept({each: (first[each] * second[each] ** 2) ** (1 / 3) for each in second}, _FASTER)
+        both = {each: fastest(first[each], speed) for each, speed in second.items()}
+        self._accept(self._scores(best, both), _FASTER)
+
+    def _scores(self, best: Candidate, speeds: Mapping[Candidate, Speed]) -> dict[Candidate, float]:
+        """Of the challengers, beside the best so far."""
+        return {each: score(speed, speeds[best], self._goal) for each, speed in speeds.items() if each != best}
 
     def _accept(self, scores: dict[Candidate, float], margin: float) -> None:
         """How a candidate bears company, and what it loses, take long to see: they are asked of the winner only."""
@@ -130,17 +143,17 @@ class Search:
 
     def _round(
         self, title: str, best: Candidate, challengers: Sequence[Candidate], share: float
-    ) -> dict[Candidate, float]:
-        """Scores of the challengers that could be measured, beside the best so far in the same round."""
+    ) -> dict[Candidate, Speed]:
+        """Speeds of those that could be measured, with the best so far; of none where that could not be."""
         self._turn += 1
         beside = self._tried(title, best, share) if challengers else None
         if beside is None:
             return {}
-        found: dict[Candidate, float] = {}
+        found = {best: beside}
         for candidate in challengers:
             speed = self._tried(title, candidate, share, beside)
             if speed is not None:
-                found[candidate] = score(speed, beside, self._goal)
+                found[candidate] = speed
         return found
 
     def _tried(self, title: str, candidate: Candidate, share: float, beside: Speed | None = None) -> Speed | None:
@@ -235,8 +248,8 @@ class Search:
             return
         for _ in range(MOST_ROUNDS):
             self._turn += 1
-            defaults = self._tried("defaults", self._defaults, 2 * FIRST_SHARE)
-            best = self._tried("chosen", self._outcome.best, 2 * FIRST_SHARE, defaults)
+            defaults = self._tried("defaults", self._defaults, 2 * self._share)
+            best = self._tried("chosen", self._outcome.best, 2 * self._share, defaults)
             if defaults is None or best is None:
                 return
             self._outcome.pairs.append((defaults, best))

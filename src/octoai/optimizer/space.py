@@ -5,7 +5,7 @@ Pure: candidates are values, and a stage is a function from the best so far to o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,12 @@ from octoai.server.engines.llama import LlamaOptions, LlamaTuning
 
 AS_GIVEN = "as given"
 SMALLEST_BATCH = 64
-SPIN_COUNTS = (300, None)
+WAITING: tuple[Mapping[str, Any], ...] = (
+    {"spin_count": None, "gives_way": True},
+    {"spin_count": 1000, "gives_way": False},
+)
+"""How threads wait for each other: awake while they are alone, or for some ten microseconds and then asleep. Asleep at
+once halves one stream and is no better in company, awake always collapses there: neither is worth a trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,7 @@ class Candidate:
         words = [
             self.weights,
             f"{threads} thread{'s' if threads != '1' else ''}",
-            _waiting(tuning.spin_count),
+            _waiting(tuning),
             f"{self.num_slots} slots",
             f"batch {self.batch_tokens}" + (f"/{tuning.micro_batch_tokens}" if tuning.micro_batch_tokens else ""),
             "" if tuning.flash_attention == "auto" else f"flash attention {tuning.flash_attention}",
@@ -82,49 +87,44 @@ def stages(recipes: Sequence[str], num_cores: int) -> list[Stage]:
     return [
         Stage("weights", lambda best: [replace(best, weights=name) for name in recipes]),
         Stage("threads", lambda best: _threads(best, num_cores)),
-        Stage("speculation", _speculation),
         Stage("batches", _batches),
         Stage("slots", _slots),
+        Stage("speculation", _speculation),
         Stage("attention", _attention),
     ]
 
 
 def first_guess(num_cores: int) -> Candidate:
-    """Where the search starts: not the best, but good everywhere, also in company. Decoding waits for its slowest
-    thread at every step, so that fewer are often faster; reading a prompt does not."""
-    tuning = LlamaTuning(num_batch_threads=num_cores if num_cores > 1 else 0)
-    return Candidate(num_slots=8, num_threads=max(1, num_cores // 2), batch_tokens=128, tuning=tuning)
+    """Where the search starts: not the best, but good everywhere, also in company."""
+    start = Candidate(num_slots=8, num_threads=num_cores, batch_tokens=128)
+    return start.tuned(**WAITING[0]) if num_cores > 1 else start
 
 
-def _waiting(spin_count: int | None) -> str:
-    if spin_count is None:
-        return "spinning"
-    return f"spinning {spin_count}" if spin_count else ""
+def _waiting(tuning: LlamaTuning) -> str:
+    if tuning.spin_count is None:
+        return "spinning while alone" if tuning.gives_way else "spinning"
+    return f"spinning {tuning.spin_count}" if tuning.spin_count else ""
 
 
 def _threads(best: Candidate, num_cores: int) -> list[Candidate]:
-    """How many, how many more of them for prompts, and how they wait: one hangs on the other."""
+    """How many, how many more of them for prompts, and how they wait: one hangs on the other. Decoding waits for its
+    slowest thread at every step, so that fewer are often faster; reading a prompt does not."""
     counts = sorted({1, num_cores // 2, 3 * num_cores // 4} - {0, num_cores}, reverse=True)
     all_cores = replace(best, num_threads=num_cores).tuned(num_batch_threads=0)
     fewer = [replace(best, num_threads=count).tuned(num_batch_threads=num_cores) for count in counts]
-    return [
-        *fewer,
-        all_cores.tuned(spin_count=0),
-        *(all_cores.tuned(spin_count=count) for count in SPIN_COUNTS),
-        *(each.tuned(spin_count=SPIN_COUNTS[0]) for each in fewer),
-        *(replace(best, num_threads=count).tuned(num_batch_threads=0) for count in counts),
-    ]
+    return [each.tuned(**waiting) for waiting in WAITING for each in (all_cores, *fewer)]
 
 
 def _slots(best: Candidate) -> list[Candidate]:
+    """No more than the requests at once that are measured: of further ones only the memory would show."""
     return [
-        *(replace(best, num_slots=count) for count in (2, 4, 8, 16)),
+        *(replace(best, num_slots=count) for count in (2, 4, 8)),
         best.tuned(is_unified=not best.tuning.is_unified),
     ]
 
 
 def _batches(best: Candidate) -> list[Candidate]:
-    sizes = [(64, 0), (128, 0), (256, 0), (256, 128), (512, 0)]
+    sizes = [(64, 0), (128, 0), (256, 0), (512, 0)]
     return [replace(best, batch_tokens=batch).tuned(micro_batch_tokens=micro) for batch, micro in sizes]
 
 

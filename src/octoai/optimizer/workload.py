@@ -21,7 +21,8 @@ _STRIDE = 104_729  # a prime: passages in turn come from all over the text
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Lengths in tokens. The full one is `Workload()`; `part(1 / 4)` takes about a quarter of its time."""
+    """Lengths in tokens. The full one is `Workload()`; `part(1 / 4)` takes little more than a quarter of its time: the
+    long prompt has to fill batches, and a stream to last, to say anything."""
 
     long_prompt: int = 600
     stream: int = 64
@@ -31,11 +32,19 @@ class Workload:
 
     def part(self, share: float) -> Workload:
         return Workload(
-            long_prompt=max(64, round(self.long_prompt * share)),
-            stream=max(16, round(self.stream * share)),
+            long_prompt=min(self.long_prompt, max(64, round(2 * self.long_prompt * share))),
+            stream=min(self.stream, max(16, round(3 * self.stream * share))),
             num_requests=self.num_requests,
             prompt=max(24, round(self.prompt * share)),
             completion=max(8, round(self.completion * share)),
+        )
+
+    def seconds(self, speed: Speed) -> float:
+        """What it takes at that speed."""
+        return (
+            self.long_prompt / speed.prompt_rate
+            + self.stream / speed.stream_rate
+            + self.num_requests * self.completion / speed.joint_rate
         )
 
 

@@ -52,8 +52,8 @@ class LlamaTuning:
     `num_batch_threads` read prompts (0: as many as generate). Of a batch, `micro_batch_tokens` are computed at a time
     (0: all). `cache_type` is the type of ggml that the KV cache is kept in; `is_unified` shares one cache between the
     slots. `speculation` guesses tokens from n-grams of the text so far. A thread that waits for the others looks
-    `spin_count` times before it sleeps (None: OpenMP's own, some milliseconds): what spins is fastest alone, and halved
-    decoding when a neighbour took one of two cores.
+    `spin_count` times before it sleeps (None: OpenMP's own, some milliseconds): what spins is fastest alone, and
+    twenty times slower when a neighbour takes one of two cores. With `gives_way` it spins only while there is none.
     """
 
     num_batch_threads: int = 0
@@ -63,6 +63,7 @@ class LlamaTuning:
     is_unified: bool = False
     speculation: Literal["none", "ngram_simple", "ngram_map_k", "ngram_map_k4v", "ngram_mod", "ngram_cache"] = "none"
     spin_count: int | None = 0
+    gives_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,17 @@ child goes. Knows nothing of the service.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import sys
 from typing import Any
 
+from octoai.server.engines import company
 from octoai.server.parent import die_with_parent
+
+_BRIEFLY = "300"  # looks, where nobody tells of company: some microseconds
 
 
 def main() -> None:
@@ -21,7 +25,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group; the service decides when we go
         signal.signal(number, signal.SIG_IGN)
     options = json.loads(sys.stdin.readline())
+    if options["gives_way"] and not company.is_visible():
+        os.environ.setdefault("GOMP_SPINCOUNT", _BRIEFLY)  # before the library is loaded, which reads it then
     server = _serve(options)
+    if options["gives_way"]:
+        _give_way(max(options["num_threads"], options["num_batch_threads"]))
     print(json.dumps({"listening": server.listening_address}), flush=True)
     os.dup2(2, 1)  # nobody reads standard output after this line, and a full pipe would stop us
     sys.stdin.read()
@@ -65,6 +73,12 @@ def _tune(xllamacpp: Any, params: Any, options: dict[str, Any]) -> None:
     params.kv_unified = options["is_unified"]
     speculation = f"COMMON_SPECULATIVE_TYPE_{options['speculation'].upper()}"
     params.speculative.types = [xllamacpp.common_speculative_type[speculation]]
+
+
+def _give_way(num_threads: int) -> None:
+    from xllamacpp import xllamacpp
+
+    company.watch(ctypes.CDLL(xllamacpp.__file__), num_threads)
 
 
 def _clean_up(socket: str) -> None:
