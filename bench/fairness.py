@@ -1,7 +1,7 @@
 """A client that streams while another sends a prompt that fills the context: its gaps between tokens, and how late the
 long prompt's first token is, beside llama.cpp's server with its own defaults.
 
-    python bench/fairness.py [--short] [--rounds N] [--tokens N] [--json PATH]
+    python bench/fairness.py [--short] [--rounds N] [--tokens N] [--profiles DIR] [--json PATH]
 """
 
 import argparse
@@ -84,10 +84,10 @@ async def measured(engine: Engine, num_tokens: int, seed: int) -> Measured:
     return Measured(first, [later - at for at, later in itertools.pairwise(times) if at <= began + first])
 
 
-async def rounds(number: int, num_tokens: int, place: Path) -> list[dict[str, dict[str, float]]]:
+async def rounds(number: int, num_tokens: int, place: Path, profiles: Path | None) -> list[dict[str, dict[str, float]]]:
     servers: dict[str, Callable[[], AbstractAsyncContextManager[Engine]]] = {
         "defaults": defaults,
-        "ours": partial(ours, place),
+        "ours": partial(ours, place, profiles),
     }
     found = []
     for each in range(number):
@@ -125,6 +125,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help=f"{SHORT_TOKENS} tokens instead of {FULL_TOKENS}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="in the long prompt")
+    parser.add_argument(
+        "--profiles", type=Path, metavar="DIR", help="ours runs as `octoai optimize` found with this cache"
+    )
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "fairness.json")
     return parser.parse_args()
 
@@ -133,7 +136,7 @@ def main() -> None:
     options = arguments()
     num_tokens = options.tokens or (SHORT_TOKENS if options.short else FULL_TOKENS)
     with tempfile.TemporaryDirectory() as place:
-        found = asyncio.run(rounds(options.rounds, num_tokens, Path(place)))
+        found = asyncio.run(rounds(options.rounds, num_tokens, Path(place), options.profiles))
     print(report(found))
     result: dict[str, Any] = {"cores": os.cpu_count(), "tokens": num_tokens, "rounds": found}
     options.json.parent.mkdir(parents=True, exist_ok=True)

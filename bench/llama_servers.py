@@ -12,9 +12,10 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from octoai.optimizer.profile import Profiles
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine, Finished, Generation, Started, Usage
 from octoai.server.engines.llama import LlamaEngine, LlamaOptions
@@ -40,10 +41,16 @@ def weights() -> Path:
 
 
 @asynccontextmanager
-async def ours(place: Path, **options: object) -> AsyncIterator[Engine]:
-    """As the service runs it; `place` keeps what is saved of prompts."""
-    chosen = {"context_length": CONTEXT, "prefix_dir": place / "prefixes", "prefix_bytes": PREFIX_BYTES, **options}
-    engine = LlamaEngine(weights(), model="m", options=LlamaOptions(**chosen))  # type: ignore[arg-type]
+async def ours(place: Path, profiles: Path | None = None) -> AsyncIterator[Engine]:
+    """As the service runs it, with the profile that `octoai optimize` kept in the cache `profiles`, if there is one;
+    `place` keeps what is saved of prompts."""
+    file, options = weights(), LlamaOptions(context_length=CONTEXT)
+    if profiles is not None and (found := Profiles(profiles).find(file)) is not None:
+        options, file = found[0].candidate.options, found[1]
+    options = replace(
+        options, context_length=CONTEXT, prefix_dir=place / "prefixes", prefix_bytes=PREFIX_BYTES, stall_seconds=300
+    )
+    engine = LlamaEngine(file, model="m", options=options)
     await engine.start()
     try:
         yield engine

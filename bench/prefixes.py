@@ -1,7 +1,7 @@
 """A system prompt of 1,000 tokens that requests share: how often it is read, and how soon the others' first tokens are.
 Beside llama.cpp's server with its own defaults.
 
-    python bench/prefixes.py [--short] [--rounds N] [--json PATH]
+    python bench/prefixes.py [--short] [--rounds N] [--profiles DIR] [--json PATH]
 
 Each round: a first request with a prompt that nobody has sent; one more; seven at once; after a restart one more; and
 eight at once with another prompt that nobody has sent. A wrong count of tokens fails it.
@@ -66,10 +66,10 @@ async def measured(engine: Engine, number: int, num_shared: int) -> dict[str, fl
     }
 
 
-async def one_round(number: int, place: Path, num_shared: int) -> dict[str, dict[str, float]]:
-    async with ours(place) as engine:
+async def one_round(number: int, place: Path, profiles: Path | None, num_shared: int) -> dict[str, dict[str, float]]:
+    async with ours(place, profiles) as engine:
         own = await measured(engine, number, num_shared)
-    async with ours(place) as engine:
+    async with ours(place, profiles) as engine:
         await answered(engine, Generation(max_tokens=1, text="Hi"))
         again = await answered(engine, chat(f"{number}a", QUESTIONS[2]))
         own["restarted"] = again.first / own["first"]
@@ -78,14 +78,14 @@ async def one_round(number: int, place: Path, num_shared: int) -> dict[str, dict
         return {"ours": own, "defaults": await measured(engine, number, num_shared)}
 
 
-async def rounds(number: int, place: Path) -> list[dict[str, dict[str, float]]]:
+async def rounds(number: int, place: Path, profiles: Path | None) -> list[dict[str, dict[str, float]]]:
     found = []
-    async with ours(place) as engine:
+    async with ours(place, profiles) as engine:
         whole = await engine.count_tokens(chat("0a", ""))
     assert whole is not None
     num_shared = whole - 5  # what ends the question and begins the answer
     for each in range(number):
-        found.append(await one_round(each, place, num_shared))
+        found.append(await one_round(each, place, profiles, num_shared))
         if not 0.9 * num_shared < found[-1]["ours"]["seven, cached"] <= num_shared:
             sys.exit(
                 f"wrong: {found[-1]['ours']['seven, cached']} of {num_shared} shared tokens were said to be cached"
@@ -102,7 +102,7 @@ def bars(found: list[dict[str, dict[str, float]]]) -> list[Bar]:
         Bar("tokens read of eight prompts at once, x the distinct ones", median("eight, read"), 1.3),
         Bar("first token of the second request, x the first's", median("second"), 0.15),
         Bar("of seven at once, the median, x the first's", median("seven, median"), 0.15),
-        Bar("of seven at once on four slots, the last, x the first's", median("seven, last"), 0.15),
+        Bar("of seven at once, the last, x the first's", median("seven, last"), 0.15),
         Bar("after a restart, x the first's", median("restarted"), 0.15),
     ]
 
@@ -121,6 +121,9 @@ def report(found: list[dict[str, dict[str, float]]]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="two rounds")
+    parser.add_argument(
+        "--profiles", type=Path, metavar="DIR", help="ours runs as `octoai optimize` found with this cache"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "prefixes.json")
     return parser.parse_args()
@@ -129,7 +132,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as place:
-        found = asyncio.run(rounds(2 if options.short else options.rounds, Path(place)))
+        found = asyncio.run(rounds(2 if options.short else options.rounds, Path(place), options.profiles))
     print(report(found))
     result: dict[str, Any] = {"cores": os.cpu_count(), "rounds": found}
     options.json.parent.mkdir(parents=True, exist_ok=True)
