@@ -218,6 +218,7 @@ def test_the_openai_client_and_our_own(service: Serve) -> None:
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == text
 
 
+@pytest.mark.slow
 def test_when_the_server_is_killed_streams_break_and_service_returns_with_it(
     client: Client, llama: LlamaServer
 ) -> None:

@@ -200,6 +200,7 @@ def test_a_schema_is_followed(client: Client) -> None:
         assert isinstance(answer["rain"], bool)
 
 
+@pytest.mark.slow
 def test_any_json_object_is_json(client: Client) -> None:
     # A schema bounds the text, free JSON does not: only that it begins as an object can be promised of a cut answer.
     answer = client.chat(response_format={"type": "json_object"}, max_tokens=300)

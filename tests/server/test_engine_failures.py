@@ -161,6 +161,7 @@ def test_a_signal_drains_and_refuses_new_requests(service: Serve) -> None:
     assert service.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_drain_ends_after_its_time(embedded_model: Path, tmp_path: Path) -> None:
     service = Serve(tmp_path, "--drain-seconds", "1")
     stream = Raw(Client(service), {**LONG, "stream": True})

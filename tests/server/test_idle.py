@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from octoai.server import idle
 
 NOTE = """
@@ -46,6 +48,7 @@ def test_commands_run_in_turn_once_each(tmp_path: Path) -> None:
     assert second.read_text() == "begun done "
 
 
+@pytest.mark.slow
 def test_a_request_ends_it_and_it_is_begun_again_in_quiet(tmp_path: Path) -> None:
     path, busy = tmp_path / "it", False
 

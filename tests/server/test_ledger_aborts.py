@@ -138,6 +138,7 @@ def left_of_the_real_engine(served: Serve, rounds: int) -> None:
         assert seen(stream) <= row.completion_tokens <= seen(stream) + MOST_UNSEEN
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_what_was_left_of_the_real_engine_is_what_its_clients_had_and_little_more(served: Serve) -> None:
     left_of_the_real_engine(served, rounds=4)

@@ -171,6 +171,7 @@ def test_a_place_that_cannot_be_written_costs_nothing_but_the_saving(
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_files_are_bounded_and_the_least_used_goes_first(embedded_model: Path, tmp_path: Path) -> None:
     async def main() -> None:
         async with running(embedded_model, tmp_path) as engine:
@@ -190,6 +191,7 @@ def test_files_are_bounded_and_the_least_used_goes_first(embedded_model: Path, t
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(embedded_model: Path, tmp_path: Path) -> None:
     async def first_token(engine: LlamaEngine, tokens: Sequence[int]) -> float:
         began = time.monotonic()
