@@ -13,7 +13,13 @@ import pytest
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.llama import LlamaEngine, LlamaOptions
-from octoai.server.engines.reading import MIN_SHARED_TOKENS
+from octoai.server.engines.reading import (
+    MIN_SHARED_TOKENS,
+    PIECE_TOKENS,
+    PIECE_TOKENS_BESIDE,
+    Prompt,
+    Reading,
+)
 
 pytestmark = pytest.mark.model
 
@@ -189,6 +195,34 @@ def test_files_are_bounded_and_the_least_used_goes_first(embedded_model: Path, t
             assert (await answered(engine, chat("Hello?")))[1].cached_tokens > 0
 
     asyncio.run(main())
+
+
+def test_beside_others_a_long_prompt_is_read_in_steps(
+    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large the engine's batches are, nobody's stream waits for more than a small piece."""
+    sizes: dict[str, list[int]] = {"alone": [], "beside": []}
+    read_to = Reading._read_to
+    who = "alone"
+
+    async def noted(reading: Reading, prompt: Prompt, end: int) -> None:
+        sizes[who].append(end - max(prompt.num_held, prompt.num_read))
+        await read_to(reading, prompt, end)
+
+    monkeypatch.setattr(Reading, "_read_to", noted)
+
+    async def main() -> None:
+        nonlocal who
+        async with running(embedded_model, tmp_path, batch_tokens=512) as engine:
+            await answered(engine, Generation(max_tokens=1, tokens=list(range(1000, 1700))))
+            who = "beside"
+            victim = Generation(max_tokens=400, tokens=[5, 6, 7], ignore_eos=True)
+            async with aclosing(engine.generate(victim)) as batches:
+                await anext(batches)
+                await answered(engine, Generation(max_tokens=1, tokens=list(range(3000, 3700))))
+
+    asyncio.run(main())
+    assert sizes == {"alone": [PIECE_TOKENS], "beside": [PIECE_TOKENS_BESIDE] * 5}
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ takes milliseconds. Shared are the messages of the system, or what a prompt has 
 All accounts share them, as they share slots: who knows a whole beginning can tell that somebody else has sent it.
 
 A long prompt is read in pieces, each a request to the engine: it fills its batches from the first slot on, and a
-short prompt beside a long one would wait for all of it.
+short prompt beside a long one would wait for all of it. Beside others the pieces are small: each is at most one step of
+the engine, and a step is a gap in everybody's stream.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,7 @@ log = logging.getLogger("octoai.engine")
 
 MIN_SHARED_TOKENS = 128  # fewer are read in one step
 PIECE_TOKENS = 512
+PIECE_TOKENS_BESIDE = 128  # while others are served
 NUM_RECENT = 16
 NUM_HEADS = 64
 
@@ -185,8 +187,7 @@ class Reading:
             read = self._being_read[prompt.shared] = asyncio.Event()
             try:
                 await self._restore(prompt, saved)
-                for end in _ends(prompt.num_held, prompt.num_shared):
-                    await self._read_to(prompt, end)
+                await self._read_most(prompt, prompt.num_held, prompt.num_shared)
                 await self._read_to(prompt, prompt.num_shared)
                 await self._save(prompt)
             finally:
@@ -194,8 +195,18 @@ class Reading:
                 read.set()
         else:
             await self._restore(prompt, saved)
-        for end in _ends(max(prompt.num_held, prompt.num_read), len(prompt.tokens)):
-            await self._read_to(prompt, end)
+        await self._read_most(prompt, max(prompt.num_held, prompt.num_read), len(prompt.tokens))
+
+    async def _read_most(self, prompt: Prompt, start: int, end: int) -> None:
+        """In pieces, but for the last one; what is no more than one large piece, at once."""
+        is_long = end - start > PIECE_TOKENS
+        while is_long and end - start > (size := self._piece_tokens):
+            start += size
+            await self._read_to(prompt, start)
+
+    @property
+    def _piece_tokens(self) -> int:
+        return PIECE_TOKENS if self._slots.num_taken == 1 else PIECE_TOKENS_BESIDE
 
     async def _read_to(self, prompt: Prompt, end: int) -> None:
         piece = Generation(max_tokens=0, tokens=prompt.tokens[:end], temperature=0.0, slot=prompt.slot)
@@ -233,10 +244,3 @@ class Reading:
 
 def _told(on_left: OnLeft, prompt: Prompt, events: Sequence[Event]) -> None:
     on_left(prompt.counted(events))
-
-
-def _ends(start: int, end: int) -> Iterator[int]:
-    """Where pieces end, but for the last."""
-    while end - start > PIECE_TOKENS:
-        start += PIECE_TOKENS
-        yield start

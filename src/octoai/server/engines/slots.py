@@ -37,6 +37,10 @@ class Slots:
         self._held = [b""] * num_slots
         self._free = list(range(num_slots))  # who was put back last comes last
 
+    @property
+    def num_taken(self) -> int:
+        return len(self._held) - len(self._free)
+
     def take(self, prompt: bytes, num_saved: int) -> tuple[int, int]:
         """A free slot, and how many tokens of the prompt it holds. `num_saved` of them can be had for any slot.
 
