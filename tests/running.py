@@ -180,9 +180,8 @@ class Serve:
 
     @staticmethod
     def _children(pid: int, command: bytes) -> list[int]:
-        listed = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in listed.split()}
-        return [pid for pid, said in commands.items() if command in said]
+        listed = " ".join(_read(path).decode() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+        return [int(child) for child in listed.split() if command in _read(Path(f"/proc/{child}/cmdline"))]
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 40) -> int:
         if self.process.poll() is None:
@@ -192,3 +191,11 @@ class Serve:
         assert self.process.stdout is not None
         self.process.stdout.close()
         return status
+
+
+def _read(path: Path) -> bytes:
+    """What `/proc` says of a process; nothing of one that has just ended."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
