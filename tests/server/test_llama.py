@@ -6,13 +6,16 @@ import asyncio
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import uvloop
 
+from octoai.server.engines import llama
 from octoai.server.engines.base import Delta, Generation
-from octoai.server.engines.llama import LlamaEngine, LlamaOptions
+from octoai.server.engines.llama import LlamaEngine, LlamaOptions, LlamaTuning
 
 pytestmark = pytest.mark.model
 
@@ -53,3 +56,13 @@ def test_an_engine_that_cannot_be_started_again_now_is_tried_until_it_can(
         asyncio.run(main())
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.parametrize("spin_count", [None, 0, 300])
+def test_a_child_starts_in_the_services_own_loop_however_its_threads_wait(spin_count: int | None) -> None:
+    async def main() -> None:
+        environ = llama._environment(LlamaTuning(spin_count=spin_count))
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", "", env=environ)
+        assert await child.wait() == 0
+
+    uvloop.run(main())

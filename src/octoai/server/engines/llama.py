@@ -320,9 +320,9 @@ class LlamaEngine:
             await http.close()
 
 
-def _environment(tuning: LlamaTuning) -> Mapping[str, str]:
+def _environment(tuning: LlamaTuning) -> dict[str, str]:
     """What the operator says of OpenMP goes before what we think."""
     if tuning.spin_count is None:
-        return os.environ
+        return dict(os.environ)  # uvloop takes nothing else
     waiting = {"GOMP_SPINCOUNT": str(tuning.spin_count)} if tuning.spin_count else {"OMP_WAIT_POLICY": "passive"}
     return {**waiting, **os.environ}
