@@ -232,7 +232,8 @@ class Ledger:
         unwritten, self._unwritten = self._unwritten, {}
         for tab in unwritten:
             tab.write_intent()
-        self.sync()
+        if unwritten:
+            self.sync()
 
     def closed(self, tab: Tab) -> None:
         """It is about to be settled. A settlement says all that the intent would, so that need not be written now."""

@@ -58,9 +58,11 @@ class Reader:
         if own is None:
             own = self._here.own = _Own(connect(self._place, migrate=False))
             self._connections.append(own)
+        if not own.in_use.acquire(blocking=False):  # only closing takes it from this thread, and for good
+            raise StoreAway("the service is stopping")
         try:
-            with own.in_use:
-                return action(own.connection)
+            return action(own.connection)
         finally:
+            own.in_use.release()
             if self._is_closed:
                 own.close_if_idle()
