@@ -203,10 +203,15 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     assert (settings.port, settings.host, settings.max_waiting, settings.drain_seconds) == (3, "env", 1, 2.5)
 
 
-def test_an_empty_variable_says_nothing_and_a_wrong_one_is_named(environ: dict[str, str]) -> None:
+def test_an_empty_variable_says_nothing_and_a_wrong_one_is_named(environ: dict[str, str], tmp_path: Path) -> None:
     assert load(path=None, environ={**environ, "OCTOAI_PORT": ""}).port == 8000
-    with pytest.raises(BadSettings, match="port"):
+    with pytest.raises(BadSettings, match=r"^OCTOAI_PORT: "):
         load(path=None, environ={**environ, "OCTOAI_PORT": "high"})
+    for path in (None, write(tmp_path, "workers = 2")):
+        with pytest.raises(BadSettings, match=r"^--workers: .* not 'many'$"):
+            load(path=path, environ={**environ, "OCTOAI_WORKERS": "3"}, overrides={"workers": "many"})
+    with pytest.raises(BadSettings, match=r"^OCTOAI_DATABASE: expected postgresql://user@host/name$"):
+        load(path=None, environ={**environ, "OCTOAI_DATABASE": "mysql://user:secret@host/name"})
 
 
 def test_variables_of_the_sdk_are_no_settings(environ: dict[str, str]) -> None:

@@ -24,16 +24,18 @@ MAX_PROMPTS = 128
 
 # Parameters of today's OpenAI clients that would change the answer in a way nothing here can do. The harmless rest
 # (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) is accepted and changes nothing.
-IMPOSSIBLE = {
-    "audio",
-    "function_call",
-    "functions",
-    "loglikelihood",
-    "peft",
-    "prediction",
-    "suffix",
-    "web_search_options",
-}
+IMPOSSIBLE = frozenset(
+    {
+        "audio",
+        "function_call",
+        "functions",
+        "loglikelihood",
+        "peft",
+        "prediction",
+        "suffix",
+        "web_search_options",
+    }
+)
 
 
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]

@@ -159,14 +159,15 @@ def load(
     if is_default and isinstance(values["models"][0], dict):
         # The default configuration says so: ids of the past are served by the first model, openly.
         values.setdefault("stand_in", values["models"][0].get("id"))
-    values |= {
-        key: environ[f"OCTOAI_{key.upper()}"] for key in _FROM_ENVIRONMENT if environ.get(f"OCTOAI_{key.upper()}")
-    }
-    values |= {key: place(environ) for key, place in _PLACES.items() if environ.get(f"OCTOAI_{key.upper()}")}
-    values |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    variables = {key: f"OCTOAI_{key.upper()}" for key in (*_FROM_ENVIRONMENT, *_PLACES)}
+    said_by = {key: variable for key, variable in variables.items() if environ.get(variable)}
+    values |= {key: _PLACES[key](environ) if key in _PLACES else environ[said_by[key]] for key in said_by}
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    values |= given
+    said_by |= {key: f"--{key.replace('_', '-')}" for key in given}
     for key, place in _PLACES.items():
         values.setdefault(key, place(environ))
-    return _canonical(_checked(values, name), name)
+    return _canonical(_checked(values, name, said_by), name)
 
 
 def _canonical(settings: Settings, name: str) -> Settings:
@@ -234,7 +235,8 @@ def _from_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _checked(values: Mapping[str, Any], name: str) -> Settings:
+def _checked(values: Mapping[str, Any], name: str, said_by: Mapping[str, str]) -> Settings:
+    """`said_by`: the variable or option that each key not of the file came from."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -246,9 +248,10 @@ def _checked(values: Mapping[str, Any], name: str) -> Settings:
         near = difflib.get_close_matches(str(location[-1]), known.model_fields, n=1, cutoff=0.0)
         raise BadSettings(f"{name}: unknown key {place!r}; the nearest known one is {near[0]!r}")
     message = problem["msg"].removeprefix("Value error, ")
-    if location == ("database",):  # it may hold a password
-        raise BadSettings(f"{name}: database: expected postgresql://user@host/name")
-    raise BadSettings(f"{name}: {place}: {message[:1].lower()}{message[1:]}, not {problem['input']!r:.80}")
+    where = said_by.get(place, f"{name}: {place}")
+    if place == "database":  # it may hold a password
+        raise BadSettings(f"{where}: expected postgresql://user@host/name")
+    raise BadSettings(f"{where}: {message[:1].lower()}{message[1:]}, not {problem['input']!r:.80}")
 
 
 def _changed(said: Mapping[str, Any]) -> list[str]:
