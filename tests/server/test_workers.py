@@ -322,6 +322,21 @@ def test_a_signal_drains_all_even_where_all_are_sent_it(tmp_path: Path, engine: 
     assert service.lines.count(f"octoai ready on {service.url}") == 1
 
 
+def test_a_worker_that_hangs_is_killed_and_another_serves(tmp_path: Path, engine: Upstream) -> None:
+    service = serve(tmp_path, engine, "--workers", "2", settings="worker_stall_seconds = 2")
+    target = Target(service.url, service.token, MODEL)
+    hung, other = service.workers()
+    os.kill(hung, signal.SIGSTOP)
+    until(lambda: hung not in service.workers() and len(service.workers()) == 2, 20)
+    assert other in service.workers(), "it answers all the time"
+    for told in [Told(next(_numbers), "stream") for _ in range(12)]:
+        run(ask(target, Request(Order(told.number, num_tokens=2)), told))
+        assert told.is_finished
+    assert f"worker 0 (process {hung}) did not answer for 2 s" in service.log.read_text()
+    assert service.stop() == 0
+    ledger_verifies(service)
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_all_at_once(tmp_path: Path, engine: Upstream) -> None:
     service = serve(tmp_path, engine, "--workers", "2")

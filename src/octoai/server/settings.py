@@ -25,7 +25,7 @@ NUM_SLOTS_ELSEWHERE = 256  # requests at once to a server that nobody said more 
 _FROM_ENVIRONMENT = (
     "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting", "max_waiting_tokens",
     "prefix_cache_mib", "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
-    "optimize_when_idle", "workers",
+    "optimize_when_idle", "workers", "worker_stall_seconds",
 )  # fmt: skip
 _PLACES = {"data_dir": places.data_dir, "cache_dir": places.cache_dir}  # "~" and relative ones as everywhere else
 _FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached_input_price", "output_price", "sha256")
@@ -107,7 +107,8 @@ class Settings(_Checked):
     `database` is a PostgreSQL URL; without one it is SQLite in `data_dir`. While it does not answer, tokens that are
     known stay good for `database_away_seconds`, unless `when_database_is_away` is "refuse". `ledger` "off" records,
     bills and limits nothing. `optimize_when_idle` "on" has a model without a profile optimized while nobody asks.
-    `workers` is the number of processes that serve.
+    `workers` is the number of processes that serve; of several, one that says nothing for `worker_stall_seconds` is
+    killed, and another started.
     """
 
     host: str = "127.0.0.1"
@@ -126,6 +127,7 @@ class Settings(_Checked):
     ledger: Literal["on", "off"] = "on"
     optimize_when_idle: Literal["on", "off"] = "off"
     workers: Annotated[int, Field(ge=1, le=256)] = 1
+    worker_stall_seconds: Annotated[float, Field(ge=0.5, le=86400)] = 30.0
     stand_in: str = ""
     models: list[ModelSettings] = []
 

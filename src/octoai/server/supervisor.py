@@ -1,4 +1,5 @@
-"""Several processes that serve on one port, and the one that starts them, starts again those that die, and ends them.
+"""Several processes that serve on one port, and the one that starts them, starts again those that die or hang, and
+ends them.
 
 What a worker left open when it died is settled by the one that is started for it, before that serves. Here is also who
 knows the metrics of all. Requests never come here.
@@ -116,8 +117,10 @@ class Supervisor:
         self._workers[number] = worker
         if self._stop.drain.is_set():
             worker.channel.tell("drain")
+        watching = asyncio.create_task(self._watch(worker, number))
         async for message in worker.channel.messages():
             self._hear(worker, message)
+        watching.cancel()
         status = await worker.process.wait()
         # Both at once: a sum of counters that is taken meanwhile has them once.
         del self._workers[number]
@@ -140,6 +143,21 @@ class Supervisor:
         channel = await Channel.over(ours)
         channel.tell("serve", settings=share(self._settings, number).model_dump(mode="json"))
         return _Worker(process, channel)
+
+    async def _watch(self, worker: _Worker, number: int) -> None:
+        """Kill it when it has served and does not answer any more: its part of all connections would wait for ever."""
+        seconds, num_missed = self._settings.worker_stall_seconds, 0
+        with suppress(ChannelClosed):
+            while num_missed < 2:  # one may be missed by a machine that was itself asleep
+                try:
+                    await worker.channel.ask("alive", seconds=seconds / 2)
+                except TimeoutError:
+                    num_missed += worker.is_ready
+                else:
+                    num_missed = 0
+                    await asyncio.sleep(min(1.0, seconds / 4))
+            log.error("worker %d (process %d) did not answer for %g s", number, worker.process.pid, seconds)
+            worker.process.kill()
 
     def _hear(self, worker: _Worker, message: Message) -> None:
         if message["kind"] == "ready":

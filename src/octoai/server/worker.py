@@ -3,7 +3,8 @@
     python -m octoai.server.worker CHANNEL LISTENER
 
 are descriptors it inherits. Over the channel it is told its settings first (`serve`), later `drain` or `now`, and asked
-for its metrics (`report`); it tells that it is `ready`, or why it `failed`, and asks for the metrics of all (`scrape`).
+for its metrics (`report`) and whether it still answers (`alive`); it tells that it is `ready`, or why it `failed`, and
+asks for the metrics of all (`scrape`).
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class _Worker:
             if message["kind"] == "report":
                 metrics = None if self._service is None else self._service.metrics
                 self._channel.answer(message, [] if metrics is None else totals.report(metrics.registry))
+            elif message["kind"] == "alive":
+                self._channel.answer(message, True)
             elif message["kind"] == "drain":
                 self._stop.drain.set()
             elif message["kind"] == "now":
