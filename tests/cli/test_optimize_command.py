@@ -19,6 +19,7 @@ from octoai.optimizer.profile import Profile, Profiles, sha256
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.server.catalogue import EMBEDDED_MODEL_ID
 from tests.running import Serve
+from tests.talking import until
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -124,6 +125,26 @@ def test_a_short_search_ends_in_a_profile_that_serve_uses(cache: Path, tmp_path:
     try:
         (line,) = [line for line in service.lines if "profile" in line]
         assert line.startswith(f"octoai: profile of {EMBEDDED_MODEL_ID}: {result['profile']['candidate']['weights']}, ")
+    finally:
+        assert service.stop() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(500)
+def test_a_service_that_nobody_asks_makes_a_profile_and_the_next_start_uses_it(cache: Path, tmp_path: Path) -> None:
+    environ = {"OCTOAI_CACHE_DIR": str(cache), "OCTOAI_OPTIMIZE_WHEN_IDLE": "on"}
+    service = Serve(tmp_path / "served", environ=environ)
+    try:
+        assert not [line for line in service.lines if "profile" in line]
+        until(lambda: "done while idle" in service.log.read_text(), 400)
+        (profile,) = (cache / "profiles").glob("*/profile.json")
+        assert Profiles(cache).find(next((cache / "models").glob("*.gguf"))), profile
+    finally:
+        assert service.stop() == 0
+    service = Serve(tmp_path / "served", environ=environ)
+    try:
+        assert [line for line in service.lines if line.startswith(f"octoai: profile of {EMBEDDED_MODEL_ID}: ")]
     finally:
         assert service.stop() == 0
 
