@@ -201,12 +201,12 @@ def test_beside_others_a_long_prompt_is_read_in_steps(
     embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However large the engine's batches are, nobody's stream waits for more than a small piece."""
-    sizes: dict[str, list[int]] = {"alone": [], "beside": []}
+    sizes: dict[str, list[int]] = {}
     read_to = Reading._read_to
     who = "alone"
 
     async def noted(reading: Reading, prompt: Prompt, end: int) -> None:
-        sizes[who].append(end - max(prompt.num_held, prompt.num_read))
+        sizes.setdefault(who, []).append(end - max(prompt.num_held, prompt.num_read))
         await read_to(reading, prompt, end)
 
     monkeypatch.setattr(Reading, "_read_to", noted)
@@ -220,9 +220,20 @@ def test_beside_others_a_long_prompt_is_read_in_steps(
             async with aclosing(engine.generate(victim)) as batches:
                 await anext(batches)
                 await answered(engine, Generation(max_tokens=1, tokens=list(range(3000, 3700))))
+                who = "short, beside"
+                await answered(engine, Generation(max_tokens=1, tokens=list(range(4000, 4180))))
+            who = "short, alone"
+            many = [Generation(max_tokens=1, tokens=list(range(at, at + 180))) for at in (5000, 6000, 7000)]
+            await asyncio.gather(*(answered(engine, each) for each in many))
+            assert engine._reading is not None
+            assert engine._reading._num_answering == 0
 
     asyncio.run(main())
-    assert sizes == {"alone": [PIECE_TOKENS], "beside": [PIECE_TOKENS_BESIDE] * 5}
+    assert sizes == {
+        "alone": [PIECE_TOKENS],
+        "beside": [PIECE_TOKENS_BESIDE] * 5,
+        "short, beside": [PIECE_TOKENS_BESIDE],
+    }
 
 
 @pytest.mark.slow

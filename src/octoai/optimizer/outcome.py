@@ -53,8 +53,8 @@ class Bounds:
     max_loss: float = 0.005
     """In nats: the mean KL divergence from the weights as given."""
     max_memory_bytes: int | None = None
-    max_step_seconds: float = 0.8
-    """That a batch of a prompt takes: a client that leaves is noticed in between, and others' streams wait for it."""
+    max_step_seconds: float = 1.0
+    """That a batch of a prompt takes: a client that leaves is noticed in between, and who comes meanwhile waits."""
     min_steadiness: float = 0.5
     """Threads that spin are fastest alone and slowest in company: what is chosen must bear company."""
 

@@ -93,6 +93,7 @@ class Reading:
         self._prefixes = prefixes
         self._slots = Slots(num_slots)
         self._turns = asyncio.Semaphore(num_slots)
+        self._num_answering = 0  # requests whose first token is there
         self._recent: deque[bytes] = deque(maxlen=NUM_RECENT)
         self._heads: OrderedDict[bytes, bytes] = OrderedDict()
         self._being_read: dict[bytes, asyncio.Event] = {}
@@ -109,14 +110,17 @@ class Reading:
         async with self._turns:
             prompt = await self._prompt(generation)
             await self._until_others_have_read(prompt)
-            saved = self._take_slot(prompt)
+            saved, has_begun = self._take_slot(prompt), False
             try:
                 await self._read(prompt, saved)
                 told = None if on_left is None else partial(_told, on_left, prompt)
                 async with aclosing(self._http.generate(replace(generation, slot=prompt.slot), told)) as batches:
                     async for batch in batches:
+                        self._num_answering += not has_begun
+                        has_begun = True
                         yield prompt.counted(batch)
             finally:
+                self._num_answering -= has_begun
                 self._slots.put_back(prompt.slot, prompt.held)
                 if on_left is not None and prompt.num_read and not prompt.is_counted:
                     on_left((Started(prompt.num_read, prompt.num_read - prompt.num_computed),))
@@ -200,15 +204,16 @@ class Reading:
         await self._read_most(prompt, max(prompt.num_held, prompt.num_read), len(prompt.tokens))
 
     async def _read_most(self, prompt: Prompt, start: int, end: int) -> None:
-        """In pieces, but for the last one; what is no more than one large piece, at once."""
+        """In pieces, but for the last one. What is no more than a large piece is read at once, unless somebody's
+        answer is on its way."""
         is_long = end - start > PIECE_TOKENS
-        while is_long and end - start > (size := self._piece_tokens):
+        while end - start > (size := self._piece_tokens(is_long)):
             start += size
             await self._read_to(prompt, start)
 
-    @property
-    def _piece_tokens(self) -> int:
-        return PIECE_TOKENS if self._slots.num_taken == 1 else PIECE_TOKENS_BESIDE
+    def _piece_tokens(self, is_long: bool) -> int:
+        is_beside = self._num_answering > 0 or (is_long and self._slots.num_taken > 1)
+        return PIECE_TOKENS_BESIDE if is_beside else PIECE_TOKENS
 
     async def _read_to(self, prompt: Prompt, end: int) -> None:
         piece = Generation(max_tokens=0, tokens=prompt.tokens[:end], temperature=0.0, slot=prompt.slot)
