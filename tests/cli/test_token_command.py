@@ -231,8 +231,8 @@ def test_without_the_server_extra_a_command_works_or_says_what_to_install(
         (("--config", "missing.toml"), "cannot read missing.toml"),
         (("--model", "no-such-model"), "no-such-model"),
         (("--model", "missing.gguf"), "missing.gguf"),
-        (("--port", "70000"), "port"),
-        (("--drain-seconds", "-1"), "drain_seconds"),
+        (("--port", "70000"), "octoai: --port: input should be less than or equal to 65535, not 70000"),
+        (("--drain-seconds", "-1"), "octoai: --drain-seconds: input should be greater than or equal to 0, not -1"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(
