@@ -221,7 +221,8 @@ def test_beside_others_a_long_prompt_is_read_in_steps(
                 await anext(batches)
                 await answered(engine, Generation(max_tokens=1, tokens=list(range(3000, 3700))))
                 who = "short, beside"
-                await answered(engine, Generation(max_tokens=1, tokens=list(range(4000, 4180))))
+                _, usage = await answered(engine, Generation(max_tokens=1, tokens=list(range(4000, 4180))))
+                assert (usage.prompt_tokens, usage.cached_tokens) == (180, 0)
             who = "short, alone"
             many = [Generation(max_tokens=1, tokens=list(range(at, at + 180))) for at in (5000, 6000, 7000)]
             await asyncio.gather(*(answered(engine, each) for each in many))

@@ -147,7 +147,7 @@ class Supervisor:
     async def _watch(self, worker: _Worker, number: int) -> None:
         """Kill it when it has served and does not answer any more: its part of all connections would wait for ever."""
         seconds, num_missed = self._settings.worker_stall_seconds, 0
-        with suppress(ChannelClosed):
+        with suppress(ChannelClosed, ProcessLookupError):  # it has ended meanwhile
             while num_missed < 2:  # one may be missed by a machine that was itself asleep
                 try:
                     await worker.channel.ask("alive", seconds=seconds / 2)

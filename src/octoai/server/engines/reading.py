@@ -7,7 +7,7 @@ All accounts share them, as they share slots: who knows a whole beginning can te
 
 A long prompt is read in pieces, each a request to the engine: it fills its batches from the first slot on, and a
 short prompt beside a long one would wait for all of it. Beside others the pieces are small: each is at most one step of
-the engine, and a step is a gap in everybody's stream.
+the engine, and a step is a gap in everybody's stream. Beside an answer that is on its way, short prompts are as well.
 """
 
 from __future__ import annotations
