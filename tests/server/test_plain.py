@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from octoai.server.engines.base import Delta, Event, Generation
@@ -60,7 +60,19 @@ def cut(data: bytes, places: list[int]) -> Iterator[bytes]:
     return (data[start:end] for start, end in zip([0, *ends], [*ends, len(data)], strict=True))
 
 
+def saying(text: str, usage: str, reason: str = "null") -> bytes:
+    choice = b'{"index":0,"delta":{"content":"%b"},"finish_reason":%b}' % (text.encode(), reason.encode())
+    return b'data: {"choices":[%b],"usage":%b}\n\n' % (choice, usage.encode())
+
+
+COUNTED = '{"prompt_tokens":3,"completion_tokens":0}'
+OTHER = '{"prompt_tokens":4,"completion_tokens":0}'
+
+
 @given(streams(), st.lists(st.integers(min_value=0, max_value=10_000), max_size=4))
+@example(saying("a", "{}") + saying("", COUNTED) + saying("b", "{}") + saying("", "{}", '"stop"'), [])
+@example(saying("a", COUNTED) + saying("", OTHER) + saying("b", COUNTED) + saying("", "{}", '"stop"'), [])
+@example(saying("", COUNTED) + saying("a", "{}") + saying("b", "{}") + saying("", "{}", '"stop"'), [])
 def test_plain_or_in_full_it_means_the_same(data: bytes, places: list[int]) -> None:
     assert read(Answer(ONE), cut(data, places)) == read(Answer(), cut(data, places))
 

@@ -59,6 +59,7 @@ class Reader:
         self._cached_tokens = 0
         self._completion_tokens: int | None = None
         self._plain: Plain | None = None
+        self._said_when_plain = (0, 0, False)
         may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
         self._num_tries = MAX_TRIES if may_be_plain else 0
 
@@ -90,7 +91,10 @@ class Reader:
             return
         chunk, num_before, num_ended = _decoded(payload), len(events), len(self._reasons)
         self._read_checked(chunk, events)
-        if self._num_tries and self._plain is None and len(events) > num_before and len(self._reasons) == num_ended:
+        if self._plain is not None:
+            if self._said() != self._said_when_plain:
+                self._plain = None  # what is known by its shape would not say that again
+        elif self._num_tries and len(events) > num_before and len(self._reasons) == num_ended:
             self._learn(payload, chunk, events[-1])
 
     def _learn(self, payload: bytes, chunk: Mapping[str, Any], event: Event) -> None:
@@ -99,8 +103,13 @@ class Reader:
             self._num_tries -= 1
             usage = chunk.get("usage")
             shape = plain(b"data: " + payload)
-            if shape is not None and shape.has_counts == bool(usage) and not chunk.get("timings"):
-                self._plain = shape
+            is_counted = self._completion_tokens is not None
+            if shape and shape.has_counts == bool(usage) == is_counted and not chunk.get("timings"):
+                self._plain, self._said_when_plain = shape, self._said()
+
+    def _said(self) -> tuple[int, int, bool]:
+        """Of what the engine counts, that which plain events do not say."""
+        return self._prompt_tokens, self._cached_tokens, self._completion_tokens is not None
 
     def so_far(self, *, is_whole: bool) -> list[Event]:
         """The counts until now, also those of tokens that had no text of their own yet: `Started` and a `Delta` a
