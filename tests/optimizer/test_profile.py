@@ -28,8 +28,13 @@ def profiles(tmp_path: Path) -> Profiles:
     return Profiles(tmp_path / "cache", cpu="a CPU, 2 cores", engine="1.2.3")
 
 
-def stored(profiles: Profiles, source: Path, made: bytes | None = b"weights in another format") -> tuple[Profile, Path]:
+def stored(
+    profiles: Profiles, source: Path, made: bytes | None = b"weights in another format", kernels: bytes | None = None
+) -> tuple[Profile, Path]:
     """A profile, and the directory it is in."""
+    if kernels is not None:
+        profiles.kernels_path.parent.mkdir(parents=True, exist_ok=True)
+        profiles.kernels_path.write_bytes(kernels)
     weights = None
     if made is not None:
         weights = source.with_name("made.gguf")
@@ -39,7 +44,9 @@ def stored(profiles: Profiles, source: Path, made: bytes | None = b"weights in a
         model_sha256=sha256(source),
         cpu=profiles.cpu,
         engine=profiles.engine,
-        candidate=Candidate("Q8_0" if made else "as given", 8, 2).tuned(spin_count=300),
+        candidate=Candidate("Q8_0" if made else "as given", 8, 2).tuned(
+            spin_count=300, kernels=profiles.kernels_path if kernels else None
+        ),
         goal="balanced",
         max_loss=0.005,
         made="2026-11-22T23:00:00Z",
@@ -49,6 +56,7 @@ def stored(profiles: Profiles, source: Path, made: bytes | None = b"weights in a
         weights_file=f"{digest[:12]}.gguf" if digest else None,
         weights_bytes=len(made) if made else None,
         weights_sha256=digest,
+        kernels_sha256=sha256(profiles.kernels_path) if kernels else None,
     )
     return profile, profiles.store(source, profile, weights)
 
@@ -108,6 +116,42 @@ def test_weights_that_are_not_those_it_was_made_with_are_not_served(
         profiles.find(source)
 
 
+def test_kernels_are_found_again_also_in_a_cache_that_was_moved(
+    profiles: Profiles, source: Path, tmp_path: Path
+) -> None:
+    profile, _ = stored(profiles, source, kernels=b"kernels")
+    assert "compiled for this CPU" in str(profile)
+    assert profiles.find(source) is not None
+    assert profiles.find(source)[0] == profile  # type: ignore[index]
+    moved = (tmp_path / "cache").rename(tmp_path / "moved")
+    (found, _) = Profiles(moved, cpu=profiles.cpu, engine=profiles.engine).find(source) or (None, None)
+    assert found is not None
+    assert found.candidate.tuning.kernels == moved / "kernels" / profiles.kernels_path.name
+
+
+@pytest.mark.parametrize("content", [b"", b"KERNELS", None])
+def test_kernels_that_are_not_those_it_was_made_with_are_not_loaded(
+    profiles: Profiles, source: Path, content: bytes | None
+) -> None:
+    stored(profiles, source, kernels=b"kernels")
+    profiles.kernels_path.unlink()
+    if content is not None:
+        profiles.kernels_path.write_bytes(content)
+    with pytest.raises(BadProfile, match="octoai optimize"):
+        profiles.find(source)
+
+
+def test_a_profile_cannot_name_kernels_elsewhere(profiles: Profiles, source: Path) -> None:
+    _, place = stored(profiles, source)
+    path = place / "profile.json"
+    said = json.loads(path.read_text())
+    said["candidate"]["tuning"]["kernels"] = "/tmp/others.so"
+    path.write_text(json.dumps(said))
+    found = profiles.find(source)
+    assert found is not None
+    assert found[0].candidate.tuning.kernels is None
+
+
 def test_a_profile_cannot_name_a_file_elsewhere(profiles: Profiles, source: Path) -> None:
     _, place = stored(profiles, source)
     path = place / "profile.json"
@@ -124,11 +168,12 @@ def test_a_new_profile_takes_the_place_and_the_room_of_the_old_one(profiles: Pro
 
 
 def test_a_newer_engine_takes_the_room_of_the_older(profiles: Profiles, source: Path, tmp_path: Path) -> None:
-    _, place = stored(profiles, source)
+    _, place = stored(profiles, source, kernels=b"older")
     newer = Profiles(tmp_path / "cache", cpu=profiles.cpu, engine="1.2.4")
-    stored(newer, source)
+    stored(newer, source, kernels=b"newer")
     assert newer.find(source) is not None
     assert not place.exists()
+    assert list(newer.kernels_path.parent.iterdir()) == [newer.kernels_path]
     elsewhere = Profiles(tmp_path / "cache", cpu="another CPU", engine="1.2.4")
     stored(elsewhere, source)
     assert newer.find(source) is not None  # another machine's, in a shared cache

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed, score
 from octoai.optimizer.search import Search
-from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guess, safe_defaults, stages
+from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guesses, safe_defaults, stages
 from octoai.optimizer.workload import Speed
 
 CORES = 4
@@ -17,6 +18,7 @@ RECIPES = [AS_GIVEN, "Q8_0", "Q4_0", "Q4_K"]
 FORMATS = {AS_GIVEN: 1.0, "Q8_0": 1.6, "Q4_0": 2.2, "Q4_K": 0.7}
 LOSSES = {"Q8_0": 0.001, "Q4_0": 0.2, "Q4_K": 0.05}
 TRIAL_SECONDS = 3.0
+KERNELS = Path("kernels.so")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Lost:
 @dataclass
 class Machine:
     """Measures by a formula, on a clock of its own. `drift` is how much faster it becomes by the trial; `collapsing`
-    are counts of spins that do not bear company."""
+    are counts of spins that do not bear company. With the kernels of this CPU it computes `quicker`, and loses
+    `lost_by_kernels` beside what the weights do."""
 
     noise: float = 0.0
     drift: float = 0.0
@@ -36,6 +39,8 @@ class Machine:
     hanging: frozenset[str] = frozenset()
     collapsing: frozenset[int | None] = frozenset()
     interrupted_at: int | None = None
+    quicker: float = 1.5
+    lost_by_kernels: float = 0.0001
     spins: dict[int | None, float] = field(default_factory=lambda: {None: 2.0, 1000: 1.3, 0: 1.0})
     now: float = 100.0
     num_trials: int = 0
@@ -61,25 +66,33 @@ class Machine:
 
     def rate(self, candidate: Candidate) -> float:
         threads = {1: 1.0, 2: 1.8, 3: 2.4, 4: 2.0}[candidate.num_threads]
-        waiting = self.spins[candidate.tuning.spin_count]
+        waiting = self.spins[candidate.tuning.spin_count] * (self.quicker if candidate.tuning.kernels else 1)
         return 20 * FORMATS[candidate.weights] * threads * waiting / (1 + abs(candidate.batch_tokens - 256) / 1000)
 
-    def loss(self, weights: str, bound: float | None = None) -> Lost:
+    def loss(self, candidate: Candidate, bound: float | None = None) -> Lost:
         self.now += TRIAL_SECONDS if bound is None else TRIAL_SECONDS / 3
         if bound is None:
-            self.asked.append(weights)
-        return Lost(LOSSES[weights])
+            self.asked.append(candidate.weights)
+        by_kernels = self.lost_by_kernels if candidate.tuning.kernels else 0.0
+        return Lost(LOSSES.get(candidate.weights, 0.0) + by_kernels)
 
     def steadiness(self, candidate: Candidate, max_seconds: float | None = None) -> float:
         self.now += TRIAL_SECONDS
         return 0.1 if candidate.tuning.spin_count in self.collapsing else 0.8
 
 
-def found(machine: Machine, *, seconds: float = 1000, goal: Goal = "balanced", **bounds: float) -> Outcome:
+def found(
+    machine: Machine,
+    *,
+    seconds: float = 1000,
+    goal: Goal = "balanced",
+    kernels: Path | None = None,
+    **bounds: float,
+) -> Outcome:
     search = Search(
         machine,
         stages(RECIPES, CORES),
-        start=first_guess(CORES),
+        starts=first_guesses(CORES, kernels),
         defaults=engine_defaults(CORES),
         goal=goal,
         bounds=Bounds(**bounds),  # type: ignore[arg-type]
@@ -103,31 +116,43 @@ def test_a_format_that_loses_more_is_not_chosen_and_one_that_may_is() -> None:
     assert found(Machine(), max_loss=0.5).best.weights == "Q4_0"
 
 
+def test_kernels_for_this_cpu_are_chosen_where_they_are_faster_and_their_loss_is_measured() -> None:
+    outcome = found(Machine(), kernels=KERNELS)
+    assert (outcome.best.weights, outcome.best.tuning.kernels) == ("Q8_0", KERNELS)
+    assert outcome.losses == {(AS_GIVEN, KERNELS): Lost(0.0001), ("Q8_0", KERNELS): Lost(0.0011)}
+    assert found(Machine(quicker=0.9), kernels=KERNELS).best.tuning.kernels is None
+
+
+def test_kernels_that_compute_something_else_are_not_chosen_and_spoil_nothing() -> None:
+    best = found(Machine(lost_by_kernels=9.0), kernels=KERNELS).best
+    assert (best.weights, best.tuning.kernels) == ("Q8_0", None)
+
+
 def test_quality_is_measured_in_full_once_and_only_for_what_is_chosen() -> None:
     machine = Machine()
     outcome = found(machine, max_loss=0.5)
     assert machine.asked == ["Q4_0"]
-    assert outcome.losses["Q4_0"].kl_nats == LOSSES["Q4_0"]
+    assert outcome.losses["Q4_0", None].kl_nats == LOSSES["Q4_0"]
 
 
 def test_a_format_that_looked_better_at_a_glance_than_it_is_is_not_chosen() -> None:
     class Misleading(Machine):
-        def loss(self, weights: str, bound: float | None = None) -> Lost:
-            lost = Machine.loss(self, weights, bound)
+        def loss(self, candidate: Candidate, bound: float | None = None) -> Lost:
+            lost = Machine.loss(self, candidate, bound)
             return lost if bound is None else Lost(0.0)
 
     outcome = found(Misleading())
     assert outcome.best.weights == "Q8_0"
-    assert outcome.losses["Q4_0"].kl_nats == LOSSES["Q4_0"]
+    assert outcome.losses["Q4_0", None].kl_nats == LOSSES["Q4_0"]
 
 
 def test_formats_smaller_than_one_that_loses_by_far_too_much_are_not_looked_at() -> None:
     looked: list[str] = []
 
     class Looking(Machine):
-        def loss(self, weights: str, bound: float | None = None) -> Lost:
-            looked.append(weights)
-            return Machine.loss(self, weights, bound)
+        def loss(self, candidate: Candidate, bound: float | None = None) -> Lost:
+            looked.append(candidate.weights)
+            return Machine.loss(self, candidate, bound)
 
     found(Looking())
     assert set(looked) == {"Q8_0", "Q4_0"}
@@ -210,7 +235,7 @@ def test_what_was_found_until_an_interruption_is_kept() -> None:
     outcome = found(Machine(interrupted_at=20))
     assert outcome.is_interrupted
     assert outcome.best.weights == "Q8_0"
-    assert found(Machine(interrupted_at=1)).best == first_guess(CORES)
+    assert found(Machine(interrupted_at=1)).best == first_guesses(CORES)[0]
 
 
 def test_the_end_compares_the_best_with_the_defaults_in_turn() -> None:
@@ -234,7 +259,11 @@ def test_every_trial_is_told_of() -> None:
     told: list[Trial] = []
     machine = Machine()
     search = Search(
-        machine, stages(RECIPES, CORES), start=first_guess(CORES), defaults=engine_defaults(CORES), on_trial=told.append
+        machine,
+        stages(RECIPES, CORES),
+        starts=first_guesses(CORES),
+        defaults=engine_defaults(CORES),
+        on_trial=told.append,
     )
     assert search.run(60, lambda: machine.now).trials == told
 
@@ -242,7 +271,7 @@ def test_every_trial_is_told_of() -> None:
 def test_a_stage_offers_only_what_its_machine_has() -> None:
     for cores in (1, 2, 3, 64):
         for stage in stages(RECIPES, cores):
-            for candidate in stage.others(first_guess(cores)):
+            for candidate in stage.others(first_guesses(cores)[0]):
                 assert 1 <= candidate.num_threads <= cores
                 assert 0 <= candidate.tuning.num_batch_threads <= cores
                 assert candidate.tuning.micro_batch_tokens <= candidate.batch_tokens
@@ -251,7 +280,7 @@ def test_a_stage_offers_only_what_its_machine_has() -> None:
 def test_a_candidate_says_what_it_is() -> None:
     assert str(safe_defaults(1)) == "as given, 1 thread, 4 slots, batch 64"
     assert str(engine_defaults(2)) == "as given, 2 threads, spinning, 1 slots, batch 2048/512"
-    assert str(first_guess(2)) == "as given, 2 threads, spinning while alone, 8 slots, batch 128"
+    assert str(first_guesses(2)[0]) == "as given, 2 threads, spinning while alone, 8 slots, batch 128"
     other = Candidate("Q8_0", 8, 2).tuned(num_batch_threads=4, spin_count=300, flash_attention="off", is_unified=True)
     assert str(other) == "Q8_0, 2+4 threads, spinning 300, 8 slots, batch 64, flash attention off, unified KV"
 

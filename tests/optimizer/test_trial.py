@@ -48,7 +48,7 @@ def test_another_format_is_made_measured_and_loses_what_it_loses(bench: Bench, t
     assert "Q8_0" in bench.recipe_names
     speed, _ = bench.speed(Candidate("Q8_0", num_threads=2), SHARE, 1)
     assert speed.joint_rate > 0
-    assert 0 < bench.loss("Q8_0").kl_nats < 0.005
+    assert 0 < bench.loss(Candidate("Q8_0")).kl_nats < 0.005
     assert len(list(tmp_path.glob("*.gguf"))) == 1
 
 

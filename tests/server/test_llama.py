@@ -66,3 +66,28 @@ def test_a_child_starts_in_the_services_own_loop_however_its_threads_wait(spin_c
         assert await child.wait() == 0
 
     uvloop.run(main())
+
+
+@pytest.mark.parametrize("damage", ["missing", "no library", "a library of something else"])
+def test_where_kernels_do_not_load_those_of_the_wheel_answer(
+    embedded_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    kernels = tmp_path / "kernels.so"
+    if damage == "no library":
+        kernels.write_bytes(b"nothing")
+    elif damage == "a library of something else":
+        shutil.copy(next(Path(sys.base_prefix).rglob("_json.cpython*.so")), kernels)
+
+    async def main() -> None:
+        options = LlamaOptions(context_length=512, num_slots=1, tuning=LlamaTuning(kernels=kernels))
+        engine = LlamaEngine(embedded_model, model="m", options=options)
+        await engine.start()
+        try:
+            events = [event async for batch in engine.generate(HELLO) for event in batch]
+            assert any(isinstance(event, Delta) for event in events)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+    assert f"{kernels} is not a library of kernels" in caplog.text
+    assert "trying the kernels of llama.cpp's wheel" in caplog.text

@@ -18,7 +18,7 @@ from octoai.cli.messages import fail
 
 if TYPE_CHECKING:
     from octoai.optimizer.optimization import Optimized
-    from octoai.optimizer.outcome import Trial
+    from octoai.optimizer.outcome import Loss, Trial
     from octoai.server.settings import ModelSettings, Settings
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -72,15 +72,18 @@ def optimize(args: argparse.Namespace) -> int:
             seconds=args.seconds,
             bounds=Bounds(max_loss=args.max_loss, max_memory_bytes=args.max_memory),
         )
-        with _bar(chosen.id, args.seconds) as on_trial:
-            result = optimized(source, settings.cache_dir, wish, on_trial)
+        with _bar(chosen.id, args.seconds) as (on_trial, on_step):
+            result = optimized(source, settings.cache_dir, wish, on_trial, on_step)
         if args.plot and result.plot:
             args.plot.write_bytes(result.plot.read_bytes())
     except (BadCatalogue, BadSettings, CannotOptimize, PullFailed) as error:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror or error}")
-    print(json.dumps(_described(result), indent=2) if args.json else _shown(result), end="" if not args.json else "\n")
+    print(
+        json.dumps(_described(result), indent=2, default=str) if args.json else _shown(result),
+        end="" if not args.json else "\n",
+    )
     if result.profile is None:
         fail("stopped before anything better was found: nothing is stored")
     return 130 if result.outcome.is_interrupted else 0
@@ -101,7 +104,8 @@ def _chosen(name: str | None, config: Path | None) -> tuple[Settings, ModelSetti
 
 
 @contextmanager
-def _bar(name: str, seconds: float) -> Iterator[Callable[[Trial], None]]:
+def _bar(name: str, seconds: float) -> Iterator[tuple[Callable[[Trial], None], Callable[[str], None]]]:
+    """What is to be told of trials, and of other steps."""
     from tqdm import tqdm
 
     began = time.monotonic()
@@ -112,7 +116,7 @@ def _bar(name: str, seconds: float) -> Iterator[Callable[[Trial], None]]:
             bar.set_postfix_str(f"{trial.stage}: {trial.candidate}"[:70], refresh=False)
             bar.update(min(seconds, time.monotonic() - began) - bar.n)
 
-        yield on_trial
+        yield on_trial, bar.set_postfix_str
 
 
 def _shown(result: Optimized) -> str:
@@ -136,9 +140,11 @@ def _shown(result: Optimized) -> str:
         *(
             f"{name}: {loss.kl_nats:.5f} nats from the file as given; "
             f"the most likely token is the same at {loss.same_top:.1%} of positions\n"
-            for name, loss in result.outcome.losses.items()
+            for name, loss in _losses(result).items()
         ),
     ]
+    if result.no_kernels:
+        lines.append(f"{result.no_kernels}\n")
     if result.profile is not None:
         lines.append(f"chosen: {result.profile.candidate}\n")
         if result.profile.ratios:
@@ -158,9 +164,18 @@ def _described(result: Optimized) -> dict[str, Any]:
         "place": str(result.place) if result.place else None,
         "plot": str(result.plot) if result.plot else None,
         "is_interrupted": outcome.is_interrupted,
-        "losses": {name: {"kl_nats": loss.kl_nats, "same_top": loss.same_top} for name, loss in outcome.losses.items()},
+        "losses": {
+            name: {"kl_nats": loss.kl_nats, "same_top": loss.same_top} for name, loss in _losses(result).items()
+        },
+        "no_kernels": result.no_kernels or None,
         "trials": [asdict(trial) for trial in outcome.trials],
     }
+
+
+def _losses(result: Optimized) -> dict[str, Loss]:
+    """By what a reader calls them."""
+    losses = result.outcome.losses.items()
+    return {f"{weights}, compiled for this CPU" if kernels else weights: loss for (weights, kernels), loss in losses}
 
 
 def _leave(number: int, _frame: object) -> NoReturn:

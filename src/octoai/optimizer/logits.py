@@ -1,9 +1,10 @@
 """The child process that asks a model for its next-token distributions: `python -m octoai.optimizer.logits`.
 
 Reads one line of JSON from its standard input (`weights`, `text`, `output`, `max_positions`, `max_seconds`,
-`num_threads`), reads the text once through llama.cpp, writes the logarithm of every token's probability after every
-position to `output`, as rows of 32-bit floats, and says in one line of JSON how many rows of how many tokens there
-are. It is a process of its own because its memory is the model's, and because a library may crash on bad weights.
+`num_threads`, `kernels`), reads the text once through llama.cpp, writes the logarithm of every token's probability
+after every position to `output`, as rows of 32-bit floats, and says in one line of JSON how many rows of how many
+tokens there are. It is a process of its own because its memory is the model's, and because a library may crash on
+bad weights.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octoai.optimizer.ggml import function
+from octoai.server.engines import kernels
 from octoai.server.parent import die_with_parent
 
 POSITIONS_A_STEP = 16
@@ -41,8 +43,10 @@ def main() -> None:
     die_with_parent()
     options = json.loads(sys.stdin.readline())
     try:
+        if options["kernels"]:
+            kernels.load(Path(options["kernels"]))
         model = Model(Path(options["weights"]), num_threads=options["num_threads"])
-    except Unloadable as error:
+    except (Unloadable, kernels.CannotLoadKernels) as error:
         sys.exit(str(error))
     tokens = model.tokens(options["text"])[: options["max_positions"]]
     started, num_positions = time.monotonic(), 0

@@ -8,19 +8,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from octoai.optimizer import kernels
 from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed
 from octoai.optimizer.plot import plotted
 from octoai.optimizer.profile import Profile, Profiles, sha256
 from octoai.optimizer.search import Search
-from octoai.optimizer.space import AS_GIVEN, engine_defaults, first_guess, stages
+from octoai.optimizer.space import AS_GIVEN, engine_defaults, first_guesses, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
 from octoai.optimizer.weights import UnusableWeights
 from octoai.server.places import create
 
 _PLOT_FILENAME = "profile.svg"
+_COMPILING_SECONDS = 60.0  # of a search that is at least as long, half may be spent on kernels
 
 
 class CannotOptimize(Exception):
@@ -39,11 +41,13 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Optimized:
-    """`profile` is None where nothing was found before it was stopped, `place` is the directory it is in."""
+    """`profile` is None where nothing was found before it was stopped, `place` is the directory it is in. `no_kernels`
+    says why there were none for this CPU to try, "" where there were."""
 
     outcome: Outcome
     profile: Profile | None = None
     place: Path | None = None
+    no_kernels: str = ""
 
     @property
     def plot(self) -> Path | None:
@@ -51,13 +55,21 @@ class Optimized:
 
 
 def optimize(
-    source: Path, cache_dir: Path, wish: Wish, on_trial: Callable[[Trial], None] = lambda _trial: None
+    source: Path,
+    cache_dir: Path,
+    wish: Wish,
+    on_trial: Callable[[Trial], None] = lambda _trial: None,
+    on_step: Callable[[str], None] = lambda _step: None,
 ) -> Optimized:
-    """Search, and store what was found. Stopped by the keyboard it stores the best so far. Raises CannotOptimize."""
+    """Search, and store what was found. Stopped by the keyboard it stores the best so far. `on_step` is told what takes
+    long and is no trial. Raises CannotOptimize."""
     began = time.monotonic()
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    profiles = Profiles(cache_dir)
     try:
         model_sha256 = sha256(source)
+        kernels_path, no_kernels = _kernels(profiles, wish, num_cores, on_step)
+        starts = first_guesses(num_cores, kernels_path)
         with (
             _workplace(cache_dir, model_sha256) as directory,
             Bench(
@@ -71,22 +83,40 @@ def optimize(
             search = Search(
                 bench,
                 stages(bench.recipe_names, num_cores),
-                start=first_guess(num_cores),
+                starts=starts,
                 defaults=engine_defaults(num_cores),
                 goal=wish.goal,
                 bounds=wish.bounds,
                 on_trial=on_trial,
             )
             outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
-            if outcome.is_interrupted and (not outcome.is_usable or outcome.best == first_guess(num_cores)):
-                return Optimized(outcome)
+            if outcome.is_interrupted and (not outcome.is_usable or outcome.best in starts):
+                return Optimized(outcome, no_kernels=no_kernels)
             if not outcome.is_usable:
                 raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")
-            return _stored(Profiles(cache_dir), source, model_sha256, outcome, wish, bench)
+            found = _stored(profiles, source, model_sha256, outcome, wish, bench)
+            return replace(found, no_kernels=no_kernels)
+    except KeyboardInterrupt:  # before the search began
+        return Optimized(Outcome(best=first_guesses(num_cores)[0], is_interrupted=True))
     except (TrialFailed, UnusableWeights) as error:
         raise CannotOptimize(str(error)) from None
     except OSError as error:
         raise CannotOptimize(f"{error.filename or cache_dir}: {error.strerror or error}") from None
+
+
+def _kernels(profiles: Profiles, wish: Wish, num_cores: int, on_step: Callable[[str], None]) -> tuple[Path | None, str]:
+    """Those for this CPU, made now if need be, or why there are none."""
+    path = profiles.kernels_path
+    if path.is_file():
+        return path, ""
+    if wish.seconds < _COMPILING_SECONDS:
+        return None, f"no kernels for this CPU are here, and compiling them takes more than {wish.seconds:.0f} seconds"
+    on_step("compiling kernels for this CPU")
+    try:
+        kernels.make(path, profiles.engine, num_threads=num_cores, environ=os.environ)
+    except kernels.NoKernels as error:
+        return None, str(error)
+    return path, ""
 
 
 def _stored(
@@ -95,7 +125,8 @@ def _stored(
     best = outcome.best
     made = None if best.weights == AS_GIVEN else bench.weights(best.weights)
     weights_sha256 = sha256(made) if made else None
-    loss = outcome.losses.get(best.weights)
+    loss = outcome.losses.get(best.arithmetic)
+    own = best.tuning.kernels
     profile = Profile(
         model_sha256=model_sha256,
         cpu=profiles.cpu,
@@ -110,6 +141,7 @@ def _stored(
         weights_file=f"{weights_sha256[:12]}.gguf" if weights_sha256 else None,
         weights_bytes=made.stat().st_size if made else None,
         weights_sha256=weights_sha256,
+        kernels_sha256=sha256(own) if own else None,
     )
     place = profiles.store(source, profile, made)
     (place / _PLOT_FILENAME).write_text(plotted(outcome), encoding="utf-8")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import exp, log
+from pathlib import Path
 from statistics import median
 from typing import Literal, Protocol
 
-from octoai.optimizer.space import Candidate
+from octoai.optimizer.space import ALL_RATES, Candidate, Rate
 from octoai.optimizer.workload import Speed
 
 Goal = Literal["latency", "throughput", "balanced"]
 
 # Of a prompt's rate, one stream's, and that of several requests at once.
-_WEIGHTS: dict[Goal, tuple[float, float, float]] = {
-    "latency": (0.45, 0.45, 0.1),
-    "throughput": (0.1, 0.1, 0.8),
-    "balanced": (1 / 3, 1 / 3, 1 / 3),
+_WEIGHTS: dict[Goal, dict[Rate, float]] = {
+    "latency": {"prompt": 0.45, "stream": 0.45, "joint": 0.1},
+    "throughput": {"prompt": 0.1, "stream": 0.1, "joint": 0.8},
+    "balanced": {"prompt": 1 / 3, "stream": 1 / 3, "joint": 1 / 3},
 }
 
 
@@ -41,8 +43,8 @@ class Measuring(Protocol):
     ) -> tuple[Speed, int]:
         """And the most memory that it took, in bytes. Raises TrialFailed, also when it takes longer than it may."""
 
-    def loss(self, weights: str, bound: float | None = None) -> Loss:
-        """Of a recipe; as little is read as tells on which side of the bound it is. Raises TrialFailed."""
+    def loss(self, candidate: Candidate, bound: float | None = None) -> Loss:
+        """Of its arithmetic; as little is read as tells on which side of the bound it is. Raises TrialFailed."""
 
     def steadiness(self, candidate: Candidate, max_seconds: float | None = None) -> float:
         """What is left of the joint rate, as a share of it, while another process takes a core. Raises TrialFailed."""
@@ -81,8 +83,8 @@ class Outcome:
     """Whether the best, or where the search began, ran within the bounds."""
     is_interrupted: bool = False
     trials: list[Trial] = field(default_factory=list)
-    losses: dict[str, Loss] = field(default_factory=dict)
-    """Of weights that became the best at some time."""
+    losses: dict[tuple[str, Path | None], Loss] = field(default_factory=dict)
+    """By the arithmetic of candidates that became the best at some time."""
     pairs: list[tuple[Speed, Speed]] = field(default_factory=list)
 
     @property
@@ -97,15 +99,15 @@ class Outcome:
         )
 
 
-def score(speed: Speed, beside: Speed, goal: Goal) -> float:
-    """How many times as fast, for the goal."""
-    weights = _WEIGHTS[goal]
-    rates = (
-        (speed.prompt_rate, beside.prompt_rate),
-        (speed.stream_rate, beside.stream_rate),
-        (speed.joint_rate, beside.joint_rate),
-    )
-    return exp(sum(weight * log(a / b) for weight, (a, b) in zip(weights, rates, strict=True)))
+def score(speed: Speed, beside: Speed, goal: Goal, rates: Sequence[Rate] = ALL_RATES) -> float:
+    """How many times as fast, for the goal, by these rates alone."""
+    times: dict[Rate, float] = {
+        "prompt": speed.prompt_rate / beside.prompt_rate,
+        "stream": speed.stream_rate / beside.stream_rate,
+        "joint": speed.joint_rate / beside.joint_rate,
+    }
+    weights = {rate: _WEIGHTS[goal][rate] for rate in rates}
+    return exp(sum(weight * log(times[rate]) for rate, weight in weights.items()) / sum(weights.values()))
 
 
 def fastest(one: Speed, other: Speed) -> Speed:

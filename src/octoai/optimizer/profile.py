@@ -1,4 +1,5 @@
-"""What a search found, kept for the next start: a profile, and beside it the file of weights that it needs.
+"""What a search found, kept for the next start: a profile, and beside it the file of weights that it needs. Kernels
+that were compiled for this CPU are no model's own, and lie apart.
 
 A profile holds for one model (by the hash of its file), one CPU and one version of the engine; for any other it is not
 found. The directory of profiles lies in the cache: deleting it costs a search, nothing else.
@@ -11,7 +12,7 @@ import os
 import platform
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +32,8 @@ class BadProfile(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """`weights_file` is beside it, None where the file as given is the best. `ratios` are the rates of the prompt, one
+    """`weights_file` is beside it, None where the file as given is the best; `kernels_sha256` is of the kernels of this
+    CPU and engine, None where those of the wheel are. `ratios` are the rates of the prompt, one
     stream and several requests, each as a multiple of the engine's own defaults; None where none were compared."""
 
     model_sha256: str
@@ -47,6 +49,7 @@ class Profile:
     weights_file: str | None = None
     weights_bytes: int | None = None
     weights_sha256: str | None = None
+    kernels_sha256: str | None = None
 
     def __str__(self) -> str:
         gain = f", {self.ratios[2]:.1f} x the engine's defaults" if self.ratios else ""
@@ -60,6 +63,7 @@ class Profiles:
     """Those in a cache directory. `cpu` and `engine` are by default this machine's."""
 
     def __init__(self, cache_dir: Path, *, cpu: str | None = None, engine: str | None = None) -> None:
+        self._cache_dir = cache_dir
         self._directory = cache_dir / "profiles"
         self.cpu = cpu or this_cpu()
         self.engine = engine or version("xllamacpp")
@@ -75,11 +79,17 @@ class Profiles:
             if not place.is_dir():
                 return None
             profile = _PROFILE.validate_json((place / _FILENAME).read_bytes())
-            return profile, _weights(profile, place) or source
+            candidate = profile.candidate.tuned(kernels=self._kernels(profile))
+            return replace(profile, candidate=candidate), _weights(profile, place) or source
         except ValidationError:
             raise BadProfile(f"the profile of {source.name} is damaged; {_AGAIN}") from None
         except OSError as error:
             raise BadProfile(f"cannot read the profile of {source.name}: {error.strerror or error}; {_AGAIN}") from None
+
+    @property
+    def kernels_path(self) -> Path:
+        """Where the kernels of this CPU and engine are, or will be."""
+        return self._cache_dir / "kernels" / f"{self._machine}.so"
 
     def place(self, source: Path, model_sha256: str) -> Path:
         """Where the profile of that model is, or will be."""
@@ -96,13 +106,15 @@ class Profiles:
                 os.fsync(file.fileno())
             weights.replace(place / profile.weights_file)
         part = place / f".{_FILENAME}.{os.getpid()}"
-        part.write_bytes(_PROFILE.dump_json(profile, indent=1))
+        # A cache may be moved: where it is, is said by who asks.
+        kept = replace(profile, candidate=profile.candidate.tuned(kernels=None))
+        part.write_bytes(_PROFILE.dump_json(kept, indent=1))
         part.replace(place / _FILENAME)
         self._remove_replaced(place, {_FILENAME, profile.weights_file})
         return place
 
     def _remove_replaced(self, place: Path, kept: set[str | None]) -> None:
-        """Weights of an older profile, and profiles for older engines."""
+        """Weights of an older profile, profiles for older engines, and their kernels."""
         for path in place.iterdir():
             if path.name not in kept:
                 path.unlink()
@@ -110,6 +122,18 @@ class Profiles:
             for other in self._directory.glob(place.name.rpartition("-")[0] + "-*"):
                 if other != place:
                     shutil.rmtree(other)
+            for other in self.kernels_path.parent.glob(self.kernels_path.name.partition("-")[0] + "-*.so"):
+                if other != self.kernels_path:
+                    other.unlink()
+
+    def _kernels(self, profile: Profile) -> Path | None:
+        """The file, checked. None where the wheel's are used."""
+        if profile.kernels_sha256 is None:
+            return None
+        path = self.kernels_path
+        if not path.is_file() or sha256(path) != profile.kernels_sha256:
+            raise BadProfile(f"the kernels in {path} are not the ones the profile was made with; {_AGAIN}")
+        return path
 
     @property
     def _machine(self) -> str:

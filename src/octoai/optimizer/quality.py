@@ -77,9 +77,10 @@ class Reference:
     def num_positions(self) -> int:
         return len(self._given)
 
-    def measure(self, candidate: Path) -> Quality:
-        """Takes about as long as the candidate takes to read the text. Raises UnusableWeights."""
-        found = self._distributions(candidate, self.num_positions, float("inf"))
+    def measure(self, candidate: Path, kernels: Path | None = None) -> Quality:
+        """Takes about as long as the candidate takes to read the text, with the kernels of the wheel or others. Raises
+        UnusableWeights."""
+        found = self._distributions(candidate, self.num_positions, float("inf"), kernels)
         try:
             if found.shape != self._given.shape:
                 raise UnusableWeights(f"{candidate} has another vocabulary than the weights as given")
@@ -87,7 +88,9 @@ class Reference:
         finally:
             _path_of(found).unlink()
 
-    def _distributions(self, weights: Path, max_positions: int, max_seconds: float) -> npt.NDArray[np.float32]:
+    def _distributions(
+        self, weights: Path, max_positions: int, max_seconds: float, kernels: Path | None = None
+    ) -> npt.NDArray[np.float32]:
         """Log probabilities, (positions, tokens), mapped from a file."""
         output = Path(tempfile.mkstemp(dir=self._directory.name)[1])
         options = {
@@ -97,6 +100,7 @@ class Reference:
             "max_positions": max_positions,
             "max_seconds": max_seconds,
             "num_threads": self._num_threads,
+            "kernels": str(kernels or ""),
         }
         said = _run_child(options, weights)
         shape = (said["num_positions"], said["num_tokens"])

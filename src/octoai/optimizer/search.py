@@ -8,11 +8,13 @@ argument: nothing here starts a process or looks at a clock of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count, takewhile
+from pathlib import Path
 
 from octoai.optimizer.outcome import Bounds, Goal, Loss, Measuring, Outcome, Trial, TrialFailed, fastest, score
-from octoai.optimizer.space import SMALLEST_BATCH, Candidate, Stage
+from octoai.optimizer.space import ALL_RATES, SMALLEST_BATCH, Candidate, Rate, Stage
 from octoai.optimizer.workload import Speed, Workload
 
 FIRST_SHARE = 1 / 8
@@ -39,15 +41,22 @@ def _waiting(candidate: Candidate) -> object:
     return candidate.num_threads, tuning.num_batch_threads, tuning.spin_count, tuning.gives_way
 
 
+def _ever_smaller(start: Candidate) -> Iterator[Candidate]:
+    yield start
+    for num_slots in takewhile(bool, (start.num_slots >> halvings for halvings in count(1))):
+        yield replace(start, num_slots=num_slots, batch_tokens=SMALLEST_BATCH)
+
+
 class Search:
-    """`defaults` are what the result is compared with, `start` is where the search begins; both must be allowed."""
+    """`defaults` are what the result is compared with, in speed and in what it says; `starts` is where the search
+    begins, the first of these that runs within the bounds."""
 
     def __init__(
         self,
         measuring: Measuring,
         stages: Sequence[Stage],
         *,
-        start: Candidate,
+        starts: Sequence[Candidate],
         defaults: Candidate,
         goal: Goal = "balanced",
         bounds: Bounds = _DEFAULT_BOUNDS,
@@ -59,9 +68,10 @@ class Search:
         self._bounds = bounds
         self._on_trial = on_trial
         self._defaults = defaults
-        self._outcome = Outcome(best=start)
-        self._start = start
-        self._glances: dict[str, Loss | None] = {}
+        self._outcome = Outcome(best=starts[0])
+        self._starts = starts
+        self._rates: Sequence[Rate] = ALL_RATES
+        self._glances: dict[tuple[str, Path | None], Loss | None] = {}
         self._steadiness: dict[object, float] = {}
         self._turn = 0
         self._patience: float | None = None
@@ -99,20 +109,17 @@ class Search:
         if not self._outcome.is_usable:
             return
         for stage in self._stages:
-            best = self._outcome.best
+            best, self._rates = self._outcome.best, stage.rates
             self._best_of(stage.title, best, stage.others(best))
 
     def _begin(self, beside: Speed) -> None:
         """Where the search starts, with fewer slots and smaller batches where that is too much here."""
-        start = self._start
-        while True:
-            self._start = self._outcome.best = start
+        usual = (start for start in self._starts if self._loses_little(start))
+        for start in (each for first in usual for each in _ever_smaller(first)):
+            self._outcome.best = start
             if self._tried("start", start, FIRST_SHARE, beside) is not None:
                 self._outcome.is_usable = True
                 return
-            if start.num_slots == 1:
-                return
-            start = replace(start, num_slots=start.num_slots // 2, batch_tokens=SMALLEST_BATCH)
 
     def _best_of(self, title: str, best: Candidate, others: Sequence[Candidate]) -> None:
         """The best so far, or the challenger that was faster in both rounds together, becomes the best."""
@@ -130,7 +137,9 @@ class Search:
 
     def _scores(self, best: Candidate, speeds: Mapping[Candidate, Speed]) -> dict[Candidate, float]:
         """Of the challengers, beside the best so far."""
-        return {each: score(speed, speeds[best], self._goal) for each, speed in speeds.items() if each != best}
+        return {
+            each: score(speed, speeds[best], self._goal, self._rates) for each, speed in speeds.items() if each != best
+        }
 
     def _accept(self, scores: dict[Candidate, float], margin: float) -> None:
         """How a candidate bears company, and what it loses, take long to see: they are asked of the winner only."""
@@ -167,7 +176,7 @@ class Search:
             return None
         if beside is None:
             self._patience = _PATIENCE * (self._clock() - began) + _START_SECONDS
-        relative = score(speed, beside, self._goal) if beside else 1.0
+        relative = score(speed, beside, self._goal, self._rates) if beside else 1.0
         # What was found to be within the bounds stays so when a neighbour slows a later trial down.
         is_known = candidate == self._defaults or (self._outcome.is_usable and candidate == self._outcome.best)
         note = "" if is_known else self._excess(candidate, speed, memory_bytes)
@@ -191,41 +200,42 @@ class Search:
     def _may_lose(self, candidate: Candidate) -> bool:
         """Whether a look at its weights says that they may be good enough: cheaper than to measure in vain. They come
         from the largest to the smallest: where some lose by far too much, those after them do too."""
-        weights = candidate.weights
-        if weights == self._start.weights:
+        arithmetic = candidate.arithmetic
+        if arithmetic == self._defaults.arithmetic:
             return True
-        if weights not in self._glances:
+        if arithmetic not in self._glances:
             far_too_much = _HOPELESS * self._bounds.max_loss
-            if any(glance and glance.kl_nats > far_too_much for glance in self._glances.values()):
+            like_it = (glance for (_, kernels), glance in self._glances.items() if kernels == arithmetic[1])
+            if any(glance and glance.kl_nats > far_too_much for glance in like_it):
                 return False
             self._check_time()
             try:
-                self._glances[weights] = self._measuring.loss(weights, self._bounds.max_loss)
+                self._glances[arithmetic] = self._measuring.loss(candidate, self._bounds.max_loss)
             except TrialFailed as failure:
-                self._glances[weights] = None
+                self._glances[arithmetic] = None
                 self._note(Trial("quality", candidate, 0.0, note=f"failed: {failure}"))
-        glance = self._glances[weights]
+        glance = self._glances[arithmetic]
         return glance is not None and glance.kl_nats <= self._bounds.max_loss
 
     def _loses_little(self, candidate: Candidate) -> bool:
-        """Measured in full, once for the weights of each that is about to become the best."""
-        weights = candidate.weights
-        if weights == self._start.weights:
+        """Measured in full, once for the arithmetic of each that is about to become the best."""
+        arithmetic, losses = candidate.arithmetic, self._outcome.losses
+        if arithmetic == self._defaults.arithmetic:
             return True
-        glance = self._glances.get(weights)
-        if weights not in self._outcome.losses and glance and self._clock() >= self._until:
-            self._outcome.losses[weights] = glance  # it says on which side of the bound, if not exactly how far
-        if weights not in self._outcome.losses:
+        glance = self._glances.get(arithmetic)
+        if arithmetic not in losses and glance and self._clock() >= self._until:
+            losses[arithmetic] = glance  # it says on which side of the bound, if not exactly how far
+        if arithmetic not in losses:
             try:
-                self._outcome.losses[weights] = self._measuring.loss(weights)
+                losses[arithmetic] = self._measuring.loss(candidate)
             except TrialFailed as failure:
                 self._note(Trial("quality", candidate, 0.0, note=f"failed: {failure}"))
                 return False
-        return self._outcome.losses[weights].kl_nats <= self._bounds.max_loss
+        return losses[arithmetic].kl_nats <= self._bounds.max_loss
 
     def _is_steady(self, candidate: Candidate) -> bool:
         waiting = _waiting(candidate)
-        if waiting == _waiting(self._start):
+        if waiting == _waiting(self._starts[0]):
             return True
         if waiting not in self._steadiness:
             self._check_time()
@@ -246,6 +256,7 @@ class Search:
         """The defaults and the best in turn, until time is up: what is told to the user."""
         if not self._outcome.is_usable:
             return
+        self._rates = ALL_RATES
         for _ in range(MOST_ROUNDS):
             self._turn += 1
             defaults = self._tried("defaults", self._defaults, 2 * self._share)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from octoai.server.engines.llama import LlamaOptions, LlamaTuning
 
@@ -39,6 +40,7 @@ class Candidate:
         words = [
             self.weights,
             f"{threads} thread{'s' if threads != '1' else ''}",
+            "compiled for this CPU" if tuning.kernels else "",
             _waiting(tuning),
             f"{self.num_slots} slots",
             f"batch {self.batch_tokens}" + (f"/{tuning.micro_batch_tokens}" if tuning.micro_batch_tokens else ""),
@@ -48,6 +50,11 @@ class Candidate:
             "" if tuning.speculation == "none" else tuning.speculation.replace("_", "-"),
         ]
         return ", ".join(filter(None, words))
+
+    @property
+    def arithmetic(self) -> tuple[str, Path | None]:
+        """What decides what the model says, and so what is lost: the weights, and what computes with them."""
+        return self.weights, self.tuning.kernels
 
     @property
     def options(self) -> LlamaOptions:
@@ -64,12 +71,18 @@ class Candidate:
         return replace(self, tuning=replace(self.tuning, **changes))
 
 
+Rate = Literal["prompt", "stream", "joint"]
+ALL_RATES: tuple[Rate, ...] = ("prompt", "stream", "joint")
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """`others` are candidates that differ from the best so far in what the stage is about."""
+    """`others` are candidates that differ from the best so far in what the stage is about. It can change no other than
+    these `rates`: what is seen of others is noise."""
 
     title: str
     others: Callable[[Candidate], list[Candidate]]
+    rates: tuple[Rate, ...] = ALL_RATES
 
 
 def engine_defaults(num_cores: int) -> Candidate:
@@ -87,17 +100,21 @@ def stages(recipes: Sequence[str], num_cores: int) -> list[Stage]:
     return [
         Stage("weights", lambda best: [replace(best, weights=name) for name in recipes]),
         Stage("threads", lambda best: _threads(best, num_cores)),
-        Stage("batches", _batches),
-        Stage("slots", _slots),
-        Stage("speculation", _speculation),
+        Stage("batches", _batches, ("prompt", "joint")),
+        Stage("kernels", lambda best: [best.tuned(kernels=None)]),
+        Stage("slots", _slots, ("joint",)),
+        Stage("speculation", _speculation, ("stream", "joint")),
         Stage("attention", _attention),
     ]
 
 
-def first_guess(num_cores: int) -> Candidate:
-    """Where the search starts: not the best, but good everywhere, also in company."""
-    start = Candidate(num_slots=8, num_threads=num_cores, batch_tokens=128)
-    return start.tuned(**WAITING[0]) if num_cores > 1 else start
+def first_guesses(num_cores: int, kernels: Path | None = None) -> list[Candidate]:
+    """Where the search starts, the first that runs: not the best, but good everywhere, also in company. `kernels` are
+    those compiled for this CPU, if any: which formats of weights are fast hangs on them."""
+    guess = Candidate(num_slots=8, num_threads=num_cores, batch_tokens=128)
+    if num_cores > 1:
+        guess = guess.tuned(**WAITING[0])
+    return [guess.tuned(kernels=kernels), guess] if kernels else [guess]
 
 
 def _waiting(tuning: LlamaTuning) -> str:

@@ -87,14 +87,14 @@ class Bench:
         seconds = min(max_seconds or self._trial_seconds, self._trial_seconds)
         return asyncio.run(self._measured(candidate, weights, Workload().part(share), turn, seconds))
 
-    def loss(self, weights: str, bound: float | None = None) -> Quality:
-        path = self.weights(weights)
+    def loss(self, candidate: Candidate, bound: float | None = None) -> Quality:
+        path, kernels = self.weights(candidate.weights), candidate.tuning.kernels
         try:
             if bound is not None:
-                glance = self._compared_to(_GLANCE_POSITIONS).measure(path)
+                glance = self._compared_to(_GLANCE_POSITIONS).measure(path, kernels)
                 if abs(glance.kl_nats - bound) > 3 * glance.kl_error:
                     return glance
-            return self._compared_to(MAX_POSITIONS).measure(path)
+            return self._compared_to(MAX_POSITIONS).measure(path, kernels)
         except UnusableWeights as error:
             raise TrialFailed(str(error)) from None
 
@@ -141,6 +141,8 @@ class Bench:
             async with AsyncExitStack() as stack, asyncio.timeout(seconds):
                 stack.push_async_callback(engine.close)
                 await engine.start()
+                if engine.options != options:
+                    raise TrialFailed("the kernels compiled for this CPU do not run on it")
                 yield engine
         except TimeoutError:
             raise TrialFailed(f"not done in {seconds:.0f} s") from None

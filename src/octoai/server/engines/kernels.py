@@ -1,0 +1,33 @@
+"""llama.cpp computes with kernels of our choice instead of those that its wheel was built with.
+
+What the wheel carries runs on any processor of the last ten years, and so without what a newer one has beside. Kernels
+that were compiled for the processor at hand are a library of their own, one of ggml's "backends": `ggml_backend_load`
+is how llama.cpp itself takes them, where it was not linked with its only ones. Only called in child processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from pathlib import Path
+
+
+class CannotLoadKernels(Exception):
+    """The text is one line that says why."""
+
+
+def load(path: Path) -> None:
+    """From now on this process computes with the kernels in that file, made from the source of the very wheel that is
+    installed. Must be called before a model is loaded. Raises CannotLoadKernels; the wheel's stay then."""
+    wheel = importlib.util.find_spec("xllamacpp.xllamacpp")
+    if wheel is None or wheel.origin is None:
+        raise CannotLoadKernels("xllamacpp is missing: pip install 'octoai[server]'")
+    # Globally: what kernels call of ggml is found in the wheel.
+    ggml = ctypes.CDLL(wheel.origin, ctypes.RTLD_GLOBAL)
+    for name in ("ggml_backend_reg_by_name", "ggml_backend_load"):
+        getattr(ggml, name).restype = ctypes.c_void_p
+    ggml.ggml_backend_unload.argtypes = [ctypes.c_void_p]
+    shipped = ggml.ggml_backend_reg_by_name(b"CPU")
+    if not path.is_file() or not ggml.ggml_backend_load(str(path).encode()):
+        raise CannotLoadKernels(f"{path} is not a library of kernels for this llama.cpp")
+    ggml.ggml_backend_unload(shipped)  # what is left is what is used

@@ -1,0 +1,86 @@
+"""The source of a package that is installed as a wheel, from the package index that pip would ask.
+
+pip itself cannot be asked: to download a source archive it begins to build it. `unearth` finds it, by pip's settings.
+Nothing that is downloaded is run here.
+"""
+
+from __future__ import annotations
+
+import ast
+import ssl
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from octoai.server.sources.base import PullFailed, require_space
+from octoai.server.sources.pypi import pip_environment
+
+_INDEX = "https://pypi.org/simple"
+_UNPACKED_BYTES = 300 << 20  # with the archive
+_SCOPES = ("global", "download", ":env:")  # of pip's settings: the later overrides
+
+
+def unpack(name: str, version: str, sha256: str, work: Path, environ: Mapping[str, str]) -> Path:
+    """The source, unpacked in `work`, an empty directory; `sha256` is its archive's. Raises PullFailed."""
+    import httpx2
+    from unearth import HashMismatchError, PackageFinder, UnpackError
+    from unearth.fetchers import PyPIClient
+
+    what = f"the source of {name} {version}"
+    require_space(work, _UNPACKED_BYTES)
+    settings = _pip_settings(environ)
+    try:
+        client: Any = PyPIClient(  # its own types do not say that it is what the finder wants
+            verify=ssl.create_default_context(cafile=settings.get("cert")),
+            trusted_hosts=settings.get("trusted-host", "").split(),
+        )
+        with client:
+            finder = PackageFinder(
+                session=client,
+                index_urls=_index_urls(settings),
+                find_links=_find_links(settings),
+                no_binary=[name],
+            )
+            # The index may publish no hashes: the archive itself is checked.
+            found = finder.find_best_match(f"{name}=={version}").best
+            if found is None:
+                raise PullFailed(f"the package index does not have {what}: check pip's settings (PIP_INDEX_URL)")
+            return finder.download_and_unpack(found.link, work, work, hashes={"sha256": [sha256]})
+    except HashMismatchError:
+        raise PullFailed(f"the checksum of {what} is not the pinned one: check the package index") from None
+    except UnpackError as error:
+        raise PullFailed(f"cannot unpack {what}: {error}") from None
+    except (httpx2.HTTPError, OSError) as error:  # of certificates and the disk too
+        raise PullFailed(f"cannot download {what} ({error}): check the network, or pip's settings") from None
+
+
+def _pip_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """As pip reads them from its files and the environment."""
+    listed = subprocess.run(
+        [sys.executable, "-P", "-m", "pip", "config", "list"],
+        env=pip_environment(environ),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if listed.returncode:
+        raise PullFailed("pip is missing, or its settings are damaged: see `python -m pip config list`")
+    lines = [line.partition("=") for line in listed.stdout.splitlines() if "='" in line or '="' in line]
+    found = [(*name.rpartition("."), ast.literal_eval(value)) for name, _, value in lines]
+    by_scope = sorted((each for each in found if each[0] in _SCOPES), key=lambda each: _SCOPES.index(each[0]))
+    return {name: value for _, _, name, value in by_scope}
+
+
+def _index_urls(settings: Mapping[str, str]) -> list[str]:
+    if settings.get("no-index", "").lower() in ("1", "true", "yes", "on"):
+        return []
+    return [settings.get("index-url", _INDEX), *settings.get("extra-index-url", "").split()]
+
+
+def _find_links(settings: Mapping[str, str]) -> list[str]:
+    """Without places that are not there, which pip only warns of."""
+    return [each for each in settings.get("find-links", "").split() if "://" in each or Path(each).exists()]

@@ -1,0 +1,141 @@
+"""Kernels for the CPU at hand: made from source by the compiler that is here, or a line that says why not."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from octoai.optimizer import kernels
+from octoai.optimizer.space import Candidate
+from octoai.optimizer.trial import Bench
+from octoai.server.sources import PullFailed, sdist
+
+ENGINE = version("xllamacpp")
+GGML = Path("thirdparty", "llama.cpp", "ggml")
+C = "int helper(void); int shared(void) { return 1; } int ggml_backend_init(void) { return helper(); }"
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Files of the source that is unpacked instead of llama.cpp's, by their path under `ggml-cpu`."""
+    files = {
+        "ggml-cpu.c": C,
+        "repack.cpp": 'extern "C" int helper() { return 42; }',
+        "llamafile/sgemm.cpp": "",
+        "arch/x86/cpu-feats.cpp": "#error not for us",
+        "arch/arm/cpu-feats.cpp": "#error not for us",
+    }
+
+    def unpack(_name: str, _version: str, _sha256: str, work: Path, _environ: Mapping[str, str]) -> Path:
+        for name, text in files.items():
+            path = work / GGML / "src" / "ggml-cpu" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return work
+
+    monkeypatch.setattr(sdist, "unpack", unpack)
+    return files
+
+
+def make(path: Path, engine: str = ENGINE, **environ: str) -> None:
+    kernels.make(path, engine, num_threads=2, environ={"PATH": os.environ["PATH"], **environ})
+
+
+def why_not(path: Path, engine: str = ENGINE, **environ: str) -> str:
+    with pytest.raises(kernels.NoKernels) as raised:
+        make(path, engine, **environ)
+    assert not list(path.parent.glob("*")), "something was left"
+    said = str(raised.value)
+    assert "\n" not in said
+    assert "llama.cpp's kernels are those of its wheel" in said
+    return said
+
+
+def test_the_installed_engine_has_a_source_whose_checksum_is_known() -> None:
+    assert ENGINE in kernels.SOURCE_SHA256
+
+
+@pytest.mark.usefixtures("source")
+def test_a_library_is_made_that_shows_one_function_and_belongs_to_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "kernels" / "made.so"
+    make(path)
+    library = ctypes.CDLL(str(path))
+    assert library.ggml_backend_init() == 42
+    assert not hasattr(library, "shared")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_source_that_does_not_compile_is_one_line(source: dict[str, str], tmp_path: Path) -> None:
+    source["ops.cpp"] = "int main() { return nothing; }"
+    assert "g++ failed: " in (said := why_not(tmp_path / "kernels" / "made.so"))
+    assert "error: " in said
+    assert "nothing" in said
+
+
+@pytest.mark.usefixtures("source")
+def test_without_a_compiler_one_line_says_what_to_install(tmp_path: Path) -> None:
+    assert "there is no no-such-compiler: " in why_not(tmp_path / "made.so", CXX="no-such-compiler")
+    assert "install it (Debian: g++)" in why_not(tmp_path / "made.so", CC="no-such-compiler")
+
+
+def test_where_the_source_is_not_to_be_had_one_line_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unpack(*_: object) -> Path:
+        raise PullFailed("the package index cannot be reached")
+
+    monkeypatch.setattr(sdist, "unpack", unpack)
+    assert why_not(tmp_path / "k" / "made.so").startswith("the package index cannot be reached; ")
+    assert "of xllamacpp 1.2.3 is not known" in why_not(tmp_path / "k" / "made.so", "1.2.3")
+
+
+@pytest.mark.usefixtures("source")
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "kernels").write_text("in the way")
+    with pytest.raises(kernels.NoKernels, match="kernels: File exists; "):
+        make(tmp_path / "kernels" / "made.so")
+
+
+def test_who_is_interrupted_leaves_no_compiler_running(tmp_path: Path) -> None:
+    marker = f"{time.time_ns()}"
+    program = f"from octoai.optimizer.kernels import _run; _run([['sh', '-c', 'sleep {marker} & wait']] * 2, 2)"
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
+        for _ in range(100):
+            if num_running(marker) >= 4:
+                break
+            time.sleep(0.1)
+        assert num_running(marker) >= 4
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) != 0
+    assert num_running(marker) == 0
+
+
+def num_running(marker: str) -> int:
+    """Processes with that word in their arguments, Python's own not counted."""
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+    return sum(marker.encode() in line and b"python" not in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here")
+def test_llama_cpps_own_are_made_run_and_say_what_the_wheels_say(embedded_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "kernels" / "made.so"
+    kernels.make(path, ENGINE, num_threads=2, environ=os.environ)
+    given = Candidate(num_threads=2)
+    (tmp_path / "search").mkdir()
+    with Bench(embedded_model, tmp_path / "search", context_length=512, num_threads=2) as bench:
+        speed, _ = bench.speed(given.tuned(kernels=path), 1 / 16, 1)
+        assert speed.joint_rate > 0
+        # Not the same to the last bit: other instructions round in another order, as other formats do.
+        assert bench.loss(given.tuned(kernels=path)).kl_nats < 0.005
