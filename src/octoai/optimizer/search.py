@@ -28,7 +28,7 @@ _START_SECONDS = 3.0
 _TRIAL = 0.01  # of the budget: what a first round may take for each, where the model is fast
 _HOPELESS = 10
 _FASTER = 1.04  # less is noise
-_CLEARLY_FASTER = 1.15  # in a first round alone
+_CLEARLY_FASTER = 1.3  # in a first round alone, or a part of it
 
 
 class _OutOfTime(Exception):
@@ -124,22 +124,25 @@ class Search:
     def _best_of(self, title: str, best: Candidate, others: Sequence[Candidate]) -> None:
         """The best so far, or the challenger that was faster in both rounds together, becomes the best."""
         challengers = [other for other in dict.fromkeys(others) if other != best and self._may_lose(other)]
-        first = self._round(title, best, challengers, self._share)
-        scores = self._scores(best, first)
-        ranked = sorted((each for each in scores if scores[each] > _HOPEFUL), key=lambda each: -scores[each])
+        first: dict[Candidate, Speed] = {}
+        second: dict[Candidate, Speed] = {}
         try:
-            second = self._round(title, best, ranked[: (len(scores) + 1) // 2], 2 * self._share)
+            self._round(first, title, best, challengers, self._share)
+            scores = self._scores(best, first)
+            ranked = sorted((each for each in scores if scores[each] > _HOPEFUL), key=lambda each: -scores[each])
+            self._round(second, title, best, ranked[: (len(scores) + 1) // 2], 2 * self._share)
         except _OutOfTime:
-            self._accept({each: scores[each] for each in ranked}, _CLEARLY_FASTER)
+            self._accept(self._scores(best, first), _CLEARLY_FASTER)
             raise
         both = {each: fastest(first[each], speed) for each, speed in second.items()}
         self._accept(self._scores(best, both), _FASTER)
 
     def _scores(self, best: Candidate, speeds: Mapping[Candidate, Speed]) -> dict[Candidate, float]:
-        """Of the challengers, beside the best so far."""
-        return {
-            each: score(speed, speeds[best], self._goal, self._rates) for each, speed in speeds.items() if each != best
-        }
+        """Of the challengers, beside the best so far; of none where that was not measured."""
+        beside = speeds.get(best)
+        if beside is None:
+            return {}
+        return {each: score(speed, beside, self._goal, self._rates) for each, speed in speeds.items() if each != best}
 
     def _accept(self, scores: dict[Candidate, float], margin: float) -> None:
         """How a candidate bears company, and what it loses, take long to see: they are asked of the winner only."""
@@ -151,19 +154,18 @@ class Search:
                 return
 
     def _round(
-        self, title: str, best: Candidate, challengers: Sequence[Candidate], share: float
-    ) -> dict[Candidate, Speed]:
-        """Speeds of those that could be measured, with the best so far; of none where that could not be."""
+        self, found: dict[Candidate, Speed], title: str, best: Candidate, challengers: Sequence[Candidate], share: float
+    ) -> None:
+        """Add speeds of those that could be measured, with the best so far; of none where that could not be."""
         self._turn += 1
         beside = self._tried(title, best, share) if challengers else None
         if beside is None:
-            return {}
-        found = {best: beside}
+            return
+        found[best] = beside
         for candidate in challengers:
             speed = self._tried(title, candidate, share, beside)
             if speed is not None:
                 found[candidate] = speed
-        return found
 
     def _tried(self, title: str, candidate: Candidate, share: float, beside: Speed | None = None) -> Speed | None:
         """None for a candidate that failed, or takes more memory than allowed."""
