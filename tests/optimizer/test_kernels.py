@@ -22,6 +22,7 @@ from octoai.server.sources import PullFailed, sdist
 
 ENGINE = version("xllamacpp")
 GGML = Path("thirdparty", "llama.cpp", "ggml")
+CONDITIONS = {name: f"#if 0\n{condition};\n#endif\n" for name, condition, _ in kernels._EVENLY}
 C = "int helper(void); int shared(void) { return 1; } int ggml_backend_init(void) { return helper(); }"
 
 
@@ -29,8 +30,8 @@ C = "int helper(void); int shared(void) { return 1; } int ggml_backend_init(void
 def source(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Files of the source that is unpacked instead of llama.cpp's, by their path under `ggml-cpu`."""
     files = {
-        "ggml-cpu.c": C,
-        "repack.cpp": 'extern "C" int helper() { return 42; }',
+        "ggml-cpu.c": CONDITIONS["ggml-cpu.c"] + C,
+        "repack.cpp": CONDITIONS["repack.cpp"] + 'extern "C" int helper() { return 42; }',
         "llamafile/sgemm.cpp": "",
         "arch/x86/cpu-feats.cpp": "#error not for us",
         "arch/arm/cpu-feats.cpp": "#error not for us",
@@ -81,6 +82,11 @@ def test_source_that_does_not_compile_is_one_line(source: dict[str, str], tmp_pa
     assert "g++ failed: " in (said := why_not(tmp_path / "kernels" / "made.so"))
     assert "error: " in said
     assert "nothing" in said
+
+
+def test_source_that_is_not_as_it_was_when_we_looked_is_not_compiled(source: dict[str, str], tmp_path: Path) -> None:
+    source["repack.cpp"] = source["repack.cpp"].replace("disable_chunking", "is_even")
+    assert "repack.cpp of the source is not as it was" in why_not(tmp_path / "kernels" / "made.so")
 
 
 @pytest.mark.usefixtures("source")
