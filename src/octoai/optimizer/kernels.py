@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -50,10 +51,11 @@ class NoKernels(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Compilers:
-    """Commands, and the directory of llama.cpp's that has the kernels of this machine's architecture."""
+    """Commands, the directory of llama.cpp's that has the kernels of this machine's architecture, and the option that
+    allows its compiler all instructions of this CPU."""
 
-    c: str
-    cxx: str
+    c: list[str]
+    cxx: list[str]
     architecture: str
     tuned: str
 
@@ -82,8 +84,8 @@ def _compilers(environ: Mapping[str, str]) -> _Compilers:
     known = _MACHINES.get(platform.machine())
     if sys.platform != "linux" or known is None:
         raise NoKernels(f"kernels are compiled on Linux only, for x86-64 and AArch64: {_IN_VAIN}")
-    c, cxx = environ.get("CC") or "gcc", environ.get("CXX") or "g++"
-    missing = next((name for name in (cxx, c) if shutil.which(name) is None), None)
+    c, cxx = shlex.split(environ.get("CC") or "gcc"), shlex.split(environ.get("CXX") or "g++")
+    missing = next((name for name, *_ in (cxx, c) if shutil.which(name, path=environ.get("PATH")) is None), None)
     if missing is not None:
         raise NoKernels(
             f"there is no {missing}: {_IN_VAIN}; install it (Debian: g++) and optimize again to have faster ones"
@@ -108,7 +110,7 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int) -> P
     exported, made = work / "exported.map", work / "kernels.so"
     exported.write_text(_EXPORTED)
     link = ["-shared", "-fopenmp", f"-Wl,--version-script={exported}", "-Wl,-Bsymbolic", "-o", str(made)]
-    _run([[compilers.cxx, *link, *map(str, objects.values())]], 1)
+    _run([[*compilers.cxx, *link, *map(str, objects.values())]], 1)
     return made
 
 
@@ -120,7 +122,7 @@ def _add(path: Path, condition: str, addition: str) -> None:
 
 
 def _compiling(source: Path, target: Path, common: Sequence[str], compilers: _Compilers) -> list[str]:
-    compiler = [compilers.c, "-std=gnu11"] if source.suffix == ".c" else [compilers.cxx, "-std=gnu++17"]
+    compiler = [*compilers.c, "-std=gnu11"] if source.suffix == ".c" else [*compilers.cxx, "-std=gnu++17"]
     return [*compiler, *common, "-c", str(source), "-o", str(target)]
 
 
