@@ -101,7 +101,8 @@ def with_kernels(place: Path) -> None:
     profiles = Profiles(place)
     if not profiles.kernels_path.is_file():
         try:
-            kernels.make(profiles.kernels_path, profiles.engine, num_threads=os.cpu_count() or 1, environ=os.environ)
+            path, work, num_cores = profiles.kernels_path, place / "making", os.cpu_count() or 1
+            kernels.make(path, profiles.engine, work=work, num_threads=num_cores, environ=os.environ)
         except kernels.NoKernels as error:
             print(error, file=sys.stderr)
 

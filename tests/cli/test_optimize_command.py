@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,32 +150,68 @@ def test_a_service_that_nobody_asks_makes_a_profile_and_the_next_start_uses_it(c
         assert service.stop() == 0
 
 
-@pytest.mark.model
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
-def test_an_interrupted_search_leaves_no_traceback_and_nothing_half_done(
-    cache: Path, tmp_path: Path, number: int, status: int
-) -> None:
+def interrupted(
+    cache: Path, place: Path, number: int, has_begun: Callable[[], bool], **environ: str
+) -> tuple[int, str]:
+    """The status of a search that got a signal once `has_begun`, and what it wrote; nothing half done is left."""
     process = subprocess.Popen(
         [sys.executable, "-m", "octoai", "optimize", "--seconds", "100"],
-        cwd=tmp_path,
-        env={**os.environ, "OCTOAI_CACHE_DIR": str(cache)},
+        cwd=place,
+        env={**os.environ, "OCTOAI_CACHE_DIR": str(cache), **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    time.sleep(8)
-    os.killpg(process.pid, number)  # as a terminal does it
-    output, errors = process.communicate(timeout=30)
-    assert process.returncode == status, errors
+    try:
+        until(has_begun, 60)
+        os.killpg(process.pid, number)  # as a terminal does it
+        output, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert "Traceback" not in output + errors
     assert not [path for path in (cache / "optimizing").iterdir() if path.is_dir()]
+    assert not [path for path in (cache / "kernels").glob("*") if path.suffix != ".so"]
     if number == signal.SIGTERM:  # of who wants the machine back: nothing is stored
         assert output == ""
     else:
         assert "chosen: " in output or "nothing is stored" in errors
+    return process.returncode, errors
+
+
+SIGNALS = pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+
+
+@pytest.mark.model
+@SIGNALS
+def test_an_interrupted_search_leaves_no_traceback_and_nothing_half_done(
+    cache: Path, tmp_path: Path, number: int, status: int
+) -> None:
+    def has_begun() -> bool:
+        return any((cache / "optimizing").glob("*/*"))
+
+    assert interrupted(cache, tmp_path, number, has_begun, CXX="no-such-compiler")[0] == status
+
+
+@pytest.mark.model
+@SIGNALS
+def test_interrupted_while_it_compiles_it_leaves_no_compiler_running(
+    cache: Path, tmp_path: Path, number: int, status: int
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/compilers\nexec sleep 100\n")
+    compiler.chmod(0o700)
+
+    def has_begun() -> bool:
+        return (tmp_path / "compilers").exists()
+
+    got, errors = interrupted(cache, tmp_path, number, has_begun, CC=str(compiler), CXX=str(compiler))
+    assert got == status
+    assert "compiling kernels for this CPU" in errors
+    for pid in (tmp_path / "compilers").read_text().split():
+        assert not Path("/proc", pid).exists()
 
 
 @pytest.mark.model

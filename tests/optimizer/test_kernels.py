@@ -49,13 +49,17 @@ def source(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def make(path: Path, engine: str = ENGINE, **environ: str) -> None:
-    kernels.make(path, engine, num_threads=2, environ={"PATH": os.environ["PATH"], **environ})
+    work = path.parent.parent / "making"
+    try:
+        kernels.make(path, engine, work=work, num_threads=2, environ={"PATH": os.environ["PATH"], **environ})
+    finally:
+        assert not work.exists()
 
 
 def why_not(path: Path, engine: str = ENGINE, **environ: str) -> str:
     with pytest.raises(kernels.NoKernels) as raised:
         make(path, engine, **environ)
-    assert not list(path.parent.glob("*")), "something was left"
+    assert not list(path.parent.glob("*"))
     said = str(raised.value)
     assert "\n" not in said
     assert "llama.cpp's kernels are those of its wheel" in said
@@ -137,7 +141,7 @@ def num_running(marker: str) -> int:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here")
 def test_llama_cpps_own_are_made_run_and_say_what_the_wheels_say(embedded_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "kernels" / "made.so"
-    kernels.make(path, ENGINE, num_threads=2, environ=os.environ)
+    kernels.make(path, ENGINE, work=tmp_path / "making", num_threads=2, environ=os.environ)
     given = Candidate(num_threads=2)
     (tmp_path / "search").mkdir()
     with Bench(embedded_model, tmp_path / "search", context_length=512, num_threads=2) as bench:

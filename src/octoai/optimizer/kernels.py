@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -60,23 +59,24 @@ class _Compilers:
     tuned: str
 
 
-def make(path: Path, version: str, *, num_threads: int, environ: Mapping[str, str]) -> None:
-    """Compile the kernels of that version of xllamacpp into `path`. Raises NoKernels."""
+def make(path: Path, version: str, *, work: Path, num_threads: int, environ: Mapping[str, str]) -> None:
+    """Compile the kernels of that version of xllamacpp into `path`. `work` is a directory on the same file system, for
+    the source and what is made of it: gone afterwards, or left to its owner by who is killed. Raises NoKernels."""
     compilers = _compilers(environ)
     if version not in SOURCE_SHA256:
         raise NoKernels(f"the checksum of the source of xllamacpp {version} is not known: {_IN_VAIN}")
     try:
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=create(path.parent)) as place:
-            work = Path(place)
-            source = create(work / "source")
-            sdist.unpack("xllamacpp", version, SOURCE_SHA256[version], source, environ)
-            made = _built(source / "thirdparty" / "llama.cpp" / "ggml", work, compilers, num_threads)
-            made.chmod(0o600)
-            made.replace(path)
+        source = create(create(work) / "source")
+        sdist.unpack("xllamacpp", version, SOURCE_SHA256[version], source, environ)
+        made = _built(source / "thirdparty" / "llama.cpp" / "ggml", work, compilers, num_threads)
+        made.chmod(0o600)
+        made.replace(create(path.parent) / path.name)
     except PullFailed as error:
         raise NoKernels(f"{error}; {_IN_VAIN}") from None
     except OSError as error:
         raise NoKernels(f"{error.filename or path}: {error.strerror or error}; {_IN_VAIN}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _compilers(environ: Mapping[str, str]) -> _Compilers:

@@ -68,34 +68,32 @@ def optimize(
     profiles = Profiles(cache_dir)
     try:
         model_sha256 = sha256(source)
-        kernels_path, no_kernels = _kernels(profiles, wish, num_cores, on_step)
-        starts = first_guesses(num_cores, kernels_path)
-        with (
-            _workplace(cache_dir, model_sha256) as directory,
-            Bench(
+        with _workplace(cache_dir, model_sha256) as directory:
+            kernels_path, no_kernels = _kernels(profiles, wish, num_cores, directory / "kernels", on_step)
+            starts = first_guesses(num_cores, kernels_path)
+            with Bench(
                 source,
                 directory,
                 context_length=wish.context_length,
                 num_threads=num_cores,
                 trial_seconds=max(TRIAL_SECONDS, wish.seconds / 4),
-            ) as bench,
-        ):
-            search = Search(
-                bench,
-                stages(bench.recipe_names, num_cores),
-                starts=starts,
-                defaults=engine_defaults(num_cores),
-                goal=wish.goal,
-                bounds=wish.bounds,
-                on_trial=on_trial,
-            )
-            outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
-            if outcome.is_interrupted and (not outcome.is_usable or outcome.best in starts):
-                return Optimized(outcome, no_kernels=no_kernels)
-            if not outcome.is_usable:
-                raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")
-            found = _stored(profiles, source, model_sha256, outcome, wish, bench)
-            return replace(found, no_kernels=no_kernels)
+            ) as bench:
+                search = Search(
+                    bench,
+                    stages(bench.recipe_names, num_cores),
+                    starts=starts,
+                    defaults=engine_defaults(num_cores),
+                    goal=wish.goal,
+                    bounds=wish.bounds,
+                    on_trial=on_trial,
+                )
+                outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
+                if outcome.is_interrupted and (not outcome.is_usable or outcome.best in starts):
+                    return Optimized(outcome, no_kernels=no_kernels)
+                if not outcome.is_usable:
+                    raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")
+                found = _stored(profiles, source, model_sha256, outcome, wish, bench)
+                return replace(found, no_kernels=no_kernels)
     except KeyboardInterrupt:  # before the search began
         return Optimized(Outcome(best=first_guesses(num_cores)[0], is_interrupted=True))
     except (TrialFailed, UnusableWeights) as error:
@@ -104,7 +102,9 @@ def optimize(
         raise CannotOptimize(f"{error.filename or cache_dir}: {error.strerror or error}") from None
 
 
-def _kernels(profiles: Profiles, wish: Wish, num_cores: int, on_step: Callable[[str], None]) -> tuple[Path | None, str]:
+def _kernels(
+    profiles: Profiles, wish: Wish, num_cores: int, work: Path, on_step: Callable[[str], None]
+) -> tuple[Path | None, str]:
     """Those for this CPU, made now if need be, or why there are none."""
     path = profiles.kernels_path
     if path.is_file():
@@ -113,7 +113,7 @@ def _kernels(profiles: Profiles, wish: Wish, num_cores: int, on_step: Callable[[
         return None, f"no kernels for this CPU are here, and compiling them takes more than {wish.seconds:.0f} seconds"
     on_step("compiling kernels for this CPU")
     try:
-        kernels.make(path, profiles.engine, num_threads=num_cores, environ=os.environ)
+        kernels.make(path, profiles.engine, work=work, num_threads=num_cores, environ=os.environ)
     except kernels.NoKernels as error:
         return None, str(error)
     return path, ""
