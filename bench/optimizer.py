@@ -99,9 +99,10 @@ def llama_defaults(source: Path) -> Iterator[OpenAIEngine]:
 def with_kernels(place: Path) -> None:
     """Compile them before the search, whose time is then the same whether they were there or not."""
     profiles = Profiles(place)
-    if not profiles.kernels_path.is_file():
+    path = profiles.kernels_path(kernels.RECIPE)
+    if not path.is_file():
         try:
-            path, work, num_cores = profiles.kernels_path, place / "making", os.cpu_count() or 1
+            work, num_cores = place / "making", os.cpu_count() or 1
             kernels.make(path, profiles.engine, work=work, num_threads=num_cores, environ=os.environ)
         except kernels.NoKernels as error:
             print(error, file=sys.stderr)

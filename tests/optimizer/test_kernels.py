@@ -22,7 +22,7 @@ from octoai.server.sources import PullFailed, sdist
 
 ENGINE = version("xllamacpp")
 GGML = Path("thirdparty", "llama.cpp", "ggml")
-CONDITIONS = {name: f"#if 0\n{condition};\n#endif\n" for name, condition, _ in kernels._EVENLY}
+ADDED_TO = {name: f"#if 0\n{text};\n#endif\n" for name, text, _ in kernels._ADDED}
 C = "int helper(void); int shared(void) { return 1; } int ggml_backend_init(void) { return helper(); }"
 
 
@@ -30,9 +30,9 @@ C = "int helper(void); int shared(void) { return 1; } int ggml_backend_init(void
 def source(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Files of the source that is unpacked instead of llama.cpp's, by their path under `ggml-cpu`."""
     files = {
-        "ggml-cpu.c": CONDITIONS["ggml-cpu.c"] + C,
-        "repack.cpp": CONDITIONS["repack.cpp"] + 'extern "C" int helper() { return 42; }',
-        "llamafile/sgemm.cpp": "",
+        "ggml-cpu.c": ADDED_TO["ggml-cpu.c"] + C,
+        "repack.cpp": ADDED_TO["repack.cpp"] + 'extern "C" int helper() { return 42; }',
+        "llamafile/sgemm.cpp": ADDED_TO["llamafile/sgemm.cpp"],
         "arch/x86/cpu-feats.cpp": "#error not for us",
         "arch/arm/cpu-feats.cpp": "#error not for us",
     }

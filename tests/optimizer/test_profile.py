@@ -28,13 +28,17 @@ def profiles(tmp_path: Path) -> Profiles:
     return Profiles(tmp_path / "cache", cpu="a CPU, 2 cores", engine="1.2.3")
 
 
+def kernels_path(profiles: Profiles) -> Path:
+    return profiles.kernels_path("recipe")
+
+
 def stored(
     profiles: Profiles, source: Path, made: bytes | None = b"weights in another format", kernels: bytes | None = None
 ) -> tuple[Profile, Path]:
     """A profile, and the directory it is in."""
     if kernels is not None:
-        profiles.kernels_path.parent.mkdir(parents=True, exist_ok=True)
-        profiles.kernels_path.write_bytes(kernels)
+        kernels_path(profiles).parent.mkdir(parents=True, exist_ok=True)
+        kernels_path(profiles).write_bytes(kernels)
     weights = None
     if made is not None:
         weights = source.with_name("made.gguf")
@@ -45,7 +49,7 @@ def stored(
         cpu=profiles.cpu,
         engine=profiles.engine,
         candidate=Candidate("Q8_0" if made else "as given", 8, 2).tuned(
-            spin_count=300, kernels=profiles.kernels_path if kernels else None
+            spin_count=300, kernels=kernels_path(profiles) if kernels else None
         ),
         goal="balanced",
         max_loss=0.005,
@@ -56,7 +60,8 @@ def stored(
         weights_file=f"{digest[:12]}.gguf" if digest else None,
         weights_bytes=len(made) if made else None,
         weights_sha256=digest,
-        kernels_sha256=sha256(profiles.kernels_path) if kernels else None,
+        kernels_file=kernels_path(profiles).name if kernels else None,
+        kernels_sha256=sha256(kernels_path(profiles)) if kernels else None,
     )
     return profile, profiles.store(source, profile, weights)
 
@@ -126,7 +131,7 @@ def test_kernels_are_found_again_also_in_a_cache_that_was_moved(
     moved = (tmp_path / "cache").rename(tmp_path / "moved")
     (found, _) = Profiles(moved, cpu=profiles.cpu, engine=profiles.engine).find(source) or (None, None)
     assert found is not None
-    assert found.candidate.tuning.kernels == moved / "kernels" / profiles.kernels_path.name
+    assert found.candidate.tuning.kernels == moved / "kernels" / kernels_path(profiles).name
 
 
 @pytest.mark.parametrize("content", [b"", b"KERNELS", None])
@@ -134,11 +139,17 @@ def test_kernels_that_are_not_those_it_was_made_with_are_not_loaded(
     profiles: Profiles, source: Path, content: bytes | None
 ) -> None:
     stored(profiles, source, kernels=b"kernels")
-    profiles.kernels_path.unlink()
+    kernels_path(profiles).unlink()
     if content is not None:
-        profiles.kernels_path.write_bytes(content)
+        kernels_path(profiles).write_bytes(content)
     with pytest.raises(BadProfile, match="octoai optimize"):
         profiles.find(source)
+
+
+def test_a_profile_keeps_the_kernels_it_was_made_with_when_others_are_made(profiles: Profiles, source: Path) -> None:
+    profile, _ = stored(profiles, source, kernels=b"kernels")
+    profiles.kernels_path("another").write_bytes(b"others")
+    assert (profiles.find(source) or [None])[0] == profile
 
 
 def test_a_profile_cannot_name_kernels_elsewhere(profiles: Profiles, source: Path) -> None:
@@ -150,6 +161,9 @@ def test_a_profile_cannot_name_kernels_elsewhere(profiles: Profiles, source: Pat
     found = profiles.find(source)
     assert found is not None
     assert found[0].candidate.tuning.kernels is None
+    path.write_text(json.dumps({**said, "kernels_file": "../../../others.so"}))
+    with pytest.raises(BadProfile, match=r"kernels/others\.so"):
+        profiles.find(source)
 
 
 def test_a_profile_cannot_name_a_file_elsewhere(profiles: Profiles, source: Path) -> None:
@@ -173,7 +187,7 @@ def test_a_newer_engine_takes_the_room_of_the_older(profiles: Profiles, source: 
     stored(newer, source, kernels=b"newer")
     assert newer.find(source) is not None
     assert not place.exists()
-    assert list(newer.kernels_path.parent.iterdir()) == [newer.kernels_path]
+    assert list(kernels_path(newer).parent.iterdir()) == [kernels_path(newer)]
     elsewhere = Profiles(tmp_path / "cache", cpu="another CPU", engine="1.2.4")
     stored(elsewhere, source)
     assert newer.find(source) is not None  # another machine's, in a shared cache

@@ -7,6 +7,7 @@ and a CPU; the result lies in the cache. Decision 0012 says why, and what it giv
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -34,13 +35,29 @@ _DEFINED = (
 )
 # Everything else stays inside: the wheel has functions of the same names.
 _EXPORTED = "{ global: ggml_backend_init; local: *; };"
-_EVENLY = (
+_ADDED = (
     ("ggml-cpu.c", "nchunk0 * nchunk1 < nth * 4 || ggml_is_numa()", " || nr1 == 1"),
     ("repack.cpp", "const bool disable_chunking = ggml_is_numa()", " || ne1 == 1"),
+    (
+        "llamafile/sgemm.cpp",
+        "(A[lda * (ii + 0) + l].d);",
+        " for (int64_t i = 0; i < 4; ++i)"
+        " __builtin_prefetch((const char *) (A + lda * (ii + 4)) + (l * 4 + i) * sizeof(TA));",
+    ),
 )
-"""Of a matrix that is multiplied by one vector, every thread takes an equal part, as llama.cpp has it where memory has
-several nodes: files, a condition in each, and what is added to it. Taking turns of 64 rows, two threads read memory at
-two thirds of its speed, and a stream is nothing but reading memory."""
+"""Files, a text in each, and what is added behind it. Neither changes a result.
+
+Of a matrix that is multiplied by one vector, every thread takes an equal part, as llama.cpp has it where memory has
+several nodes. Taking turns of 64 rows, two threads read memory at two thirds of its speed, and a stream is nothing but
+reading memory.
+
+Of a matrix that is multiplied by a few vectors, the next four rows are fetched while four are computed: rows that are
+short and read four at a time are no pattern to the processor, which then waits for each. Two streams were slower side
+by side than one after the other.
+"""
+_OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-w", *(f"-D{name}" for name in _DEFINED))
+RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED)).encode()).hexdigest()[:8]
+"""Of how they are made: kernels that an earlier version of this file made are others."""
 _IN_VAIN = "llama.cpp's kernels are those of its wheel"
 
 
@@ -99,10 +116,9 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int) -> P
     directories = (cpu, cpu / "amx", cpu / "tiled", architecture)
     sources = [path for directory in directories for path in directory.glob("*.c*") if path.stem != "cpu-feats"]
     sources.append(cpu / "llamafile" / "sgemm.cpp")
-    for name, condition, addition in _EVENLY:
-        _add(cpu / name, condition, addition)
-    common = ["-O3", "-fPIC", "-fopenmp", "-w", compilers.tuned, *(f"-D{name}" for name in _DEFINED)]
-    common += [f"-I{path}" for path in (ggml / "include", ggml / "src", cpu)]
+    for name, text, addition in _ADDED:
+        _add(cpu / name, text, addition)
+    common = [*_OPTIONS, compilers.tuned, *(f"-I{path}" for path in (ggml / "include", ggml / "src", cpu))]
     objects = {path: work / f"{'-'.join(path.relative_to(cpu).parts)}.o" for path in sources}
     # The largest first: who begins last should be done soon.
     ordered = sorted(sources, key=lambda path: -path.stat().st_size)
@@ -114,11 +130,11 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int) -> P
     return made
 
 
-def _add(path: Path, condition: str, addition: str) -> None:
-    text = path.read_text("utf-8")
-    if text.count(condition) != 1:
+def _add(path: Path, text: str, addition: str) -> None:
+    source = path.read_text("utf-8")
+    if source.count(text) != 1:
         raise NoKernels(f"{path.name} of the source is not as it was: {_IN_VAIN}")
-    path.write_text(text.replace(condition, condition + addition), "utf-8")
+    path.write_text(source.replace(text, text + addition), "utf-8")
 
 
 def _compiling(source: Path, target: Path, common: Sequence[str], compilers: _Compilers) -> list[str]:

@@ -106,7 +106,7 @@ def _kernels(
     profiles: Profiles, wish: Wish, num_cores: int, work: Path, on_step: Callable[[str], None]
 ) -> tuple[Path | None, str]:
     """Those for this CPU, made now if need be, or why there are none."""
-    path = profiles.kernels_path
+    path = profiles.kernels_path(kernels.RECIPE)
     if path.is_file():
         return path, ""
     if wish.seconds < _COMPILING_SECONDS:
@@ -141,6 +141,7 @@ def _stored(
         weights_file=f"{weights_sha256[:12]}.gguf" if weights_sha256 else None,
         weights_bytes=made.stat().st_size if made else None,
         weights_sha256=weights_sha256,
+        kernels_file=own.name if own else None,
         kernels_sha256=sha256(own) if own else None,
     )
     place = profiles.store(source, profile, made)

@@ -32,9 +32,9 @@ class BadProfile(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """`weights_file` is beside it, None where the file as given is the best; `kernels_sha256` is of the kernels of this
-    CPU and engine, None where those of the wheel are. `ratios` are the rates of the prompt, one
-    stream and several requests, each as a multiple of the engine's own defaults; None where none were compared."""
+    """`weights_file` is beside it, None where the file as given is the best; `kernels_file` is among the kernels of
+    this CPU and engine, None where those of the wheel are the best. `ratios` are the rates of the prompt, one stream
+    and several requests, each as a multiple of the engine's own defaults; None where none were compared."""
 
     model_sha256: str
     cpu: str
@@ -49,6 +49,7 @@ class Profile:
     weights_file: str | None = None
     weights_bytes: int | None = None
     weights_sha256: str | None = None
+    kernels_file: str | None = None
     kernels_sha256: str | None = None
 
     def __str__(self) -> str:
@@ -86,10 +87,9 @@ class Profiles:
         except OSError as error:
             raise BadProfile(f"cannot read the profile of {source.name}: {error.strerror or error}; {_AGAIN}") from None
 
-    @property
-    def kernels_path(self) -> Path:
-        """Where the kernels of this CPU and engine are, or will be."""
-        return self._cache_dir / "kernels" / f"{self._machine}.so"
+    def kernels_path(self, recipe: str) -> Path:
+        """Where the kernels of this CPU and engine that were made so are, or will be."""
+        return self._kernels_directory / f"{self._machine}-{recipe}.so"
 
     def place(self, source: Path, model_sha256: str) -> Path:
         """Where the profile of that model is, or will be."""
@@ -122,18 +122,22 @@ class Profiles:
             for other in self._directory.glob(place.name.rpartition("-")[0] + "-*"):
                 if other != place:
                     shutil.rmtree(other)
-            for other in self.kernels_path.parent.glob(self.kernels_path.name.partition("-")[0] + "-*.so"):
-                if other != self.kernels_path:
+            for other in self._kernels_directory.glob(self._machine.partition("-")[0] + "-*.so"):
+                if not other.name.startswith(f"{self._machine}-"):
                     other.unlink()
 
     def _kernels(self, profile: Profile) -> Path | None:
         """The file, checked. None where the wheel's are used."""
-        if profile.kernels_sha256 is None:
+        if profile.kernels_file is None:
             return None
-        path = self.kernels_path
+        path = self._kernels_directory / Path(profile.kernels_file).name
         if not path.is_file() or sha256(path) != profile.kernels_sha256:
             raise BadProfile(f"the kernels in {path} are not the ones the profile was made with; {_AGAIN}")
         return path
+
+    @property
+    def _kernels_directory(self) -> Path:
+        return self._cache_dir / "kernels"
 
     @property
     def _machine(self) -> str:
