@@ -53,6 +53,56 @@ def test_a_slot_is_not_chosen_for_what_any_slot_can_have() -> None:
     assert slots.take(other, 300) == (0, 300)
 
 
+def test_who_comes_while_others_are_served_gets_the_slot_beside_theirs() -> None:
+    slots = Slots(6)
+    assert [slots.take(packed([each]), 0)[0] for each in range(4)] == [0, 1, 2, 3]
+    for each in (1, 0, 3):
+        slots.put_back(each, packed([each]))
+    assert slots.take(packed([9]), 0) == (1, 0)  # beside 2, and unused for longer than 3
+    assert slots.take(packed([9]), 0) == (0, 0)
+    slots.put_back(2, packed([2]))
+    assert slots.take(packed([9]), 0) == (2, 0)
+
+
+def test_what_would_take_long_to_read_again_is_left_alone_while_there_is_other() -> None:
+    slots = Slots(6)
+    assert [slots.take(packed([each]), 0)[0] for each in range(6)] == [0, 1, 2, 3, 4, 5]
+    for each in (5, 1, 0):
+        slots.put_back(each, LONG if each == 1 else packed([each]))
+    assert slots.take(packed([9]), 0) == (5, 0)
+    assert slots.take(packed([9]), 0) == (0, 0)
+    assert slots.take(packed([9]), 0) == (1, 0)
+    for each in (2, 1, 3):
+        slots.put_back(each, LONG, 300)  # most of it can be had for any slot
+    assert slots.take(packed([9]), 0) == (1, 0)
+
+
+def test_of_what_would_take_long_to_read_again_the_younger_half_is_left_alone() -> None:
+    slots = Slots(5)
+    assert [slots.take(packed([each]), 0)[0] for each in range(5)] == [0, 1, 2, 3, 4]
+    for each in (0, 2, 3):
+        slots.put_back(each, LONG + packed([each]))
+    assert slots.take(packed([9]), 0) == (0, 0)  # beside 1 as 2 is, and unused for longer
+    assert slots.take(packed([9]), 0) == (2, 0)
+    assert slots.take(packed([9]), 0) == (3, 0)
+
+
+@given(st.lists(st.integers(0, 7) | st.tuples(st.integers(0, 500), st.integers(0, 500)), max_size=60))
+def test_a_slot_is_never_out_twice(acts: list[int | tuple[int, int]]) -> None:
+    slots, out = Slots(4), []
+    for act in acts:
+        if isinstance(act, int):
+            if act < len(out):
+                slots.put_back(out.pop(act), packed([act] * 300))
+        elif len(out) < 4:
+            slot, num_common = slots.take(packed([act[0]] * act[1]), 0)
+            assert slot in range(4)
+            assert slot not in out
+            assert 0 <= num_common <= act[1]
+            out.append(slot)
+        assert slots.num_taken == len(out)
+
+
 def write(prefixes: Prefixes, prefix: bytes, num_bytes: int, at: float) -> None:
     unfinished = prefixes.unfinished()
     (prefixes.directory / unfinished).write_bytes(b"x" * num_bytes)

@@ -121,7 +121,7 @@ class Reading:
                         yield prompt.counted(batch)
             finally:
                 self._num_answering -= has_begun
-                self._slots.put_back(prompt.slot, prompt.held)
+                self._slots.put_back(prompt.slot, prompt.held, self._num_saved(prompt))
                 if on_left is not None and prompt.num_read and not prompt.is_counted:
                     on_left((Started(prompt.num_read, prompt.num_read - prompt.num_computed),))
 
@@ -182,12 +182,15 @@ class Reading:
         prompt.num_held = num_saved
         return saved
 
+    def _num_saved(self, prompt: Prompt) -> int:
+        return prompt.num_shared if prompt.num_shared and self._prefixes.has(prompt.shared) else 0
+
     async def _read(self, prompt: Prompt, saved: str | None) -> None:
         """All but the last piece, which is left to the request itself."""
         is_to_save = (
             prompt.num_held <= prompt.num_shared > 0
             and self._prefixes.has_room(prompt.shared)
-            and not self._prefixes.has(prompt.shared)
+            and not self._num_saved(prompt)
         )
         if is_to_save:
             read = self._being_read[prompt.shared] = asyncio.Event()
