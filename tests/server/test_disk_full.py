@@ -194,13 +194,10 @@ def test_a_real_disk_that_is_full(small_disk: Path, upstream: Upstream, in_proce
         load = Load(target, mixed, numbers=itertools.count()).start()
         time.sleep(1)
         filler = small_disk / "filler"
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(b"x" * 65536)
-                    file.flush()
-            except OSError:
-                pass
+        # Unbuffered: a buffer with a rest that found no room would fail once more as it is closed.
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(b"x" * 65536)
         time.sleep(4)
         filler.unlink()
         time.sleep(3)
