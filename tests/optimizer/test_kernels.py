@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,10 @@ from octoai.server.sources import PullFailed, sdist
 
 ENGINE = version("xllamacpp")
 GGML = Path("thirdparty", "llama.cpp", "ggml")
-ADDED_TO = {name: f"#if 0\n{text};\n#endif\n" for name, text, _ in kernels._ADDED}
+ADDED_TO = {
+    name: "#if 0\n" + "".join(f"{text};\n" for each, text, _ in kernels._ADDED if each == name) + "#endif\n"
+    for name, *_ in kernels._ADDED
+}
 C = "int helper(void); int shared(void) { return 1; } int ggml_backend_init(void) { return helper(); }"
 
 
@@ -33,6 +37,7 @@ def source(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         "ggml-cpu.c": ADDED_TO["ggml-cpu.c"] + C,
         "repack.cpp": ADDED_TO["repack.cpp"] + 'extern "C" int helper() { return 42; }',
         "llamafile/sgemm.cpp": ADDED_TO["llamafile/sgemm.cpp"],
+        "ops.cpp": ADDED_TO["ops.cpp"],
         "arch/x86/cpu-feats.cpp": "#error not for us",
         "arch/arm/cpu-feats.cpp": "#error not for us",
     }
@@ -82,7 +87,7 @@ def test_a_library_is_made_that_shows_one_function_and_belongs_to_its_owner_alon
 
 
 def test_source_that_does_not_compile_is_one_line(source: dict[str, str], tmp_path: Path) -> None:
-    source["ops.cpp"] = "int main() { return nothing; }"
+    source["ops.cpp"] += "int main() { return nothing; }"
     assert "g++ failed: " in (said := why_not(tmp_path / "kernels" / "made.so"))
     assert "error: " in said
     assert "nothing" in said
@@ -135,17 +140,40 @@ def num_running(marker: str) -> int:
     return sum(marker.encode() in line and b"python" not in line for line in lines)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama.cpp's own, compiled for this machine."""
+    place = tmp_path_factory.mktemp("kernels")
+    kernels.make(place / "made.so", ENGINE, work=place / "making", num_threads=2, environ=os.environ)
+    return place / "made.so"
+
+
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here")
-def test_llama_cpps_own_are_made_run_and_say_what_the_wheels_say(embedded_model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "kernels" / "made.so"
-    kernels.make(path, ENGINE, work=tmp_path / "making", num_threads=2, environ=os.environ)
+def test_llama_cpps_own_are_made_run_and_say_what_the_wheels_say(
+    embedded_model: Path, tmp_path: Path, made: Path
+) -> None:
     given = Candidate(num_threads=2)
-    (tmp_path / "search").mkdir()
-    with Bench(embedded_model, tmp_path / "search", context_length=512, num_threads=2) as bench:
-        speed, _ = bench.speed(given.tuned(kernels=path), 1 / 16, 1)
+    with Bench(embedded_model, tmp_path, context_length=512, num_threads=2) as bench:
+        speed, _ = bench.speed(given.tuned(kernels=made), 1 / 16, 1)
         assert speed.joint_rate > 0
         # Not the same to the last bit: other instructions round in another order, as other formats do.
-        assert bench.loss(given.tuned(kernels=path)).kl_nats < 0.005
+        assert bench.loss(given.tuned(kernels=made)).kl_nats < 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here")
+def test_attention_is_what_it_is_by_definition(made: Path) -> None:
+    """Of all shapes; ours to seven digits. What is not for it, llama.cpp's own code does, which adds up in F16."""
+    told = subprocess.run(
+        [sys.executable, "-m", "tests.optimizer.attend", str(made)], capture_output=True, text=True, check=True
+    )
+    found = json.loads(told.stdout)
+    has_vectors = " avx512bw " in Path("/proc/cpuinfo").read_text("utf-8")
+    for case in found["ours"]:
+        assert case["difference"] < (1e-5 if has_vectors else 2e-2), case
+    for case in found["llama.cpp's"]:
+        assert case["difference"] < 2e-2, case

@@ -44,19 +44,24 @@ _ADDED = (
         " for (int64_t i = 0; i < 4; ++i)"
         " __builtin_prefetch((const char *) (A + lda * (ii + 4)) + (l * 4 + i) * sizeof(TA));",
     ),
+    ("ops.cpp", "#include <cmath>", '\n#include "attention.cpp"'),
+    ("ops.cpp", "const bool use_ref = params->use_ref;", " if (!use_ref && attend_together(params, dst)) return;"),
 )
-"""Files, a text in each, and what is added behind it. Neither changes a result.
+"""Files, a text in each, and what is added behind it.
 
 Of a matrix that is multiplied by one vector, every thread takes an equal part, as llama.cpp has it where memory has
 several nodes. Taking turns of 64 rows, two threads read memory at two thirds of its speed, and a stream is nothing but
-reading memory.
+reading memory. It changes no result.
 
 Of a matrix that is multiplied by a few vectors, the next four rows are fetched while four are computed: rows that are
 short and read four at a time are no pattern to the processor, which then waits for each. Two streams were slower side
-by side than one after the other.
+by side than one after the other. It changes no result either.
+
+Attention is computed by `attention.cpp` where it can, for which results are added up in F32.
 """
+_ATTENTION = Path(__file__).with_name("attention.cpp")
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-w", *(f"-D{name}" for name in _DEFINED))
-RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED)).encode()).hexdigest()[:8]
+RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED, _ATTENTION.read_bytes())).encode()).hexdigest()[:8]
 """Of how they are made: kernels that an earlier version of this file made are others."""
 _IN_VAIN = "llama.cpp's kernels are those of its wheel"
 
@@ -116,6 +121,7 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int) -> P
     directories = (cpu, cpu / "amx", cpu / "tiled", architecture)
     sources = [path for directory in directories for path in directory.glob("*.c*") if path.stem != "cpu-feats"]
     sources.append(cpu / "llamafile" / "sgemm.cpp")
+    shutil.copy(_ATTENTION, cpu)
     for name, text, addition in _ADDED:
         _add(cpu / name, text, addition)
     common = [*_OPTIONS, compilers.tuned, *(f"-I{path}" for path in (ggml / "include", ggml / "src", cpu))]

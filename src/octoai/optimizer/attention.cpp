@@ -1,0 +1,399 @@
+// Attention on the CPU, in tiles of all heads that have the same keys: included by llama.cpp's ggml-cpu/ops.cpp.
+//
+// llama.cpp attends to fewer than 64 positions of a slot row by row: each head reads and converts its keys and values
+// anew, and adds up in F16. Heads in groups (grouped-query attention) have the same keys, so that their rows are a tile
+// here: keys are converted and transposed once for all of them, and sums are F32. `attend_together` returns false,
+// having written nothing, where it cannot do that; llama.cpp's own code goes on then.
+//
+// Q is [key_size, positions, heads, streams], K and V [size, keys, groups, streams], all with the sizes first that lie
+// together in memory. A row is one head at one position.
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+
+namespace {
+
+constexpr int LANES = 16; // floats in a vector
+constexpr int TILE_ROWS = ggml_fa_tile_config::Q;
+constexpr int TILE_KEYS = ggml_fa_tile_config::KV;
+constexpr int MAX_ROWS = 256; // of all groups of a tile
+constexpr int64_t PARTS_OF_THREAD = 4; // so that threads end together, where streams are few and positions one
+constexpr int64_t MIN_PART_KEYS = 192;
+constexpr short UNSEEN = (short) 0xFC00; // minus infinity, in F16
+
+struct attention {
+    const ggml_tensor * q;
+    const ggml_tensor * k;
+    const ggml_tensor * v;
+    const ggml_tensor * mask;
+    ggml_tensor * dst;
+    float scale;
+
+    explicit attention(ggml_tensor * dst)
+        : q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), mask(dst->src[3]), dst(dst) {
+        memcpy(&scale, dst->op_params, sizeof(float));
+    }
+
+    int64_t key_size() const { return k->ne[0]; }
+    int64_t value_size() const { return v->ne[0]; }
+    int64_t num_keys() const { return k->ne[1]; }
+    int64_t num_positions() const { return q->ne[1]; }
+    int64_t num_heads() const { return q->ne[2]; }
+    int64_t num_groups() const { return k->ne[2]; }
+    int64_t num_streams() const { return q->ne[3]; }
+    int64_t rows_of_group() const { return num_positions() * (num_heads() / num_groups()); }
+
+    bool is_supported() const {
+        float max_bias, softcap;
+        memcpy(&max_bias, (const float *) dst->op_params + 1, sizeof(float));
+        memcpy(&softcap, (const float *) dst->op_params + 2, sizeof(float));
+        const bool is_plain = max_bias == 0.0f && softcap == 0.0f && dst->src[4] == nullptr;
+        const bool has_types = q->type == GGML_TYPE_F32 && k->type == GGML_TYPE_F16 && v->type == GGML_TYPE_F16
+            && mask != nullptr && mask->type == GGML_TYPE_F16;
+        return is_plain && has_types
+            && q->nb[0] == sizeof(float) && k->nb[0] == sizeof(ggml_fp16_t) && v->nb[0] == sizeof(ggml_fp16_t)
+            && mask->nb[0] == sizeof(ggml_fp16_t) && mask->ne[2] == 1
+            && key_size() % LANES == 0 && value_size() % LANES == 0 && num_keys() % LANES == 0
+            && v->ne[1] == k->ne[1] && v->ne[2] == k->ne[2] && v->ne[3] == k->ne[3]
+            && q->ne[2] % k->ne[2] == 0 && q->ne[3] == k->ne[3];
+    }
+
+    // Whether a key's rows of all groups lie beside each other.
+    bool has_groups_together() const {
+        return num_groups() * k->nb[2] <= k->nb[1] && num_groups() * v->nb[2] <= v->nb[1];
+    }
+
+    const ggml_fp16_t * mask_of(int64_t position, int64_t stream) const {
+        return (const ggml_fp16_t *) ((const char *) mask->data + position * mask->nb[1] + stream % mask->ne[3] * mask->nb[3]);
+    }
+};
+
+struct tile {
+    int64_t stream;
+    int64_t first_group, num_groups;
+    int64_t first_row; // of the rows of each group, which are its heads' positions, head by head
+    int num_rows;      // of each group
+};
+
+// Rows are multiplied four at a time. One that is there for nothing costs less than three that go by themselves.
+int rounded_up(int64_t num_rows) {
+    return (int) (num_rows + GEMM_RM - 1) / GEMM_RM * GEMM_RM;
+}
+
+struct tile_scratch {
+    float * queries;
+    float * out;
+    float * weights;
+    float * keys; // transposed
+    float * values;
+
+    tile_scratch(const attention & of, const tile & at, float * place) {
+        const int64_t num_rows = at.num_groups * rounded_up(at.num_rows);
+        queries = place;
+        out     = queries + num_rows * of.key_size();
+        weights = out + num_rows * of.value_size();
+        keys    = weights + rounded_up(at.num_rows) * TILE_KEYS;
+        values  = keys + TILE_KEYS * of.key_size();
+    }
+
+    static int64_t num_floats(const attention & of, int64_t num_groups, int64_t num_rows) {
+        const int64_t rows = rounded_up(num_rows);
+        return (num_groups * rows + TILE_KEYS) * (of.key_size() + of.value_size()) + rows * TILE_KEYS;
+    }
+};
+
+// Of each row of a tile, as far as some keys go: the sum of its weights, its highest score, and weights times values.
+struct tile_result {
+    float sums[MAX_ROWS];
+    float maxima[MAX_ROWS];
+    float * out;
+};
+
+int64_t head_of(const attention & of, const tile & at, int64_t group, int row) {
+    return ((at.first_group + group) * of.rows_of_group() + at.first_row + row) / of.num_positions();
+}
+
+int64_t position_of(const attention & of, const tile & at, int row) {
+    return (at.first_row + row) % of.num_positions();
+}
+
+const char * place_in(const ggml_tensor * cache, int64_t key, int64_t group, int64_t stream) {
+    return (const char *) cache->data + key * cache->nb[1] + group * cache->nb[2] + stream * cache->nb[3];
+}
+
+bool is_any_seen(const attention & of, const tile & at, int64_t first, int num_keys) {
+    const int num_positions = (int) std::min<int64_t>(at.num_rows, of.num_positions());
+    __mmask16 seen = 0;
+    for (int row = 0; row < num_positions && seen == 0; ++row) {
+        const ggml_fp16_t * mask = of.mask_of(position_of(of, at, row), at.stream) + first;
+        for (int i = 0; i < num_keys; i += LANES) {
+            seen |= _mm256_cmpneq_epi16_mask(_mm256_loadu_si256((const __m256i *) (mask + i)), _mm256_set1_epi16(UNSEEN));
+        }
+    }
+    return seen != 0;
+}
+
+// Touches the rows of all groups of the tile in the order in which they lie in memory, so that the processor fetches
+// ahead. In the order in which they are used, some lines of each key, it waits for nearly every one; and it does not fetch
+// them when it is only told to (`_mm_prefetch`): a step of eight streams with 1,000 keys took 43 ms so, and takes 27.
+void bring(const attention & of, const tile & at, int64_t first, int num_keys) {
+    unsigned char all = 0;
+    for (const ggml_tensor * cache : { of.k, of.v }) {
+        const int64_t num_bytes = (at.num_groups - 1) * cache->nb[2] + cache->ne[0] * sizeof(ggml_fp16_t);
+        for (int64_t key = first; key < first + num_keys; ++key) {
+            const volatile unsigned char * row = (const volatile unsigned char *) place_in(cache, key, at.first_group, at.stream);
+            for (int64_t i = 0; i < num_bytes; i += CACHE_LINE_SIZE) {
+                all |= row[i];
+            }
+        }
+    }
+    asm volatile("" : : "r"(all));
+}
+
+// `from` is 16 rows of 16 F16, `to` their columns in F32.
+void transpose(const char * from, size_t from_stride, float * to, int64_t to_stride) {
+    __m512 a[LANES], b[LANES];
+    for (int i = 0; i < LANES; ++i) {
+        a[i] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (from + i * from_stride)));
+    }
+    for (int i = 0; i < LANES; i += 2) {
+        b[i]     = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4) { // a[i + j] gets columns j, 4 + j, 8 + j and 12 + j of rows i to i + 3
+        for (int j = 0; j < 2; ++j) {
+            const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j]     = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    for (int j = 0; j < 4; ++j) {
+        const __m512 even_low  = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), even_high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+        const __m512 odd_low   = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd), odd_high  = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+        _mm512_storeu_ps(to + j * to_stride,        _mm512_shuffle_f32x4(even_low, even_high, 0x88));
+        _mm512_storeu_ps(to + (4 + j) * to_stride,  _mm512_shuffle_f32x4(odd_low,  odd_high,  0x88));
+        _mm512_storeu_ps(to + (8 + j) * to_stride,  _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
+        _mm512_storeu_ps(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(odd_low,  odd_high,  0xdd));
+    }
+}
+
+void convert(const attention & of, const tile & at, int64_t group, int64_t first, int num_keys, const tile_scratch & scratch) {
+    const char * k = place_in(of.k, first, group, at.stream);
+    const char * v = place_in(of.v, first, group, at.stream);
+    for (int i = 0; i < num_keys; i += LANES) {
+        for (int64_t d = 0; d < of.key_size(); d += LANES) {
+            transpose(k + i * of.k->nb[1] + d * sizeof(ggml_fp16_t), of.k->nb[1], scratch.keys + d * num_keys + i, num_keys);
+        }
+    }
+    for (int i = 0; i < num_keys; ++i) {
+        const __m256i * row = (const __m256i *) (v + i * of.v->nb[1]);
+        for (int64_t d = 0; d < of.value_size(); d += LANES) {
+            _mm512_storeu_ps(scratch.values + i * of.value_size() + d, _mm512_cvtph_ps(_mm256_loadu_si256(row + d / LANES)));
+        }
+    }
+}
+
+// Turns a row's scores for some keys into weights, in place; what it has of earlier keys is scaled to the new maximum.
+void weigh(const attention & of, float * scores, const ggml_fp16_t * mask, int num_keys, float & sum, float & maximum, float * out) {
+    __m512 score[TILE_KEYS / LANES];
+    __m512 highest = _mm512_set1_ps(-INFINITY);
+    for (int i = 0; i < num_keys / LANES; ++i) {
+        const __m512 bias = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (mask + i * LANES)));
+        score[i] = _mm512_fmadd_ps(_mm512_loadu_ps(scores + i * LANES), _mm512_set1_ps(of.scale), bias);
+        highest = _mm512_max_ps(highest, score[i]);
+    }
+    const float before = maximum;
+    maximum = fmaxf(before, _mm512_reduce_max_ps(highest));
+    if (maximum == -INFINITY) { // it has seen no key so far
+        memset(scores, 0, num_keys * sizeof(float));
+        return;
+    }
+    if (maximum > before) {
+        const float ratio = expf(before - maximum);
+        ggml_vec_scale_f32(of.value_size(), out, ratio);
+        sum *= ratio;
+    }
+    __m512 sums = _mm512_setzero_ps();
+    for (int i = 0; i < num_keys / LANES; ++i) {
+        const __m512 weight = ggml_v_expf(_mm512_sub_ps(score[i], _mm512_set1_ps(maximum)));
+        _mm512_storeu_ps(scores + i * LANES, weight);
+        sums = _mm512_add_ps(sums, weight);
+    }
+    sum += _mm512_reduce_add_ps(sums);
+}
+
+void begin_tile(const attention & of, const tile & at, const tile_scratch & scratch, tile_result & result) {
+    const int num_rows = rounded_up(at.num_rows);
+    memset(scratch.queries, 0, at.num_groups * num_rows * of.key_size() * sizeof(float));
+    memset(scratch.out, 0, at.num_groups * num_rows * of.value_size() * sizeof(float));
+    for (int64_t group = 0; group < at.num_groups; ++group) {
+        for (int row = 0; row < at.num_rows; ++row) {
+            const char * query = (const char *) of.q->data + position_of(of, at, row) * of.q->nb[1]
+                + head_of(of, at, group, row) * of.q->nb[2] + at.stream * of.q->nb[3];
+            memcpy(scratch.queries + (group * num_rows + row) * of.key_size(), query, of.key_size() * sizeof(float));
+        }
+    }
+    std::fill_n(result.sums, at.num_groups * num_rows, 0.0f);
+    std::fill_n(result.maxima, at.num_groups * num_rows, -INFINITY);
+    result.out = scratch.out;
+}
+
+void attend(const attention & of, const tile & at, int64_t begin, int64_t end, float * place, tile_result & result) {
+    const int num_rows = rounded_up(at.num_rows), key_size = (int) of.key_size(), value_size = (int) of.value_size();
+    const tile_scratch scratch(of, at, place);
+    begin_tile(of, at, scratch, result);
+    for (int64_t first = begin; first < end; first += TILE_KEYS) {
+        const int num_keys = (int) std::min<int64_t>(TILE_KEYS, end - first);
+        if (!is_any_seen(of, at, first, num_keys)) {
+            continue;
+        }
+        bring(of, at, first, num_keys);
+        for (int64_t group = 0; group < at.num_groups; ++group) {
+            convert(of, at, at.first_group + group, first, num_keys, scratch);
+            memset(scratch.weights, 0, num_rows * num_keys * sizeof(float));
+            simd_gemm(scratch.weights, scratch.queries + group * num_rows * key_size, scratch.keys, num_rows, key_size, num_keys);
+            float * out = scratch.out + group * num_rows * value_size;
+            for (int row = 0; row < at.num_rows; ++row) {
+                const int64_t i = group * num_rows + row;
+                const ggml_fp16_t * mask = of.mask_of(position_of(of, at, row), at.stream) + first;
+                weigh(of, scratch.weights + row * num_keys, mask, num_keys, result.sums[i], result.maxima[i], out + row * value_size);
+            }
+            simd_gemm(out, scratch.weights, scratch.values, num_rows, num_keys, value_size);
+        }
+    }
+}
+
+void put(const attention & of, int64_t stream, int64_t position, int64_t head, float sum, float * out) {
+    ggml_vec_scale_f32(of.value_size(), out, sum == 0.0f ? 0.0f : 1.0f / sum);
+    const int64_t row = (stream * of.num_positions() + position) * of.num_heads() + head;
+    memcpy((char *) of.dst->data + row * of.dst->nb[1], out, of.value_size() * sizeof(float));
+}
+
+// How the work is divided: into tiles, and the keys of a tile of one position into parts. What is not in it does not fit
+// into the memory that llama.cpp has planned.
+struct division {
+    int64_t groups_of_tile, rows_of_tile;
+    int64_t tiles_of_group, tiles_of_stream;
+    int64_t num_parts = 1, part_keys;
+    int64_t num_scratch; // floats of a thread
+    int64_t num_available;
+
+    division(const attention & of, const ggml_compute_params * params)
+        : part_keys(of.num_keys()), num_available((int64_t) (params->wsize / sizeof(float))) {
+        take(of, of.num_groups(), of.rows_of_group());
+        const bool is_small = of.num_groups() * rounded_up(of.rows_of_group()) <= MAX_ROWS;
+        if (!is_small || !of.has_groups_together() || !is_possible(params)) {
+            take(of, 1, std::min<int64_t>(of.rows_of_group(), TILE_ROWS));
+        }
+        tiles_of_group = (of.rows_of_group() + rows_of_tile - 1) / rows_of_tile;
+        tiles_of_stream = of.num_groups() / groups_of_tile * tiles_of_group;
+        if (of.num_positions() == 1 && tiles_of_stream == 1) {
+            divide_keys(of, params);
+        }
+    }
+
+    bool is_possible(const ggml_compute_params * params) const {
+        return params->nth * num_scratch <= num_available;
+    }
+
+private:
+    void take(const attention & of, int64_t num_groups, int64_t num_rows) {
+        groups_of_tile = num_groups;
+        rows_of_tile = num_rows;
+        num_scratch = tile_scratch::num_floats(of, num_groups, num_rows);
+    }
+
+    void divide_keys(const attention & of, const ggml_compute_params * params) {
+        const int64_t wanted = (PARTS_OF_THREAD * params->nth + of.num_streams() - 1) / of.num_streams();
+        const int64_t most = std::max<int64_t>(1, std::min(wanted, of.num_keys() / MIN_PART_KEYS));
+        const int64_t keys = ((of.num_keys() + most - 1) / most + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
+        const int64_t parts = (of.num_keys() + keys - 1) / keys;
+        if (params->nth * num_scratch + of.num_streams() * of.num_heads() * parts * (2 + of.value_size()) <= num_available) {
+            num_parts = parts;
+            part_keys = keys;
+        }
+    }
+};
+
+// A row's result of a part of its keys: its maximum, its sum, and as many floats as a value has.
+float * partial_of(const attention & of, const division & by, float * partials, int64_t stream, int64_t head, int64_t part) {
+    return partials + ((stream * of.num_heads() + head) * by.num_parts + part) * (2 + of.value_size());
+}
+
+void put_tile(const attention & of, const division & by, const tile & at, const tile_result & result, float * partials, int64_t part) {
+    for (int64_t group = 0; group < at.num_groups; ++group) {
+        for (int row = 0; row < at.num_rows; ++row) {
+            const int64_t i = group * rounded_up(at.num_rows) + row, head = head_of(of, at, group, row);
+            float * out = result.out + i * of.value_size();
+            if (by.num_parts == 1) {
+                put(of, at.stream, position_of(of, at, row), head, result.sums[i], out);
+                continue;
+            }
+            float * partial = partial_of(of, by, partials, at.stream, head, part);
+            partial[0] = result.maxima[i];
+            partial[1] = result.sums[i];
+            memcpy(partial + 2, out, of.value_size() * sizeof(float));
+        }
+    }
+}
+
+void join_parts(const attention & of, const division & by, float * partials, int64_t stream, int64_t head) {
+    float * joined = partial_of(of, by, partials, stream, head, 0);
+    for (int64_t part = 1; part < by.num_parts; ++part) {
+        const float * other = partial_of(of, by, partials, stream, head, part);
+        const float maximum = fmaxf(joined[0], other[0]);
+        if (maximum == -INFINITY) {
+            continue;
+        }
+        const float ratio = expf(joined[0] - maximum), other_ratio = expf(other[0] - maximum);
+        joined[0] = maximum;
+        for (int64_t i = 1; i < 2 + of.value_size(); ++i) {
+            joined[i] = joined[i] * ratio + other[i] * other_ratio;
+        }
+    }
+    put(of, stream, 0, head, joined[1], joined + 2);
+}
+
+bool attend_together(const ggml_compute_params * params, ggml_tensor * dst) {
+    const attention of(dst);
+    if (!of.is_supported()) {
+        return false;
+    }
+    const division by(of, params);
+    if (!by.is_possible(params)) {
+        return false;
+    }
+    float * scratch  = (float *) params->wdata + params->ith * by.num_scratch;
+    float * partials = (float *) params->wdata + params->nth * by.num_scratch;
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+    const int64_t num_chunks = of.num_streams() * by.tiles_of_stream * by.num_parts;
+    for (int64_t chunk = params->ith; chunk < num_chunks; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t part = chunk % by.num_parts, number = chunk / by.num_parts, begin = part * by.part_keys;
+        const int64_t first_row = number % by.tiles_of_group * by.rows_of_tile;
+        const int64_t first_group = number % by.tiles_of_stream / by.tiles_of_group * by.groups_of_tile;
+        const int num_rows = (int) std::min(by.rows_of_tile, of.rows_of_group() - first_row);
+        const tile at = { number / by.tiles_of_stream, first_group, by.groups_of_tile, first_row, num_rows };
+        tile_result result;
+        attend(of, at, begin, std::min(begin + by.part_keys, of.num_keys()), scratch, result);
+        put_tile(of, by, at, result, partials, part);
+    }
+    if (by.num_parts > 1) {
+        ggml_barrier(params->threadpool);
+        for (int64_t i = params->ith; i < of.num_streams() * of.num_heads(); i += params->nth) {
+            join_parts(of, by, partials, i / of.num_heads(), i % of.num_heads());
+        }
+    }
+    return true;
+}
+
+} // namespace
+
+#else
+
+static bool attend_together(const ggml_compute_params *, ggml_tensor *) {
+    return false;
+}
+
+#endif

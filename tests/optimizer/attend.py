@@ -1,0 +1,169 @@
+"""Attention of kernels beside what it is by definition: `python -m tests.optimizer.attend KERNELS`.
+
+In a process of its own, since kernels stay loaded. Prints one line of JSON: for each case, how far the largest
+difference is from the largest value.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octoai.server.engines import kernels
+
+F32, F16 = 0, 1
+NUM_RANDOM = 150
+
+
+@dataclass(frozen=True)
+class Case:
+    streams: int = 1
+    groups: int = 3
+    heads_per_group: int = 3
+    positions: int = 1
+    keys: int = 64
+    key_size: int = 64
+    value_size: int = 64
+    max_bias: float = 0.0
+    softcap: float = 0.0
+    threads: int = 2
+
+
+def cases() -> Iterator[Case]:
+    for streams, positions, keys in itertools.product((1, 2, 8), (1, 9, 70), (16, 272, 1040)):
+        yield Case(streams=streams, positions=positions, keys=keys)
+    yield from (Case(streams=3, positions=1, keys=2048, threads=threads) for threads in (1, 2, 3, 5))
+    chosen = random.Random(1)
+    for _ in range(NUM_RANDOM):
+        yield Case(
+            streams=chosen.randint(1, 5),
+            groups=chosen.choice((1, 2, 3, 8)),
+            heads_per_group=chosen.choice((1, 2, 3, 4, 7)),
+            positions=chosen.choice((1, 1, 2, 5, 21, 63, 64, 65, 140)),
+            keys=16 * chosen.randint(1, 30),
+            key_size=chosen.choice((16, 64, 80, 128)),
+            value_size=chosen.choice((16, 64, 80, 128)),
+            threads=chosen.randint(1, 4),
+        )
+
+
+def left_to_llama_cpp() -> Iterator[Case]:
+    yield from (Case(keys=100, positions=9), Case(key_size=72, value_size=72), Case(softcap=20.0), Case(max_bias=8.0))
+
+
+class Ggml:
+    def __init__(self, path: Path) -> None:
+        kernels.load(path)
+        wheel = find_spec("xllamacpp.xllamacpp")
+        assert wheel is not None and wheel.origin is not None
+        self._library = ctypes.CDLL(wheel.origin)
+        self._registered = self.call("ggml_backend_reg_by_name", b"CPU")
+        device = self.call("ggml_backend_reg_dev_get", ctypes.c_void_p(self._registered), ctypes.c_size_t(0))
+        self._backend = self.call("ggml_backend_dev_init", ctypes.c_void_p(device), None)
+
+    def call(self, name: str, *arguments: Any) -> int:
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_void_p
+        return function(*(ctypes.c_void_p(each) if type(each) is int else each for each in arguments)) or 0
+
+    def set_threads(self, number: int) -> None:
+        place = self.call("ggml_backend_reg_get_proc_address", self._registered, b"ggml_backend_set_n_threads")
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(place)(self._backend, number)
+
+    def tensor(self, context: int, kind: int, values: NDArray[Any]) -> int:
+        """Of these values, whose last dimension is ggml's first."""
+        sizes = [ctypes.c_int64(size) for size in reversed(values.shape)]
+        made = self.call("ggml_new_tensor_4d", context, ctypes.c_int(kind), *sizes)
+        kept = np.ascontiguousarray(values, dtype=np.float32 if kind == F32 else np.float16)
+        ctypes.memmove(self.call("ggml_get_data", made), kept.ctypes.data, kept.nbytes)
+        return made
+
+    def attend(self, case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
+        class Parameters(ctypes.Structure):
+            _fields_ = (("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+        needed = 8 * (q.size * 2 + k.size + v.size + mask.size) + (1 << 22)
+        context = self.call("ggml_init", Parameters(needed, None, False))
+        order = [ctypes.c_int(each) for each in (0, 2, 1, 3)]  # as llama.cpp has them: heads of a position together
+        turned = [
+            self.call("ggml_permute", context, self.tensor(context, kind, values), *order)
+            for kind, values in ((F32, q), (F16, k), (F16, v))
+        ]
+        numbers = (1 / case.key_size**0.5, case.max_bias, case.softcap)
+        scale, max_bias, softcap = (ctypes.c_float(each) for each in numbers)
+        masked = self.tensor(context, F16, mask)
+        out = self.call("ggml_flash_attn_ext", context, *turned, masked, scale, max_bias, softcap)
+        graph = self.call("ggml_new_graph", context)
+        self.call("ggml_build_forward_expand", graph, out)
+        self.set_threads(case.threads)
+        assert self.call("ggml_backend_graph_compute", self._backend, graph) == 0
+        shape = (case.streams, case.positions, case.groups * case.heads_per_group, case.value_size)
+        found = np.empty(shape, np.float32)
+        ctypes.memmove(found.ctypes.data, self.call("ggml_get_data", out), found.nbytes)
+        self.call("ggml_free", context)
+        return found
+
+
+def difference(ggml: Ggml, case: Case, chosen: np.random.Generator) -> float:
+    """The largest, of the largest value."""
+    heads = case.groups * case.heads_per_group
+    q = chosen.normal(size=(case.streams, case.positions, heads, case.key_size)).astype(np.float32) * 2
+    k = chosen.normal(size=(case.streams, case.keys, case.groups, case.key_size)).astype(np.float16)
+    v = chosen.normal(size=(case.streams, case.keys, case.groups, case.value_size)).astype(np.float16)
+    mask = masks(case, chosen)
+    found = ggml.attend(case, q, k, v, mask)
+    right = by_definition(case, q.astype(float), k.astype(float), v.astype(float), mask.astype(float))
+    assert np.isfinite(found).all(), case
+    return float(np.abs(found - right).max() / np.abs(right).max())
+
+
+def masks(case: Case, chosen: np.random.Generator) -> NDArray[Any]:
+    """What positions do not see: what comes later, here and there a key, in some streams whole tiles."""
+    last = chosen.integers(0, case.keys, size=(case.streams, 1, 1, 1)) + np.arange(case.positions)[:, None]
+    is_hidden = (np.arange(case.keys) > last) | (chosen.random((case.streams, 1, case.positions, case.keys)) < 0.1)
+    is_hidden[..., : case.keys // 2] |= (chosen.random((case.streams, 1, 1, 1)) < 0.2) & (case.streams > 1)
+    is_hidden[:, :, -1:, 0] = False
+    return np.where(is_hidden, -np.inf, 0.0).astype(np.float16)
+
+
+def by_definition(case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
+    k, v = (np.repeat(each, case.heads_per_group, axis=2) for each in (k, v))
+    scores = np.einsum("sphd,skhd->shpk", q, k) / case.key_size**0.5
+    if case.softcap:
+        scores = case.softcap * np.tanh(scores / case.softcap)
+    if case.max_bias:
+        mask = mask * slopes(case)[:, None, None]
+    scores = scores + mask
+    highest = scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(highest), highest, 0.0))
+    sums = weights.sum(axis=-1, keepdims=True)
+    return np.einsum("shpk,skhd->sphd", weights / np.where(sums == 0, 1.0, sums), v)
+
+
+def slopes(case: Case) -> NDArray[Any]:
+    heads = case.groups * case.heads_per_group
+    whole = 1 << (heads.bit_length() - 1)
+    first, second = 2.0 ** (-case.max_bias / whole), 2.0 ** (-case.max_bias / 2 / whole)
+    return np.array([first ** (h + 1) if h < whole else second ** (2 * (h - whole) + 1) for h in range(heads)])
+
+
+def main() -> None:
+    ggml, chosen = Ggml(Path(sys.argv[1])), np.random.default_rng(1)
+    ours = [{**asdict(case), "difference": difference(ggml, case, chosen)} for case in cases()]
+    theirs = [{**asdict(case), "difference": difference(ggml, case, chosen)} for case in left_to_llama_cpp()]
+    print(json.dumps({"ours": ours, "llama.cpp's": theirs}))
+
+
+if __name__ == "__main__":
+    main()
