@@ -108,10 +108,15 @@ def with_kernels(place: Path) -> None:
             print(error, file=sys.stderr)
 
 
+def has_others(path: Path) -> bool:
+    """Kernels that were made in another way, and none as these are made."""
+    return not path.is_file() and any(path.parent.glob("*.so"))
+
+
 def searched(source: Path, cache: Path, seconds: float, context_length: int, names: list[str]) -> None:
     for name in names:
         place = cache / str(LOSSES[name])
-        if Profiles(place).find(source) is None:
+        if Profiles(place).find(source) is None or has_others(Profiles(place).kernels_path(kernels.RECIPE)):
             with_kernels(place)
             wish = Wish(context_length, seconds=seconds, bounds=Bounds(max_loss=LOSSES[name]))
             optimize(source, place, wish, lambda trial: print(".", end="", file=sys.stderr, flush=True))

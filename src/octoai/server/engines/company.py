@@ -21,7 +21,7 @@ TICK_SECONDS = 0.03
 RESCAN_SECONDS = 1.0
 BUSY_SHARE = 0.2  # of a tick that a thread ran or wanted to: what computes
 CROWDED_SHARE = 0.2  # of a tick that it was ready and did not run; alone 0 to 0.14, beside a neighbour 0.25 to 0.6
-CROWDED_TICKS = 2
+CROWDED_TICKS = 3
 MIN_CALM_SECONDS = 0.4
 MAX_CALM_SECONDS = 8.0
 _TASKS = Path("/proc/self/task")
@@ -38,7 +38,7 @@ def is_visible() -> bool:
 class Crowding:
     """Decides by what threads say of their times. Pure: it is told the time.
 
-    One tick may be the system at work; two are a neighbour. What goes away only for a moment has to stay away longer
+    Two ticks may be the system at work, or requests that come together; three are a neighbour. What goes away only for a moment has to stay away longer
     the next time.
     """
 
