@@ -38,8 +38,8 @@ def is_visible() -> bool:
 class Crowding:
     """Decides by what threads say of their times. Pure: it is told the time.
 
-    Two ticks may be the system at work, or requests that come together; three are a neighbour. What goes away only for a moment has to stay away longer
-    the next time.
+    Two ticks may be the system at work, or requests that come together; three are a neighbour. What goes away only
+    for a moment has to stay away longer the next time.
     """
 
     def __init__(self) -> None:
