@@ -225,3 +225,21 @@ def test_a_damaged_profile_is_one_line_and_the_defaults(cache: Path, embedded_mo
         assert "is damaged; the defaults are used" in service.log.read_text()
     finally:
         assert service.stop() == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+def test_a_signal_that_python_ignores_comes_once_more(number: int, status: int) -> None:
+    program = f"""
+import signal, sys, time
+from octoai.cli import optimize
+signal.signal(signal.SIGTERM, optimize._leave)
+sys.unraisablehook = optimize._say_again
+class Going:
+    def __del__(self): signal.raise_signal({int(number)})
+going = Going()
+del going
+time.sleep(20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=15, check=False)
+    assert done.returncode == status
+    assert "ignored" not in done.stderr
