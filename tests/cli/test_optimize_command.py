@@ -230,10 +230,9 @@ def test_a_damaged_profile_is_one_line_and_the_defaults(cache: Path, embedded_mo
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
 def test_a_signal_that_python_ignores_comes_once_more(number: int, status: int) -> None:
     program = f"""
-import signal, sys, time
+import signal, time
 from octoai.cli import optimize
-signal.signal(signal.SIGTERM, optimize._leave)
-sys.unraisablehook = optimize._say_again
+optimize._hear_signals()
 class Going:
     def __del__(self): signal.raise_signal({int(number)})
 going = Going()

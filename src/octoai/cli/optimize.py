@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from octoai.optimizer.outcome import Loss, Trial
     from octoai.server.settings import ModelSettings, Settings
 
-AGAIN_SECONDS = 0.05
+_AGAIN_SECONDS = 0.05
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -59,8 +59,7 @@ def optimize(args: argparse.Namespace) -> int:
     from octoai.server.settings import BadSettings
     from octoai.server.sources import PullFailed, WeightStore
 
-    signal.signal(signal.SIGTERM, _leave)
-    sys.unraisablehook = _say_again
+    _hear_signals()
     try:
         settings, chosen = _chosen(args.model, args.config)
         if chosen.engine_url is not None:
@@ -180,6 +179,12 @@ def _losses(result: Optimized) -> dict[str, Loss]:
     return {f"{weights}, compiled for this CPU" if kernels else weights: loss for (weights, kernels), loss in losses}
 
 
+def _hear_signals() -> None:
+    """Ctrl-C keeps the best so far, SIGTERM nothing. Whenever it comes, it is heard."""
+    signal.signal(signal.SIGTERM, _leave)
+    sys.unraisablehook = _say_again
+
+
 def _say_again(lost: sys.UnraisableHookArgs) -> None:
     """A signal that comes while something is being deleted is an exception that Python ignores: it comes once more."""
     error = lost.exc_value
@@ -188,7 +193,7 @@ def _say_again(lost: sys.UnraisableHookArgs) -> None:
         return
     again = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(again))
-    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
 
 
 def _leave(number: int, _frame: object) -> NoReturn:

@@ -249,7 +249,7 @@ class LlamaEngine:
             "key": key,
             "num_slots": self.options.num_slots,
             "context_length": self.options.context_length,
-            # Slots that generate have their places beside it: llama.cpp attends to fewer than 64 more slowly.
+            # Slots that generate have their places beside it: fewer than 64 are attended to more slowly.
             "batch_tokens": self.options.batch_tokens + self.options.num_slots,
             "save_path": f"{self._prefixes.directory}/" if self._prefixes.max_bytes else "",
             "num_threads": self.options.threads,

@@ -32,8 +32,8 @@ log = logging.getLogger("octoai.engine")
 
 MIN_SHARED_TOKENS = 128  # fewer are read in one step
 PIECE_TOKENS = 512
-# While others are served. One token shares a step with theirs; the rest is a step of its own, which llama.cpp attends
-# to in tiles of 64: a piece of 65 takes half the time of one of 64.
+# While others are served. One token shares a step with theirs; the rest is a step of its own, which llama.cpp's own
+# attention takes in tiles of 64: with it, a piece of 65 takes half the time of one of 64.
 PIECE_TOKENS_BESIDE = 129
 NUM_RECENT = 16
 NUM_HEADS = 64
