@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from octoai.server import params
 from octoai.server.encoding import ChatEncoder, CompletionEncoder, error_event
-from octoai.server.engines.base import Delta, Event, Finished, Started, Usage
+from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started, Usage
 
 USAGE = Usage(prompt_tokens=3, cached_tokens=1, completion_tokens=2)
 AWKWARD = [
@@ -73,6 +73,15 @@ def test_the_first_chunk_has_the_role_and_empty_content() -> None:
     assert second["choices"][0]["delta"] == {"content": "Hi"}
     assert last["choices"][0]["delta"] == {"content": ""}
     assert [chunk["choices"][0]["finish_reason"] for chunk in (first, second, last)] == [None, None, "stop"]
+
+
+@given(st.lists(st.one_of(st.text(min_size=1, max_size=3), st.sampled_from(AWKWARD)), min_size=1), st.booleans())
+def test_deltas_that_came_together_are_the_same_chunks(texts: list[str], is_chat: bool) -> None:
+    deltas = Deltas(texts, list(range(1, len(texts) + 1)))
+    one, other = (chat(), chat()) if is_chat else (text(), text())
+    other.id = one.id
+    assert one.stream([Started(3), deltas]) == other.stream([Started(3), *deltas])
+    assert one.whole([deltas, finished("stop")]) == other.whole([*deltas, finished("stop")])
 
 
 def test_the_head_is_the_same_on_every_chunk() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from octoai.server.engines.base import Delta, Event, Generation
+from octoai.server.engines.base import Delta, Deltas, Event, Generation, Started
 from octoai.server.engines.plain import plain
 from octoai.server.engines.reader import Answer
 from octoai.server.errors import EngineFailed
@@ -51,8 +51,10 @@ def streams(draw: st.DrawFn) -> bytes:
 
 
 def read(answer: Answer, blocks: Iterator[bytes]) -> tuple[list[Event], list[Event]]:
+    """Each delta by itself, however they were gathered."""
     events = [event for block in blocks for event in answer.events(block)]
-    return events, answer.so_far()
+    singly = [each for event in events for each in (event if isinstance(event, Deltas) else [event])]
+    return singly, answer.so_far()
 
 
 def cut(data: bytes, places: list[int]) -> Iterator[bytes]:
@@ -66,6 +68,7 @@ def saying(text: str, usage: str, reason: str = "null") -> bytes:
 
 
 COUNTED = '{"prompt_tokens":3,"completion_tokens":0}'
+BOTH = '{"prompt_tokens":3,"total_tokens":%d,"completion_tokens":%d}'
 OTHER = '{"prompt_tokens":4,"completion_tokens":0}'
 
 
@@ -81,8 +84,25 @@ def test_events_like_the_first_are_known_by_their_shape() -> None:
     first = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"a"}}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1}}'  # noqa: E501
     shape = plain(first)
     assert shape is not None
-    assert shape.read(first) == ("a", 1)
-    assert shape.read(first.replace(b'"a"', b'"b c"').replace(b":4,", b":14,").replace(b":1}", b":11}")) == ("b c", 11)
+    second = first.replace(b'"a"', b'"b c"').replace(b":4,", b":14,").replace(b":1}", b":11}")
+    assert shape.num_alike([first, second, b"data: [DONE]"], 0) == 2
+    assert shape.read([first]) == (["a"], [1])
+    assert shape.read([first, second, first]) == (["a", "b c", "a"], [1, 11, 1])
+
+
+def test_many_events_of_a_block_are_one_batch_of_deltas() -> None:
+    block = b"".join(saying(f" w{number}", BOTH % (3 + number, number)) for number in range(1, 100))
+    started, first, rest = Answer(ONE).events(block)
+    assert (started, first) == (Started(3), Delta(0, " w1", 1))
+    assert rest == Deltas([f" w{number}" for number in range(2, 100)], list(range(2, 100)))
+
+
+def test_one_event_of_another_shape_among_many_is_read_in_full() -> None:
+    for place in (2, 50, 99):
+        block = [saying(f"{number}", BOTH % (number, number)) for number in range(100)]
+        block[place] = saying(f"{place}", BOTH % (place, place) + ',"x":{"y":{}}')
+        events, _ = read(Answer(ONE), iter([b"".join(block)]))
+        assert [event.text for event in events[1:]] == [f"{number}" for number in range(100)]
 
 
 @pytest.mark.parametrize(
@@ -94,13 +114,16 @@ def test_events_like_the_first_are_known_by_their_shape() -> None:
         b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}',
         b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}}',
         b'data: {"choices":[{"index":0,"delta":{"content":"a',
+        b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}",{"b":"b"}}]}',
+        b'data: {"choices":[{"index":0,"delta":{"content":"}}]}',  # its ends overlap
         b"",
     ],
 )
 def test_what_differs_is_read_in_full(other: bytes) -> None:
     shape = plain(b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}')
     assert shape is not None
-    assert shape.read(other) is None
+    assert not shape.num_alike([other], 0) or shape.read([other]) is None
+    assert not shape.num_alike([other], 0) or shape.read([other, other]) is None
 
 
 def test_an_event_that_may_be_read_in_two_ways_is_not_plain() -> None:

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cache
 
-from octoai.server.engines.base import Delta, Engine, Generation, Started
+from octoai.server.engines.base import Delta, Deltas, Engine, Finished, Generation
 
 _CHARACTERS_PER_TOKEN = 4
 _STRIDE = 104_729  # a prime: passages in turn come from all over the text
@@ -124,10 +124,12 @@ async def _generated(engine: Engine, prompt: str, num_tokens: int) -> tuple[floa
         async for batch in batches:
             last = time.perf_counter()
             for event in batch:
-                if isinstance(event, Started | Delta):
+                if not isinstance(event, Finished):
                     first = first or last
                 if isinstance(event, Delta):
                     num_generated = event.completion_tokens
+                elif isinstance(event, Deltas):
+                    num_generated = event.counts[-1]
     return first, last, num_generated
 
 

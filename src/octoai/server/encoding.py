@@ -11,11 +11,12 @@ import json
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from octoai.server.billing import usd
-from octoai.server.engines.base import Delta, Event, Finished, Started, Usage
+from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started, Usage
 from octoai.server.params import TextRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -53,6 +54,7 @@ class _Encoder:
 
     chunk_object = ""
     whole_object = ""
+    _around_text = ("", "")  # of a delta's text, where it has nothing else
 
     def __init__(self, request: TextRequest, *, fingerprint: str, created: int | None = None) -> None:
         self.request = request
@@ -64,7 +66,11 @@ class _Encoder:
         self._usage = ',"usage":null' if request.include_usage else ""
         # Text that stands before what is generated, by choice (`echo`).
         self._echoed = _echoed(request)
-        self._head = f"data: {self._frame(self.chunk_object)}"
+
+    @cached_property
+    def _head(self) -> str:
+        """What every chunk begins with."""
+        return f"data: {self._frame(self.chunk_object)}"
 
     def stream(self, batch: Sequence[Event]) -> bytes:
         """The server-sent events of a batch, as one block."""
@@ -72,6 +78,8 @@ class _Encoder:
         for event in batch:
             if isinstance(event, Delta):
                 chunks.append(self._chunk(event.index, self._delta(event), "null"))
+            elif isinstance(event, Deltas):
+                chunks.append(self._chunks(event.texts))
             elif isinstance(event, Started):
                 chunks += self._beginning()
             else:
@@ -98,6 +106,13 @@ class _Encoder:
         tail = self._usage if usage is None else usage
         return f'{self._head}{{"index":{index},{said},"finish_reason":{reason}}}]{tail}}}\n\n'
 
+    def _chunks(self, texts: Sequence[str]) -> str:
+        """Those of several plain deltas."""
+        before, after = self._around_text
+        begins = f'{self._head}{{"index":0,{before}'
+        ends = f'{after},"finish_reason":null}}]{self._usage}}}\n\n'
+        return begins + (ends + begins).join(map(quoted, texts)) + ends
+
     def whole(self, events: Iterable[Event]) -> bytes:
         """One answer from every event of a generation."""
         texts = dict(self._echoed)
@@ -111,6 +126,8 @@ class _Encoder:
                     logprobs.setdefault(event.index, []).extend(event.logprobs)
                 if event.tool_calls:
                     calls.setdefault(event.index, []).extend(event.tool_calls)
+            elif isinstance(event, Deltas):
+                texts[0] += "".join(event.texts)
             elif isinstance(event, Finished):
                 finished = event
         assert finished is not None
@@ -158,13 +175,15 @@ class _Encoder:
 class ChatEncoder(_Encoder):
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
+    _around_text = ('"delta":{"content":', '},"logprobs":null')
 
     def _opening(self, index: int) -> str:
         return '"delta":{"role":"assistant","content":""},"logprobs":null'
 
     def _delta(self, event: Delta) -> str:
         if not event.tool_calls and not event.logprobs:  # nearly every one
-            return f'"delta":{{"content":{quoted(event.text)}}},"logprobs":null'
+            before, after = self._around_text
+            return f"{before}{quoted(event.text)}{after}"
         calls = f',"tool_calls":{_json(event.tool_calls)}' if event.tool_calls else ""
         return f'"delta":{{"content":{quoted(event.text)}{calls}}}{self._logprobs_json(event, 0)}'
 
@@ -179,6 +198,7 @@ class ChatEncoder(_Encoder):
 class CompletionEncoder(_Encoder):
     chunk_object = "text_completion"
     whole_object = "text_completion"
+    _around_text = ('"text":', ',"logprobs":null')
 
     def __init__(self, request: TextRequest, *, fingerprint: str, created: int | None = None) -> None:
         super().__init__(request, fingerprint=fingerprint, created=created)
@@ -190,6 +210,10 @@ class CompletionEncoder(_Encoder):
     def _opening(self, index: int) -> str | None:
         text = self._echoed[index]
         return f'"text":{quoted(text)},"logprobs":null' if text else None
+
+    def _chunks(self, texts: Sequence[str]) -> str:
+        self._offsets[0] += sum(map(len, texts))
+        return super()._chunks(texts)
 
     def _delta(self, event: Delta) -> str:
         said = f'"text":{quoted(event.text)}{self._logprobs_json(event, self._offsets[event.index])}'

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from octoai.server.engines.base import Delta, Event, Finished, Started, Usage
+from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started, Usage
 
 
 @dataclass(slots=True)
@@ -22,6 +22,8 @@ class PartMeter:
         for event in batch:
             if isinstance(event, Delta):
                 self.counted[event.index] = event.completion_tokens
+            elif isinstance(event, Deltas):
+                self.counted[0] = event.counts[-1]
             elif isinstance(event, Started):
                 self.usage = Usage(event.prompt_tokens, event.cached_tokens)
             else:

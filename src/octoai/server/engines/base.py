@@ -1,4 +1,4 @@
-"""The interface of an engine: a `Generation` goes in; `Started`, `Delta`s and `Finished` come out.
+"""The interface of an engine: a `Generation` goes in; `Started`, `Delta`s (or `Deltas`) and `Finished` come out.
 
 Engines know neither accounts nor our HTTP API. What one cannot honour it says beforehand (`unsupported`), so that
 the request can be refused by name instead of being answered with something else.
@@ -9,7 +9,7 @@ long then, and one is made for every token.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -93,6 +93,20 @@ class Delta:
 
 
 @dataclass(slots=True)
+class Deltas:
+    """Several `Delta`s of the only choice that are text and nothing else: their texts, and their `completion_tokens`.
+
+    What comes in one read is often hundreds of them, and an object for each would be most of the work.
+    """
+
+    texts: Sequence[str]
+    counts: Sequence[int]
+
+    def __iter__(self) -> Iterator[Delta]:
+        return (Delta(0, text, count) for text, count in zip(self.texts, self.counts, strict=True))
+
+
+@dataclass(slots=True)
 class Finished:
     """The end of every choice: why each ended (by index), and what it all came to."""
 
@@ -100,7 +114,7 @@ class Finished:
     usage: Usage
 
 
-Event = Started | Delta | Finished
+Event = Started | Delta | Deltas | Finished
 # Told once how far an answer came that did not come to its end for the one who read it.
 OnLeft = Callable[[Sequence[Event]], None]
 

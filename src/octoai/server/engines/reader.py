@@ -5,12 +5,13 @@ Pure: bytes or the data of server-sent events in, `Started`, `Delta`s and `Finis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import orjson
 
-from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.plain import Plain, plain
 from octoai.server.engines.refusals import message_of, refusal
 from octoai.server.errors import EngineFailed, Refusal
@@ -63,25 +64,34 @@ class Reader:
         may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
         self._num_tries = MAX_TRIES if may_be_plain else 0
 
-    def read_events(self, texts: Iterable[bytes], events: list[Event]) -> None:
+    def read_events(self, texts: Sequence[bytes], events: list[Event]) -> None:
         """Add what server-sent events mean, which are given as they were received."""
-        counted = self._counted
-        for text in texts:
-            found = None if self._plain is None else self._plain.read(text)
-            if found is None:
-                event = parsed(text)
+        number = 0
+        while number < len(texts):
+            num_plain = 0 if self._plain is None else self._read_plain(self._plain, texts, number, events)
+            if not num_plain:
+                event = parsed(texts[number])
                 if event is not None:
                     self.read(event.data, events)
-                continue
-            said, completion_tokens = found
-            before = counted.get(0, 0)
-            if completion_tokens is None:
-                completion_tokens = before + 1
-            else:
-                self._completion_tokens = completion_tokens
-                completion_tokens = max(before, completion_tokens)
-            counted[0] = completion_tokens
-            events.append(Delta(0, said, completion_tokens))
+            number += num_plain or 1
+
+    def _read_plain(self, shape: Plain, texts: Sequence[bytes], start: int, events: list[Event]) -> int:
+        """How many were read at once, from `start` on."""
+        alike, found = texts[start : start + shape.num_alike(texts, start)], None
+        while alike and (found := shape.read(alike)) is None:
+            alike = alike[: len(alike) // 2]  # one of the others may be why
+        if found is None:
+            return 0
+        said, counts = found
+        before = self._counted.get(0, 0)
+        if counts:
+            self._completion_tokens = counts[-1]
+            counts = list(accumulate([max(before, counts[0]), *counts[1:]], max))
+        else:
+            counts = list(range(before + 1, before + 1 + len(said)))
+        self._counted[0] = counts[-1]
+        events.append(Delta(0, said[0], counts[0]) if len(said) == 1 else Deltas(said, counts))
+        return len(said)
 
     def read(self, payload: bytes, events: list[Event]) -> None:
         """Add what the data of one server-sent event means."""
