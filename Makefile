@@ -1,8 +1,8 @@
 # The two commands: `make demo` and `make test`. Both set up everything from a clean clone; nothing but Python ≥ 3.11
 # (with its venv module) and a package registry is needed. PostgreSQL's tests need its server: see .ci/postgres.
 
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
-  $$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# The fastest there is, unless one is given.
+PYTHON ?= $(shell .ci/python)
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -19,8 +19,9 @@ help:
 setup: $(READY)
 
 $(READY): pyproject.toml uv.lock
-	@test -n "$(PYTHON)" || { echo "octoai needs Python 3.11 or newer: install it, or say PYTHON=/path/to/python3.11"; exit 1; }
-	@test -x $(RUN) || { echo "setting up $(VENV) …"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(RUN) || { python="$(PYTHON)"; \
+	  test -n "$$python" || { echo "octoai needs Python 3.11 or newer, with venv: install it, or say PYTHON=/path/to/python3.11"; exit 1; }; \
+	  echo "setting up $(VENV) with $$python …"; "$$python" -m venv $(VENV); }
 	@$(RUN) -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
 	@$(VENV)/bin/uv sync --quiet --frozen --inexact --all-extras --all-groups
 	@touch $(READY)

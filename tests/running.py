@@ -24,10 +24,10 @@ from octoai.server.accounts import DEFAULT_ACCOUNT
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine
 from octoai.server.metrics import Metrics
-from octoai.server.protocol import BoundedProtocol
 from octoai.server.queue import FairQueue
 from octoai.server.router import Deployment, Router
 from octoai.server.service import Service
+from octoai.server.serving import http_config
 from octoai.server.settings import Settings
 from octoai.server.store import Connection, connect
 from octoai.server.tokens import SCOPES, Minted
@@ -94,15 +94,8 @@ class InProcess:
         self.service = self._make()
         await self.engine.start()
         await self.service.start()
-        config = uvicorn.Config(
-            app.application(self.service),
-            http=BoundedProtocol,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=1,
-            ws="none",
-        )
+        config = http_config(self.service)
+        config.timeout_graceful_shutdown = 1
         self._server = uvicorn.Server(config)
         task = asyncio.create_task(self._server.serve(sockets=[self._listener]))
         while not self._server.started:

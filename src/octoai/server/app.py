@@ -11,7 +11,6 @@ from pathlib import Path
 
 from starlette.routing import BaseRoute, Route
 from starlette.routing import Router as Routes
-from starlette.types import ASGIApp
 
 from octoai.server import admin, api, docs, organization, prices, pricing
 from octoai.server.admission import Admission
@@ -42,8 +41,8 @@ _COMPLETION_PATHS = ("/v1/completions", "/v1/completions/completions", "/complet
 
 def routes() -> list[BaseRoute]:
     return [
-        *(Route(path, api.chat_completions, methods=["POST"]) for path in _CHAT_PATHS),
-        *(Route(path, api.completions, methods=["POST"]) for path in _COMPLETION_PATHS),
+        # What is posted to these does not come this way; of other methods it is said what would be right.
+        *(Route(path, api.posted, methods=["POST"]) for path in (*_CHAT_PATHS, *_COMPLETION_PATHS)),
         Route("/v1/models", api.models, methods=["GET"]),
         Route("/v1/models/{model:path}", api.model, methods=["GET"]),
         Route("/v1/pricing", pricing.pricing, methods=["GET"]),
@@ -58,7 +57,7 @@ def routes() -> list[BaseRoute]:
     ]
 
 
-def application(service: Service) -> ASGIApp:
+def edge(service: Service) -> Edge:
     posts = {**dict.fromkeys(_CHAT_PATHS, api.chat_completions), **dict.fromkeys(_COMPLETION_PATHS, api.completions)}
     return Edge(Routes(routes=routes(), redirect_slashes=False), service, posts)
 

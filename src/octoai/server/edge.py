@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 import orjson
@@ -13,69 +13,85 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from octoai.server.api import limit_headers, raw
 from octoai.server.errors import InternalError, MethodNotAllowed, Refusal, Unavailable, UnknownPath, new_request_id
+from octoai.server.incoming import VERSION_HEADER, ClientLeft, Headers, Incoming
 from octoai.server.service import Service
-from octoai.server.store.database import StoreAway, StoreError
+from octoai.server.store.database import StoreAway
 from octoai.server.streaming import BrokenOff, SlowReader
 
 log = logging.getLogger("octoai.http")
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH"})
-VERSION_HEADER = (b"openai-version", b"2020-10-01")
+
+Endpoint = Callable[[Incoming, Service], Awaitable[None]]
 
 
 class Edge:
-    """Wraps the routes. What is inside finds the service and the request's id in `request.state`; `is_given_id`: the
-    client chose it. What is posted to a path in `posts` goes there directly, without a look at the routes."""
+    """What is posted to a path in `posts` goes to its endpoint directly (`answer`); everything else through the routes,
+    as an ASGI application. What is inside those finds the service and the request's id in `request.state`."""
 
-    def __init__(self, routes: ASGIApp, service: Service, posts: Mapping[str, ASGIApp]) -> None:
+    def __init__(self, routes: ASGIApp, service: Service, posts: Mapping[str, Endpoint]) -> None:
         self.routes = routes
         self.posts = posts
+        self.posts_by_url = {path.encode(): path for path in posts}
         self.service = service
+
+    async def answer(self, incoming: Incoming) -> None:
+        endpoint = self.posts[incoming.path]
+        given = _given_id(incoming.headers)
+        incoming.request_id, incoming.is_given_id = given or new_request_id(), given is not None
+        try:
+            await endpoint(incoming, self.service)
+        except (BrokenOff, SlowReader, ClientLeft):
+            pass  # without the end of its body, the answer makes the server close the connection
+        except Exception as error:  # noqa: BLE001  # each is answered, and those that are our fault are logged
+            await self._answer_refusal(_refusal_of(error, incoming.request_id), incoming)
+        finally:
+            seconds = time.perf_counter() - incoming.began
+            self.service.metrics.count_http(endpoint.__name__, "POST", incoming.status, seconds)
+
+    async def _answer_refusal(self, refusal: Refusal, incoming: Incoming) -> None:
+        if incoming.status is not None:
+            return  # too late for another answer; the connection is cut
+        headers, body = self._refused(refusal)
+        if incoming.limit_headers is None and not _says_limits(headers):
+            incoming.limit_headers = await limit_headers(self.service, incoming.caller)
+        incoming.begin(refusal.status, headers)
+        incoming.end(body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.routes(scope, receive, send)
             return
         scope["app"] = self  # makes the router raise what it does not find, instead of answering itself
-        given = _given_id(scope)
-        scope.setdefault("state", {}).update(
-            request_id=given or new_request_id(), is_given_id=given is not None, service=self.service
-        )
+        request_id = _given_id(scope["headers"]) or new_request_id()
+        scope.setdefault("state", {}).update(request_id=request_id, service=self.service)
         answer = _Answer(scope, send, self.service)
-        endpoint = self.posts.get(scope["path"]) if scope["method"] == "POST" else None
         try:
-            if endpoint is not None:
-                scope["endpoint"] = endpoint
-                await endpoint(scope, receive, answer.send)
-            else:
-                await self.routes(scope, receive, answer.send)
-        except (BrokenOff, SlowReader, ClientDisconnect):
-            pass  # without the end of its body, the answer makes the server close the connection
-        except Refusal as refusal:
-            await self._refuse(refusal, answer)
-        except StoreAway:
-            await self._refuse(
-                Unavailable("The database does not answer.", retry_after=5, code="database_away"), answer
-            )
+            await self.routes(scope, receive, answer.send)
+        except ClientDisconnect:
+            pass
         except HTTPException as error:
-            await self._refuse(_refusal_of(error, scope), answer)
-        except Exception:
-            log.exception("request %s failed", answer.request_id)
-            await self._refuse(InternalError(answer.request_id), answer)
+            await self._refuse(_refusal_of_routes(error, scope), answer)
+        except Exception as error:  # noqa: BLE001  # as above
+            await self._refuse(_refusal_of(error, request_id), answer)
         finally:
             self._count(scope, answer)
 
     async def _refuse(self, refusal: Refusal, answer: _Answer) -> None:
         if answer.status is not None:
             return  # too late for another answer; the connection is cut
+        headers, body = self._refused(refusal)
+        await answer.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await answer.send({"type": "http.response.body", "body": body})
+
+    def _refused(self, refusal: Refusal) -> tuple[Headers, bytes]:
         self.service.metrics.refusals.labels(refusal.code or refusal.type).inc()
         body = orjson.dumps(refusal.body())
         headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await answer.send({"type": "http.response.start", "status": refusal.status, "headers": raw})
-        await answer.send({"type": "http.response.body", "body": body})
+        return raw(headers), body
 
     def _count(self, scope: MutableMapping[str, Any], answer: _Answer) -> None:
         handler = getattr(scope.get("endpoint"), "__name__", "unknown")
@@ -111,30 +127,33 @@ class _Answer:
             ]
         await self._send(message)
 
-    async def _limits(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """How the caller stands with its limits, where it has any: as it was told when the request was admitted, by a
-        refusal for itself, or as it is now."""
-        caller = self._state.get("caller")
-        if caller is None or not caller.is_limited or any(name.startswith(b"x-ratelimit-") for name, _ in headers):
-            return []
-        standings = self._state.get("standings")
-        if standings is None:
-            try:
-                standings = await self._service.standings(caller)
-            except StoreError:
-                return []
-        return [(name.encode(), value.encode()) for name, value in standings.headers().items()]
+    async def _limits(self, headers: Headers) -> Headers:
+        return () if _says_limits(headers) else await limit_headers(self._service, self._state.get("caller"))
 
 
-def _given_id(scope: Scope) -> str | None:
+def _says_limits(headers: Headers) -> bool:
+    """A refusal for a limit says itself how the caller stands."""
+    return any(name.startswith(b"x-ratelimit-") for name, _ in headers)
+
+
+def _refusal_of(error: Exception, request_id: str) -> Refusal:
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, StoreAway):
+        return Unavailable("The database does not answer.", retry_after=5, code="database_away")
+    log.error("request %s failed", request_id, exc_info=error)
+    return InternalError(request_id)
+
+
+def _given_id(headers: Headers) -> str | None:
     """The client's own id where it is a sane one: what is echoed must not carry a header or a log line of its own."""
-    for name, value in scope["headers"]:
+    for name, value in headers:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
-            return str(value.decode("ascii"))
+            return value.decode("ascii")
     return None
 
 
-def _refusal_of(error: HTTPException, scope: Scope) -> Refusal:
+def _refusal_of_routes(error: HTTPException, scope: Scope) -> Refusal:
     path = scope["path"][:200]
     if error.status_code == 405:
         return MethodNotAllowed(f"{scope['method'][:20]} is not offered at {path}", headers=dict(error.headers or {}))

@@ -1,7 +1,7 @@
 """Idempotency-Keys: the same key with the same request is answered once, however often it is asked.
 
 While an answer is being given it is recorded, and who asks again joins it; afterwards the record is the answer. The
-database keeps it for a day. Knows ASGI messages, not what is in them.
+database keeps it for a day. Knows heads and bodies, not what is in them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import hashlib
 import re
 import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import orjson
 
@@ -25,7 +24,8 @@ MAX_STORED_BYTES = 1024 * 1024
 MAX_RECENT_BYTES = 32 * 1024 * 1024
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
-Message = MutableMapping[str, Any]
+Head = tuple[int, Sequence[tuple[bytes, bytes]]]
+"""A status and headers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ class Recording:
 
     key: Key
     request_id: str
-    messages: list[Message] = field(default_factory=list)
+    head: Head | None = None
+    blocks: list[bytes] = field(default_factory=list)
     num_readers: int = 1
     is_done: bool = False
     error: BaseException | None = None
@@ -59,12 +60,20 @@ class Recording:
 
     @property
     def size_bytes(self) -> int:
-        return sum(len(message.get("body", b"")) for message in self.messages)
+        return sum(map(len, self.blocks))
 
-    def add(self, message: Message) -> None:
-        self.messages.append(dict(message))
-        self.is_done = message["type"] == "http.response.body" and not message.get("more_body", False)
+    def begin(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self.head = (status, headers)
         self.tell()
+
+    def add(self, block: bytes) -> None:
+        self.blocks.append(block)
+        self.tell()
+
+    def end(self, block: bytes) -> None:
+        """Its last block: it is whole."""
+        self.is_done = True
+        self.add(block)
 
     def fail(self, error: BaseException) -> None:
         """It will not be whole: those who joined get the same error."""
@@ -82,12 +91,15 @@ class Recording:
         if self.num_readers <= 0 and not self.is_done and self._abandon is not None:
             self._abandon()
 
-    async def replayed(self) -> AsyncIterator[Message]:
-        """Every message, from the first on. Raises what ended the answer before it was whole."""
-        sent = 0
+    async def replayed(self) -> AsyncIterator[Head | bytes]:
+        """The head, and every block from the first on. Raises what ended the answer before it was whole."""
+        has_head, sent = False, 0
         while True:
-            while sent < len(self.messages):
-                yield dict(self.messages[sent])
+            if self.head is not None and not has_head:
+                has_head = True
+                yield self.head
+            while sent < len(self.blocks):
+                yield self.blocks[sent]
                 sent += 1
             if self.is_done:
                 break
@@ -98,16 +110,16 @@ class Recording:
 
     def packed(self, last: bytes) -> str | None:
         """The answer for the database, with `last` as the end of its body; None where it is too large to keep."""
-        start = next(message for message in self.messages if message["type"] == "http.response.start")
-        return pack(start, b"".join([*(m.get("body", b"") for m in self.messages), last]))
+        assert self.head is not None
+        return pack(*self.head, b"".join([*self.blocks, last]))
 
     def tell(self) -> None:
         self._more.set()
 
 
-def pack(start: Message, body: bytes) -> str | None:
-    headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in start["headers"]]
-    packed = zlib.compress(orjson.dumps({"status": start["status"], "headers": headers}) + b"\n" + body, level=1)
+def pack(status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> str | None:
+    said = {"status": status, "headers": [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]}
+    packed = zlib.compress(orjson.dumps(said) + b"\n" + body, level=1)
     return base64.b64encode(packed).decode() if len(packed) <= MAX_STORED_BYTES else None
 
 
@@ -116,8 +128,7 @@ def unpacked(key: Key, request_id: str, packed: bytes) -> Recording:
     head, _, body = zlib.decompress(packed).partition(b"\n")
     said = orjson.loads(head)
     headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in said["headers"]]
-    start: Message = {"type": "http.response.start", "status": said["status"], "headers": headers}
-    return Recording(key, request_id, [start, {"type": "http.response.body", "body": body}], 0, is_done=True)
+    return Recording(key, request_id, (said["status"], headers), [body], 0, is_done=True)
 
 
 class Recordings:
@@ -135,7 +146,7 @@ class Recordings:
 
     def replace(self, account: str, recording: Recording, stored: Recording) -> None:
         """What was to be recorded has an answer already; who joined in the meantime is given that."""
-        recording.messages, recording.request_id = stored.messages, stored.request_id
+        recording.head, recording.blocks, recording.request_id = stored.head, stored.blocks, stored.request_id
         recording.is_done = True
         recording.tell()
         self.end(account, recording)

@@ -19,7 +19,7 @@ import anyio
 from octoai.server.accounts import Caller
 from octoai.server.admission import Admission
 from octoai.server.directory import Directory
-from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started
+from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation
 from octoai.server.errors import Forbidden, Refusal, Unavailable, UnsupportedParameter
 from octoai.server.idempotency import Key, Recording
 from octoai.server.ledger import Tab, now_us
@@ -219,9 +219,7 @@ class Job:
     def _observe(self, batch: Batch) -> None:
         before = self.meter.last_token
         self.meter.passed(batch)
-        num_tokens = sum(
-            len(event.texts) if isinstance(event, Deltas) else isinstance(event, Delta) for event in batch
-        )
+        num_tokens = sum(len(event.texts) if isinstance(event, Deltas) else isinstance(event, Delta) for event in batch)
         if num_tokens:
             metrics = self.service.metrics.of(self.deployment)
             metrics.iteration_tokens.observe(num_tokens)

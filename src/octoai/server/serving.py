@@ -20,7 +20,7 @@ import uvicorn
 
 from octoai.server import app, idle
 from octoai.server.errors import Refusal
-from octoai.server.protocol import BoundedProtocol
+from octoai.server.protocol import protocol_for
 from octoai.server.service import Service
 from octoai.server.settings import Settings
 from octoai.server.store import Connection, StoreAway
@@ -66,7 +66,7 @@ async def serve(
     await anyio.lowlevel.checkpoint()  # loads anyio's half for this loop now, not in the first request
     await service.start()
     _settle_memory()
-    server = _Server(_config(service))
+    server = _Server(http_config(service))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     engines = [deployment.engine for deployment in service.router.deployments]
     starting = asyncio.gather(*(engine.start() for engine in engines))
@@ -141,10 +141,12 @@ async def _drain(service: Service, stop: Stop) -> None:
     now.cancel()
 
 
-def _config(service: Service) -> uvicorn.Config:
+def http_config(service: Service) -> uvicorn.Config:
+    """Of the HTTP server before a service."""
+    edge = app.edge(service)
     return uvicorn.Config(
-        app.application(service),
-        http=BoundedProtocol,
+        edge,
+        http=protocol_for(edge),
         lifespan="off",
         log_config=None,
         access_log=False,

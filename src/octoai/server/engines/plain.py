@@ -17,12 +17,13 @@ _TEXT = re.compile(rb'"(?:content|text)": ?"([^"\\]+)"')
 # The two counts that change, in whichever order.
 _COUNTS = re.compile(rb'"(?:total|completion)_tokens": ?([0-9]{1,9})(, ?"(total|completion)_tokens": ?)([0-9]{1,9})')
 _MAX_DIGITS = 9
+_DIGITS = b"0123456789"
 _BACKSLASH = ord("\\")  # as a number: `in` takes several times as long to find bytes in bytes
 
 
 class Plain(NamedTuple):
-    """A text stands between `begins` and `middle`. Where the engine says what it has counted, two numbers with
-    `between` between them stand before `ends`, the tokens of the answer first or last."""
+    """A text stands between `begins` and a quote with `middle` behind it. Where the engine says what it has counted,
+    two numbers with `between` between them stand before `ends`, the tokens of the answer first or last."""
 
     begins: bytes
     middle: bytes
@@ -45,30 +46,35 @@ class Plain(NamedTuple):
         return len(events) - start
 
     def read(self, alike: Sequence[bytes]) -> tuple[list[str], list[int]] | None:
-        """The texts of events that are alike, and how many tokens the answer has by each, where that is said. None
-        where one of them is of another shape after all."""
-        begins, middle, between, ends, is_last = self
-        end = ends or middle
-        # What is around a text has quotes, and a text has none, so that nothing is found inside of one.
-        texts = b"\n\n".join(alike).split(b"%b\n\n%b" % (end, begins))
-        texts[0] = texts[0][len(begins) :]
-        texts[-1] = texts[-1][: -len(end)]
-        counts: list[int] = []
-        if between:
-            parted = [text.partition(middle) for text in texts]
-            texts = [text for text, _, _ in parted]
-            pairs = [counted.partition(between) for _, _, counted in parted]
-            numbers = [first for first, _, _ in pairs] + [last for _, _, last in pairs]
-            if not all(map(bytes.isdigit, numbers)) or max(map(len, numbers)) > _MAX_DIGITS:
-                return None
-            counts = [int(number) for number in (numbers[len(pairs) :] if is_last else numbers[: len(pairs)])]
-        raw = b'"'.join(texts)
-        if len(texts) != len(alike) or b"" in texts or raw.count(b'"') != len(texts) - 1:
+        """The texts of events that are alike, and how many tokens the answer has by each, where that is said: of those
+        before the first that is of another shape after all. None where that is the first, or cannot be told."""
+        begins, middle, between, ends, _ = self
+        first, last, size = len(begins), -len(ends) or None, len(middle)
+        parted = [event[first:last].partition(b'"') for event in alike]
+        heads = [rest[:size] for _, _, rest in parted]
+        if heads.count(middle) != len(parted):
+            parted = parted[: next(number for number, head in enumerate(heads) if head != middle)]
+        texts = [text for text, _, _ in parted]
+        rests = [rest[size:] for _, _, rest in parted]
+        if not texts or b"" in texts:
+            return None
+        counts = self._counts(rests) if between else [] if not any(rests) else None
+        if counts is None:
             return None
         try:
-            return raw.decode().split('"'), counts
+            return b'"'.join(texts).decode().split('"'), counts
         except UnicodeDecodeError:
             return None
+
+    def _counts(self, pairs: Sequence[bytes]) -> list[int] | None:
+        """Of each two numbers with `between` between them the one that counts the answer's tokens."""
+        said = b",".join(pairs)
+        if said.translate(None, delete=_DIGITS) != b",".join([self.between] * len(pairs)):
+            return None
+        numbers = said.replace(self.between, b",").split(b",")[self.is_last :: 2]
+        if len(numbers) != len(pairs) or b"" in numbers or max(map(len, numbers)) > _MAX_DIGITS:
+            return None
+        return list(map(int, numbers)) if all(map(bytes.isdigit, numbers)) else None
 
 
 def plain(event: bytes) -> Plain | None:
@@ -76,7 +82,7 @@ def plain(event: bytes) -> Plain | None:
     text = _TEXT.search(event)
     if text is None or _TEXT.search(event, text.end()) is not None:
         return None
-    begins, rest = event[: text.start(1)], event[text.end(1) :]
+    begins, rest = event[: text.start(1)], event[text.end() :]
     counted = _COUNTS.search(rest)
     if counted is None:
         return Plain(begins, rest)

@@ -1,0 +1,206 @@
+"""A request to generate text, as its connection has it, and the answer that goes out there.
+
+Such requests come more often than all others together, and do not go through ASGI: a client that leaves is told of by
+a call, what has to wait for nothing is no coroutine, and an answer's head leaves with what follows it, in one packet.
+Knows HTTP/1.1 and nothing of what is said in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+
+from octoai.server.accounts import Caller
+from octoai.server.errors import TooLarge, TooSlow
+
+VERSION_HEADER = (b"openai-version", b"2020-10-01")
+_STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in HTTPStatus}
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class ClientLeft(Exception):
+    """There is nobody to answer any more."""
+
+
+class Connection:
+    """What a request needs of its connection; `protocol` has it."""
+
+    transport: asyncio.Transport
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether what is sent now has to wait until the client has read more of what was sent before."""
+        raise NotImplementedError
+
+    async def caught_up(self) -> None:
+        """Return when it has not to wait any more, or the client has left."""
+        raise NotImplementedError
+
+    def wants_more(self) -> None:
+        """Read on, where reading was paused because nobody asked for what came."""
+        raise NotImplementedError
+
+    def fixed_head(self) -> bytes:
+        """Header lines that every answer has."""
+        raise NotImplementedError
+
+    def answered(self) -> None:
+        """The answer is whole."""
+        raise NotImplementedError
+
+
+class Incoming:
+    """`caller` and `limit_headers` are known when it has been admitted, `status` when its answer has begun.
+
+    The fields without an underscore behind `is_given_id` are those that uvicorn asks of a request under way.
+    """
+
+    def __init__(
+        self, connection: Connection, path: str, headers: Headers, *, keep_alive: bool, expects_continue: bool
+    ) -> None:
+        self.path = path
+        self.headers = headers
+        self.began = time.perf_counter()
+        self.request_id = ""
+        self.is_given_id = False
+        self.caller: Caller | None = None
+        self.limit_headers: Headers | None = None
+        self.status: int | None = None
+        self.on_left: Callable[[], None] | None = None  # called once, in the loop, when the client has left
+        self.keep_alive = keep_alive
+        self.expects_continue = expects_continue
+        self.more_body = True
+        self.disconnected = self.response_complete = False
+        self._connection = connection
+        self._body: list[bytes] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._head = b""
+        self._is_chunked = False
+
+    # ---- what is asked ----
+
+    def header(self, name: bytes) -> str | None:
+        """The first header of that name, which is given in lower case."""
+        for each, value in self.headers:
+            if each == name:
+                return value.decode("latin-1")
+        return None
+
+    async def body(self, max_bytes: int, seconds: float) -> bytes:
+        """The whole body, never much more than the limit of it in memory. Raises TooLarge, TooSlow, ClientLeft."""
+        declared = self.header(b"content-length") or ""
+        if declared.isdigit() and int(declared) > max_bytes:
+            raise TooLarge(max_bytes)
+        if self.more_body:
+            await self._rest_of_body(max_bytes, seconds)
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        if len(body) > max_bytes:
+            raise TooLarge(max_bytes)
+        return body
+
+    async def _rest_of_body(self, max_bytes: int, seconds: float) -> None:
+        if self.expects_continue:
+            self.expects_continue = False
+            self._connection.transport.write(_CONTINUE)
+        try:
+            async with asyncio.timeout(seconds):
+                while self.more_body:
+                    if self.disconnected:
+                        raise ClientLeft
+                    if sum(map(len, self._body)) > max_bytes:
+                        raise TooLarge(max_bytes)
+                    self._connection.wants_more()
+                    self._waiter = asyncio.get_running_loop().create_future()
+                    await self._waiter
+        except TimeoutError:
+            raise TooSlow(f"The request body did not arrive within {seconds:.0f} s.") from None
+
+    # ---- what is answered ----
+
+    @property
+    def is_behind(self) -> bool:
+        return self._connection.is_behind
+
+    async def caught_up(self) -> None:
+        await self._connection.caught_up()
+
+    def begin(self, status: int, headers: Headers) -> None:
+        """The head: it leaves with what follows. A body whose length is not among the headers is sent in chunks."""
+        self.status = status
+        headers = [*headers, *(self.limit_headers or ())]
+        self._is_chunked = not any(name == b"content-length" for name, _ in headers)
+        lines = [_STATUS_LINES[status], self._connection.fixed_head()]
+        lines += [b"%b: %b\r\n" % header for header in headers]
+        if sum(line.count(b"\n") for line in lines[2:]) != len(headers):
+            raise ValueError("a header with a line break")
+        elapsed = int((time.perf_counter() - self.began) * 1000)
+        lines.append(
+            b"x-request-id: %b\r\nopenai-processing-ms: %d\r\n%b: %b\r\n"
+            % (self.request_id.encode(), elapsed, *VERSION_HEADER)
+        )
+        if not self.keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"transfer-encoding: chunked\r\n\r\n" if self._is_chunked else b"\r\n")
+        self._head = b"".join(lines)
+
+    def send(self, block: bytes) -> None:
+        """More of the body."""
+        self._write(self._head + self._framed(block))
+
+    def end(self, block: bytes) -> None:
+        """The rest of the body, or all of it."""
+        self._write(self._head + self._framed(block) + (b"0\r\n\r\n" if self._is_chunked else b""))
+        self.response_complete = True
+        if not self.keep_alive:
+            self._connection.transport.close()
+        self._connection.answered()
+
+    def cut(self) -> None:
+        """No end where there is none yet: the connection is closed, so that its client notices."""
+        if not self.response_complete:
+            if self._head and not self.disconnected:
+                self._write(self._head)
+            self._connection.transport.close()
+
+    def _framed(self, block: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(block), block) if self._is_chunked and block else block
+
+    def _write(self, data: bytes) -> None:
+        self._head = b""
+        if data and not self.disconnected:
+            self._connection.transport.write(data)
+
+    # ---- what the connection tells ----
+
+    def came(self, block: bytes) -> None:
+        """More of the body."""
+        self._body.append(block)
+        self._wake()
+
+    def came_whole(self) -> None:
+        self.more_body = False
+        self._wake()
+
+    def leave(self) -> None:
+        """The client has."""
+        if self.response_complete or self.disconnected:
+            return
+        self.disconnected = True
+        self._wake()
+        on_left, self.on_left = self.on_left, None
+        if on_left is not None:
+            on_left()
+
+    @property
+    def num_waiting_bytes(self) -> int:
+        """Of the body, that nobody waits for yet."""
+        return 0 if self._waiter is not None else sum(map(len, self._body))
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
