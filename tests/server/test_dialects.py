@@ -145,7 +145,8 @@ def read(*payloads: dict[str, Any] | str) -> list[Event]:
     reader = Reader()
     events: list[Event] = []
     for payload in payloads:
-        reader.read((payload if isinstance(payload, str) else json.dumps(payload)).encode(), events)
+        said = payload if isinstance(payload, str) else json.dumps(payload)
+        reader.read_events([f"data: {said}".encode()], events)
     return events
 
 

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from octoai.server.engines.base import Delta, Deltas, Event, Generation, Started
-from octoai.server.engines.plain import plain
+from octoai.server.engines.plain import Habits, plain
 from octoai.server.engines.reader import Answer
 from octoai.server.errors import EngineFailed
 
@@ -80,14 +80,34 @@ def test_plain_or_in_full_it_means_the_same(data: bytes, places: list[int]) -> N
     assert read(Answer(ONE), cut(data, places)) == read(Answer(), cut(data, places))
 
 
+@given(st.lists(streams(), min_size=2, max_size=4), st.lists(st.integers(0, 99), min_size=4, max_size=4))
+def test_what_was_learnt_of_one_answer_changes_no_other(answers: list[bytes], prompts: list[int]) -> None:
+    habits = Habits()
+    for data, prompt_tokens in zip(answers, prompts, strict=False):
+        told = data.replace(b'"id":"x"', b'"id":"%d"' % prompt_tokens)
+        told = told.replace(b'"prompt_tokens":3', b'"prompt_tokens":%d' % prompt_tokens)
+        assert read(Answer(ONE, habits), iter([told])) == read(Answer(), iter([told]))
+
+
+def test_of_a_second_answer_all_plain_events_are_one_batch() -> None:
+    def told(prompt_tokens: int) -> bytes:
+        usage = '{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d}'
+        texts = [saying(f" w{each}", usage % (prompt_tokens, prompt_tokens + each, each)) for each in range(1, 9)]
+        return b"".join([saying("", usage % (prompt_tokens, prompt_tokens, 0)), *texts])
+
+    habits = Habits()
+    assert [type(event) for event in Answer(ONE, habits).events(told(3))] == [Started, Delta, Deltas]
+    assert [type(event) for event in Answer(ONE, habits).events(told(77))] == [Started, Deltas]
+
+
 def test_events_like_the_first_are_known_by_their_shape() -> None:
     first = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"a"}}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1}}'  # noqa: E501
     shape = plain(first)
     assert shape is not None
     second = first.replace(b'"a"', b'"b c"').replace(b":4,", b":14,").replace(b":1}", b":11}")
-    assert shape.num_alike([first, second, b"data: [DONE]"], 0) == 2
-    assert shape.read([first]) == (["a"], [1])
-    assert shape.read([first, second, first]) == (["a", "b c", "a"], [1, 11, 1])
+    assert shape.read([first], 0) == (["a"], [1])
+    assert shape.read([first, second, first, b"data: [DONE]", first], 0) == (["a", "b c", "a"], [1, 11, 1])
+    assert shape.read([first, second, first], 1) == (["b c", "a"], [11, 1])
 
 
 def test_many_events_of_a_block_are_one_batch_of_deltas() -> None:
@@ -122,8 +142,9 @@ def test_one_event_of_another_shape_among_many_is_read_in_full() -> None:
 def test_what_differs_is_read_in_full(other: bytes) -> None:
     shape = plain(b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}')
     assert shape is not None
-    assert not shape.num_alike([other], 0) or shape.read([other]) is None
-    assert not shape.num_alike([other], 0) or shape.read([other, other]) is None
+    plain_one = b'data: {"choices":[{"index":0,"delta":{"content":"b"}}]}'
+    for number in range(3):
+        assert shape.read([*[plain_one] * number, other, plain_one], 0) == (["b"] * number, [])
 
 
 def test_an_event_that_may_be_read_in_two_ways_is_not_plain() -> None:

@@ -20,6 +20,7 @@ import orjson
 from octoai.server.engines.base import Event, Generation, OnLeft
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.exchange import CannotConnect, Exchange, Pool
+from octoai.server.engines.plain import Habits
 from octoai.server.engines.reader import Answer
 from octoai.server.engines.refusals import refusal
 from octoai.server.errors import EngineFailed, Refusal, Unavailable
@@ -61,6 +62,7 @@ class OpenAIEngine:
         self._root = self._base.removesuffix("/v1")
         self._stall_seconds = stall_seconds
         self._on_progress = on_progress
+        self._habits = Habits()
         self._is_ready = False
         self._probe: asyncio.Task[None] | None = None
 
@@ -135,7 +137,7 @@ class OpenAIEngine:
     async def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
         body = self.dialect.body(self._within(generation), self.model)
         exchange = self._pool.exchange("POST", self._base + self.dialect.path(generation), body)
-        answer, is_told = Answer(generation), False
+        answer, is_told = Answer(generation, self._habits), False
         try:
             with self._failures_named():
                 await self._accepted(exchange, generation)

@@ -4,7 +4,7 @@ Nearly all events of an answer are alike but for a text and what has been counte
 full, those that are byte for byte of its shape are known by that; any other is read in full. Pure.
 
 Events that follow each other are read together: what differs between them is found by what is the same, with a handful
-of operations for hundreds of them.
+of operations for hundreds of them. What an engine's events look like is remembered for its next answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import NamedTuple
 _TEXT = re.compile(rb'"(?:content|text)": ?"([^"\\]+)"')
 # The two counts that change, in whichever order.
 _COUNTS = re.compile(rb'"(?:total|completion)_tokens": ?([0-9]{1,9})(, ?"(total|completion)_tokens": ?)([0-9]{1,9})')
-_MAX_DIGITS = 9
+_PROMPT_TOKENS = re.compile(rb'("prompt_tokens": ?)[0-9]+')
+_CHOICES = b'"choices":'
+MAX_TOKENS = 2**31
 _DIGITS = b"0123456789"
 _BACKSLASH = ord("\\")  # as a number: `in` takes several times as long to find bytes in bytes
 
@@ -35,46 +37,81 @@ class Plain(NamedTuple):
     def has_counts(self) -> bool:
         return bool(self.between)
 
-    def num_alike(self, events: Sequence[bytes], start: int) -> int:
-        """How many of the events from `start` on begin and end as this one does, and have nothing that JSON escapes:
-        only they may be of its shape."""
-        begins, ends = self.begins, self.ends or self.middle
-        for number in range(start, len(events)):
-            event = events[number]
-            if not (event.startswith(begins) and event.endswith(ends)) or _BACKSLASH in event:
-                return number - start
-        return len(events) - start
-
-    def read(self, alike: Sequence[bytes]) -> tuple[list[str], list[int]] | None:
-        """The texts of events that are alike, and how many tokens the answer has by each, where that is said: of those
-        before the first that is of another shape after all. None where that is the first, or cannot be told."""
+    def read(self, events: Sequence[bytes], start: int) -> tuple[list[str], list[int]]:
+        """The texts of the events from `start` on, and how many tokens the answer has by each, where that is said: of
+        those before the first that is of another shape, or has a character that JSON escapes."""
         begins, middle, between, ends, _ = self
         first, last, size = len(begins), -len(ends) or None, len(middle)
-        parted = [event[first:last].partition(b'"') for event in alike]
-        heads = [rest[:size] for _, _, rest in parted]
-        if heads.count(middle) != len(parted):
-            parted = parted[: next(number for number, head in enumerate(heads) if head != middle)]
-        texts = [text for text, _, _ in parted]
-        rests = [rest[size:] for _, _, rest in parted]
-        if not texts or b"" in texts:
-            return None
-        counts = self._counts(rests) if between else [] if not any(rests) else None
-        if counts is None:
-            return None
+        run = events[start:]
+        run = run[: _num_same([event[:first] for event in run], begins)]
+        if last is not None:
+            run = run[: _num_same([event[last:] for event in run], ends)]
+        parted = [event[first:last].partition(b'"') for event in run]
+        rests = [rest for _, _, rest in parted]
+        rests = rests[: _num_same([rest[:size] for rest in rests], middle)]
+        texts = [text for text, _, _ in parted[: len(rests)]]
+        raw = b'"'.join(texts)
+        if b"" in texts or _BACKSLASH in raw:
+            num = next(number for number, text in enumerate(texts) if not text or _BACKSLASH in text)
+            return self.read(events[: start + num], start) if num else ([], [])
+        numbers = [rest[size:] for rest in rests]
+        counts = self._counts(numbers) if between else [] if not any(numbers) else None
+        if counts is None:  # one is odd: those before it
+            return self.read(events[: start + len(texts) // 2], start) if len(texts) > 1 else ([], [])
         try:
-            return b'"'.join(texts).decode().split('"'), counts
+            return raw.decode().split('"') if texts else [], counts
         except UnicodeDecodeError:
-            return None
+            return [], []
 
     def _counts(self, pairs: Sequence[bytes]) -> list[int] | None:
         """Of each two numbers with `between` between them the one that counts the answer's tokens."""
         said = b",".join(pairs)
         if said.translate(None, delete=_DIGITS) != b",".join([self.between] * len(pairs)):
             return None
-        numbers = said.replace(self.between, b",").split(b",")[self.is_last :: 2]
-        if len(numbers) != len(pairs) or b"" in numbers or max(map(len, numbers)) > _MAX_DIGITS:
+        try:
+            counts = list(map(int, said.replace(self.between, b",").split(b",")[self.is_last :: 2])) if pairs else []
+        except ValueError:
             return None
-        return list(map(int, numbers)) if all(map(bytes.isdigit, numbers)) else None
+        return counts if len(counts) == len(pairs) and max(counts, default=0) < MAX_TOKENS else None
+
+
+def _num_same(parts: list[bytes], wanted: bytes) -> int:
+    """How many there are before the first that differs."""
+    if parts.count(wanted) == len(parts):
+        return len(parts)
+    return next(number for number, part in enumerate(parts) if part != wanted)
+
+
+class Habits:
+    """How an engine writes plain events, as last learnt: what to try in an answer of which only the beginning is known.
+    Answers differ in what comes before the choices, and in the tokens of their prompts."""
+
+    def __init__(self) -> None:
+        self._shape: Plain | None = None  # without what comes before the choices
+        self._prompt_tokens: re.Match[bytes] | None = None
+
+    def remember(self, event: bytes, shape: Plain) -> None:
+        frame = _frame(event)
+        if frame and shape.begins.startswith(frame):
+            self._shape = shape._replace(begins=shape.begins[len(frame) :])
+            self._prompt_tokens = _PROMPT_TOKENS.search(shape.middle + b"\0" + shape.ends)
+
+    def guess(self, event: bytes, prompt_tokens: int) -> Plain | None:
+        """The shape of plain events in the answer that an event is of."""
+        shape, frame = self._shape, _frame(event)
+        if shape is None or not frame:
+            return None
+        middle, ends = shape.middle, shape.ends
+        if self._prompt_tokens is not None:
+            before, now = self._prompt_tokens[0], b"%b%d" % (self._prompt_tokens[1], prompt_tokens)
+            middle, ends = middle.replace(before, now), ends.replace(before, now)
+        return Plain(frame + shape.begins, middle, shape.between, ends, shape.is_last)
+
+
+def _frame(event: bytes) -> bytes:
+    """What comes before the choices; nothing where that is not all that an answer's events have in common."""
+    frame, found, _ = event.partition(_CHOICES)
+    return frame if found and b"usage" not in frame else b""
 
 
 def plain(event: bytes) -> Plain | None:

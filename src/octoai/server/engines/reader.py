@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
-from octoai.server.engines.plain import Plain, plain
+from octoai.server.engines.plain import MAX_TOKENS, Habits, Plain, plain
 from octoai.server.engines.refusals import message_of, refusal
 from octoai.server.errors import EngineFailed, Refusal
 from octoai.sse import EventDecoder, EventTooLargeError, parsed
@@ -21,10 +21,10 @@ from octoai.sse import EventDecoder, EventTooLargeError, parsed
 class Answer:
     """One answer's body, read as its bytes come."""
 
-    def __init__(self, generation: Generation | None = None) -> None:
+    def __init__(self, generation: Generation | None = None, habits: Habits | None = None) -> None:
         self.is_whole = False
         self._decoder = EventDecoder()
-        self._reader = Reader(generation)
+        self._reader = Reader(generation, habits)
 
     def events(self, block: bytes) -> list[Event]:
         """Raises EngineFailed for what is not the protocol, and what the engine's own error events mean."""
@@ -43,14 +43,14 @@ class Answer:
 
 
 DONE = b"[DONE]"
-MAX_TOKENS = 2**31
 MAX_TRIES = 3  # at learning what an answer's plain events look like
 
 
 class Reader:
-    """Reads one answer's events. `Finished` comes last, with the sum of what the server counted."""
+    """Reads one answer's events. `Finished` comes last, with the sum of what the server counted. `habits` are the
+    engine's, where more answers of it are read."""
 
-    def __init__(self, generation: Generation | None = None) -> None:
+    def __init__(self, generation: Generation | None = None, habits: Habits | None = None) -> None:
         self.is_done = False
         self._generation = generation
         self._started = False
@@ -59,7 +59,9 @@ class Reader:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._completion_tokens: int | None = None
+        self._habits = habits or Habits()
         self._plain: Plain | None = None
+        self._is_guess = False
         self._said_when_plain = (0, 0, False)
         may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
         self._num_tries = MAX_TRIES if may_be_plain else 0
@@ -70,52 +72,62 @@ class Reader:
         while number < len(texts):
             num_plain = 0 if self._plain is None else self._read_plain(self._plain, texts, number, events)
             if not num_plain:
-                event = parsed(texts[number])
-                if event is not None:
-                    self.read(event.data, events)
+                self._read_text(texts[number], events)
             number += num_plain or 1
 
     def _read_plain(self, shape: Plain, texts: Sequence[bytes], start: int, events: list[Event]) -> int:
         """How many were read at once, from `start` on."""
-        alike, found = texts[start : start + shape.num_alike(texts, start)], None
-        while alike and (found := shape.read(alike)) is None:
-            alike = alike[: len(alike) // 2]  # one of the others may be why
-        if found is None:
+        said, counts = shape.read(texts, start)
+        if not said:
             return 0
-        said, counts = found
         before = self._counted.get(0, 0)
         if counts:
             self._completion_tokens = counts[-1]
-            counts = list(accumulate([max(before, counts[0]), *counts[1:]], max))
+            if before > counts[0] or sorted(counts) != counts:
+                counts = list(accumulate([max(before, counts[0]), *counts[1:]], max))
         else:
             counts = list(range(before + 1, before + 1 + len(said)))
         self._counted[0] = counts[-1]
+        self._is_guess = False
+        self._start(events)
         events.append(Delta(0, said[0], counts[0]) if len(said) == 1 else Deltas(said, counts))
         return len(said)
 
-    def read(self, payload: bytes, events: list[Event]) -> None:
-        """Add what the data of one server-sent event means."""
-        if payload == DONE:
+    def _read_text(self, text: bytes, events: list[Event]) -> None:
+        """In full."""
+        event = parsed(text)
+        if event is None:
+            return
+        if event.data == DONE:
             self.is_done = True
             events.append(self._finished())
             return
-        chunk, num_before, num_ended = _decoded(payload), len(events), len(self._reasons)
+        chunk, num_before, num_ended = _decoded(event.data), len(events), len(self._reasons)
         self._read_checked(chunk, events)
-        if self._plain is not None:
-            if self._said() != self._said_when_plain:
-                self._plain = None  # what is known by its shape would not say that again
-        elif self._num_tries and len(events) > num_before and len(self._reasons) == num_ended:
-            self._learn(payload, chunk, events[-1])
+        if self._plain is not None and (self._is_guess or self._said() != self._said_when_plain):
+            self._plain = None  # it was guessed wrong, or would not say again what was said now
+        if self._plain is None and self._num_tries and len(self._reasons) == num_ended:
+            self._expect(text, chunk, events[-1] if len(events) > num_before else None)
 
-    def _learn(self, payload: bytes, chunk: Mapping[str, Any], event: Event) -> None:
-        """What the events to come will look like, by one that was more of the only choice's text and nothing else."""
-        if isinstance(event, Delta) and event.index == 0 and event.text and not (event.tool_calls or event.logprobs):
+    def _expect(self, text: bytes, chunk: Mapping[str, Any], event: Event | None) -> None:
+        """What the events to come will look like, as in an earlier answer, or as one that was more of the only choice's
+        text and nothing else."""
+        shape = None if self._is_guess else self._habits.guess(text, self._prompt_tokens)
+        self._is_guess = shape is not None
+        if shape is None and isinstance(event, Delta):
             self._num_tries -= 1
-            usage = chunk.get("usage")
-            shape = plain(b"data: " + payload)
-            is_counted = self._completion_tokens is not None
-            if shape and shape.has_counts == bool(usage) == is_counted and not chunk.get("timings"):
-                self._plain, self._said_when_plain = shape, self._said()
+            shape = self._learnt(text, chunk, event)
+        if shape is not None and shape.has_counts == (self._completion_tokens is not None):
+            self._plain, self._said_when_plain = shape, self._said()
+
+    def _learnt(self, text: bytes, chunk: Mapping[str, Any], event: Delta) -> Plain | None:
+        if event.index or not event.text or event.tool_calls or event.logprobs or chunk.get("timings"):
+            return None
+        shape = plain(text)
+        if shape is None or shape.has_counts != bool(chunk.get("usage")):
+            return None
+        self._habits.remember(text, shape)
+        return shape
 
     def _said(self) -> tuple[int, int, bool]:
         """Of what the engine counts, that which plain events do not say."""
@@ -145,7 +157,12 @@ class Reader:
         if chunk.get("error") or chunk.get("object") == "error":
             raise self._broken(chunk)
         choices = chunk.get("choices") or ()
-        self._count(chunk, choices)
+        if usage := chunk.get("usage"):
+            self._read_usage(usage)
+        elif timings := chunk.get("timings"):
+            self._read_timings(timings)
+        for choice in choices:
+            self._count(choice, is_only=len(choices) == 1)
         for choice in choices:
             delta = self._delta(choice)
             if delta is not None:
@@ -168,29 +185,29 @@ class Reader:
             self._started = True
             events.append(Started(self._prompt_tokens, self._cached_tokens))
 
-    def _count(self, chunk: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
-        """Tokens so far: llama.cpp says them in `timings`, vLLM in `usage`; otherwise one a delta is counted."""
-        timings, usage = chunk.get("timings"), chunk.get("usage")
-        if usage:
-            self._prompt_tokens = _count(usage.get("prompt_tokens")) or self._prompt_tokens
-            details = usage.get("prompt_tokens_details") or {}
+    # Tokens so far: llama.cpp says them in `timings`, vLLM in `usage`; otherwise one a delta is counted. It is billed
+    # as it is said here: a part is never more than the whole.
+
+    def _read_usage(self, usage: Mapping[str, Any]) -> None:
+        self._prompt_tokens = _count(usage.get("prompt_tokens")) or self._prompt_tokens
+        if details := usage.get("prompt_tokens_details"):
             self._cached_tokens = _count(details.get("cached_tokens")) or self._cached_tokens
-            self._completion_tokens = _count(usage.get("completion_tokens"))
-        elif timings:
-            self._cached_tokens = _count(timings["cache_n"]) or 0
-            self._prompt_tokens = self._cached_tokens + (_count(timings["prompt_n"]) or 0)
-            self._completion_tokens = _count(timings["predicted_n"])
-        # It is billed as it is said here: a part is never more than the whole.
+        self._completion_tokens = _count(usage.get("completion_tokens"))
         self._cached_tokens = min(self._cached_tokens, self._prompt_tokens)
-        counted, all_tokens = self._counted, self._completion_tokens
-        for choice in choices:
-            index = choice.get("index", 0)
-            if len(choices) == 1 and all_tokens is not None:
-                before = counted.get(index, 0)
-                others = 0 if len(counted) <= 1 and index in counted else sum(counted.values()) - before
-                counted[index] = max(before, all_tokens - others)
-            elif _has_text(choice):
-                self._counted[index] = self._counted.get(index, 0) + 1
+
+    def _read_timings(self, timings: Mapping[str, Any]) -> None:
+        self._cached_tokens = _count(timings["cache_n"]) or 0
+        self._prompt_tokens = self._cached_tokens + (_count(timings["prompt_n"]) or 0)
+        self._completion_tokens = _count(timings["predicted_n"])
+
+    def _count(self, choice: Mapping[str, Any], *, is_only: bool) -> None:
+        index, counted, all_tokens = choice.get("index", 0), self._counted, self._completion_tokens
+        if is_only and all_tokens is not None:
+            before = counted.get(index, 0)
+            others = 0 if len(counted) <= 1 and index in counted else sum(counted.values()) - before
+            counted[index] = max(before, all_tokens - others)
+        elif _has_text(choice):
+            counted[index] = counted.get(index, 0) + 1
 
     def _delta(self, choice: Mapping[str, Any]) -> Delta | None:
         said = choice.get("delta")
@@ -198,7 +215,7 @@ class Reader:
         calls = None if said is None else said.get("tool_calls")
         if not isinstance(text, str):
             raise TypeError(text)
-        logprobs = _logprobs(choice.get("logprobs"))
+        logprobs = _logprobs(choice["logprobs"]) if choice.get("logprobs") else None
         if not text and not calls and not logprobs:  # a token that only begins a character has a logprob, but no text
             return None
         index = choice.get("index", 0)
@@ -237,10 +254,8 @@ def _has_text(choice: Mapping[str, Any]) -> bool:
     return bool(said.get("content") or said.get("text") or said.get("tool_calls"))
 
 
-def _logprobs(reported: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
+def _logprobs(reported: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One entry a token, in OctoAI's form, from the chat form or the completions' older four parallel lists."""
-    if not reported:
-        return None
     if reported.get("content") is not None:
         return [
             {**_entry(token), "top_logprobs": [_entry(other) for other in token.get("top_logprobs") or ()]}
