@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable
+
+import pytest
 
 from octoai.server.engines.scripted import ScriptedEngine
 from tests.running import InProcess
@@ -92,3 +95,108 @@ def test_what_is_no_http_is_refused_in_the_one_shape_with_an_id(in_process: Star
         assert b"x-request-id: req_" in head
         said = json.loads(body)
         assert said["code"] == said["error"]["code"] == "invalid_http"
+
+
+def asked(service: InProcess, line: str = "POST /v1/chat/completions HTTP/1.1", head: str = "") -> bytes:
+    body = json.dumps({"model": service.model, "messages": [{"role": "user", "content": "hi"}]})
+    lines = f"{line}\r\nhost: x\r\nauthorization: Bearer {service.token}\r\n{head}content-length: {len(body)}\r\n\r\n"
+    return f"{lines}{body}".encode()
+
+
+def statuses(connection: socket.socket, num: int) -> list[bytes]:
+    """Of so many answers, each with a length."""
+    found, received = [], b""
+    for _ in range(num):
+        while b"\r\n\r\n" not in received:
+            received += connection.recv(65536)
+        head, _, received = received.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        while len(received) < length:
+            received += connection.recv(65536)
+        received = received[length:]
+        found.append(head.split()[1])
+    return found
+
+
+def test_requests_sent_ahead_are_answered_in_their_order_whichever_way_they_go(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(["Hello", 0.05, " world"]))
+    live = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+    wrong = asked(service).replace(b"octoai_", b"nobody_")
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(asked(service) + live + wrong + asked(service) + b"GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert statuses(connection, 5) == [b"200", b"200", b"401", b"200", b"404"]
+        connection.sendall(asked(service))  # and the connection is still good
+        assert statuses(connection, 1) == [b"200"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions?api-version=1", "/v1/chat%2Fcompletions"])
+def test_a_path_may_be_written_in_other_ways(in_process: Start, path: str) -> None:
+    service = in_process(ScriptedEngine())
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(asked(service, f"POST {path} HTTP/1.1"))
+        assert statuses(connection, 1) == [b"200"]
+
+
+def test_other_methods_are_told_which_is_right(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(b"GET /v1/chat/completions HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 405 ")
+    assert b"allow: POST" in answer
+
+
+def test_a_client_that_waits_to_be_asked_for_its_body_is_asked_where_its_token_is_good(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    head, _, body = asked(service, head="expect: 100-continue\r\n").partition(b"\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(head + b"\r\n\r\n")
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert statuses(connection, 1) == [b"200"]
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(head.replace(b"octoai_", b"nobody_") + b"\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 401 ")
+
+
+def test_a_body_may_come_in_pieces_and_in_chunks(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    head, _, body = asked(service).partition(b"\r\n\r\n")
+    chunked = head[: head.rindex(b"content-length")] + b"transfer-encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        for piece in (head[:40], head[40:] + b"\r\n\r\n", body[:5], body[5:]):
+            connection.sendall(piece)
+            time.sleep(0.02)
+        assert statuses(connection, 1) == [b"200"]
+        for piece in (chunked, *(b"%x\r\n%b\r\n" % (len(each), each) for each in (body[:9], body[9:])), b"0\r\n\r\n"):
+            connection.sendall(piece)
+            time.sleep(0.02)
+        assert statuses(connection, 1) == [b"200"]
+
+
+def test_who_says_that_it_closes_is_closed(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    for asking in (
+        asked(service, head="connection: close\r\n"),
+        asked(service, "POST /v1/chat/completions HTTP/1.0"),
+    ):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+            connection.sendall(asking)
+            received = b""
+            while block := connection.recv(65536):
+                received += block
+        assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"\r\nconnection: close\r\n" in received
+
+
+def test_a_connection_that_rests_is_closed_after_a_while_and_not_before(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(["Hello", 0.6, " world"]))
+    service._server.config.timeout_keep_alive = 1
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        for _ in range(3):
+            connection.sendall(asked(service))
+            assert statuses(connection, 1) == [b"200"]
+            time.sleep(0.6)
+        began = time.monotonic()
+        assert connection.recv(1000) == b""
+        assert 0.2 < time.monotonic() - began < 3
