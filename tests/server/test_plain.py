@@ -1,6 +1,7 @@
 """Events that are read by their shape mean what they mean when they are read in full."""
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,6 +116,17 @@ def test_many_events_of_a_block_are_one_batch_of_deltas() -> None:
     started, first, rest = Answer(ONE).events(block)
     assert (started, first) == (Started(3), Delta(0, " w1", 1))
     assert rest == Deltas([f" w{number}" for number in range(2, 100)], list(range(2, 100)))
+
+
+def test_events_that_are_not_plain_among_many_are_no_work_for_all() -> None:
+    texts = [("\\n" if number % 2 else f" w{number}", number) for number in range(1, 4001)]
+    block = b"".join(saying(text, BOTH % (3 + number, number)) for text, number in texts)
+    began = time.process_time()
+    events, _ = read(Answer(ONE), iter([block]))
+    assert [event.text for event in events[1:] if isinstance(event, Delta)] == [
+        text.replace("\\n", "\n") for text, _ in texts
+    ]
+    assert time.process_time() - began < 3  # 0.1 s where it is as it should be, a minute where it is not
 
 
 def test_one_event_of_another_shape_among_many_is_read_in_full() -> None:

@@ -19,6 +19,7 @@ _COUNTS = re.compile(rb'"(?:total|completion)_tokens": ?([0-9]{1,9})(, ?"(total|
 _PROMPT_TOKENS = re.compile(rb'("prompt_tokens": ?)[0-9]+')
 _CHOICES = b'"choices":'
 MAX_TOKENS = 2**31
+MAX_RUN = 256
 _DIGITS = b"0123456789"
 _BACKSLASH = ord("\\")  # as a number: `in` takes several times as long to find bytes in bytes
 
@@ -39,10 +40,12 @@ class Plain(NamedTuple):
 
     def read(self, events: Sequence[bytes], start: int) -> tuple[list[str], list[int]]:
         """The texts of the events from `start` on, and how many tokens the answer has by each, where that is said: of
-        those before the first that is of another shape, or has a character that JSON escapes."""
+        those before the first that is of another shape, or has a character that JSON escapes; of `MAX_RUN` at most, so
+        that it is no work for many when odd ones are among them."""
         begins, middle, between, ends, _ = self
         first, last, size = len(begins), -len(ends) or None, len(middle)
-        run = events[start:]
+        run = events[start : start + MAX_RUN]
+        run = run[: next((number for number, event in enumerate(run) if _BACKSLASH in event), len(run))]
         run = run[: _num_same([event[:first] for event in run], begins)]
         if last is not None:
             run = run[: _num_same([event[last:] for event in run], ends)]
@@ -51,9 +54,8 @@ class Plain(NamedTuple):
         rests = rests[: _num_same([rest[:size] for rest in rests], middle)]
         texts = [text for text, _, _ in parted[: len(rests)]]
         raw = b'"'.join(texts)
-        if b"" in texts or _BACKSLASH in raw:
-            num = next(number for number, text in enumerate(texts) if not text or _BACKSLASH in text)
-            return self.read(events[: start + num], start) if num else ([], [])
+        if b"" in texts:
+            return self.read(events[: start + texts.index(b"")], start)
         numbers = [rest[size:] for rest in rests]
         counts = self._counts(numbers) if between else [] if not any(numbers) else None
         if counts is None:  # one is odd: those before it
