@@ -56,7 +56,7 @@ class Connection:
 class Incoming:
     """`caller` and `limit_headers` are known when it has been admitted, `status` when its answer has begun.
 
-    The fields without an underscore behind `is_given_id` are those that uvicorn asks of a request under way.
+    uvicorn's protocol asks `keep_alive`, `more_body`, `disconnected` and `response_complete` of a request under way.
     """
 
     def __init__(
