@@ -50,15 +50,21 @@ class Generating:
         job = await service.admit(
             caller, request, incoming.request_id, None if key is None else Key.of(key, incoming.path, body)
         )
-        if caller.is_limited:
-            standings = None if isinstance(job, Recording) else job.standings
-            incoming.limit_headers = (
-                await limit_headers(service, caller) if standings is None else raw(standings.headers())
-            )
         if isinstance(job, Recording):
-            await replay(job, incoming)
-        else:
-            await answer(job, self._encoder(request, fingerprint=f"octoai-{job.deployment.model.id}"), incoming)
+            await _replay(job, incoming, service)
+            return
+        # Nothing is waited for between a job and its being entered: it holds what only its end gives back.
+        incoming.limit_headers = () if job.standings is None else raw(job.standings.headers())
+        await answer(job, self._encoder(request, fingerprint=f"octoai-{job.deployment.model.id}"), incoming)
+
+
+async def _replay(recording: Recording, incoming: Incoming, service: Service) -> None:
+    try:
+        incoming.limit_headers = await limit_headers(service, incoming.caller)
+    except BaseException:
+        recording.leave()
+        raise
+    await replay(recording, incoming)
 
 
 async def limit_headers(service: Service, caller: Caller | None) -> Headers:
