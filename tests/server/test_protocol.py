@@ -11,6 +11,7 @@ import pytest
 
 from octoai.server.engines.scripted import ScriptedEngine
 from tests.running import InProcess
+from tests.talking import is_idle, until
 
 Start = Callable[..., InProcess]
 
@@ -200,3 +201,11 @@ def test_a_connection_that_rests_is_closed_after_a_while_and_not_before(in_proce
         began = time.monotonic()
         assert connection.recv(1000) == b""
         assert 0.2 < time.monotonic() - began < 3
+
+
+def test_who_has_sent_ahead_and_leaves_is_noticed_at_once(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(["Hello", 8.0, " world"]))
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(asked(service) * 2)
+        until(lambda: len(service.service.jobs) == 1)
+    until(lambda: is_idle(service), 2)

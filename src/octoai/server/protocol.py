@@ -30,6 +30,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     transport: asyncio.Transport
     cycle: Any  # an `Incoming`, or what uvicorn has for a request
 
+    _answering: Incoming | None = None
     _head_bytes = 0
     _reads_head = True
     _rests_since: float | None = None  # where the next request is waited for
@@ -38,9 +39,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     # ---- what the loop calls ----
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for each in (self.cycle, *(cycle for cycle, _ in self.pipeline)):
-            if isinstance(each, Incoming):
-                each.leave()
+        if self._answering is not None:  # `cycle` is the newest that came, which may wait behind it
+            self._answering.leave()
         if isinstance(self.cycle, Incoming):
             self.cycle = None
         if self._resting is not None:
@@ -91,7 +91,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if before is None or before.response_complete:
             self._start_asgi_task(incoming, None)
         else:  # sent before the answer to an earlier one
-            self.flow.pause_reading()
+            if self.pipeline:  # one may wait: who does not read does not notice that a client leaves
+                self.flow.pause_reading()
             self.pipeline.appendleft((incoming, None))  # type: ignore[arg-type]
 
     def _posted_to(self) -> str | None:
@@ -131,6 +132,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, Incoming):
+            self._answering = cycle
             self.tasks.add(self.loop.create_task(self._answer(cycle)))
         else:
             super()._start_asgi_task(cycle, app)
