@@ -38,6 +38,8 @@ def source(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         "repack.cpp": ADDED_TO["repack.cpp"] + 'extern "C" int helper() { return 42; }',
         "llamafile/sgemm.cpp": ADDED_TO["llamafile/sgemm.cpp"],
         "ops.cpp": ADDED_TO["ops.cpp"],
+        "arch/x86/quants.c": ADDED_TO["arch/x86/quants.c"],
+        "arch/x86/repack.cpp": ADDED_TO["arch/x86/repack.cpp"],
         "arch/x86/cpu-feats.cpp": "#error not for us",
         "arch/arm/cpu-feats.cpp": "#error not for us",
     }
@@ -172,7 +174,7 @@ def test_attention_is_what_it_is_by_definition(made: Path) -> None:
         [sys.executable, "-m", "tests.optimizer.attend", str(made)], capture_output=True, text=True, check=True
     )
     found = json.loads(told.stdout)
-    has_vectors = " avx512bw " in Path("/proc/cpuinfo").read_text("utf-8")
+    has_vectors = " avx2 " in Path("/proc/cpuinfo").read_text("utf-8")
     for case in found["ours"]:
         assert case["difference"] < (1e-5 if has_vectors else 2e-2), case
     for case in found["llama.cpp's"]:

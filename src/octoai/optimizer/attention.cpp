@@ -8,11 +8,106 @@
 // Q is [key_size, positions, heads, streams], K and V [size, keys, groups, streams], all with the sizes first that lie
 // together in memory. A row is one head at one position.
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 namespace {
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+
 constexpr int LANES = 16; // floats in a vector
+constexpr int ROWS = 4;   // that are multiplied at a time, with as many vectors
+constexpr int VECTORS = 4;
+using vec = __m512;
+
+vec load(const float * from) { return _mm512_loadu_ps(from); }
+vec load_half(const void * from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) from)); }
+void store(float * to, vec of) { _mm512_storeu_ps(to, of); }
+vec all(float of) { return _mm512_set1_ps(of); }
+vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+vec subtract(vec a, vec b) { return _mm512_sub_ps(a, b); }
+vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+vec higher(vec a, vec b) { return _mm512_max_ps(a, b); }
+float highest_of(vec of) { return _mm512_reduce_max_ps(of); }
+float sum_of(vec of) { return _mm512_reduce_add_ps(of); }
+
+// As many rows of as many F16 become their columns in F32.
+void transpose(const char * from, size_t from_stride, float * to, int64_t to_stride) {
+    vec a[LANES], b[LANES];
+    for (int i = 0; i < LANES; ++i) {
+        a[i] = load_half(from + i * from_stride);
+    }
+    for (int i = 0; i < LANES; i += 2) {
+        b[i]     = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4) { // a[i + j] gets columns j, 4 + j, 8 + j and 12 + j of rows i to i + 3
+        for (int j = 0; j < 2; ++j) {
+            const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j]     = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    for (int j = 0; j < 4; ++j) {
+        const vec even_low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), even_high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+        const vec odd_low  = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd), odd_high  = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+        store(to + j * to_stride,        _mm512_shuffle_f32x4(even_low, even_high, 0x88));
+        store(to + (4 + j) * to_stride,  _mm512_shuffle_f32x4(odd_low,  odd_high,  0x88));
+        store(to + (8 + j) * to_stride,  _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
+        store(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(odd_low,  odd_high,  0xdd));
+    }
+}
+
+#else
+
+constexpr int LANES = 8;
+constexpr int ROWS = 3;
+constexpr int VECTORS = 2;
+using vec = __m256;
+
+vec load(const float * from) { return _mm256_loadu_ps(from); }
+vec load_half(const void * from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) from)); }
+void store(float * to, vec of) { _mm256_storeu_ps(to, of); }
+vec all(float of) { return _mm256_set1_ps(of); }
+vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
+vec subtract(vec a, vec b) { return _mm256_sub_ps(a, b); }
+vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+vec higher(vec a, vec b) { return _mm256_max_ps(a, b); }
+
+float highest_of(vec of) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(of), _mm256_extractf128_ps(of, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+float sum_of(vec of) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(of), _mm256_extractf128_ps(of, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+void transpose(const char * from, size_t from_stride, float * to, int64_t to_stride) {
+    vec a[LANES], b[LANES];
+    for (int i = 0; i < LANES; ++i) {
+        a[i] = load_half(from + i * from_stride);
+    }
+    for (int i = 0; i < LANES; i += 2) {
+        b[i]     = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4) { // a[i + j] gets columns j and 4 + j of rows i to i + 3
+        for (int j = 0; j < 2; ++j) {
+            a[i + 2 * j]     = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+            a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+        }
+    }
+    for (int j = 0; j < 4; ++j) {
+        store(to + j * to_stride,       _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+        store(to + (4 + j) * to_stride, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+    }
+}
+
+#endif
+
 constexpr int TILE_ROWS = ggml_fa_tile_config::Q;
 constexpr int TILE_KEYS = ggml_fa_tile_config::KV;
 constexpr int MAX_ROWS = 256; // of all groups of a tile
@@ -74,9 +169,9 @@ struct tile {
     int num_rows;      // of each group
 };
 
-// Rows are multiplied four at a time. One that is there for nothing costs less than three that go by themselves.
+// Rows are multiplied several at a time. One that is there for nothing costs less than two that go by themselves.
 int rounded_up(int64_t num_rows) {
-    return (int) (num_rows + GEMM_RM - 1) / GEMM_RM * GEMM_RM;
+    return (int) (num_rows + ROWS - 1) / ROWS * ROWS;
 }
 
 struct tile_scratch {
@@ -122,14 +217,15 @@ const char * place_in(const ggml_tensor * cache, int64_t key, int64_t group, int
 
 bool is_any_seen(const attention & of, const tile & at, int64_t first, int num_keys) {
     const int num_positions = (int) std::min<int64_t>(at.num_rows, of.num_positions());
-    __mmask16 seen = 0;
-    for (int row = 0; row < num_positions && seen == 0; ++row) {
+    bool is_unseen = true;
+    for (int row = 0; row < num_positions && is_unseen; ++row) {
         const ggml_fp16_t * mask = of.mask_of(position_of(of, at, row), at.stream) + first;
-        for (int i = 0; i < num_keys; i += LANES) {
-            seen |= _mm256_cmpneq_epi16_mask(_mm256_loadu_si256((const __m256i *) (mask + i)), _mm256_set1_epi16(UNSEEN));
+        for (int i = 0; i < num_keys && is_unseen; i += 8) {
+            const __m128i equal = _mm_cmpeq_epi16(_mm_loadu_si128((const __m128i *) (mask + i)), _mm_set1_epi16(UNSEEN));
+            is_unseen = _mm_movemask_epi8(equal) == 0xffff;
         }
     }
-    return seen != 0;
+    return !is_unseen;
 }
 
 // Touches the rows of all groups of the tile in the order in which they lie in memory, so that the processor fetches
@@ -149,30 +245,25 @@ void bring(const attention & of, const tile & at, int64_t first, int num_keys) {
     asm volatile("" : : "r"(all));
 }
 
-// `from` is 16 rows of 16 F16, `to` their columns in F32.
-void transpose(const char * from, size_t from_stride, float * to, int64_t to_stride) {
-    __m512 a[LANES], b[LANES];
-    for (int i = 0; i < LANES; ++i) {
-        a[i] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (from + i * from_stride)));
+// C += A * B, of `num_rows` rows: `depth` is how long a row of A is, and `width` one of C.
+template <int rows>
+void multiply_rows(float * c, const float * a, const float * b, int depth, int width) {
+    int column = 0;
+    for (; column + VECTORS * LANES <= width; column += VECTORS * LANES) {
+        simd_gemm_ukernel<rows, VECTORS>(c + column, a, b + column, depth, width);
     }
-    for (int i = 0; i < LANES; i += 2) {
-        b[i]     = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    for (; column < width; column += LANES) {
+        simd_gemm_ukernel<rows, 1>(c + column, a, b + column, depth, width);
     }
-    for (int i = 0; i < LANES; i += 4) { // a[i + j] gets columns j, 4 + j, 8 + j and 12 + j of rows i to i + 3
-        for (int j = 0; j < 2; ++j) {
-            const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
-            a[i + 2 * j]     = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
+}
+
+void multiply(float * c, const float * a, const float * b, int num_rows, int depth, int width) {
+    int row = 0;
+    for (; row + 2 * ROWS <= num_rows && 2 * ROWS <= GEMM_RM; row += 2 * ROWS) {
+        multiply_rows<2 * ROWS>(c + row * width, a + row * depth, b, depth, width);
     }
-    for (int j = 0; j < 4; ++j) {
-        const __m512 even_low  = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), even_high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
-        const __m512 odd_low   = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd), odd_high  = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
-        _mm512_storeu_ps(to + j * to_stride,        _mm512_shuffle_f32x4(even_low, even_high, 0x88));
-        _mm512_storeu_ps(to + (4 + j) * to_stride,  _mm512_shuffle_f32x4(odd_low,  odd_high,  0x88));
-        _mm512_storeu_ps(to + (8 + j) * to_stride,  _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
-        _mm512_storeu_ps(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(odd_low,  odd_high,  0xdd));
+    for (; row < num_rows; row += ROWS) {
+        multiply_rows<ROWS>(c + row * width, a + row * depth, b, depth, width);
     }
 }
 
@@ -185,24 +276,23 @@ void convert(const attention & of, const tile & at, int64_t group, int64_t first
         }
     }
     for (int i = 0; i < num_keys; ++i) {
-        const __m256i * row = (const __m256i *) (v + i * of.v->nb[1]);
+        const ggml_fp16_t * row = (const ggml_fp16_t *) (v + i * of.v->nb[1]);
         for (int64_t d = 0; d < of.value_size(); d += LANES) {
-            _mm512_storeu_ps(scratch.values + i * of.value_size() + d, _mm512_cvtph_ps(_mm256_loadu_si256(row + d / LANES)));
+            store(scratch.values + i * of.value_size() + d, load_half(row + d));
         }
     }
 }
 
 // Turns a row's scores for some keys into weights, in place; what it has of earlier keys is scaled to the new maximum.
 void weigh(const attention & of, float * scores, const ggml_fp16_t * mask, int num_keys, float & sum, float & maximum, float * out) {
-    __m512 score[TILE_KEYS / LANES];
-    __m512 highest = _mm512_set1_ps(-INFINITY);
+    vec score[TILE_KEYS / LANES];
+    vec highest = all(-INFINITY);
     for (int i = 0; i < num_keys / LANES; ++i) {
-        const __m512 bias = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (mask + i * LANES)));
-        score[i] = _mm512_fmadd_ps(_mm512_loadu_ps(scores + i * LANES), _mm512_set1_ps(of.scale), bias);
-        highest = _mm512_max_ps(highest, score[i]);
+        score[i] = multiply_add(load(scores + i * LANES), all(of.scale), load_half(mask + i * LANES));
+        highest = higher(highest, score[i]);
     }
     const float before = maximum;
-    maximum = fmaxf(before, _mm512_reduce_max_ps(highest));
+    maximum = fmaxf(before, highest_of(highest));
     if (maximum == -INFINITY) { // it has seen no key so far
         memset(scores, 0, num_keys * sizeof(float));
         return;
@@ -212,13 +302,13 @@ void weigh(const attention & of, float * scores, const ggml_fp16_t * mask, int n
         ggml_vec_scale_f32(of.value_size(), out, ratio);
         sum *= ratio;
     }
-    __m512 sums = _mm512_setzero_ps();
+    vec sums = all(0.0f);
     for (int i = 0; i < num_keys / LANES; ++i) {
-        const __m512 weight = ggml_v_expf(_mm512_sub_ps(score[i], _mm512_set1_ps(maximum)));
-        _mm512_storeu_ps(scores + i * LANES, weight);
-        sums = _mm512_add_ps(sums, weight);
+        const vec weight = ggml_v_expf(subtract(score[i], all(maximum)));
+        store(scores + i * LANES, weight);
+        sums = add(sums, weight);
     }
-    sum += _mm512_reduce_add_ps(sums);
+    sum += sum_of(sums);
 }
 
 void begin_tile(const attention & of, const tile & at, const tile_scratch & scratch, tile_result & result) {
@@ -250,14 +340,14 @@ void attend(const attention & of, const tile & at, int64_t begin, int64_t end, f
         for (int64_t group = 0; group < at.num_groups; ++group) {
             convert(of, at, at.first_group + group, first, num_keys, scratch);
             memset(scratch.weights, 0, num_rows * num_keys * sizeof(float));
-            simd_gemm(scratch.weights, scratch.queries + group * num_rows * key_size, scratch.keys, num_rows, key_size, num_keys);
+            multiply(scratch.weights, scratch.queries + group * num_rows * key_size, scratch.keys, num_rows, key_size, num_keys);
             float * out = scratch.out + group * num_rows * value_size;
             for (int row = 0; row < at.num_rows; ++row) {
                 const int64_t i = group * num_rows + row;
                 const ggml_fp16_t * mask = of.mask_of(position_of(of, at, row), at.stream) + first;
                 weigh(of, scratch.weights + row * num_keys, mask, num_keys, result.sums[i], result.maxima[i], out + row * value_size);
             }
-            simd_gemm(out, scratch.weights, scratch.values, num_rows, num_keys, value_size);
+            multiply(out, scratch.weights, scratch.values, num_rows, num_keys, value_size);
         }
     }
 }

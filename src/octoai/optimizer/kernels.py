@@ -44,6 +44,17 @@ _ADDED = (
         " for (int64_t i = 0; i < 4; ++i)"
         " __builtin_prefetch((const char *) (A + lda * (ii + 4)) + (l * 4 + i) * sizeof(TA));",
     ),
+    (
+        "arch/x86/quants.c",
+        "__m256i qx = _mm256_loadu_si256((const __m256i *)x[ib].qs);",
+        " _mm_prefetch((const char *) (x + ib) + 4096, _MM_HINT_T0);",
+    ),
+    (
+        "arch/x86/repack.cpp",
+        "// Load 8 blocks of 32 interleaved as 8 bytes (B0 - B7)",
+        "\n_mm_prefetch((const char *) (b_ptr + b) + 4096, _MM_HINT_T0);"
+        " _mm_prefetch((const char *) (b_ptr + b) + 4160, _MM_HINT_T0);",
+    ),
     ("ops.cpp", "#include <cmath>", '\n#include "attention.cpp"'),
     ("ops.cpp", "const bool use_ref = params->use_ref;", " if (!use_ref && attend_together(params, dst)) return;"),
 )
@@ -56,6 +67,9 @@ reading memory. It changes no result.
 Of a matrix that is multiplied by a few vectors, the next four rows are fetched while four are computed: rows that are
 short and read four at a time are no pattern to the processor, which then waits for each. Two streams were slower side
 by side than one after the other. It changes no result either.
+
+Of a matrix that is multiplied by one vector, Q8_0 and Q4_0 are fetched a page ahead: what a processor fetches by itself
+ends with the page, and where that of the next one is takes it long to find out, on a virtual machine longest.
 
 Attention is computed by `attention.cpp` where it can, for which results are added up in F32.
 """
