@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from octoai.server.engines import openai_http
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.exchange import Pool
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Refusal, Unavailable
 from tests.running import InProcess
@@ -543,3 +544,22 @@ def test_a_kept_connection_that_is_reset_costs_no_request(in_process: Callable[.
         assert upstream.num_resets > 0
     finally:
         running.close()
+
+
+def test_a_body_that_nobody_read_is_not_taken_for_the_next_answer() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer), suppress(asyncio.IncompleteReadError):
+            while path := (await reader.readuntil(b"\r\n\r\n")).split()[1]:
+                writer.write(b"HTTP/1.1 404 X\r\ncontent-length: %d\r\n\r\n%b" % (len(path), path))
+
+    async def ask() -> bytes:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        pool = Pool(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        with closing(pool), closing(server):
+            with closing(pool.exchange("GET", "/first")) as exchange:
+                assert await exchange.answered(5) == 404
+            with closing(pool.exchange("GET", "/second")) as exchange:
+                await exchange.answered(5)
+                return await exchange.body(99, 5)
+
+    assert asyncio.run(ask()) == b"/second"

@@ -22,10 +22,11 @@ class Connection(asyncio.Protocol):
         self.now = loop.time
         self._loop = loop
         self._transport: asyncio.Transport = cast("asyncio.Transport", None)
-        self._parser: Any = None
         self._blocks: list[bytes] = []
+        self.on_body = self._blocks.append  # the parser calls it for every event of a stream
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._num_buffered = self._num_head = 0
-        self._has_length = self._is_over = self._is_kept = self._has_hung_up = False
+        self._is_asked = self._has_length = self._is_over = self._is_kept = self._has_hung_up = False
         self._failure: OSError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._due = 0.0
@@ -33,14 +34,14 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_usable(self) -> bool:
-        """For another request: silent, whole and open."""
-        is_whole = self._is_over and self._is_kept and not self._has_hung_up
+        """For another request: silent, whole, read to its end, and open."""
+        is_whole = self._is_over and self._is_kept and not self._has_hung_up and not self._blocks
         return is_whole and self._failure is None and not self._transport.is_closing()
 
     async def ask(self, message: bytes, seconds: float) -> int:
         self.status = self._num_head = 0
+        self._is_asked = True
         self._has_length = self._is_over = self._is_kept = False
-        self._parser = httptools.HttpResponseParser(self)
         self._transport.write(message)
         while not self.status:
             await self._more(seconds)
@@ -51,11 +52,12 @@ class Connection(asyncio.Protocol):
             if self._is_over:
                 return b""
             await self._more(seconds)
-        blocks, self._blocks = self._blocks, []
+        block = b"".join(self._blocks)
+        self._blocks.clear()
         if self._num_buffered > MAX_BUFFERED_BYTES:
             self._transport.resume_reading()
         self._num_buffered = 0
-        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+        return block
 
     def hang_up(self) -> bool:
         """End our half of the connection, where it has halves; whether the engine can tell."""
@@ -113,7 +115,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._parser is None or self._is_over:
+        if not self._is_asked or self._is_over:
             self._fail(ConnectionResetError("it said something unasked"))
             self._transport.abort()
             return
@@ -127,6 +129,7 @@ class Connection(asyncio.Protocol):
             if self._num_head > MAX_HEAD_BYTES:
                 self._fail(ConnectionResetError("a head without an end"))
             return
+        self._num_buffered += len(data)
         if self._num_buffered > MAX_BUFFERED_BYTES:
             self._transport.pause_reading()
         self._wake()
@@ -146,10 +149,6 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if status >= 200:
             self.status = status
-
-    def on_body(self, body: bytes) -> None:
-        self._blocks.append(body)
-        self._num_buffered += len(body)
 
     def on_message_complete(self) -> None:
         if self.status:

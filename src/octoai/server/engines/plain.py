@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from operator import ne
 from typing import NamedTuple
 
 _TEXT = re.compile(rb'"(?:content|text)": ?"([^"\\]+)"')
@@ -21,6 +22,7 @@ _CHOICES = b'"choices":'
 MAX_TOKENS = 2**31
 MAX_RUN = 256
 _DIGITS = b"0123456789"
+_GAP = b"\n\n"  # between events
 _BACKSLASH = ord("\\")  # as a number: `in` takes several times as long to find bytes in bytes
 
 
@@ -38,11 +40,48 @@ class Plain(NamedTuple):
     def has_counts(self) -> bool:
         return bool(self.between)
 
-    def read(self, events: Sequence[bytes], start: int) -> tuple[list[str], list[int]]:
+    def read(
+        self, events: Sequence[bytes], start: int, num_counted: int = 0, prompt_tokens: int = 0
+    ) -> tuple[list[str], list[int]]:
         """The texts of the events from `start` on, and how many tokens the answer has by each, where that is said: of
         those before the first that is of another shape, or has a character that JSON escapes; of `MAX_RUN` at most, so
-        that it is no work for many when odd ones are among them."""
-        begins, middle, between, ends, _ = self
+        that it is no work for many when odd ones are among them.
+
+        What has been counted before tells what the engine will count, and so what each event ends with.
+        """
+        event, first = events[start], len(self.begins)
+        if event[first : first + 1] == b'"' or not event.startswith(self.begins):
+            return [], []
+        found = self._as_foreseen(events[start : start + MAX_RUN], num_counted, prompt_tokens)
+        return found if found[0] or not self.between else self._as_told(events, start)
+
+    def _as_foreseen(self, run: Sequence[bytes], num_counted: int, prompt_tokens: int) -> tuple[list[str], list[int]]:
+        """Of one token each."""
+        begins, middle, between, ends, is_last = self
+        parts = [part.partition(b'"') for part in (_GAP.join(run) + _GAP).split(begins)[1:]]
+        texts, rests = [text for text, _, _ in parts], [rest for _, _, rest in parts]
+        counts, ends = list(range(num_counted + 1, num_counted + 1 + len(parts))) if between else [], ends + _GAP
+        if not between:
+            wanted = [middle + ends] * len(parts)
+        elif is_last:
+            wanted = [b"%b%d%b%d%b" % (middle, prompt_tokens + count, between, count, ends) for count in counts]
+        else:
+            wanted = [b"%b%d%b%d%b" % (middle, count, between, prompt_tokens + count, ends) for count in counts]
+        if rests != wanted:
+            number = [*map(ne, rests, wanted)].index(True)  # it is odd, or has one of another beginning behind it
+            texts = texts[: number + rests[number].startswith(wanted[number])]
+        raw = b'"'.join(texts)
+        if _BACKSLASH in raw or b"" in texts:
+            texts = texts[: next(number for number, text in enumerate(texts) if not text or _BACKSLASH in text)]
+            raw = b'"'.join(texts)
+        try:
+            return raw.decode().split('"') if texts else [], counts[: len(texts)]
+        except UnicodeDecodeError:
+            return [], []
+
+    def _as_told(self, events: Sequence[bytes], start: int) -> tuple[list[str], list[int]]:
+        """With whatever counts."""
+        begins, middle, ends = self.begins, self.middle, self.ends
         first, last, size = len(begins), -len(ends) or None, len(middle)
         run = events[start : start + MAX_RUN]
         run = run[: next((number for number, event in enumerate(run) if _BACKSLASH in event), len(run))]
@@ -55,11 +94,11 @@ class Plain(NamedTuple):
         texts = [text for text, _, _ in parted[: len(rests)]]
         raw = b'"'.join(texts)
         if b"" in texts:
-            return self.read(events[: start + texts.index(b"")], start)
+            return self._as_told(events[: start + texts.index(b"")], start)
         numbers = [rest[size:] for rest in rests]
-        counts = self._counts(numbers) if between else [] if not any(numbers) else None
+        counts = self._counts(numbers)
         if counts is None:  # one is odd: those before it
-            return self.read(events[: start + len(texts) // 2], start) if len(texts) > 1 else ([], [])
+            return self._as_told(events[: start + len(texts) // 2], start) if len(texts) > 1 else ([], [])
         try:
             return raw.decode().split('"') if texts else [], counts
         except UnicodeDecodeError:

@@ -77,10 +77,10 @@ class Reader:
 
     def _read_plain(self, shape: Plain, texts: Sequence[bytes], start: int, events: list[Event]) -> int:
         """How many were read at once, from `start` on."""
-        said, counts = shape.read(texts, start)
+        before = self._counted.get(0, 0)
+        said, counts = shape.read(texts, start, before, self._prompt_tokens)
         if not said:
             return 0
-        before = self._counted.get(0, 0)
         if counts:
             self._completion_tokens = counts[-1]
             if before > counts[0] or sorted(counts) != counts:
