@@ -23,6 +23,7 @@ MAX_TOKENS = 2**31
 MAX_RUN = 256
 _DIGITS = b"0123456789"
 _GAP = b"\n\n"  # between events
+_NUM_SOUGHT = len(b'"text":"')
 _BACKSLASH = ord("\\")  # as a number: `in` takes several times as long to find bytes in bytes
 
 
@@ -58,9 +59,12 @@ class Plain(NamedTuple):
     def _as_foreseen(self, run: Sequence[bytes], num_counted: int, prompt_tokens: int) -> tuple[list[str], list[int]]:
         """Of one token each."""
         begins, middle, between, ends, is_last = self
-        parts = [part.partition(b'"') for part in (_GAP.join(run) + _GAP).split(begins)[1:]]
+        # By a few bytes, for which Python searches without preparing for it.
+        frame, before_text = begins[:-_NUM_SOUGHT], begins[-_NUM_SOUGHT:]
+        parts = [part.partition(b'"') for part in (_GAP.join(run) + _GAP + frame).split(before_text)[1:]]
         texts, rests = [text for text, _, _ in parts], [rest for _, _, rest in parts]
-        counts, ends = list(range(num_counted + 1, num_counted + 1 + len(parts))) if between else [], ends + _GAP
+        counts = list(range(num_counted + 1, num_counted + 1 + len(parts))) if between else []
+        ends += _GAP + frame
         if not between:
             wanted = [middle + ends] * len(parts)
         elif is_last:
@@ -69,7 +73,7 @@ class Plain(NamedTuple):
             wanted = [b"%b%d%b%d%b" % (middle, count, between, prompt_tokens + count, ends) for count in counts]
         if rests != wanted:
             number = [*map(ne, rests, wanted)].index(True)  # it is odd, or has one of another beginning behind it
-            texts = texts[: number + rests[number].startswith(wanted[number])]
+            texts = texts[: number + rests[number].startswith(wanted[number][: len(wanted[number]) - len(frame)])]
         raw = b'"'.join(texts)
         if _BACKSLASH in raw or b"" in texts:
             texts = texts[: next(number for number, text in enumerate(texts) if not text or _BACKSLASH in text)]
