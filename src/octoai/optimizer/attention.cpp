@@ -371,7 +371,10 @@ struct division {
         : part_keys(of.num_keys()), num_available((int64_t) (params->wsize / sizeof(float))) {
         take(of, of.num_groups(), of.rows_of_group());
         const bool is_small = of.num_groups() * rounded_up(of.rows_of_group()) <= MAX_ROWS;
-        if (!is_small || !of.has_groups_together() || !is_possible(params)) {
+        // A short stream by itself is as much work as a barrier: for two threads, rather than read in one go.
+        const bool is_short = of.num_streams() == 1 && of.num_positions() == 1 && of.num_keys() < 2 * MIN_PART_KEYS;
+        const bool has_idle_threads = is_short && params->nth > 1;
+        if (!is_small || !of.has_groups_together() || has_idle_threads || !is_possible(params)) {
             take(of, 1, std::min<int64_t>(of.rows_of_group(), TILE_ROWS));
         }
         tiles_of_group = (of.rows_of_group() + rows_of_tile - 1) / rows_of_tile;
