@@ -1,6 +1,6 @@
 """Attention of kernels beside what it is by definition: `python -m tests.optimizer.attend KERNELS`.
 
-In a process of its own, since kernels stay loaded. Prints one line of JSON: for each case, how far the largest
+Prints one line of JSON: for each case, how far the largest
 difference is from the largest value.
 """
 
@@ -13,16 +13,14 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octoai.server.engines import kernels
+from tests.optimizer.loaded import F16, F32, Loaded
 
-F32, F16 = 0, 1
 NUM_RANDOM = 150
 
 
@@ -62,67 +60,31 @@ def left_to_llama_cpp() -> Iterator[Case]:
     yield from (Case(keys=100, positions=9), Case(key_size=72, value_size=72), Case(softcap=20.0), Case(max_bias=8.0))
 
 
-class Ggml:
-    def __init__(self, path: Path) -> None:
-        kernels.load(path)
-        wheel = find_spec("xllamacpp.xllamacpp")
-        assert wheel is not None and wheel.origin is not None
-        self._library = ctypes.CDLL(wheel.origin)
-        self._registered = self.call("ggml_backend_reg_by_name", b"CPU")
-        device = self.call("ggml_backend_reg_dev_get", ctypes.c_void_p(self._registered), ctypes.c_size_t(0))
-        self._backend = self.call("ggml_backend_dev_init", ctypes.c_void_p(device), None)
-
-    def call(self, name: str, *arguments: Any) -> int:
-        function = getattr(self._library, name)
-        function.restype = ctypes.c_void_p
-        return function(*(ctypes.c_void_p(each) if type(each) is int else each for each in arguments)) or 0
-
-    def set_threads(self, number: int) -> None:
-        place = self.call("ggml_backend_reg_get_proc_address", self._registered, b"ggml_backend_set_n_threads")
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(place)(self._backend, number)
-
-    def tensor(self, context: int, kind: int, values: NDArray[Any]) -> int:
-        """Of these values, whose last dimension is ggml's first."""
-        sizes = [ctypes.c_int64(size) for size in reversed(values.shape)]
-        made = self.call("ggml_new_tensor_4d", context, ctypes.c_int(kind), *sizes)
-        kept = np.ascontiguousarray(values, dtype=np.float32 if kind == F32 else np.float16)
-        ctypes.memmove(self.call("ggml_get_data", made), kept.ctypes.data, kept.nbytes)
-        return made
-
-    def attend(self, case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
-        class Parameters(ctypes.Structure):
-            _fields_ = (("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
-        needed = 8 * (q.size * 2 + k.size + v.size + mask.size) + (1 << 22)
-        context = self.call("ggml_init", Parameters(needed, None, False))
+def attended(
+    loaded: Loaded, case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: NDArray[Any]
+) -> NDArray[Any]:
+    with loaded.context(8 * (q.size * 2 + k.size + v.size + mask.size)) as context:
         order = [ctypes.c_int(each) for each in (0, 2, 1, 3)]  # as llama.cpp has them: heads of a position together
         turned = [
-            self.call("ggml_permute", context, self.tensor(context, kind, values), *order)
+            loaded.call("ggml_permute", context, loaded.tensor(context, kind, values), *order)
             for kind, values in ((F32, q), (F16, k), (F16, v))
         ]
         numbers = (1 / case.key_size**0.5, case.max_bias, case.softcap)
         scale, max_bias, softcap = (ctypes.c_float(each) for each in numbers)
-        masked = self.tensor(context, F16, mask)
-        out = self.call("ggml_flash_attn_ext", context, *turned, masked, scale, max_bias, softcap)
-        graph = self.call("ggml_new_graph", context)
-        self.call("ggml_build_forward_expand", graph, out)
-        self.set_threads(case.threads)
-        assert self.call("ggml_backend_graph_compute", self._backend, graph) == 0
+        masked = loaded.tensor(context, F16, mask)
+        out = loaded.call("ggml_flash_attn_ext", context, *turned, masked, scale, max_bias, softcap)
         shape = (case.streams, case.positions, case.groups * case.heads_per_group, case.value_size)
-        found = np.empty(shape, np.float32)
-        ctypes.memmove(found.ctypes.data, self.call("ggml_get_data", out), found.nbytes)
-        self.call("ggml_free", context)
-        return found
+        return loaded.computed(context, out, shape, case.threads)
 
 
-def difference(ggml: Ggml, case: Case, chosen: np.random.Generator) -> float:
+def difference(loaded: Loaded, case: Case, chosen: np.random.Generator) -> float:
     """The largest, of the largest value."""
     heads = case.groups * case.heads_per_group
     q = chosen.normal(size=(case.streams, case.positions, heads, case.key_size)).astype(np.float32) * 2
     k = chosen.normal(size=(case.streams, case.keys, case.groups, case.key_size)).astype(np.float16)
     v = chosen.normal(size=(case.streams, case.keys, case.groups, case.value_size)).astype(np.float16)
     mask = masks(case, chosen)
-    found = ggml.attend(case, q, k, v, mask)
+    found = attended(loaded, case, q, k, v, mask)
     right = by_definition(case, q.astype(float), k.astype(float), v.astype(float), mask.astype(float))
     assert np.isfinite(found).all(), case
     return float(np.abs(found - right).max() / np.abs(right).max())
@@ -159,9 +121,9 @@ def slopes(case: Case) -> NDArray[Any]:
 
 
 def main() -> None:
-    ggml, chosen = Ggml(Path(sys.argv[1])), np.random.default_rng(1)
-    ours = [{**asdict(case), "difference": difference(ggml, case, chosen)} for case in cases()]
-    theirs = [{**asdict(case), "difference": difference(ggml, case, chosen)} for case in left_to_llama_cpp()]
+    loaded, chosen = Loaded(Path(sys.argv[1])), np.random.default_rng(1)
+    ours = [{**asdict(case), "difference": difference(loaded, case, chosen)} for case in cases()]
+    theirs = [{**asdict(case), "difference": difference(loaded, case, chosen)} for case in left_to_llama_cpp()]
     print(json.dumps({"ours": ours, "llama.cpp's": theirs}))
 
 

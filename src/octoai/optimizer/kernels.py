@@ -55,6 +55,16 @@ _ADDED = (
         "\n_mm_prefetch((const char *) (b_ptr + b) + 4096, _MM_HINT_T0);"
         " _mm_prefetch((const char *) (b_ptr + b) + 4160, _MM_HINT_T0);",
     ),
+    (
+        "repack.cpp",
+        "repack<BLOC_TYPE, INTER_SIZE, NB_COLS>(t, data, data_size);\n    }\n};\n\n}  // namespace ggml::cpu::repack\n",
+        '\n#include "affine.cpp"\n',
+    ),
+    (
+        "repack.cpp",
+        "ggml_repack_get_optimal_repack_type(const struct ggml_tensor * cur) {",
+        "\n    if (const auto * evenly = evenly_spaced(cur)) return evenly;",
+    ),
     ("ops.cpp", "#include <cmath>", '\n#include "attention.cpp"'),
     ("ops.cpp", "const bool use_ref = params->use_ref;", " if (!use_ref && attend_together(params, dst)) return;"),
 )
@@ -73,9 +83,9 @@ ends with the page, and where that of the next one is takes it long to find out,
 
 Attention is computed by `attention.cpp` where it can, for which results are added up in F32.
 """
-_ATTENTION = Path(__file__).with_name("attention.cpp")
+_OWN = [Path(__file__).with_name(name) for name in ("attention.cpp", "affine.cpp")]
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-w", *(f"-D{name}" for name in _DEFINED))
-RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED, _ATTENTION.read_bytes())).encode()).hexdigest()[:8]
+RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED, [path.read_bytes() for path in _OWN])).encode()).hexdigest()[:8]
 """Of how they are made: kernels that an earlier version of this file made are others."""
 _IN_VAIN = "llama.cpp's kernels are those of its wheel"
 
@@ -135,7 +145,8 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int) -> P
     directories = (cpu, cpu / "amx", cpu / "tiled", architecture)
     sources = [path for directory in directories for path in directory.glob("*.c*") if path.stem != "cpu-feats"]
     sources.append(cpu / "llamafile" / "sgemm.cpp")
-    shutil.copy(_ATTENTION, cpu)
+    for path in _OWN:
+        shutil.copy(path, cpu)
     for name, text, addition in _ADDED:
         _add(cpu / name, text, addition)
     common = [*_OPTIONS, compilers.tuned, *(f"-I{path}" for path in (ggml / "include", ggml / "src", cpu))]
