@@ -1,7 +1,6 @@
 """Attention of kernels beside what it is by definition: `python -m tests.optimizer.attend KERNELS`.
 
-Prints one line of JSON: for each case, how far the largest
-difference is from the largest value.
+Prints one line of JSON: for each case, how far the largest difference is from the largest value.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,12 +171,23 @@ def test_llama_cpps_own_are_made_run_and_say_what_the_wheels_say(
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here")
 def test_attention_is_what_it_is_by_definition(made: Path) -> None:
     """Of all shapes; ours to five digits at least. What is not for it, llama.cpp's code does, which adds up in F16."""
-    told = subprocess.run(
-        [sys.executable, "-m", "tests.optimizer.attend", str(made)], capture_output=True, text=True, check=True
-    )
-    found = json.loads(told.stdout)
+    found = told("attend", made)
     has_vectors = " avx2 " in Path("/proc/cpuinfo").read_text("utf-8")
     for case in found["ours"]:
         assert case["difference"] < (1e-5 if has_vectors else 2e-2), case
     for case in found["llama.cpp's"]:
         assert case["difference"] < 2e-2, case
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here")
+def test_products_of_evenly_spaced_levels_are_what_they_are_by_definition(made: Path) -> None:
+    """Of the activations as Q8_0 keeps them: nothing else is rounded."""
+    for case in told("multiply", made):
+        assert case["difference"] < 1e-5, case
+
+
+def told(module: str, made: Path) -> Any:
+    command = [sys.executable, "-m", f"tests.optimizer.{module}", str(made)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

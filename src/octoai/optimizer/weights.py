@@ -72,6 +72,7 @@ _CANDIDATES = (
     Recipe("Q8_0", (("*", "Q8_0"),)),
     Recipe("feed-forward IQ4_NL, rest Q8_0", ((FEED_FORWARD, "IQ4_NL"), ("*", "Q8_0"))),
     Recipe("Q4_K or IQ4_NL, embedding Q8_0", (*_FINE_EMBEDDING, ("*", "Q4_K"), ("*", "IQ4_NL"))),
+    Recipe("Q4_1, embedding Q8_0", (*_FINE_EMBEDDING, ("*", "Q4_1"))),
     Recipe("IQ4_NL, embedding Q8_0", (*_FINE_EMBEDDING, ("*", "IQ4_NL"))),
     Recipe("Q4_0, embedding Q8_0", (*_FINE_EMBEDDING, ("*", "Q4_0"))),
     Recipe("Q4_K or IQ4_NL", (("*", "Q4_K"), ("*", "IQ4_NL"))),
