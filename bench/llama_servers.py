@@ -18,6 +18,7 @@ from pathlib import Path
 from octoai.optimizer.profile import Profiles
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine, Finished, Generation, Started, Usage
+from octoai.server.engines.cache_size import num_slots
 from octoai.server.engines.llama import LlamaEngine, LlamaOptions
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.places import cache_dir
@@ -44,7 +45,8 @@ def weights() -> Path:
 async def ours(place: Path, profiles: Path | None = None) -> AsyncIterator[Engine]:
     """As the service runs it, with the profile that `octoai optimize` kept in the cache `profiles`, if there is one;
     `place` keeps what is saved of prompts."""
-    file, options = weights(), LlamaOptions(context_length=CONTEXT)
+    file = weights()
+    options = LlamaOptions(CONTEXT, num_slots=num_slots(file, CONTEXT))
     if profiles is not None and (found := Profiles(profiles).find(file)) is not None:
         options, file = found[0].candidate.options, found[1]
     options = replace(

@@ -10,7 +10,7 @@ import pytest
 
 from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed, score
 from octoai.optimizer.search import Search
-from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guesses, safe_defaults, stages
+from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guesses, stages
 from octoai.optimizer.workload import Speed
 
 CORES = 4
@@ -278,7 +278,7 @@ def test_a_stage_offers_only_what_its_machine_has() -> None:
 
 
 def test_a_candidate_says_what_it_is() -> None:
-    assert str(safe_defaults(1)) == "as given, 1 thread, 4 slots, batch 64"
+    assert str(Candidate()) == "as given, 1 thread, 4 slots, batch 64"
     assert str(engine_defaults(2)) == "as given, 2 threads, spinning, 1 slots, batch 2048/512"
     assert str(first_guesses(2)[0]) == "as given, 2 threads, spinning while alone, 8 slots, batch 128"
     other = Candidate("Q8_0", 8, 2).tuned(num_batch_threads=4, spin_count=300, flash_attention="off", is_unified=True)

@@ -91,11 +91,6 @@ def engine_defaults(num_cores: int) -> Candidate:
     return Candidate(num_slots=1, num_threads=num_cores, batch_tokens=2048, tuning=tuning)
 
 
-def safe_defaults(num_cores: int) -> Candidate:
-    """As `octoai serve` runs a model without a profile."""
-    return Candidate(num_threads=num_cores)
-
-
 def stages(recipes: Sequence[str], num_cores: int) -> list[Stage]:
     return [
         Stage("weights", lambda best: [replace(best, weights=name) for name in recipes]),

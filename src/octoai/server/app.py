@@ -19,6 +19,7 @@ from octoai.server.catalogue import Catalogue, Model
 from octoai.server.directory import Directory
 from octoai.server.edge import Edge
 from octoai.server.engines.base import Engine
+from octoai.server.engines.cache_size import num_slots
 from octoai.server.engines.llama import LlamaEngine, LlamaOptions
 from octoai.server.ledger import Ledger
 from octoai.server.metrics import Metrics
@@ -173,10 +174,11 @@ def _engine(
             context_length=chosen.context_length,
         )
     assert weights is not None
-    base = tuned or LlamaOptions(context_length=DEFAULT_CONTEXT_LENGTH)
+    context_length = chosen.context_length or model.context_length or DEFAULT_CONTEXT_LENGTH
+    base = tuned or LlamaOptions(context_length, num_slots=num_slots(weights, context_length))
     options = replace(
         base,
-        context_length=chosen.context_length or model.context_length or DEFAULT_CONTEXT_LENGTH,
+        context_length=context_length,
         num_slots=chosen.num_slots or base.num_slots,
         num_threads=chosen.num_threads or base.num_threads,
         stall_seconds=settings.engine_stall_seconds,

@@ -1,0 +1,91 @@
+"""How many slots a model gets without a profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from octoai.server.engines import cache_size
+from octoai.server.engines.cache_size import cache_bytes_per_token, num_slots
+
+
+def written(path: Path, *, heads: int = 32, groups: int | list[int] | None = 8, head: int | None = None) -> Path:
+    """A file with the header of a model of 32 layers, 4,096 wide, as gguf's own writer makes it."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tags(["a", "bé"])
+    writer.add_array("llama.numbers", [1, 2, 3])
+    writer.add_block_count(32)
+    writer.add_embedding_length(4096)
+    writer.add_head_count(heads)
+    if groups is not None:
+        writer.add_head_count_kv(groups)
+    if head is not None:
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"] * 3000)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("groups", "head", "expected"),
+    [
+        (8, None, 32 * 8 * (128 + 128) * 2),  # 128 KiB, as Llama 3 8B has it
+        (None, None, 32 * 32 * (128 + 128) * 2),  # every head has keys of its own
+        (8, 64, 32 * 8 * (64 + 64) * 2),
+        ([8] * 32, None, None),  # layer by layer
+    ],
+)
+def test_of_a_file(tmp_path: Path, groups: int | list[int] | None, head: int | None, expected: int | None) -> None:
+    assert cache_bytes_per_token(written(tmp_path / "x.gguf", groups=groups, head=head)) == expected
+
+
+@pytest.mark.model
+def test_of_the_shipped_model(embedded_model: Path) -> None:
+    assert cache_bytes_per_token(embedded_model) == 30 * 3 * (64 + 64) * 2
+
+
+def test_what_is_no_model_gets_few_slots(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert num_slots(tmp_path / "x.gguf", 8192) == 4
+    (tmp_path / "x.gguf").write_bytes(b"no model")
+    assert num_slots(tmp_path / "x.gguf", 8192) == 4
+    assert num_slots(tmp_path / "missing.gguf", 8192) == 4
+
+
+@pytest.mark.parametrize(("gibibytes", "expected"), [(64, 8), (63.9, 4), (8, 4)])
+def test_many_slots_take_an_eighth_of_the_memory_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gibibytes: float, expected: int
+) -> None:
+    monkeypatch.setattr(cache_size, "_memory_bytes", lambda: int(gibibytes * 2**30))
+    assert num_slots(written(tmp_path / "x.gguf"), 8192) == expected  # of 1 GiB each
+
+
+def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cache_size._memory_bytes()
+    monkeypatch.setattr(cache_size, "_CGROUP_LIMIT", tmp_path / "memory.max")
+    assert cache_size._memory_bytes() >= whole
+    (tmp_path / "memory.max").write_text("max\n")
+    assert cache_size._memory_bytes() >= whole
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert cache_size._memory_bytes() == 1048576
+
+
+@given(st.data())
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_file_is_one_of_which_nothing_is_known(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "x.gguf"
+    whole = bytearray((path if path.exists() else written(path)).read_bytes()[:600])
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(4, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    del whole[data.draw(st.integers(0, len(whole))) :]
+    (tmp_path / "y.gguf").write_bytes(whole)
+    found = cache_bytes_per_token(tmp_path / "y.gguf")
+    assert found is None or found > 0
