@@ -58,13 +58,14 @@ class Meter:
         if self.turn is None:
             self.turn = self.clock()
 
-    def passed(self, batch: Sequence[Event]) -> None:
-        """A batch of a part went by."""
-        self.last_token = self.clock()
+    def passed(self, batch: Sequence[Event]) -> float:
+        """A batch of a part went by; returns when."""
+        self.last_token = now = self.clock()
         if self.first_token is None:
-            self.first_token = self.last_token
+            self.first_token = now
         if isinstance(batch[-1], Finished):
             self.reasons.update(batch[-1].reasons)
+        return now
 
     @property
     def usage(self) -> Usage:

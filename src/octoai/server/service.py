@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Self, TypeVar
 
 import anyio
@@ -201,30 +201,36 @@ class Job:
     async def _part(self, prompt: int, first: int, generation: Generation) -> AsyncGenerator[Batch]:
         """One request to the engine, in its turn."""
         part = self.meter.part(prompt)
-        is_admitted, tokens = self.meter.turn is not None, generation.most_tokens
+        is_admitted, tokens, is_durable = self.meter.turn is not None, generation.most_tokens, False
+        metrics = self.service.metrics.of(self.deployment)
         async with self.deployment.queue.turn(self.caller.account.id, tokens, is_admitted=is_admitted) as ended:
             self.meter.took_turn()
             self.tab.open()
             async with aclosing(self.deployment.engine.generate(generation, part.count)) as batches:
                 async for batch in batches:
                     part.count(batch)
-                    self._observe(batch)
-                    if part.is_finished:
+                    self._observe(batch, metrics)
+                    if part.is_finished:  # an end waits to be settled
                         ended()
-                    is_sent = self.request.stream and not isinstance(batch[-1], Finished)  # an end waits to be settled
-                    if is_sent and not self.tab.is_durable:
-                        await self.tab.durable()
+                    elif self.request.stream and not is_durable:
+                        if not self.tab.is_durable:
+                            await self.tab.durable()
+                        is_durable = True
                     yield batch if first == 0 else _renumbered(batch, first)
 
-    def _observe(self, batch: Batch) -> None:
+    def _observe(self, batch: Batch, metrics: SimpleNamespace) -> None:
         before = self.meter.last_token
-        self.meter.passed(batch)
-        num_tokens = sum(len(event.texts) if isinstance(event, Deltas) else isinstance(event, Delta) for event in batch)
+        now = self.meter.passed(batch)
+        num_tokens = 0
+        for event in batch:
+            if isinstance(event, Delta):
+                num_tokens += 1
+            elif isinstance(event, Deltas):
+                num_tokens += len(event.texts)
         if num_tokens:
-            metrics = self.service.metrics.of(self.deployment)
             metrics.iteration_tokens.observe(num_tokens)
-            if before is not None and self.meter.last_token is not None:
-                metrics.inter_token.observe((self.meter.last_token - before) / num_tokens)
+            if before is not None:
+                metrics.inter_token.observe((now - before) / num_tokens)
 
     async def _merged(self, parts: Sequence[tuple[int, int, Generation]]) -> AsyncGenerator[Batch]:
         """Several requests to the engine as one: their events as they come, and one end for all.

@@ -90,7 +90,9 @@ async def _relay(
     job: Job, encoder: Encoder, out: Incoming | _Recorded, batch: Batch, batches: AsyncIterator[Batch]
 ) -> None:
     while not isinstance(batch[-1], Finished):
-        await _send(out, encoder.stream(batch))
+        if out.is_behind:
+            await _caught_up(out)
+        out.send(encoder.stream(batch))
         batch = await anext(batches)
     encoder.cost_nanos = job.cost_nanos
     last = encoder.stream(batch) + DONE

@@ -73,18 +73,15 @@ class Connection(asyncio.Protocol):
             self._timer = None
         self._transport.abort()
 
-    async def _more(self, seconds: float) -> None:
-        """Until something has happened. One timer serves every wait, and is moved only when it would ring too early."""
+    def _more(self, seconds: float) -> asyncio.Future[None]:
+        """Done when something has happened. One timer serves every wait; it is moved where it would ring too early."""
         if self._failure is not None:
             raise self._failure
         self._due = self.now() + seconds
         if self._timer is None or self._timer.when() > self._due:
             self._set_timer()
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        self._waiter = waiter = self._loop.create_future()
+        return waiter
 
     def _set_timer(self) -> None:
         if self._timer is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
@@ -131,10 +131,10 @@ class Exchange:
         self._connection = await self._pool._connected()
         return await self._connection.ask(self._message, seconds)
 
-    async def block(self, seconds: float) -> bytes:
+    def block(self, seconds: float) -> Coroutine[Any, Any, bytes]:
         """All of the body that has arrived, waited for where nothing has; empty at its end."""
         assert self._connection is not None
-        return await self._connection.block(seconds)
+        return self._connection.block(seconds)
 
     async def body(self, limit: int, seconds: float) -> bytes:
         """The rest of the body, at most about `limit` bytes of it."""

@@ -141,7 +141,7 @@ class OpenAIEngine:
         try:
             with self._failures_named():
                 await self._accepted(exchange, generation)
-                while not answer.is_whole and (block := await self._block(exchange)):
+                while not answer.is_whole and (block := await exchange.block(self._stall_seconds)):
                     self._on_progress()
                     events = answer.events(block)
                     is_told = answer.is_whole
@@ -178,6 +178,8 @@ class OpenAIEngine:
         except CannotConnect:
             self._is_ready = False
             raise Unavailable("The engine does not answer.", retry_after=PROBE_SECONDS) from None
+        except TimeoutError:  # for servers without a supervisor of ours
+            raise EngineFailed(f"The engine sent nothing for {self._stall_seconds:.0f} s.") from None
         except OSError as error:
             raise EngineFailed("The engine broke off in the middle of its answer.") from error
 
@@ -185,13 +187,6 @@ class OpenAIEngine:
         """More than the window cannot be generated, and vLLM refuses to be asked for it."""
         limit = self.context_length
         return generation if limit is None or generation.max_tokens <= limit else replace(generation, max_tokens=limit)
-
-    async def _block(self, exchange: Exchange) -> bytes:
-        """All that has arrived, at once. The stall limit is for servers without a supervisor of ours."""
-        try:
-            return await exchange.block(self._stall_seconds)
-        except TimeoutError:
-            raise EngineFailed(f"The engine sent nothing for {self._stall_seconds:.0f} s.") from None
 
     async def _keep_probing(self) -> None:
         while True:

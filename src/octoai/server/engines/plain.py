@@ -53,8 +53,30 @@ class Plain(NamedTuple):
         event, first = events[start], len(self.begins)
         if event[first : first + 1] == b'"' or not event.startswith(self.begins):
             return [], []
-        found = self._as_foreseen(events[start : start + MAX_RUN], num_counted, prompt_tokens)
+        if start + 1 == len(events):
+            found = self._one_as_foreseen(event, num_counted + 1, prompt_tokens)
+        else:
+            found = self._as_foreseen(events[start : start + MAX_RUN], num_counted, prompt_tokens)
         return found if found[0] or not self.between else self._as_told(events, start)
+
+    def _one_as_foreseen(self, event: bytes, count: int, prompt_tokens: int) -> tuple[list[str], list[int]]:
+        """An event that came by itself, of one token."""
+        begins, middle, between, ends, is_last = self
+        first = len(begins)
+        end = event.find(b'"', first)
+        text = event[first:end]
+        if not between:
+            wanted = middle + ends
+        elif is_last:
+            wanted = b"%b%d%b%d%b" % (middle, prompt_tokens + count, between, count, ends)
+        else:
+            wanted = b"%b%d%b%d%b" % (middle, count, between, prompt_tokens + count, ends)
+        if end < 0 or event[end + 1 :] != wanted or _BACKSLASH in text:
+            return [], []
+        try:
+            return [text.decode()], [count] if between else []
+        except UnicodeDecodeError:
+            return [], []
 
     def _as_foreseen(self, run: Sequence[bytes], num_counted: int, prompt_tokens: int) -> tuple[list[str], list[int]]:
         """Of one token each."""

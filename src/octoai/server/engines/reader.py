@@ -83,13 +83,14 @@ class Reader:
             return 0
         if counts:
             self._completion_tokens = counts[-1]
-            if before > counts[0] or sorted(counts) != counts:
+            if before > counts[0] or (len(counts) > 1 and sorted(counts) != counts):
                 counts = list(accumulate([max(before, counts[0]), *counts[1:]], max))
         else:
             counts = list(range(before + 1, before + 1 + len(said)))
         self._counted[0] = counts[-1]
         self._is_guess = False
-        self._start(events)
+        if not self._started:
+            self._start(events)
         events.append(Delta(0, said[0], counts[0]) if len(said) == 1 else Deltas(said, counts))
         return len(said)
 
