@@ -197,6 +197,7 @@ def test_files_are_bounded_and_the_least_used_goes_first(embedded_model: Path, t
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_beside_others_a_long_prompt_is_read_in_steps(
     embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
