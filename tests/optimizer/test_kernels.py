@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,22 @@ def test_who_is_interrupted_leaves_no_compiler_running(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) != 0
     assert num_running(marker) == 0
+
+
+def test_a_signal_that_comes_while_a_compiler_is_started_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or nobody would know of it, and it would be left running."""
+    marker, started = f"{time.time_ns()}", kernels._started
+
+    def interrupted(command: Sequence[str]) -> subprocess.Popen[str]:
+        process = started(command)
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(kernels, "_started", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kernels._run([["sh", "-c", f"sleep {marker}"]], 1)
+    assert num_running(marker) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def num_running(marker: str) -> int:

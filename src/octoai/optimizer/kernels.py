@@ -16,8 +16,8 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,7 +180,8 @@ def _run(commands: Sequence[list[str]], num_at_once: int) -> None:
         while waiting or running:
             while waiting and len(running) < num_at_once:
                 command = waiting.popleft()
-                running.append((command[0], _started(command)))
+                with _signals_waiting():
+                    running.append((command[0], _started(command)))
             compiler, process = running[0]
             _, said = process.communicate()
             running.popleft()
@@ -192,6 +193,22 @@ def _run(commands: Sequence[list[str]], num_at_once: int) -> None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # a compiler is several processes
             process.communicate()
+
+
+@contextmanager
+def _signals_waiting() -> Iterator[None]:
+    """Until what is done here is done: nobody would know of a process that was started and not noted."""
+    heard: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda each, _frame: heard.append(each))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in heard:
+            signal.raise_signal(late)
 
 
 def _started(command: Sequence[str]) -> subprocess.Popen[str]:
