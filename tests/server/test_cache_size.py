@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import gguf
@@ -76,6 +77,14 @@ def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Path, monke
     assert cache_size._memory_bytes() >= whole
     (tmp_path / "memory.max").write_text("1048576\n")
     assert cache_size._memory_bytes() == 1048576
+
+
+@pytest.mark.parametrize("item", [0, 8, 9, 12])  # u8, string, array, f64
+def test_an_array_of_more_than_there_can_be_is_damage(tmp_path: Path, item: int) -> None:
+    key = b"llama.numbers"
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key
+    (tmp_path / "x.gguf").write_bytes(head + struct.pack("<IIQ", 9, item, 2**64 - 1))
+    assert num_slots(tmp_path / "x.gguf", 8192) == 4
 
 
 @given(st.data())

@@ -82,6 +82,8 @@ Of a matrix that is multiplied by one vector, Q8_0 and Q4_0 are fetched a page a
 ends with the page, and where that of the next one is takes it long to find out, on a virtual machine longest.
 
 Attention is computed by `attention.cpp` where it can, for which results are added up in F32.
+
+How weights are kept for a product is asked of `affine.cpp` first, which has Q4_0 and Q4_1 eight rows at a time.
 """
 _OWN = [Path(__file__).with_name(name) for name in ("attention.cpp", "affine.cpp")]
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-w", *(f"-D{name}" for name in _DEFINED))
