@@ -90,7 +90,7 @@ async def _relay(
     job: Job, encoder: Encoder, out: Incoming | _Recorded, batch: Batch, batches: AsyncIterator[Batch]
 ) -> None:
     while not isinstance(batch[-1], Finished):
-        if out.is_behind:
+        if out.is_behind:  # not `_send`: no coroutine for each event where there is nothing to wait for
             await _caught_up(out)
         out.send(encoder.stream(batch))
         batch = await anext(batches)
