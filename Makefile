@@ -33,8 +33,10 @@ demo: setup
 PYTEST = test "$$OCTOAI_SKIP_POSTGRES" = 1 || .ci/postgres || \
   { echo "the tests with PostgreSQL will be skipped" >&2; export OCTOAI_SKIP_POSTGRES=1; }; $(RUN) -m pytest
 
+# Two files at a time: much of a test is waiting. More would have those that look at the clock wait for each other.
+# `ARGS="-n 0 --pdb -k name"` for one at a time.
 test: setup
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: setup
 	@$(PYTEST) -m slow $(ARGS)

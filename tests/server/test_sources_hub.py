@@ -188,7 +188,7 @@ def test_a_hub_that_only_cuts_is_given_up_and_the_part_is_kept(hub: Hub, work: P
     assert hub.ranges[-1] != "bytes=0-"
 
 
-@pytest.mark.parametrize("pinned", [SHA256, None])
+@pytest.mark.parametrize("pinned", [SHA256, None], ids=["pinned", "as the hub says"])
 def test_damaged_content_is_refused_and_deleted(hub: Hub, tmp_path: Path, pinned: str | None) -> None:
     hub.content = CONTENT[:-1] + b"?"
     model = Model("tiny", source=SOURCE, sha256=pinned)
