@@ -2,8 +2,9 @@
 beside that same child asked directly over its own HTTP server.
 
 Both are asked the same in turn, by one client in a process of its own: 8 requests at once (180 + 64 tokens), and one
-stream. It is one child under one set of settings, so that nothing differs but the way there. Figures are medians over
-the rounds, ratios are taken within a round; the order changes from round to round.
+stream. It is one child under one set of settings, so that nothing differs but the way there. A ratio is that of two
+turns that follow each other, each of a second or a few: neighbours of the machine change its speed within minutes by
+more than what is looked for. The order changes from turn to turn; figures are medians.
 
     python bench/engine_share.py [--short] [--rounds N] [--json PATH]
 """
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 from octoai.optimizer.workload import Passages, Workload, joint_rate, stream_rate
 from octoai.server.catalogue import EMBEDDED_MODEL_ID
@@ -29,6 +30,7 @@ from octoai.server.engines.openai_http import OpenAIEngine
 
 HERE = Path(__file__).parent
 LEAST = 0.98
+NUM_STREAMS = 5  # one after the other, in a round
 Samples = dict[str, dict[str, list[float]]]
 
 
@@ -95,18 +97,22 @@ def served() -> Iterator[dict[str, Engine]]:
 
 async def measured(engines: dict[str, Engine], rounds: int, workload: Workload) -> Samples:
     samples: Samples = {figure: {name: [] for name in engines} for figure in ("8 at once", "one stream")}
+    passages, counter = Passages(2000), engines["direct"]
+
+    async def joint(engine: Engine) -> float:
+        prompts = [await passages.take(counter, workload.prompt) for _ in range(workload.num_requests)]
+        return await joint_rate(engine, prompts, workload.completion)
+
+    async def stream(engine: Engine) -> float:
+        return await stream_rate(engine, await passages.take(counter, 16), workload.stream)
+
+    turns = [("8 at once", joint), *[("one stream", stream)] * NUM_STREAMS]
     for number in range(rounds + 1):
-        passages, counter = Passages(2000 + number), engines["direct"]
-        for name in sorted(engines, reverse=number % 2 == 1):
-            engine = engines[name]
-            prompts = [await passages.take(counter, workload.prompt) for _ in range(workload.num_requests)]
-            joint = await joint_rate(engine, prompts, workload.completion)
-            stream = median(
-                [await stream_rate(engine, await passages.take(counter, 16), workload.stream) for _ in range(3)]
-            )
-            if number:  # the first warms up
-                samples["8 at once"][name].append(joint)
-                samples["one stream"][name].append(stream)
+        for turn, (figure, rate) in enumerate(turns):
+            for name in sorted(engines, reverse=(number + turn) % 2 == 1):
+                measured = await rate(engines[name])
+                if number:  # the first warms up
+                    samples[figure][name].append(measured)
     for engine in engines.values():
         await engine.close()
     return samples
@@ -125,7 +131,8 @@ def report(samples: Samples) -> str:
     for figure in samples:
         found = ratios(samples, figure)
         verdict = "ok  " if median(found) >= LEAST else "MISS"
-        spread = f"rounds {min(found):.3f} to {max(found):.3f}, {len(found)}"
+        quarters = quantiles(found, n=4)
+        spread = f"half of {len(found)} within {quarters[0]:.3f} to {quarters[2]:.3f}"
         lines.append(f"  {verdict} {median(found):6.3f}  (at least {LEAST:g}; {spread})  {figure}, ours over direct")
     return "\n".join(lines)
 
