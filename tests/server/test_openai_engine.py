@@ -8,15 +8,16 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from octoai.server.engines import openai_http
-from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.exchange import Pool
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Refusal, Unavailable
@@ -24,6 +25,7 @@ from tests.running import InProcess
 from tests.talking import Talk, chat, events, metric, request, until
 
 GENERATION = Generation(max_tokens=9, messages=[{"role": "user", "content": "Hi"}])
+UNSEEN = replace(GENERATION, is_stream=False)  # before its end
 MODELS = {"object": "list", "data": [{"id": "up", "object": "model", "max_model_len": 4096}]}
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 DONE = b"data: [DONE]\n\n"
@@ -164,16 +166,25 @@ def refused(reply: Reply, kind: type[Refusal], *, after: int = 0, **options: Any
 
     async def main() -> None:
         async with up(Upstream(reply), **options) as engine:
-            deltas = 0
-            with pytest.raises(kind) as raised:
-                async with aclosing(engine.generate(GENERATION)) as batches:
-                    async for batch in batches:
-                        deltas += sum(isinstance(event, Delta) for event in batch)
-            assert deltas == after
-            caught.append(raised.value)
+            for generation in (GENERATION, UNSEEN):
+                deltas = 0
+                with pytest.raises(kind) as raised:
+                    async with aclosing(engine.generate(generation)) as batches:
+                        async for batch in batches:
+                            deltas += num_deltas(batch)
+                assert deltas == after
+                caught.append(raised.value)
 
     run(main())
-    return caught[0]
+    first, second = caught
+    assert first.body() == second.body()
+    return first
+
+
+def num_deltas(batch: Sequence[Event]) -> int:
+    return sum(
+        1 if isinstance(event, Delta) else len(event.texts) for event in batch if isinstance(event, Delta | Deltas)
+    )
 
 
 @pytest.mark.parametrize("is_unix", [False, True], ids=["http", "unix"])
@@ -294,12 +305,57 @@ def test_a_server_that_falls_silent_is_given_up(reply: Reply, deltas: int) -> No
     assert time.monotonic() - began < 2
 
 
-def test_an_answer_is_whole_at_its_done_also_where_the_body_never_ends() -> None:
+@pytest.mark.parametrize("generation", [GENERATION, UNSEEN], ids=["stream", "unseen"])
+def test_an_answer_is_whole_at_its_done_also_where_the_body_never_ends(generation: Generation) -> None:
     async def main() -> None:
         async with up(Upstream(says(*WHOLE, 30.0))) as engine:
             began = time.monotonic()
-            assert isinstance((await generated(engine))[-1], Finished)
+            assert isinstance((await generated(engine, generation))[-1], Finished)
             assert time.monotonic() - began < 2
+
+    run(main())
+
+
+def slowly(num: int, *end: bytes) -> Reply:
+    words = [event(f"{number} ") for number in range(num)]
+    return says(*(each for word in words for each in (word, 0.01)), *end)
+
+
+def test_what_nobody_sees_before_its_end_is_read_in_larger_batches_after_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(openai_http, "GATHER_SECONDS", 30.0)  # the end of the answer ends it, and of the connection
+
+    async def main() -> None:
+        upstream, sizes = Upstream(slowly(20, event("", "stop"), USAGE, DONE)), []
+        async with up(upstream) as engine:
+            for generation in (GENERATION, UNSEEN):
+                async with aclosing(engine.generate(generation)) as batches:
+                    sizes.append([num_deltas(batch) async for batch in batches])
+            upstream.reply = slowly(20)
+            with pytest.raises(EngineFailed):
+                await generated(engine, UNSEEN)
+        streamed, unseen = sizes
+        assert sum(streamed) == sum(unseen) == 20
+        assert len(streamed) > 15
+        assert len(unseen) == 2
+        assert unseen[0] < 5
+
+    run(main())
+
+
+def test_what_was_gathered_when_its_client_left_is_counted() -> None:
+    async def main() -> None:
+        left: list[Sequence[Event]] = []
+        async with up(Upstream(says(event("a"), 0.01, event("b"), event("c"), 30.0))) as engine:
+            batches = engine.generate(UNSEEN, left.append)
+            await anext(batches)
+            reading = asyncio.ensure_future(anext(batches))
+            await asyncio.sleep(openai_http.GATHER_SECONDS / 2)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            await batches.aclose()
+        assert left == [[Started(0), Delta(0, "", 3)]]
 
     run(main())
 

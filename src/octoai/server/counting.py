@@ -31,18 +31,36 @@ class Count:
 
 
 class Spread:
-    """How many values fell between each two of `bounds`; those above the last come last."""
+    """How many values fell between each two of `bounds`; those above the last come last.
 
-    __slots__ = ("bounds", "counts", "sum")
+    `observe` only keeps a value: a request has a dozen, each for a list that no processor's cache has. They are put in
+    their places when somebody asks, and by `fold`, so that they do not become many.
+    """
+
+    __slots__ = ("_bounds", "_counts", "_sum", "_values", "observe")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+        self._values: list[float] = []
+        self.observe = self._values.append
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    @property
+    def counts(self) -> Sequence[int]:
+        self.fold()
+        return self._counts
+
+    @property
+    def sum(self) -> float:
+        self.fold()
+        return self._sum
+
+    def fold(self) -> None:
+        for value in self._values:
+            self._counts[bisect_left(self._bounds, value)] += 1
+            self._sum += value
+        self._values.clear()
 
 
 class _Labelled(Collector, Generic[Child]):
@@ -84,3 +102,8 @@ class Histogram(_Labelled[Spread]):
             buckets = list(zip(self._bounds, map(float, accumulate(spread.counts)), strict=True))
             family.add_metric(values, buckets, spread.sum)
         return (family,)
+
+    def fold(self) -> None:
+        """So that what was observed does not take more and more memory."""
+        for spread in self._children.values():
+            spread.fold()

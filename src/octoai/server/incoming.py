@@ -132,16 +132,14 @@ class Incoming:
         """The head: it leaves with what follows. A body whose length is not among the headers is sent in chunks."""
         self.status = status
         headers = [*headers, *(self.limit_headers or ())]
-        self._is_chunked = not any(name == b"content-length" for name, _ in headers)
-        lines = [_STATUS_LINES[status], self._connection.fixed_head()]
-        lines += [b"%b: %b\r\n" % header for header in headers]
-        if sum(line.count(b"\n") for line in lines[2:]) != len(headers):
+        self._is_chunked = b"content-length" not in dict(headers)
+        given = b"".join([b"%b: %b\r\n" % header for header in headers])
+        if given.count(b"\n") != len(headers):
             raise ValueError("a header with a line break")
         elapsed = int((time.perf_counter() - self.began) * 1000)
-        lines.append(
-            b"x-request-id: %b\r\nopenai-processing-ms: %d\r\n%b: %b\r\n"
-            % (self.request_id.encode(), elapsed, *VERSION_HEADER)
-        )
+        ours = b"x-request-id: %b\r\nopenai-processing-ms: %d\r\n%b: %b\r\n"
+        ours %= self.request_id.encode(), elapsed, *VERSION_HEADER
+        lines = [_STATUS_LINES[status], self._connection.fixed_head(), given, ours]
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
         lines.append(b"transfer-encoding: chunked\r\n\r\n" if self._is_chunked else b"\r\n")

@@ -65,6 +65,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._per_deployment: list[Counter | Histogram] = []
+        self._histograms: list[Histogram] = []
         self._known: dict[Any, Any] = {}  # finding a labelled metric costs as much as counting
 
         def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
@@ -77,6 +78,7 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = _LABELS) -> Histogram:
             made = Histogram(name, text, labels, buckets)
             self.registry.register(made)
+            self._histograms.append(made)
             if labels == _LABELS:
                 self._per_deployment.append(made)
             return made
@@ -144,6 +146,11 @@ class Metrics:
             known.success = partial(self.success.labels, *labels)
             self._known[deployment] = known
         return known
+
+    async def fold(self) -> None:
+        """To be called now and then."""
+        for histogram in self._histograms:
+            histogram.fold()
 
     def count_http(self, handler: str, method: str, status: int | None, seconds: float) -> None:
         """One answered request; `status` None: nothing was sent."""

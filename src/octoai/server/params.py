@@ -179,6 +179,7 @@ def _sampling(params: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are given, for a `Generation`, whose defaults are the OctoAI API's. Null means the default."""
     given = {name: value for name, value in params.items() if value is not None}
     sampling: dict[str, Any] = {name: given[name] for name in _PASSED.intersection(given)}
+    sampling["is_stream"] = given.get("stream", False)
     sampling["max_tokens"] = given.get("max_completion_tokens", given.get("max_tokens", DEFAULT_MAX_TOKENS))
     sampling.setdefault("n", 1)
     if "octoai" in given:

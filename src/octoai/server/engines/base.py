@@ -24,7 +24,8 @@ class Generation:
     Exactly one of `messages` (a chat), `text` or `tokens` (a raw prompt: text, or the model's token ids) is set.
     `logprobs` is how many alternatives to report per token (0: only the chosen one), None for none at all.
     `schema` constrains the text to JSON: a JSON Schema, or {} for any object. `top_k` 0 means no limit. `slot` is for
-    llama.cpp alone: which of its slots is to read it.
+    llama.cpp alone: which of its slots is to read it. `is_stream`: somebody reads the answer as it comes; otherwise
+    events may come in larger batches, after the first.
     """
 
     max_tokens: int
@@ -48,6 +49,7 @@ class Generation:
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, Any] | None = None
     slot: int | None = None
+    is_stream: bool = True
 
     @property
     def num_prompt_bytes(self) -> int:

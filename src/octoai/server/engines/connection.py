@@ -12,6 +12,7 @@ import httptools
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BUFFERED_BYTES = 256 * 1024
+MAX_GATHERED_BYTES = 64 * 1024
 
 
 class Connection(asyncio.Protocol):
@@ -29,6 +30,7 @@ class Connection(asyncio.Protocol):
         self._is_asked = self._has_length = self._is_over = self._is_kept = self._has_hung_up = False
         self._failure: OSError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._gathers_until: bytes | None = None
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -47,17 +49,28 @@ class Connection(asyncio.Protocol):
             await self._more(seconds)
         return self.status
 
-    async def block(self, seconds: float) -> bytes:
+    async def block(self, seconds: float, gather: float = 0.0, until: bytes = b"") -> bytes:
         while not self._blocks:
             if self._is_over:
                 return b""
             await self._more(seconds)
+        if gather and not self._is_over and not any(until in block for block in self._blocks):
+            await self._gathered(seconds + gather, gather, until)
         block = b"".join(self._blocks)
         self._blocks.clear()
         if self._num_buffered > MAX_BUFFERED_BYTES:
             self._transport.resume_reading()
         self._num_buffered = 0
         return block
+
+    async def _gathered(self, seconds: float, gather: float, until: bytes) -> None:
+        self._gathers_until = until
+        enough = self._loop.call_later(gather, self._wake)
+        try:
+            await self._more(seconds)
+        finally:
+            enough.cancel()
+            self._gathers_until = None
 
     def hang_up(self) -> bool:
         """End our half of the connection, where it has halves; whether the engine can tell."""
@@ -129,7 +142,12 @@ class Connection(asyncio.Protocol):
         self._num_buffered += len(data)
         if self._num_buffered > MAX_BUFFERED_BYTES:
             self._transport.pause_reading()
-        self._wake()
+        if self._gathers_until is None or self._is_enough(data):
+            self._wake()
+
+    def _is_enough(self, data: bytes) -> bool:
+        assert self._gathers_until is not None
+        return self._is_over or self._num_buffered > MAX_GATHERED_BYTES or self._gathers_until in data
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.status and not self._has_length and error is None:

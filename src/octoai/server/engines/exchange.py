@@ -131,10 +131,11 @@ class Exchange:
         self._connection = await self._pool._connected()
         return await self._connection.ask(self._message, seconds)
 
-    def block(self, seconds: float) -> Coroutine[Any, Any, bytes]:
-        """All of the body that has arrived, waited for where nothing has; empty at its end."""
+    def block(self, seconds: float, gather: float = 0.0, until: bytes = b"") -> Coroutine[Any, Any, bytes]:
+        """All of the body that has arrived, waited for where nothing has; empty at its end. Where nobody needs it at
+        once, also what comes in `gather` seconds more, or before the body ends or has `until` in it."""
         assert self._connection is not None
-        return self._connection.block(seconds)
+        return self._connection.block(seconds, gather, until)
 
     async def body(self, limit: int, seconds: float) -> bytes:
         """The rest of the body, at most about `limit` bytes of it."""

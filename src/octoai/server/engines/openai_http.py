@@ -21,7 +21,7 @@ from octoai.server.engines.base import Event, Generation, OnLeft
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.exchange import CannotConnect, Exchange, Pool
 from octoai.server.engines.plain import Habits
-from octoai.server.engines.reader import Answer
+from octoai.server.engines.reader import DONE, Answer
 from octoai.server.engines.refusals import refusal
 from octoai.server.errors import EngineFailed, Refusal, Unavailable
 
@@ -30,6 +30,7 @@ log = logging.getLogger("octoai.engine")
 PROBE_SECONDS = 5.0
 COUNT_SECONDS = 5.0
 END_SECONDS = 0.5
+GATHER_SECONDS = 0.1  # of an answer that nobody sees before it is whole
 MAX_ERROR_BYTES = 64 * 1024
 MAX_SAID_BYTES = 4 * 1024 * 1024  # of an answer to a short question
 UNKNOWN = (404, 405, 501)  # of a server that has no such path
@@ -137,12 +138,13 @@ class OpenAIEngine:
     async def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
         body = self.dialect.body(self._within(generation), self.model)
         exchange = self._pool.exchange("POST", self._base + self.dialect.path(generation), body)
-        answer, is_told = Answer(generation, self._habits), False
+        answer, is_told, gather = Answer(generation, self._habits), False, 0.0
         try:
             with self._failures_named():
                 await self._accepted(exchange, generation)
-                while not answer.is_whole and (block := await exchange.block(self._stall_seconds)):
+                while not answer.is_whole and (block := await exchange.block(self._stall_seconds, gather, DONE)):
                     self._on_progress()
+                    gather = 0.0 if generation.is_stream else GATHER_SECONDS  # from the first token on
                     events = answer.events(block)
                     is_told = answer.is_whole
                     if events:
