@@ -164,7 +164,7 @@ def interrupted(
         start_new_session=True,
     )
     try:
-        until(has_begun, 60)
+        until(has_begun, 200)  # some 15 s, on an idle machine
         os.killpg(process.pid, number)  # as a terminal does it
         output, errors = process.communicate(timeout=30)
     finally:
@@ -185,6 +185,7 @@ SIGNALS = pytest.mark.parametrize(
 
 
 @pytest.mark.model
+@pytest.mark.timeout(300)
 @SIGNALS
 def test_an_interrupted_search_leaves_no_traceback_and_nothing_half_done(
     cache: Path, tmp_path: Path, number: int, status: int
@@ -196,6 +197,7 @@ def test_an_interrupted_search_leaves_no_traceback_and_nothing_half_done(
 
 
 @pytest.mark.model
+@pytest.mark.timeout(300)
 @SIGNALS
 def test_interrupted_while_it_compiles_it_leaves_no_compiler_running(
     cache: Path, tmp_path: Path, number: int, status: int

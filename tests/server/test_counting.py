@@ -1,5 +1,7 @@
 """What our counters and histograms report is what `prometheus_client`'s own would, to the byte."""
 
+from collections.abc import Callable
+
 import prometheus_client
 import pytest
 from hypothesis import given
@@ -7,6 +9,9 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
 
 from octoai.server.counting import Counter, Histogram
+from octoai.server.engines.scripted import ScriptedEngine
+from tests.running import InProcess
+from tests.talking import chat, metric, until
 
 BOUNDS = (0.1, 1, 2.5, 10)
 LABELS = st.tuples(st.sampled_from(["a", "b"]), st.text(max_size=3))
@@ -27,6 +32,8 @@ def test_a_histogram(observed: list[tuple[tuple[str, str], float]]) -> None:
     for labels, value in observed:
         histogram.labels(*labels).observe(value)
         own.labels(*labels).observe(value)
+        if value > 10:
+            own.fold()
     assert generate_latest(ours) == generate_latest(theirs)
 
 
@@ -45,3 +52,14 @@ def test_a_counter(counted: list[tuple[tuple[str, str], float]]) -> None:
 def test_a_label_too_few_is_an_error() -> None:
     with pytest.raises(ValueError, match="x, y"):
         Counter("x", "x", ("x", "y")).labels("a")
+
+
+def test_what_a_running_service_observed_does_not_take_more_and_more_memory(
+    in_process: Callable[..., InProcess],
+) -> None:
+    service = in_process(ScriptedEngine())
+    status, _, _ = chat(service)
+    assert status == 200
+    (deployment,) = service.service.router.deployments
+    until(lambda: not service.service.metrics.of(deployment).end_to_end._values, 5.0)
+    assert metric(service, "vllm:e2e_request_latency_seconds_count") == 1

@@ -28,7 +28,7 @@ from octoai.server.tokens import digest, is_well_formed
 
 log = logging.getLogger("octoai.directory")
 
-REFRESH_SECONDS = 0.5
+REFRESH_SECONDS = 0.25
 MIN_SECONDS = 0.03
 WAIT_SECONDS = 2.0
 MAX_UNKNOWN = 10_000

@@ -65,7 +65,6 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._per_deployment: list[Counter | Histogram] = []
-        self._histograms: list[Histogram] = []
         self._known: dict[Any, Any] = {}  # finding a labelled metric costs as much as counting
 
         def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
@@ -78,7 +77,6 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = _LABELS) -> Histogram:
             made = Histogram(name, text, labels, buckets)
             self.registry.register(made)
-            self._histograms.append(made)
             if labels == _LABELS:
                 self._per_deployment.append(made)
             return made
@@ -149,8 +147,9 @@ class Metrics:
 
     async def fold(self) -> None:
         """To be called now and then."""
-        for histogram in self._histograms:
-            histogram.fold()
+        for each in vars(self).values():
+            if isinstance(each, Histogram):
+                each.fold()
 
     def count_http(self, handler: str, method: str, status: int | None, seconds: float) -> None:
         """One answered request; `status` None: nothing was sent."""
