@@ -83,10 +83,9 @@ def test_running_requests_end_with_an_error_when_the_engine_is_killed_and_later_
     assert not answer.endswith(b"0\r\n\r\n"), "the body must be cut, not ended"
     assert whole.read_to_the_end().startswith(b"HTTP/1.1 502 ")
 
-    until(lambda: is_ready(client), 20)
+    # The first to know of its death are those who were reading: the service may call itself ready a moment longer.
+    until(lambda: service.children() not in ([], [engine]) and is_ready(client), 20)
     assert client.chat()["usage"]["completion_tokens"] == 12
-    (successor,) = service.children()
-    assert successor != engine
 
 
 def test_nothing_is_accepted_while_the_engine_is_away(service: Serve) -> None:
