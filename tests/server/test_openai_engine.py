@@ -344,6 +344,22 @@ def test_what_nobody_sees_before_its_end_is_read_in_larger_batches_after_the_fir
     run(main())
 
 
+@pytest.mark.parametrize("generation", [GENERATION, UNSEEN], ids=["stream", "unseen"])
+def test_what_had_come_when_the_engine_broke_off_is_counted(generation: Generation) -> None:
+    async def main() -> None:
+        left: list[Sequence[Event]] = []
+        async with up(Upstream(says(event("a"), 0.05, event("b"), event("c"), end=False))) as engine:
+            batches = engine.generate(generation, left.append)
+            await anext(batches)
+            await asyncio.sleep(0.2)  # the rest, and the end of the connection, are here before they are asked for
+            with pytest.raises(EngineFailed):
+                async for _ in batches:
+                    pass
+        assert left == [[Started(0), Delta(0, "", 3)]]
+
+    run(main())
+
+
 def test_what_was_gathered_when_its_client_left_is_counted() -> None:
     async def main() -> None:
         left: list[Sequence[Event]] = []

@@ -54,7 +54,8 @@ class Connection(asyncio.Protocol):
             if self._is_over:
                 return b""
             await self._more(seconds)
-        if gather and not self._is_over and not any(until in block for block in self._blocks):
+        is_open = not self._is_over and self._failure is None  # what came before a failure is given first
+        if gather and is_open and not any(until in each for each in self._blocks):
             await self._gathered(seconds + gather, gather, until)
         block = b"".join(self._blocks)
         self._blocks.clear()
