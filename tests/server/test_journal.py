@@ -79,6 +79,9 @@ class HeldSyncs:
     def submit(self, _: int, done: Callable[[OSError | None], None]) -> None:
         self.running.append(done)
 
+    def collect(self) -> None:
+        """Nothing is done before the test says so."""
+
 
 def record(n: int, padding: int = 0) -> dict[str, Any]:
     return {"n": n, "padding": "x" * padding}
@@ -748,6 +751,24 @@ def test_a_sync_that_fails_when_the_journal_is_closed_closes_nobodys_file(
         HeldSyncs.newest.running[0](OSError(errno.EIO, "broken"))
         for fd in others:
             os.close(fd)
+
+    run(main())
+
+
+def test_a_sync_that_is_done_at_once_leaves_nothing_waiting(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a ring does where the file is in memory."""
+
+    class Immediate(HeldSyncs):
+        def submit(self, _: int, done: Callable[[OSError | None], None]) -> None:
+            done(None)
+
+    monkeypatch.setattr(journal_writer, "Syncs", Immediate)
+
+    async def main() -> None:
+        journal = opened()
+        for n in range(3):
+            assert journal.append(record(n), soon=True).done()
+        assert numbers(journal.tail()) == [0, 1, 2]
 
     run(main())
 

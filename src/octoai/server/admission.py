@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import time
 from collections import OrderedDict
@@ -72,7 +73,7 @@ class Admission:
         self.ledger.check()
         tab = Tab(
             ledger=self.ledger,
-            id=f"{now_us():014x}{secrets.token_hex(9)}",  # in order of time, as the database's pages are
+            id=f"{now_us():014x}{os.urandom(9).hex()}",  # in order of time, as the database's pages are
             request_id=request_id,
             caller=caller,
             model=model.id,

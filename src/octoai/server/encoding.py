@@ -8,7 +8,7 @@ never empty, and usage comes on the last event that has a choice.
 from __future__ import annotations
 
 import json
-import secrets
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -23,7 +23,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def new_id() -> str:
-    return f"cmpl-{secrets.token_hex(16)}"
+    return f"cmpl-{os.urandom(16).hex()}"
 
 
 def usage_json(usage: Usage, cost_nanos: int | None = None) -> str:

@@ -85,7 +85,7 @@ class Tab:
         if self._opened is None:  # the engine was quicker
             self.ledger.write_intents()
         assert self._opened is not None
-        await _done(self._opened)
+        await self.ledger.on_disk(self._opened)
 
     @property
     def _is_written(self) -> bool:
@@ -122,7 +122,7 @@ class Tab:
         if not self._is_written or isinstance(self._settled, asyncio.Task):
             await asyncio.shield(self._settled)
         elif self._opened is not None:
-            await _done(self._opened)
+            await self.ledger.on_disk(self._opened)
 
     async def close(self, outcome: str) -> None:
         """However it ended: settled when it was opened, given back when it was not."""
@@ -244,6 +244,18 @@ class Ledger:
         """Somebody waits for what was written."""
         if self.journal is not None:
             self.journal.sync_soon(GATHER_SECONDS if len(self.tabs) >= CROWD else 0.0)
+
+    async def on_disk(self, written: asyncio.Future[Position]) -> None:
+        """Return when it is. Raises Unavailable where it cannot be."""
+        if self.journal is not None and not written.done():
+            self.journal.collect()
+        try:
+            if written.done():
+                written.result()
+            else:
+                await asyncio.shield(written)
+        except (JournalFull, JournalFailed):
+            raise _no_room() from None
 
     async def reserve(self, caller: Caller, wanted: Reservation) -> Standings | None:
         """Hold what a request may need. Raises OutOfCredit, RateLimited; None while the database is away, when money
@@ -374,17 +386,6 @@ def _counts(usage: Usage) -> dict[str, int]:
 
 def _lease_us() -> int:
     return now_us() + int(LEASE_SECONDS * 1_000_000)
-
-
-async def _done(written: asyncio.Future[Position]) -> None:
-    """Raises Unavailable where it cannot be recorded."""
-    try:
-        if written.done():
-            written.result()
-        else:
-            await asyncio.shield(written)
-    except (JournalFull, JournalFailed):
-        raise _no_room() from None
 
 
 def _retrieved(written: asyncio.Future[Position]) -> None:

@@ -161,13 +161,12 @@ class Journal:
             segment, written = self._unsynced()
         if segment is None or self._syncs is None:
             return
+        self._is_syncing = True
         try:
             self._syncs.submit(segment.kernel_fd, partial(self._was_synced, segment, written))
         except OSError as error:
             self._sync_at = 0.0
             self._leave_to_thread(str(error))
-        else:
-            self._is_syncing = True
 
     def _was_synced(self, segment: Segment, written: Position, failure: OSError | None) -> None:
         self._is_syncing = False
@@ -185,6 +184,11 @@ class Journal:
         """Somebody waits for what was appended, and can for that long."""
         if self._entries:
             self._ask_for_sync(seconds)
+
+    def collect(self) -> None:
+        """Somebody is about to wait: tell of what is on the disk by now, of which the loop would hear a turn later."""
+        if self._is_syncing and self._syncs is not None:
+            self._syncs.collect()
 
     def tail(self, position: Position = START) -> Tail:
         """What is durable after `position`, to be read in another thread."""
