@@ -25,7 +25,7 @@ from octoai.server.catalogue import Model
 from octoai.server.engines.base import Generation, Usage
 from octoai.server.errors import KeyConflict, Unavailable
 from octoai.server.idempotency import Key, Recording, Recordings, unpacked
-from octoai.server.ledger import LEASE_SECONDS, Ledger, Tab, now_us
+from octoai.server.ledger import LEASE_US, Ledger, Tab, now_us
 from octoai.server.limits import Standings
 from octoai.server.params import TextRequest
 from octoai.server.router import Deployment
@@ -185,7 +185,7 @@ class Admission:
             nanos=tab.price.most(sum(prompts), most),
             prompt_tokens=sum(prompts),
             completion_tokens=most,
-            lease_us=now_us() + int(LEASE_SECONDS * 1_000_000),
+            lease_us=now_us() + LEASE_US,
         )
         standings = await self.ledger.reserve(caller, wanted)
         tab.reservation = None if standings is None else wanted

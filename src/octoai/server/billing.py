@@ -17,9 +17,12 @@ NANOS = 1_000_000_000
 _AMOUNT = re.compile(r"(-?)\$?([0-9]{1,10})(?:\.([0-9]{1,9}))?")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Price:
-    """Nano-dollars per token. Tokens of a prompt that were found in the cache cost `cached_input_nanos` each."""
+    """Nano-dollars per token. Tokens of a prompt that were found in the cache cost `cached_input_nanos` each.
+
+    Never changed once it is made; not `frozen`, as in `engines.base`.
+    """
 
     input_nanos: int = 0
     cached_input_nanos: int = 0
@@ -53,7 +56,10 @@ class PriceBook:
 
     def of(self, model: str, at_us: int) -> PriceRow | None:
         """The price that applies to a model at that moment."""
-        return next((row for row in reversed(self._rows.get(model, ())) if row.valid_from_us <= at_us), None)
+        for row in reversed(self._rows.get(model, ())):
+            if row.valid_from_us <= at_us:
+                return row
+        return None
 
     def rows(self, model: str) -> tuple[PriceRow, ...]:
         """A model's prices, oldest first; those to come are among them."""

@@ -131,9 +131,10 @@ class Incoming:
     def begin(self, status: int, headers: Headers) -> None:
         """The head: it leaves with what follows. A body whose length is not among the headers is sent in chunks."""
         self.status = status
-        headers = [*headers, *(self.limit_headers or ())]
-        self._is_chunked = b"content-length" not in dict(headers)
+        if self.limit_headers:
+            headers = [*headers, *self.limit_headers]
         given = b"".join([b"%b: %b\r\n" % header for header in headers])
+        self._is_chunked = b"\r\ncontent-length: " not in b"\r\n" + given
         if given.count(b"\n") != len(headers):
             raise ValueError("a header with a line break")
         elapsed = int((time.perf_counter() - self.began) * 1000)

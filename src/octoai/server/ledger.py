@@ -31,10 +31,11 @@ log = logging.getLogger("octoai.ledger")
 CHECKPOINT_SECONDS = 0.5
 RENEW_SECONDS = 15.0
 LEASE_SECONDS = 60.0
+LEASE_US = int(LEASE_SECONDS * 1_000_000)
 RETRY_SECONDS = 0.2
 OPEN_SECONDS = 0.02  # until an intent is written: many requests to a quick engine are settled before
 CROWD = 4  # requests at once, from which on what is to be on disk waits for others that will be in a moment
-GATHER_SECONDS = 0.001
+GATHER_SECONDS = 0.002
 SETTLE_SECONDS = 0.005  # until a settlement is brought to the disk, where the request is there already
 LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a limit
 
@@ -99,7 +100,7 @@ class Tab:
         if self._opened is None or (usage == self._checkpoint and now - self._renewed < RENEW_SECONDS):
             return
         self._checkpoint, self._renewed = usage, now
-        record = {"kind": "checkpoint", "id": self.id, **_counts(usage), "lease_us": _lease_us()}
+        record = {"kind": "checkpoint", "id": self.id, **_counts(usage), "lease_us": now_us() + LEASE_US}
         self.ledger.append(record).add_done_callback(_retrieved)
 
     async def settle(self, outcome: str, answer: str | None = None) -> None:
@@ -148,7 +149,7 @@ class Tab:
             "opened_us": self.opened_us,
             "journal": self.ledger.instance,
             "is_reserved": self.reservation is not None,
-            "lease_us": _lease_us(),
+            "lease_us": now_us() + LEASE_US,
             "key": key,
             "key_body": key_body,
         }
@@ -382,10 +383,6 @@ def _counts(usage: Usage) -> dict[str, int]:
         "cached_tokens": usage.cached_tokens,
         "completion_tokens": usage.completion_tokens,
     }
-
-
-def _lease_us() -> int:
-    return now_us() + int(LEASE_SECONDS * 1_000_000)
 
 
 def _retrieved(written: asyncio.Future[Position]) -> None:

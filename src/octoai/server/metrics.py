@@ -63,7 +63,8 @@ class Metrics:
     of_all: Callable[[], Awaitable[bytes]] | None = None
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = _Registry(self._count_ended)
+        self._ended: list[Callable[[], None]] = []  # what is still to be counted
         self._per_deployment: list[Counter | Histogram] = []
         self._known: dict[Any, Any] = {}  # finding a labelled metric costs as much as counting
 
@@ -147,6 +148,7 @@ class Metrics:
 
     async def fold(self) -> None:
         """To be called now and then."""
+        self._count_ended()
         for each in vars(self).values():
             if isinstance(each, Histogram):
                 each.fold()
@@ -160,7 +162,31 @@ class Metrics:
         counters[0].inc()
         counters[1].observe(seconds)
 
-    def count_cost(self, token_id: str, usage: Usage, cost_nanos: int) -> None:
+    def count_job(
+        self,
+        deployment: Deployment,
+        request: TextRequest,
+        meter: Meter,
+        usage: Usage,
+        outcome: str,
+        token_id: str,
+        cost_nanos: int,
+    ) -> None:
+        """One ended request: "finished", "refused" (by the engine), "aborted" (its client left) or "failed".
+
+        It is counted with others, when somebody asks or by `fold`: thirty metrics are in no processor's cache, and
+        take a tenth of the time for each once they are.
+        """
+        asked = request.num_choices, request.max_tokens
+        self._ended.append(partial(self._count_job, deployment, asked, meter, meter.clock(), usage, outcome))
+        self._ended.append(partial(self._count_cost, token_id, usage, cost_nanos))
+
+    def _count_ended(self) -> None:
+        ended, self._ended = self._ended, []
+        for count in ended:
+            count()
+
+    def _count_cost(self, token_id: str, usage: Usage, cost_nanos: int) -> None:
         """What one API token used; by its id, never its text."""
         counters = self._known.get(token_id)
         if counters is None:
@@ -172,8 +198,9 @@ class Metrics:
         completion.inc(usage.completion_tokens)
         cost.inc(cost_nanos / 1_000_000_000)
 
-    def count_job(self, deployment: Deployment, request: TextRequest, meter: Meter, usage: Usage, outcome: str) -> None:
-        """One ended request: "finished", "refused" (by the engine), "aborted" (its client left) or "failed"."""
+    def _count_job(
+        self, deployment: Deployment, asked: tuple[int, int], meter: Meter, now: float, usage: Usage, outcome: str
+    ) -> None:
         if outcome == "refused":
             return
         of = self.of(deployment)
@@ -183,10 +210,10 @@ class Metrics:
         of.prefix_hits.inc(usage.cached_tokens)
         of.request_prompt.observe(usage.prompt_tokens)
         of.request_generation.observe(usage.completion_tokens)
-        of.params_n.observe(request.num_choices)
-        of.params_max_tokens.observe(request.max_tokens)
+        of.params_n.observe(asked[0])
+        of.params_max_tokens.observe(asked[1])
         of.request_preemptions.observe(0)
-        _count_times(of, meter, usage.completion_tokens)
+        _count_times(of, meter, now, usage.completion_tokens)
         if outcome == "finished":
             for reason in meter.reasons.values():
                 of.success(reason).inc()
@@ -199,8 +226,19 @@ class Metrics:
         return generate_latest(self.registry) if self.of_all is None else await self.of_all()
 
 
-def _count_times(of: SimpleNamespace, meter: Meter, completion_tokens: int) -> None:
-    now = meter.clock()
+class _Registry(CollectorRegistry):
+    """`before` is called before it is read."""
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        super().__init__()
+        self._before = before
+
+    def collect(self) -> Iterable[Metric]:
+        self._before()
+        return super().collect()
+
+
+def _count_times(of: SimpleNamespace, meter: Meter, now: float, completion_tokens: int) -> None:
     of.end_to_end.observe(now - meter.received)
     if meter.turn is None:
         of.queued.observe(now - meter.received)

@@ -260,7 +260,8 @@ def _schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | No
 
 
 def _refuse_impossible(params: Mapping[str, Any]) -> None:
-    for name in sorted(IMPOSSIBLE.intersection(params)):
+    given = () if IMPOSSIBLE.isdisjoint(params) else sorted(IMPOSSIBLE.intersection(params))
+    for name in given:
         if params[name] and not (name == "function_call" and params[name] in ("none", "auto")):
             raise UnsupportedParameter(f"{name}: not offered here; leave it out", param=name)
     if any(kind != "text" for kind in params.get("modalities") or ()):

@@ -277,9 +277,9 @@ class Job:
         return "failed" if isinstance(error, Exception) else "aborted"
 
     def _count(self, outcome: str, error: BaseException | None) -> None:
-        metrics, usage = self.service.metrics, self.meter.usage
-        metrics.count_job(self.deployment, self.request, self.meter, usage, outcome)
-        metrics.count_cost(self.caller.token.id, usage, self.tab.price.charge(usage))
+        usage, token_id = self.meter.usage, self.caller.token.id
+        cost = self.tab.price.charge(usage)
+        self.service.metrics.count_job(self.deployment, self.request, self.meter, usage, outcome, token_id, cost)
         if log.isEnabledFor(logging.INFO):
             log.info("request", extra={"fields": self._line(outcome, _refusal(error))})
 
