@@ -22,7 +22,7 @@ from octoai.server.streaming import BrokenOff, SlowReader
 
 log = logging.getLogger("octoai.http")
 
-_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH"})
 
 Endpoint = Callable[[Incoming, Service], Awaitable[None]]
@@ -40,7 +40,7 @@ class Edge:
 
     async def answer(self, incoming: Incoming) -> None:
         endpoint = self.posts[incoming.path]
-        given = _given_id(incoming.headers)
+        given = _sane(incoming.header(b"x-request-id"))
         incoming.request_id, incoming.is_given_id = given or new_request_id(), given is not None
         try:
             await endpoint(incoming, self.service)
@@ -146,11 +146,12 @@ def _refusal_of(error: Exception, request_id: str) -> Refusal:
 
 
 def _given_id(headers: Headers) -> str | None:
+    return next((_sane(value.decode("latin-1")) for name, value in headers if name == b"x-request-id"), None)
+
+
+def _sane(request_id: str | None) -> str | None:
     """The client's own id where it is a sane one: what is echoed must not carry a header or a log line of its own."""
-    for name, value in headers:
-        if name == b"x-request-id" and _SANE_ID.fullmatch(value):
-            return value.decode("ascii")
-    return None
+    return request_id if request_id is not None and _SANE_ID.fullmatch(request_id) else None
 
 
 def _refusal_of_routes(error: HTTPException, scope: Scope) -> Refusal:

@@ -63,7 +63,7 @@ class Incoming:
         self, connection: Connection, path: str, headers: Headers, *, keep_alive: bool, expects_continue: bool
     ) -> None:
         self.path = path
-        self.headers = headers
+        self._headers = dict(reversed(headers))  # of several with one name, the first
         self.began = time.perf_counter()
         self.request_id = ""
         self.is_given_id = False
@@ -85,10 +85,8 @@ class Incoming:
 
     def header(self, name: bytes) -> str | None:
         """The first header of that name, which is given in lower case."""
-        for each, value in self.headers:
-            if each == name:
-                return value.decode("latin-1")
-        return None
+        value = self._headers.get(name)
+        return None if value is None else value.decode("latin-1")
 
     async def body(self, max_bytes: int, seconds: float) -> bytes:
         """The whole body, never much more than the limit of it in memory. Raises TooLarge, TooSlow, ClientLeft."""

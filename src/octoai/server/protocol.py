@@ -30,6 +30,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     transport: asyncio.Transport
     cycle: Any  # an `Incoming`, or what uvicorn has for a request
 
+    _fixed: tuple[Any, bytes] = (None, b"")  # header lines, and of which headers; for all connections
     _answering: Incoming | None = None
     _head_bytes = 0
     _reads_head = True
@@ -155,7 +156,10 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self.flow.resume_reading()
 
     def fixed_head(self) -> bytes:
-        return b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+        headers = self.server_state.default_headers  # another list when the date is another
+        if self._fixed[0] is not headers:
+            ServiceProtocol._fixed = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
+        return self._fixed[1]
 
     def answered(self) -> None:
         self.on_response_complete()

@@ -40,6 +40,10 @@ class Connection(asyncio.Protocol):
         is_whole = self._is_over and self._is_kept and not self._has_hung_up and not self._blocks
         return is_whole and self._failure is None and not self._transport.is_closing()
 
+    @property
+    def is_over(self) -> bool:
+        return self._is_over and not self._blocks
+
     async def ask(self, message: bytes, seconds: float) -> int:
         self.status = self._num_head = 0
         self._is_asked = True

@@ -111,6 +111,11 @@ class Exchange:
         """0 until it is answered."""
         return 0 if self._connection is None else self._connection.status
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer was read to the end of its body."""
+        return self._connection is not None and self._connection.is_over
+
     async def answered(self, seconds: float) -> int:
         """The answer's status, once its head is here, each part of that in so many seconds.
 

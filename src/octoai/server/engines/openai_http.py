@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -64,6 +64,7 @@ class OpenAIEngine:
         self._stall_seconds = stall_seconds
         self._on_progress = on_progress
         self._habits = Habits()
+        self._failures = _Failures(self._failed)
         self._is_ready = False
         self._probe: asyncio.Task[None] | None = None
 
@@ -122,7 +123,7 @@ class OpenAIEngine:
 
     async def _asked(self, path: str, body: bytes, generation: Generation) -> Mapping[str, Any] | None:
         """The whole answer to a short question, None from a server that does not know it."""
-        with self._failures_named(), closing(self._pool.exchange("POST", self._root + path, body)) as exchange:
+        with self._failures, closing(self._pool.exchange("POST", self._root + path, body)) as exchange:
             try:
                 async with asyncio.timeout(COUNT_SECONDS):
                     status = await exchange.answered(COUNT_SECONDS)
@@ -140,7 +141,7 @@ class OpenAIEngine:
         exchange = self._pool.exchange("POST", self._base + self.dialect.path(generation), body)
         answer, is_told, gather = Answer(generation, self._habits), False, 0.0
         try:
-            with self._failures_named():
+            with self._failures:
                 await self._accepted(exchange, generation)
                 while not answer.is_whole and (block := await exchange.block(self._stall_seconds, gather, DONE)):
                     self._on_progress()
@@ -151,7 +152,8 @@ class OpenAIEngine:
                         yield events
                 if not answer.is_whole:
                     raise EngineFailed("The engine broke off in the middle of its answer.")
-                await _end(exchange)
+                if not exchange.is_over:
+                    await _end(exchange)
         except (GeneratorExit, asyncio.CancelledError):
             if not answer.is_whole:
                 with suppress(Refusal):  # there is nobody left to tell
@@ -172,18 +174,14 @@ class OpenAIEngine:
             said = await exchange.body(MAX_ERROR_BYTES, self._stall_seconds)
             raise refusal(status, said, generation, self.context_length)
 
-    @contextmanager
-    def _failures_named(self) -> Iterator[None]:
-        """What can become of a connection, as refusals."""
-        try:
-            yield
-        except CannotConnect:
+    def _failed(self, error: OSError) -> Refusal:
+        """What can become of a connection, as a refusal."""
+        if isinstance(error, CannotConnect):
             self._is_ready = False
-            raise Unavailable("The engine does not answer.", retry_after=PROBE_SECONDS) from None
-        except TimeoutError:  # for servers without a supervisor of ours
-            raise EngineFailed(f"The engine sent nothing for {self._stall_seconds:.0f} s.") from None
-        except OSError as error:
-            raise EngineFailed("The engine broke off in the middle of its answer.") from error
+            return Unavailable("The engine does not answer.", retry_after=PROBE_SECONDS)
+        if isinstance(error, TimeoutError):  # for servers without a supervisor of ours
+            return EngineFailed(f"The engine sent nothing for {self._stall_seconds:.0f} s.")
+        return EngineFailed("The engine broke off in the middle of its answer.")
 
     def _within(self, generation: Generation) -> Generation:
         """More than the window cannot be generated, and vLLM refuses to be asked for it."""
@@ -194,6 +192,20 @@ class OpenAIEngine:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             await self.connect()
+
+
+class _Failures:
+    """To be entered where a connection may fail. It keeps nothing: one is enough for all requests."""
+
+    def __init__(self, named: Callable[[OSError], Refusal]) -> None:
+        self._named = named
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):  # TimeoutError is one
+            raise self._named(error) from error
 
 
 async def _end(exchange: Exchange) -> None:

@@ -59,10 +59,9 @@ def _allocate(fd: int, num_bytes: int) -> None:
 
 def write(fd: int, block: bytes | bytearray, offset: int) -> None:
     """All of it: a disk that is nearly full takes a part, and refuses the rest only when asked again."""
-    view = memoryview(block)
-    while view:
-        num_written = os.pwrite(fd, view, offset)
-        view, offset = view[num_written:], offset + num_written
+    num_written = os.pwrite(fd, block, offset)
+    while num_written < len(block):
+        num_written += os.pwrite(fd, memoryview(block)[num_written:], offset + num_written)
 
 
 def sync(fd: int) -> None:
