@@ -174,8 +174,7 @@ class Metrics:
     ) -> None:
         """One ended request: "finished", "refused" (by the engine), "aborted" (its client left) or "failed".
 
-        It is counted with others, when somebody asks or by `fold`: thirty metrics are in no processor's cache, and
-        take a tenth of the time for each once they are.
+        It is counted with others, when somebody asks or by `fold`: thirty metrics are in no processor's cache.
         """
         asked = request.num_choices, request.max_tokens
         self._ended.append(partial(self._count_job, deployment, asked, meter, meter.clock(), usage, outcome))
