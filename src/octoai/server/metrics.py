@@ -54,6 +54,7 @@ _HTTP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 _COUNTS = (1, 2, 5, 10, 20)
 
 _LABELS = ("model_name", "engine")
+MAX_UNCOUNTED = 100
 
 
 class Metrics:
@@ -174,11 +175,13 @@ class Metrics:
     ) -> None:
         """One ended request: "finished", "refused" (by the engine), "aborted" (its client left) or "failed".
 
-        It is counted with others, when somebody asks or by `fold`: thirty metrics are in no processor's cache.
+        It is counted with some others: thirty metrics are in no processor's cache when one request ends.
         """
         asked = request.num_choices, request.max_tokens
         self._ended.append(partial(self._count_job, deployment, asked, meter, meter.clock(), usage, outcome))
         self._ended.append(partial(self._count_cost, token_id, usage, cost_nanos))
+        if len(self._ended) >= MAX_UNCOUNTED:
+            self._count_ended()
 
     def _count_ended(self) -> None:
         ended, self._ended = self._ended, []
