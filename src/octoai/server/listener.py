@@ -12,6 +12,7 @@ import socket
 import sys
 
 BACKLOG = 2048
+NUM_DOORS = 8
 _SPREADS = sys.platform == "linux"  # elsewhere the option gives all connections to one
 
 
@@ -28,6 +29,16 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise _refusal(host, port, error) from None
     return listener
+
+
+def doors(listener: socket.socket) -> list[socket.socket]:
+    """It, and itself again, for the loop to accept from each.
+
+    uvloop takes one connection off a listener in each of its turns. While hundreds of streams are served a turn is tens
+    of milliseconds, and of a burst of new clients the last would not be heard for seconds. More doors would cost every
+    connection more: each looks who is there.
+    """
+    return [listener, *(listener.dup() for _ in range(NUM_DOORS - 1))]
 
 
 def url(host: str, listener: socket.socket) -> str:

@@ -20,6 +20,7 @@ import uvicorn
 
 from octoai.server import app, idle
 from octoai.server.errors import Refusal
+from octoai.server.listener import doors
 from octoai.server.protocol import protocol_for
 from octoai.server.service import Service
 from octoai.server.settings import Settings
@@ -86,7 +87,7 @@ async def serve(
     # Every generator of a request is closed by who reads it: asyncio need not keep a set of them, of weak references.
     sys.set_asyncgen_hooks(None, None)
     server = _Server(http_config(service))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=doors(listener)))
     engines = [deployment.engine for deployment in service.router.deployments]
     starting = asyncio.gather(*(engine.start() for engine in engines))
     try:

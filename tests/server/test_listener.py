@@ -1,0 +1,52 @@
+"""Who comes while the loop is busy is let in by several doors."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+
+import pytest
+import uvloop
+
+from octoai.server.listener import NUM_DOORS, doors, listen
+
+NUM_CLIENTS = 80
+
+
+def num_turns(*, has_several: bool) -> int:
+    """Of a busy loop, until all of a burst of clients are heard."""
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        num_heard = 0
+
+        class Protocol(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                nonlocal num_heard
+                num_heard += 1
+
+        listener = listen("127.0.0.1", 0)
+        address, open_doors = listener.getsockname(), doors(listener) if has_several else [listener]
+        servers = [await loop.create_server(Protocol, sock=door) for door in open_doors]
+        clients = [socket.create_connection(address) for _ in range(NUM_CLIENTS)]
+        turns = 0
+        while num_heard < NUM_CLIENTS:
+            turns += 1
+            time.sleep(0.002)  # noqa: ASYNC251  # what a busy loop does
+            await asyncio.sleep(0)
+        for server in servers:
+            server.close()
+        for each in (*open_doors, *clients):
+            each.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address).close()
+        return turns
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_burst_of_clients_is_heard_in_fewer_turns() -> None:
+    assert num_turns(has_several=True) <= NUM_CLIENTS // NUM_DOORS + 5
+    assert num_turns(has_several=False) >= NUM_CLIENTS // 2, "uvloop takes more than one in a turn: one door would do"
