@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -56,6 +56,8 @@ _COUNTS = (1, 2, 5, 10, 20)
 _LABELS = ("model_name", "engine")
 MAX_UNCOUNTED = 100
 
+Labelled = TypeVar("Labelled", Counter, Histogram)
+
 
 class Metrics:
     """One registry of its own per service, so that two in a process (a test) do not share numbers. `of_all` is set
@@ -70,18 +72,10 @@ class Metrics:
         self._known: dict[Any, Any] = {}  # finding a labelled metric costs as much as counting
 
         def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
-            made = Counter(name, text, labels)
-            self.registry.register(made)
-            if labels == _LABELS:
-                self._per_deployment.append(made)
-            return made
+            return self._added(Counter(name, text, labels), labels)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = _LABELS) -> Histogram:
-            made = Histogram(name, text, labels, buckets)
-            self.registry.register(made)
-            if labels == _LABELS:
-                self._per_deployment.append(made)
-            return made
+            return self._added(Histogram(name, text, labels, buckets), labels)
 
         self.prompt_tokens = counter("vllm:prompt_tokens_total", "Prompt tokens processed.")
         self.generation_tokens = counter("vllm:generation_tokens_total", "Tokens generated.")
@@ -124,6 +118,12 @@ class Metrics:
         self.http_seconds = histogram(
             "http_request_duration_seconds", "Time to the end of the answer.", _HTTP, ("handler",)
         )
+
+    def _added(self, made: Labelled, labels: tuple[str, ...]) -> Labelled:
+        self.registry.register(made)
+        if labels == _LABELS:
+            self._per_deployment.append(made)
+        return made
 
     def watch(self, deployments: Iterable[Deployment]) -> None:
         """Report queues and readiness of these deployments, read at every scrape; and their counters, from zero on."""
