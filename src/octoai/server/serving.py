@@ -84,7 +84,7 @@ async def serve(
     await anyio.lowlevel.checkpoint()  # loads anyio's half for this loop now, not in the first request
     await service.start()
     _settle_memory()
-    # Every generator of a request is closed by who reads it: asyncio need not keep a set of them, of weak references.
+    # A request's generators are closed by who reads them, or hold nothing: asyncio need not keep a set of them all.
     sys.set_asyncgen_hooks(None, None)
     server = _Server(http_config(service))
     serving = asyncio.create_task(server.serve(sockets=doors(listener)))

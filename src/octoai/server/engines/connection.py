@@ -37,7 +37,7 @@ class Connection(asyncio.Protocol):
     @property
     def is_usable(self) -> bool:
         """For another request: silent, whole, read to its end, and open."""
-        is_whole = self._is_over and self._is_kept and not self._has_hung_up and not self._blocks
+        is_whole = self.is_over and self._is_kept and not self._has_hung_up
         return is_whole and self._failure is None and not self._transport.is_closing()
 
     @property
