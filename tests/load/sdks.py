@@ -22,7 +22,7 @@ LeaveBy = Callable[[Target, Request, Told], None]
 
 def by_close(target: Target, request: Request, told: Told) -> None:
     """`close()` in the middle, of our own SDK."""
-    with OctoAI(api_key=target.token, base_url=f"{target.url}/v1", max_retries=0) as client:
+    with OctoAI(**_client(target, told)) as client:
         stream = client.text_gen.create_chat_completion_stream(**_params(target, request))
         _read(stream, told, _most(request))
         _note(told, stream.request_id)
@@ -32,7 +32,7 @@ def by_close(target: Target, request: Request, told: Told) -> None:
 def by_timeout(target: Target, request: Request, told: Told) -> None:
     """A read that takes longer than the SDK waits."""
     patience = Timeout(connect=5, read=0.4)
-    with OctoAI(api_key=target.token, base_url=f"{target.url}/v1", max_retries=0, timeout=patience) as client:
+    with OctoAI(**_client(target, told), timeout=patience) as client:
         stream = client.text_gen.create_chat_completion_stream(**_params(target, request))
         with suppress(ApiError):
             _read(stream, told, 10_000)
@@ -41,10 +41,10 @@ def by_timeout(target: Target, request: Request, told: Told) -> None:
 
 
 def by_cancelling(target: Target, request: Request, told: Told) -> None:
-    """A task that is cancelled while it reads."""
+    """A task that is cancelled while it connects, waits for its answer, or reads."""
 
     async def main() -> None:
-        async with AsyncOctoAI(api_key=target.token, base_url=f"{target.url}/v1", max_retries=0) as client:
+        async with AsyncOctoAI(**_client(target, told)) as client:
             stream = client.text_gen.create_chat_completion_stream(**_params(target, request))
 
             async def read() -> None:
@@ -52,7 +52,8 @@ def by_cancelling(target: Target, request: Request, told: Told) -> None:
                     _count(told, chunk)
 
             task = asyncio.create_task(read())
-            await asyncio.wait({task}, timeout=random.Random(told.number).uniform(0.05, 0.5))
+            chance = random.Random(told.number)
+            await asyncio.wait({task}, timeout=chance.choice((0.03, 0.5)) * chance.random())
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             _note(told, stream.request_id)
@@ -62,7 +63,7 @@ def by_cancelling(target: Target, request: Request, told: Told) -> None:
 
 
 def by_close_of_openai(target: Target, request: Request, told: Told) -> None:
-    with openai.OpenAI(api_key=target.token, base_url=f"{target.url}/v1", max_retries=0) as client:
+    with openai.OpenAI(**_client(target, told)) as client:
         stream = client.chat.completions.create(**_params(target, request), stream=True)
         told.request_id, told.status = stream.response.headers["x-request-id"], 200
         _read(stream, told, _most(request))
@@ -89,6 +90,16 @@ def leave_all(target: Target, numbers: Sequence[int], num_threads: int = 8) -> l
 def _request(number: int, *, stalls: bool) -> Request:
     order = Order(number, num_tokens=3000, pace=0.01, pause_after=number % 7 + 1 if stalls else None, pause_seconds=30)
     return Request(order, leave=Leave(tokens=number % 20 + 1))
+
+
+def _client(target: Target, told: Told) -> dict[str, Any]:
+    """With an id of ours: who leaves before the answer's head has come does not know the service's."""
+    return {
+        "api_key": target.token,
+        "base_url": f"{target.url}/v1",
+        "max_retries": 0,
+        "default_headers": {"x-request-id": f"left-{told.number}"},
+    }
 
 
 def _params(target: Target, request: Request) -> dict[str, Any]:
