@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from octoai._deadlines import Deadlines
+from octoai._happy_eyeballs import connected
 from octoai._http1 import ProtocolError, ResponseParser
 from octoai._pool import MAX_IDLE, MAX_IDLE_SECONDS, Origin, head_of, tls_context, tune
 from octoai._transport import DRAIN_BYTES, DRAIN_SECONDS, AsyncResponse, Request, connection_error
@@ -107,15 +108,16 @@ class AsyncSocketTransport:
     async def _connect(self, origin: Origin, request: Request, deadlines: Deadlines) -> _Connection:
         scheme, host, port = origin
         loop = asyncio.get_running_loop()
-        options: dict[str, Any] = {}
-        if isinstance(loop, asyncio.BaseEventLoop):
-            options["happy_eyeballs_delay"] = 0.25  # uvloop has no such thing
+        options: dict[str, Any] = {"host": host, "port": port}
         if scheme == "https":
             self._tls = self._tls or tls_context()
             options.update(ssl=self._tls, server_hostname=host)
         try:
             async with asyncio.timeout(deadlines.connecting()):
-                _, connection = await loop.create_connection(lambda: _Connection(origin, loop), host, port, **options)
+                # uvloop opens its sockets itself. A number is one address, and needs no thread that looks it up.
+                if isinstance(loop, asyncio.BaseEventLoop) and not _is_number(host):
+                    options.update(host=None, port=None, sock=await connected(host, port))
+                _, connection = await loop.create_connection(lambda: _Connection(origin, loop), **options)
         except TimeoutError as error:
             raise deadlines.passed("connect") from error
         except (OSError, UnicodeError, ValueError) as error:
@@ -331,6 +333,14 @@ class AsyncSocketResponse:
             self._pool.give_back(connection)
         else:
             connection.abort()
+
+
+def _is_number(host: str) -> bool:
+    """Whether it is an IP address, not a name."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):
+            return bool(socket.inet_pton(family, host))
+    return False
 
 
 def _shut_down(raw: Any) -> None:

@@ -1,0 +1,129 @@
+"""Connecting, for asyncio: whichever moment it is left in, and whichever of a host's addresses answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from octoai import ApiConnectionError, ApiTimeoutError, AsyncOctoAI, Timeout
+from tests.sdk.conftest import MESSAGES
+from tests.sdk.misbehaving import answer
+
+Resolve = Callable[[list[tuple[str, int]]], None]
+NOBODY = ("127.0.0.2", 9)  # refuses
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Resolve:
+    """Set the addresses of the host `many.test`."""
+    asked = socket.getaddrinfo
+
+    def set_addresses(addresses: list[tuple[str, int]]) -> None:
+        def found(host: Any, *arguments: Any, **named: Any) -> Any:
+            if host != "many.test":
+                return asked(host, *arguments, **named)
+            return [info for address in addresses for info in asked(*address, type=socket.SOCK_STREAM)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", found)
+
+    return set_addresses
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[str, int]]:
+    """An address that answers nothing: its queue of connections is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as queue:
+        address = full.getsockname()
+        for _ in range(4):
+            waiting = queue.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        yield address
+
+
+def ask(url: str, **settings: Any) -> Any:
+    async def work() -> Any:
+        async with AsyncOctoAI(base_url=url, api_key="k", max_retries=0, **settings) as client:
+            return await client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+
+    return asyncio.run(work())
+
+
+@pytest.fixture
+def forgotten() -> Iterator[list[Any]]:
+    """Warnings of what nobody closed."""
+    gc.collect()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        yield caught  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "many.test"])
+def test_a_call_that_is_cancelled_in_any_turn_leaves_no_connection(
+    serve: Any, resolve: Resolve, forgotten: list[Any], host: str
+) -> None:
+    server = serve(lambda x: x.reply(200, answer()))
+    port = int(server.url.rpartition(":")[2])
+    resolve([NOBODY, ("127.0.0.1", port)])
+
+    async def left_after(turns: int) -> None:
+        async with AsyncOctoAI(base_url=f"http://{host}:{port}", api_key="k", max_retries=0) as client:
+            call = asyncio.create_task(client.text_gen.create_chat_completion(model="m", messages=MESSAGES))
+            for turn in range(turns):
+                await asyncio.sleep(0.0005 if turn == 2 else 0)  # for the thread that looks the name up
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    for turns in range(40):
+        asyncio.run(left_after(turns))
+    gc.collect()
+    assert [str(each.message) for each in forgotten] == []
+
+
+def test_the_next_address_is_asked_at_once_where_one_refuses(serve: Any, resolve: Resolve) -> None:
+    server = serve(lambda x: x.reply(200, answer()))
+    port = int(server.url.rpartition(":")[2])
+    resolve([NOBODY, NOBODY, ("127.0.0.1", port)])
+    began = time.monotonic()
+    assert ask(f"http://many.test:{port}").choices[0].message.content
+    assert time.monotonic() - began < 0.2
+
+
+def test_the_next_address_is_asked_soon_where_one_is_silent(
+    serve: Any, resolve: Resolve, silent: tuple[str, int], forgotten: list[Any]
+) -> None:
+    server = serve(lambda x: x.reply(200, answer()))
+    port = int(server.url.rpartition(":")[2])
+    resolve([silent, ("127.0.0.1", port)])
+    began = time.monotonic()
+    assert ask(f"http://many.test:{port}").choices[0].message.content
+    assert 0.2 < time.monotonic() - began < 2
+    gc.collect()
+    assert not forgotten
+
+
+def test_where_no_address_answers_the_error_says_why(resolve: Resolve) -> None:
+    resolve([NOBODY, NOBODY])
+    with pytest.raises(ApiConnectionError, match=r"Connect call failed .*127\.0\.0\.2"):
+        ask("http://many.test:9")
+    resolve([])
+    with pytest.raises(ApiConnectionError, match=r"many\.test has no address"):
+        ask("http://many.test:9")
+
+
+def test_where_no_address_answers_in_time_it_is_given_up(
+    resolve: Resolve, silent: tuple[str, int], forgotten: list[Any]
+) -> None:
+    resolve([silent, silent])
+    with pytest.raises(ApiTimeoutError, match="connect"):
+        ask("http://many.test:9", timeout=Timeout(connect=0.4, read=5))
+    gc.collect()
+    assert not forgotten
