@@ -9,9 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from octoai.server.engines import reader
 from octoai.server.engines.base import Delta, Deltas, Event, Generation, Started
 from octoai.server.engines.plain import Habits, plain
 from octoai.server.engines.reader import Answer
+from octoai.server.engines.timed import timed
 from octoai.server.errors import EngineFailed
 
 ONE = Generation(max_tokens=8, messages=[{"role": "user", "content": "x"}])
@@ -21,9 +23,21 @@ TEXTS = st.one_of(
 
 
 @st.composite
+def timings(draw: st.DrawFn, total: int) -> dict[str, Any]:
+    """As llama.cpp says them, and now and then as it does not."""
+    others = [{"prompt_n": 4}, {"cache_n": 2}, {"predicted_n": None}, {"predicted_n": 0}, {"draft_n": 3}, {"x": "1"}]
+    odd = draw(st.sampled_from(others)) if draw(st.integers(0, 9)) == 0 else {}
+    numbers = st.sampled_from([0.0, 1.5, 17, 1e-05, 1e22, -1.0])
+    times = {"predicted_n": total, "predicted_ms": draw(numbers), "predicted_per_second": draw(numbers)}
+    counts = {"cache_n": 1, "prompt_n": 2, "prompt_ms": 1.5}
+    return {"created": draw(st.sampled_from([1795887152, 1795887153])), "timings": {**counts, **times, **odd}}
+
+
+@st.composite
 def streams(draw: st.DrawFn) -> bytes:
     """An answer as some server might write it, most events alike, some not."""
     says_usage, has_role, is_completion = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    is_timed = draw(st.booleans())
     spaced = draw(st.sampled_from([(",", ":"), (", ", ": ")]))
     escapes = draw(st.booleans())
     events: list[dict[str, Any]] = []
@@ -45,7 +59,8 @@ def streams(draw: st.DrawFn) -> bytes:
             usage = draw(
                 st.sampled_from([{}, {**usage, "prompt_tokens": 4}, {"completion_tokens": total}, {**usage, "x": 1}])
             )
-        events.append({"id": "x", "choices": [choice], **({"usage": usage} if says_usage else {})})
+        timed = draw(timings(total)) if is_timed else {}
+        events.append({"choices": [choice], "id": "x", **timed, **({"usage": usage} if says_usage else {})})
     events.append({"id": "x", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     texts = [json.dumps(event, separators=spaced, ensure_ascii=escapes) for event in events]
     return "".join(f"data: {text}\n\n" for text in [*texts, "[DONE]"]).encode()
@@ -99,6 +114,63 @@ def test_of_a_second_answer_all_plain_events_are_one_batch() -> None:
     habits = Habits()
     assert [type(event) for event in Answer(ONE, habits).events(told(3))] == [Started, Delta, Deltas]
     assert [type(event) for event in Answer(ONE, habits).events(told(77))] == [Started, Deltas]
+
+
+TIMED = (
+    b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"content":"a"}}],"created":1795887152,"id":"c1",'
+    b'"timings":{"cache_n":0,"prompt_n":31,"prompt_ms":175.2,"predicted_n":9,"predicted_ms":0.001,"predicted_per_s":1e-05}}'
+)
+
+
+def test_events_with_times_are_known_by_their_shape() -> None:
+    shape = timed(TIMED)
+    assert shape is not None
+    later = TIMED.replace(b'"a"', b'"b c"').replace(b"7152", b"7153").replace(b'_n":9', b'_n":10')
+    later = later.replace(b"0.001", b"17.25").replace(b"1e-05", b"34")
+    assert shape.read([TIMED, later, b"data: [DONE]", TIMED], 0) == (["a", "b c"], [9, 10])
+    assert shape.read([TIMED, later, TIMED], 1) == (["b c", "a"], [10, 9])
+
+
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [
+        (b'"a"', b'""'),
+        (b'"a"', b'"\\n"'),
+        (b'"a"', b'"a","text":"b"'),
+        (b'"a"', b'"\xff"'),
+        (b'"index":0', b'"index":1'),
+        (b"null", b'"stop"'),
+        (b"1795887152", b"17958871520"),
+        (b"1795887152", b"1795887x52"),
+        (b'"prompt_n":31', b'"prompt_n":32'),
+        (b'"predicted_n":9', b'"predicted_n":-9'),
+        (b'"predicted_n":9', b'"predicted_n":9.5'),
+        (b'"predicted_n":9', b'"predicted_n":9999999999'),
+        (b'"predicted_n":9,', b'"predicted_n":9'),
+        (b"0.001", b"null"),
+        (b"}}", b',"draft_n":3}}'),
+        (b"}}", b'},"usage":{}}'),
+        (b"}}", b"}"),
+    ],
+)
+def test_what_differs_with_times_is_read_in_full(given: bytes, other: bytes) -> None:
+    shape = timed(TIMED)
+    assert shape is not None
+    before, _, after = TIMED.rpartition(given)
+    changed = before + other + after
+    for number in range(3):
+        assert shape.read([*[TIMED] * number, changed, TIMED], 0) == (["a"] * number, [9] * number)
+
+
+def test_llama_cpps_events_after_the_first_are_read_as_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    decoded = reader._decoded
+    monkeypatch.setattr(reader, "_decoded", lambda data: parsed.append(data) or decoded(data))
+    answer = Answer(ONE)
+    for number in range(1, 9):
+        event = TIMED.replace(b'_n":9', b'_n":%d' % number).replace(b"7152", b"715%d" % number)
+        assert answer.events(event + b"\n\n")[-1] == Delta(0, "a", number)
+    assert len(parsed) == 1
 
 
 def test_events_like_the_first_are_known_by_their_shape() -> None:

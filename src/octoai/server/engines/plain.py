@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from operator import ne
 from typing import NamedTuple
 
-_TEXT = re.compile(rb'"(?:content|text)": ?"([^"\\]+)"')
+TEXT = re.compile(rb'"(?:content|text)": ?"([^"\\]+)"')
 # The two counts that change, in whichever order.
 _COUNTS = re.compile(rb'"(?:total|completion)_tokens": ?([0-9]{1,9})(, ?"(total|completion)_tokens": ?)([0-9]{1,9})')
 _PROMPT_TOKENS = re.compile(rb'("prompt_tokens": ?)[0-9]+')
@@ -24,7 +24,7 @@ MAX_RUN = 256
 _DIGITS = b"0123456789"
 _GAP = b"\n\n"  # between events
 _NUM_SOUGHT = len(b'"text":"')
-_BACKSLASH = ord("\\")  # as a number: `in` takes several times as long to find bytes in bytes
+BACKSLASH = ord("\\")  # as a number: `in` takes several times as long to find bytes in bytes
 
 
 class Plain(NamedTuple):
@@ -71,7 +71,7 @@ class Plain(NamedTuple):
             wanted = b"%b%d%b%d%b" % (middle, prompt_tokens + count, between, count, ends)
         else:
             wanted = b"%b%d%b%d%b" % (middle, count, between, prompt_tokens + count, ends)
-        if end < 0 or event[end + 1 :] != wanted or _BACKSLASH in text:
+        if end < 0 or event[end + 1 :] != wanted or BACKSLASH in text:
             return [], []
         try:
             return [text.decode()], [count] if between else []
@@ -97,8 +97,8 @@ class Plain(NamedTuple):
             number = [*map(ne, rests, wanted)].index(True)  # it is odd, or has one of another beginning behind it
             texts = texts[: number + rests[number].startswith(wanted[number][: len(wanted[number]) - len(frame)])]
         raw = b'"'.join(texts)
-        if _BACKSLASH in raw or b"" in texts:
-            texts = texts[: next(number for number, text in enumerate(texts) if not text or _BACKSLASH in text)]
+        if BACKSLASH in raw or b"" in texts:
+            texts = texts[: next(number for number, text in enumerate(texts) if not text or BACKSLASH in text)]
             raw = b'"'.join(texts)
         try:
             return raw.decode().split('"') if texts else [], counts[: len(texts)]
@@ -110,7 +110,7 @@ class Plain(NamedTuple):
         begins, middle, ends = self.begins, self.middle, self.ends
         first, last, size = len(begins), -len(ends) or None, len(middle)
         run = events[start : start + MAX_RUN]
-        run = run[: next((number for number, event in enumerate(run) if _BACKSLASH in event), len(run))]
+        run = run[: next((number for number, event in enumerate(run) if BACKSLASH in event), len(run))]
         run = run[: _num_same([event[:first] for event in run], begins)]
         if last is not None:
             run = run[: _num_same([event[last:] for event in run], ends)]
@@ -183,8 +183,8 @@ def _frame(event: bytes) -> bytes:
 
 def plain(event: bytes) -> Plain | None:
     """The shape of an event that was found to be plain: more of one choice's text, no end, nothing else."""
-    text = _TEXT.search(event)
-    if text is None or _TEXT.search(event, text.end()) is not None:
+    text = TEXT.search(event)
+    if text is None or TEXT.search(event, text.end()) is not None:
         return None
     begins, rest = event[: text.start(1)], event[text.end() :]
     counted = _COUNTS.search(rest)

@@ -14,6 +14,7 @@ import orjson
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.plain import MAX_TOKENS, Habits, Plain, plain
 from octoai.server.engines.refusals import message_of, refusal
+from octoai.server.engines.timed import Timed, timed
 from octoai.server.errors import EngineFailed, Refusal
 from octoai.sse import EventDecoder, EventTooLargeError, parsed
 
@@ -60,7 +61,7 @@ class Reader:
         self._cached_tokens = 0
         self._completion_tokens: int | None = None
         self._habits = habits or Habits()
-        self._plain: Plain | None = None
+        self._plain: Plain | Timed | None = None
         self._is_guess = False
         self._said_when_plain = (0, 0, False)
         may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
@@ -75,7 +76,7 @@ class Reader:
                 self._read_text(texts[number], events)
             number += num_plain or 1
 
-    def _read_plain(self, shape: Plain, texts: Sequence[bytes], start: int, events: list[Event]) -> int:
+    def _read_plain(self, shape: Plain | Timed, texts: Sequence[bytes], start: int, events: list[Event]) -> int:
         """How many were read at once, from `start` on."""
         before = self._counted.get(0, 0)
         said, counts = shape.read(texts, start, before, self._prompt_tokens)
@@ -113,7 +114,7 @@ class Reader:
     def _expect(self, text: bytes, chunk: Mapping[str, Any], event: Event | None) -> None:
         """What the events to come will look like, as in an earlier answer, or as one that was more of the only choice's
         text and nothing else."""
-        shape = None if self._is_guess else self._habits.guess(text, self._prompt_tokens)
+        shape: Plain | Timed | None = None if self._is_guess else self._habits.guess(text, self._prompt_tokens)
         self._is_guess = shape is not None
         if shape is None and isinstance(event, Delta):
             self._num_tries -= 1
@@ -121,9 +122,11 @@ class Reader:
         if shape is not None and shape.has_counts == (self._completion_tokens is not None):
             self._plain, self._said_when_plain = shape, self._said()
 
-    def _learnt(self, text: bytes, chunk: Mapping[str, Any], event: Delta) -> Plain | None:
-        if event.index or not event.text or event.tool_calls or event.logprobs or chunk.get("timings"):
+    def _learnt(self, text: bytes, chunk: Mapping[str, Any], event: Delta) -> Plain | Timed | None:
+        if event.index or not event.text or event.tool_calls or event.logprobs:
             return None
+        if chunk.get("timings"):
+            return None if chunk.get("usage") else timed(text)
         shape = plain(text)
         if shape is None or shape.has_counts != bool(chunk.get("usage")):
             return None
