@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from octoai.server.engines import openai_http
+from octoai.server.engines import arrivals, openai_http
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.exchange import Pool
 from octoai.server.engines.openai_http import OpenAIEngine
@@ -324,7 +324,7 @@ def slowly(num: int, *end: bytes) -> Reply:
 def test_what_nobody_sees_before_its_end_is_read_in_larger_batches_after_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(openai_http, "GATHER_SECONDS", 30.0)  # the end of the answer ends it, and of the connection
+    monkeypatch.setattr(arrivals, "GATHER_SECONDS", 30.0)  # the end of the answer ends it, and of the connection
 
     async def main() -> None:
         upstream, sizes = Upstream(slowly(20, event("", "stop"), USAGE, DONE)), []
@@ -367,7 +367,7 @@ def test_what_was_gathered_when_its_client_left_is_counted() -> None:
             batches = engine.generate(UNSEEN, left.append)
             await anext(batches)
             reading = asyncio.ensure_future(anext(batches))
-            await asyncio.sleep(openai_http.GATHER_SECONDS / 2)
+            await asyncio.sleep(arrivals.GATHER_SECONDS / 2)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             await batches.aclose()

@@ -77,7 +77,8 @@ class _Encoder:
         chunks: list[str] = []
         for event in batch:
             if isinstance(event, Delta):
-                chunks.append(self._chunk(event.index, self._delta(event), "null"))
+                is_plain = not (event.index or event.tool_calls or event.logprobs)  # nearly every one
+                chunks.append(self._chunks((event.text,)) if is_plain else self._chunk_of(event))
             elif isinstance(event, Deltas):
                 chunks.append(self._chunks(event.texts))
             elif isinstance(event, Started):
@@ -106,12 +107,21 @@ class _Encoder:
         tail = self._usage if usage is None else usage
         return f'{self._head}{{"index":{index},{said},"finish_reason":{reason}}}]{tail}}}\n\n'
 
+    def _chunk_of(self, event: Delta) -> str:
+        return self._chunk(event.index, self._delta(event), "null")
+
     def _chunks(self, texts: Sequence[str]) -> str:
-        """Those of several plain deltas."""
+        """Those of plain deltas of the first choice."""
+        begins, between, ends = self._around
+        return f"{begins}{between.join(map(quoted, texts))}{ends}"
+
+    @cached_property
+    def _around(self) -> tuple[str, str, str]:
+        """What stands before, between and behind the texts of plain deltas."""
         before, after = self._around_text
         begins = f'{self._head}{{"index":0,{before}'
         ends = f'{after},"finish_reason":null}}]{self._usage}}}\n\n'
-        return begins + (ends + begins).join(map(quoted, texts)) + ends
+        return begins, ends + begins, ends
 
     def whole(self, events: Iterable[Event]) -> bytes:
         """One answer from every event of a generation."""
@@ -181,9 +191,6 @@ class ChatEncoder(_Encoder):
         return '"delta":{"role":"assistant","content":""},"logprobs":null'
 
     def _delta(self, event: Delta) -> str:
-        if not event.tool_calls and not event.logprobs:  # nearly every one
-            before, after = self._around_text
-            return f"{before}{quoted(event.text)}{after}"
         calls = f',"tool_calls":{_json(event.tool_calls)}' if event.tool_calls else ""
         return f'"delta":{{"content":{quoted(event.text)}{calls}}}{self._logprobs_json(event, 0)}'
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace, TracebackType
 from typing import Self, TypeVar
 
@@ -19,12 +20,12 @@ import anyio
 from octoai.server.accounts import Caller
 from octoai.server.admission import Admission
 from octoai.server.directory import Directory
-from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation
+from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, OnText
 from octoai.server.errors import Forbidden, Refusal, Unavailable, UnsupportedParameter
 from octoai.server.idempotency import Key, Recording
 from octoai.server.ledger import Tab, now_us
 from octoai.server.limits import Standings, standings
-from octoai.server.metering import Meter
+from octoai.server.metering import Meter, PartMeter
 from octoai.server.metrics import Metrics
 from octoai.server.params import TextRequest
 from octoai.server.router import Deployment, Router
@@ -147,7 +148,7 @@ class Service:
 @dataclass(eq=False)
 class Job:
     """One admitted request. Use: `async with job: async for batch in job.events(): …`, and before the last of the
-    answer leaves `await job.finish()`."""
+    answer leaves `await job.finish()`. Once `on_text` is set, text may go there instead, where that takes it."""
 
     id: str
     caller: Caller
@@ -158,6 +159,7 @@ class Job:
     meter: Meter
     standings: Standings | None = None
     recording: Recording | None = None
+    on_text: OnText | None = None
     _events: AsyncGenerator[Batch] | None = None
     _num_parts: int = 0
 
@@ -203,10 +205,11 @@ class Job:
         part = self.meter.part(prompt)
         is_admitted, tokens, is_durable = self.meter.turn is not None, generation.most_tokens, False
         metrics = self.service.metrics.of(self.deployment)
+        on_text = partial(self._take, part, metrics) if self._num_parts == 1 else None
         async with self.deployment.queue.turn(self.caller.account.id, tokens, is_admitted=is_admitted) as ended:
             self.meter.took_turn()
             self.tab.open()
-            async with aclosing(self.deployment.engine.generate(generation, part.count)) as batches:
+            async with aclosing(self.deployment.engine.generate(generation, part.count, on_text)) as batches:
                 async for batch in batches:
                     part.count(batch)
                     self._observe(batch, metrics)
@@ -217,6 +220,14 @@ class Job:
                             await self.tab.durable()
                         is_durable = True
                     yield batch if first == 0 else _renumbered(batch, first)
+
+    def _take(self, part: PartMeter, metrics: SimpleNamespace, batch: Batch) -> bool:
+        """Text for which this request's task need not wake up."""
+        if self.on_text is None or not self.on_text(batch):
+            return False
+        part.count(batch)
+        self._observe(batch, metrics)
+        return True
 
     def _observe(self, batch: Batch, metrics: SimpleNamespace) -> None:
         before = self.meter.last_token

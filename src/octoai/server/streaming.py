@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from types import TracebackType
 
 from octoai.server.billing import usd
@@ -89,6 +90,7 @@ async def _stream(job: Job, encoder: Encoder, out: Incoming | _Recorded) -> None
 async def _relay(
     job: Job, encoder: Encoder, out: Incoming | _Recorded, batch: Batch, batches: AsyncIterator[Batch]
 ) -> None:
+    job.on_text = partial(_passed_on, encoder, out)
     while not isinstance(batch[-1], Finished):
         if out.is_behind:  # not `_send`: no coroutine for each event where there is nothing to wait for
             await _caught_up(out)
@@ -101,6 +103,14 @@ async def _relay(
     if out.is_behind:
         await _caught_up(out)
     out.end(last)
+
+
+def _passed_on(encoder: Encoder, out: Incoming | _Recorded, batch: Batch) -> bool:
+    """Sent at once, unless it would have to wait behind what was sent before."""
+    if out.is_behind:
+        return False
+    out.send(encoder.stream(batch))
+    return True
 
 
 async def _send(out: Incoming | _Recorded, block: bytes) -> None:

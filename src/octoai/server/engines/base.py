@@ -121,6 +121,10 @@ Event = Started | Delta | Deltas | Finished
 OnLeft = Callable[[Sequence[Event]], None]
 
 
+# Offered text, `Delta`s and `Deltas` alone, in the loop as it arrives. It says whether it took it.
+OnText = Callable[[Sequence[Event]], bool]
+
+
 class Engine(Protocol):
     """What generates. `num_slots` requests run at once; more would wait inside, where nobody sees them.
 
@@ -146,13 +150,18 @@ class Engine(Protocol):
         """Prompt tokens of this generation, exactly as `generate` would count them; None where the engine cannot tell
         beforehand. Raises as `generate` does."""
 
-    def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
+    def generate(
+        self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
+    ) -> AsyncGenerator[Sequence[Event]]:
         """Events in batches, as they came in one read. Closing the iterator, or cancelling who reads it, frees the
         engine's slot, and returns within a second.
 
         What the engine had written by then is read all the same, and `on_left` is called once, before that returns:
         with how far everything had come, in `Started` (of a prompt still being read: with as much as was read) and one
         `Delta` without text a choice, or in `Finished`. So it is when the engine breaks off.
+
+        While the next batch is waited for, an engine may offer it to `on_text` instead: what that takes is not given
+        here. It is not called before the first batch was given, and what it raises is raised here.
 
         Raises BadRequest for what only the engine can know (a schema it cannot compile, a prompt too long),
         EngineFailed when it breaks off, Unavailable when it cannot start now.

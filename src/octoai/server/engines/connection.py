@@ -6,13 +6,13 @@ httptools parses; what arrives is kept until it is asked for.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BUFFERED_BYTES = 256 * 1024
-MAX_GATHERED_BYTES = 64 * 1024
 
 
 class Connection(asyncio.Protocol):
@@ -29,9 +29,9 @@ class Connection(asyncio.Protocol):
         self._num_buffered = self._num_head = 0
         self._is_asked = self._has_length = self._is_over = self._is_kept = self._has_hung_up = False
         self._failure: OSError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._gathers_until: bytes | None = None
-        self._due = 0.0
+        self._waiter: asyncio.Future[bool] | None = None
+        self._take: Callable[[bytes], bool] | None = None
+        self._seconds = self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -53,29 +53,36 @@ class Connection(asyncio.Protocol):
             await self._more(seconds)
         return self.status
 
-    async def block(self, seconds: float, gather: float = 0.0, until: bytes = b"") -> bytes:
+    async def block(self, seconds: float) -> bytes:
         while not self._blocks:
             if self._is_over:
                 return b""
             await self._more(seconds)
-        is_open = not self._is_over and self._failure is None  # what came before a failure is given first
-        if gather and is_open and not any(until in each for each in self._blocks):
-            await self._gathered(seconds + gather, gather, until)
-        block = b"".join(self._blocks)
-        self._blocks.clear()
+        return self._arrived()
+
+    async def feed(self, take: Callable[[bytes], bool], seconds: float) -> bool:
+        while True:
+            if self._blocks:  # also what came before a failure
+                if not take(self._arrived()):
+                    return True
+            elif self._is_over:
+                return False
+            else:
+                self._take, self._seconds = take, seconds
+                try:
+                    if await self._more(seconds):
+                        return True
+                finally:
+                    self._take = None
+
+    def _arrived(self) -> bytes:
+        blocks = self._blocks
+        block = blocks[0] if len(blocks) == 1 else b"".join(blocks)
+        blocks.clear()
         if self._num_buffered > MAX_BUFFERED_BYTES:
             self._transport.resume_reading()
         self._num_buffered = 0
         return block
-
-    async def _gathered(self, seconds: float, gather: float, until: bytes) -> None:
-        self._gathers_until = until
-        enough = self._loop.call_later(gather, self._wake)
-        try:
-            await self._more(seconds)
-        finally:
-            enough.cancel()
-            self._gathers_until = None
 
     def hang_up(self) -> bool:
         """End our half of the connection, where it has halves; whether the engine can tell."""
@@ -91,8 +98,9 @@ class Connection(asyncio.Protocol):
             self._timer = None
         self._transport.abort()
 
-    def _more(self, seconds: float) -> asyncio.Future[None]:
-        """Done when something has happened. One timer serves every wait; it is moved where it would ring too early."""
+    def _more(self, seconds: float) -> asyncio.Future[bool]:
+        """Done when something has happened; True when it was not taken. One timer serves every wait; it is moved where
+        it would ring too early."""
         if self._failure is not None:
             raise self._failure
         self._due = self.now() + seconds
@@ -117,7 +125,7 @@ class Connection(asyncio.Protocol):
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            self._waiter.set_result(False)
 
     def _fail(self, failure: OSError) -> None:
         if self._failure is None:
@@ -147,12 +155,22 @@ class Connection(asyncio.Protocol):
         self._num_buffered += len(data)
         if self._num_buffered > MAX_BUFFERED_BYTES:
             self._transport.pause_reading()
-        if self._gathers_until is None or self._is_enough(data):
+        if self._take is not None and self._blocks and self._waiter is not None and not self._waiter.done():
+            self._feed(self._take, self._waiter)
+        else:
             self._wake()
 
-    def _is_enough(self, data: bytes) -> bool:
-        assert self._gathers_until is not None
-        return self._is_over or self._num_buffered > MAX_GATHERED_BYTES or self._gathers_until in data
+    def _feed(self, take: Callable[[bytes], bool], waiter: asyncio.Future[bool]) -> None:
+        """Who waits is woken only where it has to be."""
+        try:
+            is_taken = take(self._arrived())
+        except Exception as error:  # noqa: BLE001  # it is raised where it is waited for
+            if not waiter.done():
+                waiter.set_exception(error)
+            return
+        self._due = self.now() + self._seconds
+        if not waiter.done() and (self._is_over or not is_taken):  # `take` may have ended who waits
+            waiter.set_result(not is_taken)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.status and not self._has_length and error is None:

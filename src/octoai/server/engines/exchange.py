@@ -136,11 +136,16 @@ class Exchange:
         self._connection = await self._pool._connected()
         return await self._connection.ask(self._message, seconds)
 
-    def block(self, seconds: float, gather: float = 0.0, until: bytes = b"") -> Coroutine[Any, Any, bytes]:
-        """All of the body that has arrived, waited for where nothing has; empty at its end. Where nobody needs it at
-        once, also what comes in `gather` seconds more, or before the body ends or has `until` in it."""
+    def block(self, seconds: float) -> Coroutine[Any, Any, bytes]:
+        """All of the body that has arrived, waited for where nothing has; empty at its end."""
         assert self._connection is not None
-        return self._connection.block(seconds, gather, until)
+        return self._connection.block(seconds)
+
+    def feed(self, take: Callable[[bytes], bool], seconds: float) -> Coroutine[Any, Any, bool]:
+        """Call `take` with what has arrived of the body, then with what arrives, in the loop as it comes, until it
+        returns False. Returns False at the end of the body. What `take` raises is raised here."""
+        assert self._connection is not None
+        return self._connection.feed(take, seconds)
 
     async def body(self, limit: int, seconds: float) -> bytes:
         """The rest of the body, at most about `limit` bytes of it."""

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from octoai.server.engines.base import Event, Generation, OnLeft
+from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.llama_control import Control
 from octoai.server.engines.openai_http import OpenAIEngine
@@ -168,7 +168,9 @@ class LlamaEngine:
     async def count_tokens(self, generation: Generation) -> int | None:
         return await self._child.count_tokens(generation)
 
-    async def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
+    async def generate(
+        self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
+    ) -> AsyncGenerator[Sequence[Event]]:
         reading = self._reading if self._child else None
         assert reading is not None
         self._check_tokens(generation)
@@ -179,7 +181,7 @@ class LlamaEngine:
         )
         self._num_running += 1
         try:
-            async with aclosing(reading.generate(generation, on_left)) as batches:
+            async with aclosing(reading.generate(generation, on_left, on_text)) as batches:
                 async for batch in batches:
                     yield batch
         finally:

@@ -17,11 +17,12 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from octoai.server.engines.base import Event, Generation, OnLeft
+from octoai.server.engines.arrivals import Arrivals
+from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.exchange import CannotConnect, Exchange, Pool
 from octoai.server.engines.plain import Habits
-from octoai.server.engines.reader import DONE, Answer
+from octoai.server.engines.reader import Answer
 from octoai.server.engines.refusals import refusal
 from octoai.server.errors import EngineFailed, Refusal, Unavailable
 
@@ -30,7 +31,6 @@ log = logging.getLogger("octoai.engine")
 PROBE_SECONDS = 5.0
 COUNT_SECONDS = 5.0
 END_SECONDS = 0.5
-GATHER_SECONDS = 0.1  # of an answer that nobody sees before it is whole
 MAX_ERROR_BYTES = 64 * 1024
 MAX_SAID_BYTES = 4 * 1024 * 1024  # of an answer to a short question
 UNKNOWN = (404, 405, 501)  # of a server that has no such path
@@ -136,17 +136,20 @@ class OpenAIEngine:
             return None
         raise refusal(status, said, generation, self.context_length)
 
-    async def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
+    async def generate(
+        self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
+    ) -> AsyncGenerator[Sequence[Event]]:
         body = self.dialect.body(self._within(generation), self.model)
         exchange = self._pool.exchange("POST", self._base + self.dialect.path(generation), body)
-        answer, is_told, gather = Answer(generation, self._habits), False, 0.0
+        answer, is_told = Answer(generation, self._habits), False
+        arrivals = Arrivals(answer, on_progress=self._on_progress, on_text=on_text, gathers=not generation.is_stream)
         try:
             with self._failures:
                 await self._accepted(exchange, generation)
-                while not answer.is_whole and (block := await exchange.block(self._stall_seconds, gather, DONE)):
-                    self._on_progress()
-                    gather = 0.0 if generation.is_stream else GATHER_SECONDS  # from the first token on
-                    events = answer.events(block)
+                has_more = True
+                while has_more and not answer.is_whole:
+                    has_more = await exchange.feed(arrivals.take, self._stall_seconds)
+                    events = arrivals.given(is_last=not has_more)
                     is_told = answer.is_whole
                     if events:
                         yield events
@@ -157,11 +160,11 @@ class OpenAIEngine:
         except (GeneratorExit, asyncio.CancelledError):
             if not answer.is_whole:
                 with suppress(Refusal):  # there is nobody left to tell
-                    await exchange.leave(answer.events)
+                    await exchange.leave(arrivals.read)
             raise
         finally:
             exchange.close()
-            if on_left is not None and not is_told and (counted := answer.so_far()):
+            if on_left is not None and not is_told and (counted := arrivals.so_far()):
                 on_left(counted)
 
     async def _accepted(self, exchange: Exchange, generation: Generation) -> None:

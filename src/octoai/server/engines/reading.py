@@ -22,7 +22,7 @@ from functools import partial
 
 import orjson
 
-from octoai.server.engines.base import Event, Finished, Generation, OnLeft, Started
+from octoai.server.engines.base import Event, Finished, Generation, OnLeft, OnText, Started
 from octoai.server.engines.llama_control import Control, Refused
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.prefixes import Prefixes
@@ -105,7 +105,9 @@ class Reading:
         await asyncio.gather(*self._saving, return_exceptions=True)
         self._control.close()
 
-    async def generate(self, generation: Generation, on_left: OnLeft | None) -> AsyncGenerator[Sequence[Event]]:
+    async def generate(
+        self, generation: Generation, on_left: OnLeft | None, on_text: OnText | None
+    ) -> AsyncGenerator[Sequence[Event]]:
         """As of an `Engine`."""
         async with self._turns:
             prompt = await self._prompt(generation)
@@ -114,7 +116,8 @@ class Reading:
             try:
                 await self._read(prompt, saved)
                 told = None if on_left is None else partial(_told, on_left, prompt)
-                async with aclosing(self._http.generate(replace(generation, slot=prompt.slot), told)) as batches:
+                answered = self._http.generate(replace(generation, slot=prompt.slot), told, on_text)
+                async with aclosing(answered) as batches:
                     async for batch in batches:
                         self._num_answering += not has_begun
                         has_begun = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from octoai.server.engines.base import Delta, Event, Finished, Generation, OnLeft, Started, Usage
+from octoai.server.engines.base import Delta, Event, Finished, Generation, OnLeft, OnText, Started, Usage
 from octoai.server.errors import ContextLengthExceeded
 
 Step = str | float | Exception
@@ -56,7 +56,9 @@ class ScriptedEngine:
     async def count_tokens(self, generation: Generation) -> int | None:
         return _num_words(generation)
 
-    async def generate(self, generation: Generation, on_left: OnLeft | None = None) -> AsyncGenerator[Sequence[Event]]:
+    async def generate(
+        self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
+    ) -> AsyncGenerator[Sequence[Event]]:
         self.seen.append(generation)
         prompt_tokens = _num_words(generation)
         assert self.context_length is not None
