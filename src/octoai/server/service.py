@@ -205,7 +205,8 @@ class Job:
         part = self.meter.part(prompt)
         is_admitted, tokens, is_durable = self.meter.turn is not None, generation.most_tokens, False
         metrics = self.service.metrics.of(self.deployment)
-        on_text = partial(self._take, part, metrics) if self._num_parts == 1 else None
+        may_take = self.request.stream and self._num_parts == 1
+        on_text = partial(self._take, part, metrics) if may_take else None
         async with self.deployment.queue.turn(self.caller.account.id, tokens, is_admitted=is_admitted) as ended:
             self.meter.took_turn()
             self.tab.open()

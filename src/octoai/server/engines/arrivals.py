@@ -22,6 +22,10 @@ MAX_GATHERED_BYTES = 64 * 1024
 class Arrivals:
     """`gathers`: nobody sees the answer before it is whole. `on_progress` is told of every block."""
 
+    _has_begun = False
+    _num_gathered = 0
+    _gather_until = 0.0
+
     def __init__(
         self, answer: Answer, *, on_progress: Callable[[], None], on_text: OnText | None, gathers: bool
     ) -> None:
@@ -29,11 +33,8 @@ class Arrivals:
         self._on_progress = on_progress
         self._on_text = on_text
         self._gathers = gathers
-        self._has_begun = False
         self._events: list[Event] = []
         self._gathered: list[bytes] = []
-        self._num_gathered = 0
-        self._gather_until = 0.0
 
     def take(self, block: bytes) -> bool:
         """To be called with each block as it comes. False: `given` has something. Raises as `Answer.events` does."""
