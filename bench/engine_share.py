@@ -4,7 +4,9 @@ beside that same child asked directly over its own HTTP server.
 Both are asked the same in turn, by one client in a process of its own: 8 requests at once (180 + 64 tokens), and one
 stream. It is one child under one set of settings, so that nothing differs but the way there. A ratio is that of two
 turns that follow each other, each of a second or a few: neighbours of the machine change its speed within minutes by
-more than what is looked for. The order changes from turn to turn; figures are medians.
+more than what is looked for. The order changes from turn to turn; figures are medians. Steadier than the ratio is the
+processor time of the service's own threads for a token (Linux); what they take while the child is asked directly is
+what they take anyway.
 
     python bench/engine_share.py [--short] [--rounds N] [--json PATH]
 """
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -64,8 +66,8 @@ def serve() -> None:
 
 
 @contextmanager
-def served() -> Iterator[dict[str, Engine]]:
-    """Both ways to the one child."""
+def served() -> Iterator[tuple[int, dict[str, Engine]]]:
+    """The service's process, and both ways to its one child."""
     with tempfile.TemporaryDirectory() as place:
         environ = {
             **os.environ,
@@ -86,17 +88,28 @@ def served() -> Iterator[dict[str, Engine]]:
                 elif "ready on" in line:
                     url = line.rsplit(" ", 1)[1].strip()
                     break
-            yield {
-                "direct": OpenAIEngine(child["url"], model=EMBEDDED_MODEL_ID, dialect="llama.cpp", key=child["key"]),
-                "ours": OpenAIEngine(f"{url}/v1", model=EMBEDDED_MODEL_ID, dialect="vllm", key=token),
-            }
+            direct = OpenAIEngine(child["url"], model=EMBEDDED_MODEL_ID, dialect="llama.cpp", key=child["key"])
+            ours = OpenAIEngine(f"{url}/v1", model=EMBEDDED_MODEL_ID, dialect="vllm", key=token)
+            yield process.pid, {"direct": direct, "ours": ours}
         finally:
             process.terminate()
             process.wait(30)
 
 
-async def measured(engines: dict[str, Engine], rounds: int, workload: Workload) -> Samples:
-    samples: Samples = {figure: {name: [] for name in engines} for figure in ("8 at once", "one stream")}
+def cpu_us(pid: int) -> float:
+    """Of all threads of a process so far; 0 where the kernel does not say."""
+    ran = 0
+    for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError):  # it has ended
+            ran += int(thread.read_text().split()[0])
+    return ran / 1000
+
+
+async def measured(pid: int, engines: dict[str, Engine], rounds: int, workload: Workload) -> tuple[Samples, Samples]:
+    """Tokens a second, and microseconds of the service's processor time for a token."""
+    figures = {"8 at once": workload.num_requests * workload.completion, "one stream": workload.stream}
+    rates: Samples = {figure: {name: [] for name in engines} for figure in figures}
+    times: Samples = {figure: {name: [] for name in engines} for figure in figures}
     passages, counter = Passages(2000), engines["direct"]
 
     async def joint(engine: Engine) -> float:
@@ -110,12 +123,13 @@ async def measured(engines: dict[str, Engine], rounds: int, workload: Workload) 
     for number in range(rounds + 1):
         for turn, (figure, rate) in enumerate(turns):
             for name in sorted(engines, reverse=(number + turn) % 2 == 1):
-                measured = await rate(engines[name])
+                before, measured = cpu_us(pid), await rate(engines[name])
                 if number:  # the first warms up
-                    samples[figure][name].append(measured)
+                    rates[figure][name].append(measured)
+                    times[figure][name].append((cpu_us(pid) - before) / figures[figure])
     for engine in engines.values():
         await engine.close()
-    return samples
+    return rates, times
 
 
 def ratios(samples: Samples, figure: str) -> list[float]:
@@ -123,10 +137,12 @@ def ratios(samples: Samples, figure: str) -> list[float]:
     return [ours / direct for ours, direct in pairs]
 
 
-def report(samples: Samples) -> str:
-    lines = [f"{'tokens/s':14}{'direct':>10}{'ours':>10}"]
+def report(samples: Samples, times: Samples) -> str:
+    lines = [f"{'tokens/s':14}{'direct':>10}{'ours':>10}{'service, us a token':>22}{'at rest':>10}"]
     for figure, by_name in samples.items():
-        lines.append(f"{figure:14}{median(by_name['direct']):>10.1f}{median(by_name['ours']):>10.1f}")
+        rates = f"{median(by_name['direct']):>10.1f}{median(by_name['ours']):>10.1f}"
+        spent = f"{median(times[figure]['ours']):>22.0f}{median(times[figure]['direct']):>10.0f}"
+        lines.append(f"{figure:14}{rates}{spent}")
     lines.append("\nmust show")
     for figure in samples:
         found = ratios(samples, figure)
@@ -142,12 +158,13 @@ def main() -> None:
     if options.serve:
         serve()
     workload = Workload().part(1 / 4) if options.short else Workload()
-    with served() as engines:
-        samples = asyncio.run(measured(engines, options.rounds or (3 if options.short else 9), workload))
-    print(report(samples))
+    with served() as (pid, engines):
+        rounds = options.rounds or (3 if options.short else 9)
+        samples, times = asyncio.run(measured(pid, engines, rounds, workload))
+    print(report(samples, times))
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "date": time.strftime("%F")}
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine, "samples": samples}, indent=1))
+    options.json.write_text(json.dumps({"machine": machine, "samples": samples, "service_us": times}, indent=1))
 
 
 if __name__ == "__main__":
