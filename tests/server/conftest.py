@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import errno
+import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from octoai.server.journal import Journal
+from octoai.server.journal import writer as journal_writer
 from tests.load.upstream import Upstream
+from tests.server.journals import SMALL, Opened
 
 
 @pytest.fixture
@@ -13,3 +20,27 @@ def upstream() -> Iterator[Upstream]:
     running = Upstream()
     yield running
     running.close()
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Opened]:
+    journals: list[Journal] = []
+
+    def open_one(segment_bytes: int = SMALL) -> Journal:
+        journals.append(Journal.open(tmp_path / "journal", segment_bytes=segment_bytes))
+        return journals[-1]
+
+    yield open_one
+    for journal in journals:
+        journal.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "journal"]
+
+
+@pytest.fixture
+def by_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernel does not sync by itself."""
+
+    def none(_: Any) -> None:
+        raise OSError(errno.ENOSYS, "no")
+
+    monkeypatch.setattr(journal_writer, "Syncs", none)

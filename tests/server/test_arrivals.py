@@ -17,7 +17,7 @@ from octoai.server.engines.arrivals import Arrivals
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started
 from octoai.server.engines.reader import Answer
 from octoai.server.errors import EngineFailed
-from tests.server.test_openai_engine import DONE, GENERATION, USAGE, WHOLE, Reply, Upstream, event, run, says, up
+from tests.server.misbehaving import DONE, GENERATION, USAGE, WHOLE, Reply, Upstream, event, run, says, up
 
 WORDS = [f"w{number} " for number in range(8)]
 

@@ -22,7 +22,7 @@ from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import BadRequest, EngineFailed, Refusal, Unavailable
 from octoai.server.metering import PartMeter
-from tests.server.test_openai_engine import (
+from tests.server.misbehaving import (
     DONE,
     HEAD,
     Reply,

@@ -4,187 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import struct
-import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, closing, suppress
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from octoai.server.engines import arrivals, openai_http
-from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
-from octoai.server.engines.exchange import Pool
+from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Refusal, Unavailable
-from tests.running import InProcess
-from tests.talking import Talk, chat, events, metric, request, until
-
-GENERATION = Generation(max_tokens=9, messages=[{"role": "user", "content": "Hi"}])
-UNSEEN = replace(GENERATION, is_stream=False)  # before its end
-MODELS = {"object": "list", "data": [{"id": "up", "object": "model", "max_model_len": 4096}]}
-HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-DONE = b"data: [DONE]\n\n"
-Reply = Callable[["Upstream", asyncio.StreamWriter], Awaitable[None]]
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
-
-
-def event(text: str = "", reason: str | None = None, **more: Any) -> bytes:
-    choice = {"index": 0, "delta": {"content": text}, "finish_reason": reason}
-    return b"data: " + json.dumps({"choices": [choice], **more}).encode() + b"\n\n"
-
-
-USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2}}\n\n'
-WHOLE = (event("Hel"), event("lo"), event("", "stop"), USAGE, DONE)
-
-
-def says(*blocks: bytes | float, end: bool = True, head: bytes = HEAD) -> Reply:
-    """Events, with pauses in seconds between them; then the end of the body, or only that of the connection."""
-
-    async def reply(_: Upstream, writer: asyncio.StreamWriter) -> None:
-        writer.write(head)
-        for block in blocks:
-            if isinstance(block, bytes):
-                writer.write(chunk(block))
-                await writer.drain()
-            else:
-                await asyncio.sleep(block)
-        writer.write(b"0\r\n\r\n" if end else b"")
-
-    return reply
-
-
-def answers(status: int, body: bytes, *headers: bytes) -> Reply:
-    async def reply(_: Upstream, writer: asyncio.StreamWriter) -> None:
-        lines = b"".join(b"%s\r\n" % header for header in headers)
-        writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n%s\r\n%s" % (status, len(body), lines, body))
-
-    return reply
-
-
-def raw(data: bytes, pause: float = 0) -> Reply:
-    async def reply(_: Upstream, writer: asyncio.StreamWriter) -> None:
-        writer.write(data)
-        await asyncio.sleep(pause)
-
-    return reply
-
-
-async def forever(upstream: Upstream, writer: asyncio.StreamWriter) -> None:
-    writer.write(HEAD)
-    while True:
-        writer.write(chunk(event("word ")))
-        await writer.drain()
-        await asyncio.sleep(0.01)
-
-
-class Upstream:
-    """Answers /v1/models properly, and every generation with `reply`. Knows who is connected, and what was asked."""
-
-    def __init__(self, reply: Reply | None = None, models: Reply | None = None) -> None:
-        self.reply = reply or says(*WHOLE)
-        self.models = models or answers(200, json.dumps(MODELS).encode())
-        self.requests: list[tuple[str, dict[str, str], bytes]] = []
-        self.num_generating = 0
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
-                headers = dict(line.lower().split(": ", 1) for line in lines[1:])
-                raw_lines = dict(line.split(": ", 1) for line in lines[1:])
-                headers["authorization"] = next(
-                    (value for name, value in raw_lines.items() if name.lower() == "authorization"), ""
-                )
-                body = await reader.readexactly(int(headers.get("content-length", 0)))
-                self.requests.append((lines[0], headers, body))
-                if lines[0].startswith("GET"):
-                    await self.models(self, writer)
-                else:
-                    await self._generate(reader, writer)
-                await writer.drain()
-                if self.is_last(lines[0]):
-                    return
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-
-    def is_last(self, line: str) -> bool:
-        return not line.startswith("GET")
-
-    async def _generate(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Until it is said, or the other end hangs up."""
-        self.num_generating += 1
-        replying = asyncio.ensure_future(self.reply(self, writer))
-        leaving = asyncio.ensure_future(reader.read(1))
-        try:
-            await asyncio.wait([replying, leaving], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.num_generating -= 1
-            for task in (replying, leaving):
-                task.cancel()
-            await asyncio.gather(replying, leaving, return_exceptions=True)
-
-
-@asynccontextmanager
-async def up(upstream: Upstream, unix: Path | None = None, **options: Any) -> AsyncIterator[OpenAIEngine]:
-    if unix is None:
-        server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    else:
-        server = await asyncio.start_unix_server(upstream.serve, unix)
-        url = f"unix:{unix}"
-    engine = OpenAIEngine(url, model="up", **{"dialect": "vllm", **options})
-    try:
-        await engine.start()
-        yield engine
-    finally:
-        await engine.close()
-        server.close()
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 20))
-
-
-async def generated(engine: OpenAIEngine, generation: Generation = GENERATION) -> list[Event]:
-    async with aclosing(engine.generate(generation)) as batches:
-        return [event async for batch in batches for event in batch]
-
-
-def refused(reply: Reply, kind: type[Refusal], *, after: int = 0, **options: Any) -> Refusal:
-    """What becomes of an answer like this, after so many deltas."""
-    caught: list[Refusal] = []
-
-    async def main() -> None:
-        async with up(Upstream(reply), **options) as engine:
-            for generation in (GENERATION, UNSEEN):
-                deltas = 0
-                with pytest.raises(kind) as raised:
-                    async with aclosing(engine.generate(generation)) as batches:
-                        async for batch in batches:
-                            deltas += num_deltas(batch)
-                assert deltas == after
-                caught.append(raised.value)
-
-    run(main())
-    first, second = caught
-    assert first.body() == second.body()
-    return first
-
-
-def num_deltas(batch: Sequence[Event]) -> int:
-    return sum(
-        1 if isinstance(event, Delta) else len(event.texts) for event in batch if isinstance(event, Delta | Deltas)
-    )
+from tests.server.misbehaving import (
+    DONE,
+    GENERATION,
+    HEAD,
+    MODELS,
+    UNSEEN,
+    USAGE,
+    WHOLE,
+    Reply,
+    Upstream,
+    answers,
+    chunk,
+    event,
+    forever,
+    generated,
+    num_deltas,
+    raw,
+    refused,
+    run,
+    says,
+    up,
+)
 
 
 @pytest.mark.parametrize("is_unix", [False, True], ids=["http", "unix"])
@@ -498,140 +350,3 @@ def test_a_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch)
             assert isinstance((await generated(engine))[-1], Finished)
 
     run(main())
-
-
-# Through the whole service
-
-
-class InThread:
-    """The server in a loop of its own, for a service in another."""
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self._thread.start()
-        start = asyncio.start_server(upstream.serve, "127.0.0.1", 0)
-        self._server = asyncio.run_coroutine_threadsafe(start, self.loop).result(5)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
-
-    async def _stop(self) -> None:
-        self._server.close()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._stop(), self.loop).result(5)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(5)
-        self.loop.close()
-
-
-@pytest.fixture
-def upstream() -> Iterator[InThread]:
-    running = InThread(Upstream())
-    yield running
-    running.close()
-
-
-def test_the_service_passes_on_and_breaks_off_as_its_engine_does(
-    upstream: InThread, in_process: Callable[..., InProcess]
-) -> None:
-    service = in_process(OpenAIEngine(upstream.url, model="up", dialect="vllm"))
-    _, _, answer = chat(service)
-    assert answer["choices"][0]["message"]["content"] == "Hello"
-    assert answer["usage"]["prompt_tokens"] == 4
-    _, _, text = chat(service, stream=True, stream_options={"include_usage": True})
-    assert events(text)[-1]["usage"]["completion_tokens"] == 2
-
-    upstream.upstream.reply = says(event("a"), 0.05, end=False)
-    status, _, answer = chat(service)
-    assert (status, answer["code"]) == (502, "engine_failed")
-    client = Talk(service)
-    client.send("/v1/chat/completions", request(service, stream=True))
-    said = client.rest()
-    client.close()
-    assert b'"content":"a"' in said
-    assert json.loads(said.rpartition(b"data: ")[2].split(b"\n\n")[0])["error"]["code"] == "engine_failed"
-    assert not said.endswith(b"0\r\n\r\n")
-
-    for reply, expected in (
-        (answers(429, b"{}"), 503),
-        (answers(500, b"{}"), 502),
-        (answers(400, b'{"error": {"message": "no"}}'), 400),
-    ):
-        upstream.upstream.reply = reply
-        for stream in (False, True):
-            assert chat(service, stream=stream)[0] == expected
-    assert service.queue.num_running == 0
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_the_other_servers_slot_too(
-    upstream: InThread, in_process: Callable[..., InProcess], stream: bool
-) -> None:
-    upstream.upstream.reply = forever
-    service = in_process(OpenAIEngine(upstream.url, model="up", dialect="vllm"))
-    client = Talk(service)
-    client.send("/v1/chat/completions", request(service, stream=stream))
-    until(lambda: upstream.upstream.num_generating == 1, 3)
-    time.sleep(0.1)
-    client.close()
-    until(lambda: upstream.upstream.num_generating == 0)
-    until(lambda: service.queue.num_running == 0)
-    assert metric(service, "octoai_requests_aborted_total") == 1
-
-
-class Resetting(Upstream):
-    """Keeps connections open, and resets each when a second generation comes on it, without a byte of an answer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.served: set[asyncio.StreamWriter] = set()
-        self.num_resets = 0
-
-    def is_last(self, line: str) -> bool:
-        return False
-
-    async def _generate(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if writer in self.served:
-            self.num_resets += 1
-            writer.transport.get_extra_info("socket").setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )
-            writer.transport.abort()
-            raise ConnectionResetError
-        self.served.add(writer)
-        await self.reply(self, writer)
-
-
-def test_a_kept_connection_that_is_reset_costs_no_request(in_process: Callable[..., InProcess]) -> None:
-    upstream = Resetting()
-    running = InThread(upstream)
-    try:
-        service = in_process(OpenAIEngine(running.url, model="up", dialect="vllm"))
-        assert [chat(service)[0] for _ in range(6)] == [200] * 6
-        assert upstream.num_resets > 0
-    finally:
-        running.close()
-
-
-def test_a_body_that_nobody_read_is_not_taken_for_the_next_answer() -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer), suppress(asyncio.IncompleteReadError):
-            while path := (await reader.readuntil(b"\r\n\r\n")).split()[1]:
-                writer.write(b"HTTP/1.1 404 X\r\ncontent-length: %d\r\n\r\n%b" % (len(path), path))
-
-    async def ask() -> bytes:
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        pool = Pool(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        with closing(pool), closing(server):
-            with closing(pool.exchange("GET", "/first")) as exchange:
-                assert await exchange.answered(5) == 404
-            with closing(pool.exchange("GET", "/second")) as exchange:
-                await exchange.answered(5)
-                return await exchange.body(99, 5)
-
-    assert asyncio.run(ask()) == b"/second"
