@@ -82,14 +82,15 @@ def test_what_is_gathered_is_read_when_it_is_much_or_has_waited(monkeypatch: pyt
     assert 50 < num_taken < 80
 
 
-@pytest.mark.parametrize("cut", range(1, len(DONE)))
-def test_the_end_of_what_is_gathered_is_seen_also_where_it_comes_in_two(cut: int) -> None:
+@pytest.mark.parametrize("size", range(1, len(DONE)))
+def test_the_end_of_what_is_gathered_is_seen_also_where_it_comes_in_pieces(size: int) -> None:
     answer = Answer(GENERATION)
     arrived = kept(answer, gathers=True)
     arrived.take(event("a"))
     arrived.given(is_last=False)
-    arrived.take(event("", "stop") + DONE[:cut])
-    arrived.take(DONE[cut:])
+    end = event("", "stop") + DONE
+    for start in range(0, len(end), size):
+        arrived.take(end[start : start + size])
     assert answer.is_whole
     assert isinstance(arrived.given(is_last=False)[-1], Finished)
 

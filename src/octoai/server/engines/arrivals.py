@@ -25,6 +25,7 @@ class Arrivals:
     _has_begun = False
     _num_gathered = 0
     _gather_until = 0.0
+    _seen = b""  # the last of what was gathered, for an end that comes in pieces
 
     def __init__(
         self, answer: Answer, *, on_progress: Callable[[], None], on_text: OnText | None, gathers: bool
@@ -74,8 +75,8 @@ class Arrivals:
         now = time.monotonic()
         if not self._gathered:
             self._gather_until = now + GATHER_SECONDS
-        before = self._gathered[-1][1 - len(DONE) :] if self._gathered else b""
-        if DONE in before + block:
+        self._seen = self._seen[1 - len(DONE) :] + block
+        if DONE in self._seen:
             self._gathers = False  # what is left of the end is waited for
         if not self._gathers or now > self._gather_until or self._num_gathered > MAX_GATHERED_BYTES:
             return True
