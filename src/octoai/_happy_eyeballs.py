@@ -20,12 +20,12 @@ Address = tuple[Any, ...]
 
 
 async def connected(host: str, port: int) -> socket.socket:
-    """A connection to the host. Raises OSError: of the address that was asked last where none answers."""
+    """A connection to the host. Raises what the address that failed last did where none answers, mostly OSError."""
     loop = asyncio.get_running_loop()
     left = deque(_by_turns(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
     attempts: list[asyncio.Task[socket.socket]] = []
     pending: set[asyncio.Task[socket.socket]] = set()
-    failure: OSError = OSError(f"{host} has no address")
+    failure: BaseException = OSError(f"{host} has no address")
     winner = None
     try:
         while winner is None and (left or pending):
@@ -38,10 +38,8 @@ async def connected(host: str, port: int) -> socket.socket:
                 error = attempt.exception()
                 if error is None:
                     winner = attempt
-                elif isinstance(error, OSError):
-                    failure = error
                 else:
-                    raise error
+                    failure = error
     finally:
         for attempt in attempts:
             if attempt is not winner:

@@ -24,6 +24,7 @@ def upstream() -> Iterator[Upstream]:
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Opened]:
+    """Opens journals in the test's directory, and sees to it that their threads end with them."""
     journals: list[Journal] = []
 
     def open_one(segment_bytes: int = SMALL) -> Journal:

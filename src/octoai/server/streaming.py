@@ -90,11 +90,11 @@ async def _stream(job: Job, encoder: Encoder, out: Incoming | _Recorded) -> None
 async def _relay(
     job: Job, encoder: Encoder, out: Incoming | _Recorded, batch: Batch, batches: AsyncIterator[Batch]
 ) -> None:
-    job.on_text = partial(_passed_on, encoder, out)
+    job.on_text = pass_on = partial(_passed_on, encoder, out)
     while not isinstance(batch[-1], Finished):
-        if out.is_behind:  # not `_send`: no coroutine for each event where there is nothing to wait for
+        if not pass_on(batch):
             await _caught_up(out)
-        out.send(encoder.stream(batch))
+            out.send(encoder.stream(batch))
         batch = await anext(batches)
     encoder.cost_nanos = job.cost_nanos
     last = encoder.stream(batch) + DONE
