@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from octoai.server.engines import reader
-from octoai.server.engines.base import Delta, Deltas, Event, Generation, Started
+from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.odd import MAX_KNOWN, OddEvents, Said
 from octoai.server.engines.plain import Habits, plain
 from octoai.server.engines.reader import Answer
 from octoai.server.engines.timed import timed
@@ -18,7 +19,8 @@ from octoai.server.errors import EngineFailed
 
 ONE = Generation(max_tokens=8, messages=[{"role": "user", "content": "x"}])
 TEXTS = st.one_of(
-    st.text(max_size=4), st.sampled_from([" word", "[DONE]", '"', "\\", "é", "\n", "\u2028", '","x":"', ""])
+    st.text(max_size=4),
+    st.sampled_from([" word", "[DONE]", '"', "\\", "é", "\n", "\u2028", '","x":"', "", "7", '":7,']),
 )
 
 
@@ -34,6 +36,39 @@ def timings(draw: st.DrawFn, total: int) -> dict[str, Any]:
 
 
 @st.composite
+def odd_events(draw: st.DrawFn, total: int) -> dict[str, Any]:
+    """One without text, as servers send them at the beginning and at the end, and now and then as none does."""
+    choices = draw(
+        st.sampled_from(
+            [
+                [],
+                [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}],
+                [{"index": 0, "delta": {}, "finish_reason": "length", "stop_reason": 7}],
+                [{"delta": {"content": ""}, "finish_reason": "stop", "index": 0}],
+                [{"index": 0, "delta": {"content": "7"}, "finish_reason": None}],
+            ]
+        )
+    )
+    prompt, cached = draw(st.sampled_from([0, 3, 4, 50])), draw(st.integers(0, 99))
+    usage: dict[str, Any] = {"prompt_tokens": prompt, "total_tokens": prompt + total, "completion_tokens": total}
+    usage |= draw(
+        st.sampled_from(
+            [
+                {},
+                {"prompt_tokens_details": None},
+                {"prompt_tokens_details": {"cached_tokens": cached}},
+                {"prompt_tokens_details": {"cached_tokens": None, "prompt_tokens": 5}},
+                {"completion_tokens_details": {"reasoning_tokens": 3}},
+                {"completion_tokens_details": {"completion_tokens": 3}},
+                {"completion_tokens": None},
+            ]
+        )
+    )
+    frames = [{"id": "x"}, {"id": "x", "created": 1795887152}, {"id": "x", "created": 17}, {}, {"ids": {"id": "index"}}]
+    return {**draw(st.sampled_from(frames)), "choices": choices, **draw(st.sampled_from([{"usage": usage}, {}]))}
+
+
+@st.composite
 def streams(draw: st.DrawFn) -> bytes:
     """An answer as some server might write it, most events alike, some not."""
     says_usage, has_role, is_completion = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
@@ -42,6 +77,8 @@ def streams(draw: st.DrawFn) -> bytes:
     escapes = draw(st.booleans())
     events: list[dict[str, Any]] = []
     total = 0
+    if draw(st.booleans()):
+        events.append(draw(odd_events(0)))
     for number, text in enumerate(draw(st.lists(TEXTS, max_size=8))):
         total += draw(st.integers(0, 2))
         said = {"text": text} if is_completion else {"delta": {"content": text}}
@@ -62,6 +99,8 @@ def streams(draw: st.DrawFn) -> bytes:
         timed = draw(timings(total)) if is_timed else {}
         events.append({"choices": [choice], "id": "x", **timed, **({"usage": usage} if says_usage else {})})
     events.append({"id": "x", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    if draw(st.booleans()):
+        events.append(draw(odd_events(total)))
     texts = [json.dumps(event, separators=spaced, ensure_ascii=escapes) for event in events]
     return "".join(f"data: {text}\n\n" for text in [*texts, "[DONE]"]).encode()
 
@@ -241,3 +280,57 @@ def test_a_text_that_is_no_unicode_is_the_engines_fault() -> None:
     assert isinstance(answer.events(event % b"a")[-1], Delta)
     with pytest.raises(EngineFailed):
         answer.events(event % b"\xff")
+
+
+ROLE = b'{"id":"a1","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"usage":%b}'
+ENDED = b'{"id":"a1","choices":[{"index":0,"delta":{"content":""},"finish_reason":"stop"}],"usage":%b}'
+SUM = b'{"id":"a1","choices":[],"usage":%b}'
+TOLD = b'{"prompt_tokens":31,"total_tokens":33,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":9}}'
+
+
+def test_events_without_text_are_known_by_those_of_earlier_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, parsed = reader._decoded, []
+    monkeypatch.setattr(reader, "_decoded", lambda data: parsed.append(data) or decoded(data))
+    habits, answers = Habits(), []
+    for number in range(3):
+        block = b"".join(b"data: %b\n\n" % (event % TOLD) for event in (ROLE, ENDED, SUM)) + b"data: [DONE]\n\n"
+        block = block.replace(b'"a1"', b'"b%d"' % number).replace(b":31", b":4%d" % number)
+        answers.append(Answer(ONE, habits).events(block))
+        assert answers[-1] == [Started(40 + number, 9), Finished({0: "stop"}, Usage(40 + number, 9, 2))]
+    assert len(parsed) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [
+        (b'"content":""', b'"content":"7"'),
+        (b'"content":""', b'"content":"\\""'),
+        (b'"index":0', b'"index":1'),
+        (b'"finish_reason":"stop"', b'"finish_reason":"sto7p"'),
+        (b'"finish_reason":"stop"', b'"finish_reason":null'),
+        (b'"id":"a1"', b'"id":"a1","error":{"code":7}'),
+        (b'"id":"a1"', b'"id":"a\\"1"'),
+        (b":31", b":-1"),
+        (b":31", b":1.5"),
+        (b":31", b':"31"'),
+        (b":31", b":031"),
+        (b":31", b":2147483648"),
+        (b":31", b":99999999999"),
+        (b"9}}", b"9}}}"),
+    ],
+)
+def test_an_event_without_text_that_differs_in_more_is_read_in_full(given: bytes, other: bytes) -> None:
+    learnt = OddEvents()
+    event = ENDED % TOLD
+    learnt.learn(event, json.loads(event))
+    assert learnt.read(event.replace(b"a1", b"b2").replace(b":9", b":8")) == Said(True, "stop", (31, 8, 2))
+    assert given in event
+    assert learnt.read(event.replace(given, other)) is None
+
+
+def test_what_is_learnt_of_events_without_text_is_bounded() -> None:
+    learnt = OddEvents()
+    for number in range(1000):
+        event = b'{"choices":[],"x%d":null}' % number
+        learnt.learn(event, json.loads(event))
+    assert len(learnt._shapes) <= MAX_KNOWN

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import time
 from collections import OrderedDict
@@ -25,6 +24,7 @@ from octoai.server.catalogue import Model
 from octoai.server.engines.base import Generation, Usage
 from octoai.server.errors import KeyConflict, Unavailable
 from octoai.server.idempotency import Key, Recording, Recordings, unpacked
+from octoai.server.ids import new_record_id
 from octoai.server.ledger import LEASE_US, Ledger, Tab, now_us
 from octoai.server.limits import Standings
 from octoai.server.params import TextRequest
@@ -73,7 +73,7 @@ class Admission:
         self.ledger.check()
         tab = Tab(
             ledger=self.ledger,
-            id=f"{now_us():014x}{os.urandom(9).hex()}",  # in order of time, as the database's pages are
+            id=new_record_id(),
             request_id=request_id,
             caller=caller,
             model=model.id,

@@ -41,14 +41,19 @@ class Generating:
         self._encoder = encoder
 
     async def __call__(self, incoming: Incoming, service: Service) -> None:
-        caller = incoming.caller = await service.authenticate(incoming.header(b"authorization"))
+        head = incoming.head
+        caller = None if head.token_hash is None else service.known(head.token_hash)
+        if caller is None:
+            caller = await service.authenticate(head.header(b"authorization"))
+            head.token_hash = caller.token.hash
+        incoming.caller = caller
         body = await incoming.body(MAX_BODY_BYTES, BODY_SECONDS)
         request = self._decode(body)
         if incoming.is_given_id:
             incoming.request_id = await service.unique_id(incoming.request_id)
-        key = incoming.header(b"idempotency-key")
+        key = head.header(b"idempotency-key")
         job = await service.admit(
-            caller, request, incoming.request_id, None if key is None else Key.of(key, incoming.path, body)
+            caller, request, incoming.request_id, None if key is None else Key.of(key, head.path, body)
         )
         if isinstance(job, Recording):
             await _replay(job, incoming, service)

@@ -6,9 +6,11 @@ thread of the event loop.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from itertools import accumulate
+from operator import add
 from typing import Generic, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
@@ -57,10 +59,18 @@ class Spread:
         return self._sum
 
     def fold(self) -> None:
-        for value in self._values:
-            self._counts[bisect_left(self._bounds, value)] += 1
-            self._sum += value
-        self._values.clear()
+        values = self._values
+        if not values:
+            return
+        self._sum = reduce(add, values, self._sum)
+        values.sort()
+        num_below = 0
+        for place, bound in enumerate(self._bounds):
+            num_up_to = bisect_right(values, bound, num_below)
+            self._counts[place] += num_up_to - num_below
+            num_below = num_up_to
+        self._counts[-1] += len(values) - num_below
+        values.clear()
 
 
 class _Labelled(Collector, Generic[Child]):

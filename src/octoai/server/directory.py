@@ -84,6 +84,11 @@ class Directory:
             raise Unauthenticated(f"This API token is not known here. {_HOW}")
         return self._caller(row)
 
+    def known(self, token_hash: bytes) -> Caller | None:
+        """The caller whose token has that hash, where it is known without asking anybody; raises as `authenticate`."""
+        row = None if self._is_away else self._tokens.get(token_hash)
+        return None if row is None else self._caller(row)
+
     def price(self, model: str, at_us: int) -> Price | None:
         """What a model costs at that moment; None where no price is known."""
         row = self.prices.of(model, at_us)

@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octoai.server.api import limit_headers, raw
-from octoai.server.errors import InternalError, MethodNotAllowed, Refusal, Unavailable, UnknownPath, new_request_id
+from octoai.server.errors import InternalError, MethodNotAllowed, Refusal, Unavailable, UnknownPath
+from octoai.server.ids import new_request_id
 from octoai.server.incoming import VERSION_HEADER, ClientLeft, Headers, Incoming
 from octoai.server.service import Service
 from octoai.server.store.database import StoreAway
@@ -39,8 +40,8 @@ class Edge:
         self.service = service
 
     async def answer(self, incoming: Incoming) -> None:
-        endpoint = self.posts[incoming.path]
-        given = _sane(incoming.header(b"x-request-id"))
+        endpoint = self.posts[incoming.head.path]
+        given = _sane(incoming.head.header(b"x-request-id"))
         incoming.request_id, incoming.is_given_id = given or new_request_id(), given is not None
         try:
             await endpoint(incoming, self.service)

@@ -8,7 +8,6 @@ never empty, and usage comes on the last event that has a choice.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,13 +16,10 @@ from typing import Any
 
 from octoai.server.billing import usd
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started, Usage
+from octoai.server.ids import new_answer_id
 from octoai.server.params import TextRequest
 
 DONE = b"data: [DONE]\n\n"
-
-
-def new_id() -> str:
-    return f"cmpl-{os.urandom(16).hex()}"
 
 
 def usage_json(usage: Usage, cost_nanos: int | None = None) -> str:
@@ -58,7 +54,7 @@ class _Encoder:
 
     def __init__(self, request: TextRequest, *, fingerprint: str, created: int | None = None) -> None:
         self.request = request
-        self.id = new_id()
+        self.id = new_answer_id()
         self.created = int(time.time()) if created is None else created
         self.fingerprint = fingerprint
         self.cost_nanos: int | None = None  # known when everything else is

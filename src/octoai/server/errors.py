@@ -26,16 +26,8 @@ Knows nothing of HTTP servers: `api` turns a refusal into an answer, `streaming`
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-
-def new_request_id() -> str:
-    """What an answer is called, where the client has no name for it: unique, and later ones come later in order, so
-    that an index of them grows at its end."""
-    return f"req_{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
 
 
 class Refusal(Exception):

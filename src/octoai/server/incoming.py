@@ -14,6 +14,7 @@ from http import HTTPStatus
 
 from octoai.server.accounts import Caller
 from octoai.server.errors import TooLarge, TooSlow
+from octoai.server.heads import Head
 
 VERSION_HEADER = (b"openai-version", b"2020-10-01")
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in HTTPStatus}
@@ -59,39 +60,32 @@ class Incoming:
     uvicorn's protocol asks `keep_alive`, `more_body`, `disconnected` and `response_complete` of a request under way.
     """
 
-    def __init__(
-        self, connection: Connection, path: str, headers: Headers, *, keep_alive: bool, expects_continue: bool
-    ) -> None:
-        self.path = path
-        self._headers = dict(reversed(headers))  # of several with one name, the first
+    def __init__(self, connection: Connection, head: Head, num_body_bytes: int | None = None) -> None:
+        self.head = head
         self.began = time.perf_counter()
         self.request_id = ""
         self.is_given_id = False
+        self.task: asyncio.Task[None]  # that answers it
         self.caller: Caller | None = None
         self.limit_headers: Headers | None = None
         self.status: int | None = None
         self.on_left: Callable[[], None] | None = None  # called once, in the loop, when the client has left
-        self.keep_alive = keep_alive
-        self.expects_continue = expects_continue
+        self.keep_alive = head.keep_alive
+        self.expects_continue = head.expects_continue
         self.more_body = True
         self.disconnected = self.response_complete = False
         self._connection = connection
+        self._num_body_bytes = num_body_bytes
         self._body: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._head = b""
+        self._begun = b""
         self._is_chunked = False
 
     # ---- what is asked ----
 
-    def header(self, name: bytes) -> str | None:
-        """The first header of that name, which is given in lower case."""
-        value = self._headers.get(name)
-        return None if value is None else value.decode("latin-1")
-
     async def body(self, max_bytes: int, seconds: float) -> bytes:
         """The whole body, never much more than the limit of it in memory. Raises TooLarge, TooSlow, ClientLeft."""
-        declared = self.header(b"content-length") or ""
-        if declared.isdigit() and int(declared) > max_bytes:
+        if self._num_body_bytes is not None and self._num_body_bytes > max_bytes:
             raise TooLarge(max_bytes)
         if self.more_body:
             await self._rest_of_body(max_bytes, seconds)
@@ -142,15 +136,15 @@ class Incoming:
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
         lines.append(b"transfer-encoding: chunked\r\n\r\n" if self._is_chunked else b"\r\n")
-        self._head = b"".join(lines)
+        self._begun = b"".join(lines)
 
     def send(self, block: bytes) -> None:
         """More of the body."""
-        self._write(self._head + self._framed(block))
+        self._write(self._begun + self._framed(block))
 
     def end(self, block: bytes) -> None:
         """The rest of the body, or all of it."""
-        self._write(self._head + self._framed(block) + (b"0\r\n\r\n" if self._is_chunked else b""))
+        self._write(self._begun + self._framed(block) + (b"0\r\n\r\n" if self._is_chunked else b""))
         self.response_complete = True
         if not self.keep_alive:
             self._connection.transport.close()
@@ -159,15 +153,15 @@ class Incoming:
     def cut(self) -> None:
         """No end where there is none yet: the connection is closed, so that its client notices."""
         if not self.response_complete:
-            if self._head and not self.disconnected:
-                self._write(self._head)
+            if self._begun and not self.disconnected:
+                self._write(self._begun)
             self._connection.transport.close()
 
     def _framed(self, block: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(block), block) if self._is_chunked and block else block
 
     def _write(self, data: bytes) -> None:
-        self._head = b""
+        self._begun = b""
         if data and not self.disconnected:
             self._connection.transport.write(data)
 

@@ -16,8 +16,11 @@ import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from octoai.server import heads
 from octoai.server.edge import Edge
-from octoai.server.errors import HeadTooLarge, MalformedRequest, Refusal, new_request_id
+from octoai.server.errors import HeadTooLarge, MalformedRequest, Refusal
+from octoai.server.heads import Head, KnownHead
+from octoai.server.ids import new_request_id
 from octoai.server.incoming import Connection, Incoming
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -34,6 +37,9 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     _answering: Incoming | None = None
     _head_bytes = 0
     _reads_head = True
+    _is_between = True  # nothing of the next request has come
+    _known: KnownHead | None = None
+    _num_missing = 0  # bytes of the body of a request whose head was known: the parser does not see either
     _rests_since: float | None = None  # where the next request is waited for
     _resting: asyncio.TimerHandle | None = None
 
@@ -49,11 +55,41 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._num_missing:
+            data = self._rest_of_body(data)
+        if self._is_between and self._known is not None:
+            data = self._as_before(self._known, data)
+        if not data:
+            return
+        is_whole_head, before = self._is_between, self.cycle
         if self._reads_head:
             self._head_bytes += len(data)
         super().data_received(data)
         if self._reads_head and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge(MAX_HEAD_BYTES))
+        elif is_whole_head and self.cycle is not before and isinstance(self.cycle, Incoming):
+            self._known = heads.known(self.cycle.head, len(self.headers), data)
+
+    def _as_before(self, known: KnownHead, data: bytes) -> bytes:
+        """Begin requests whose heads are as one was before; returns what is left."""
+        while data and not self._num_missing and (read := known.read(data)) is not None:
+            self._unset_keepalive_if_required()
+            self._num_missing, start = read
+            self._begin(Incoming(self, known.head, self._num_missing))
+            data = self._rest_of_body(data[start:])
+        return data
+
+    def _rest_of_body(self, data: bytes) -> bytes:
+        """Take what is of the body; returns what is left."""
+        body, rest = (
+            (data, b"") if len(data) <= self._num_missing else (data[: self._num_missing], data[self._num_missing :])
+        )
+        self._num_missing -= len(body)
+        if body:
+            self.on_body(body)
+        if not self._num_missing:
+            self.on_message_complete()
+        return rest
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedRequest("This is not a request in HTTP/1.1."))
@@ -74,6 +110,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
+        self._is_between = False
 
     def on_headers_complete(self) -> None:
         self._reads_head, self._head_bytes = False, 0
@@ -81,14 +118,13 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if path is None:
             self._go_through_asgi()
             return
-        before = self.cycle
-        self.cycle = incoming = Incoming(
-            self,
-            path,
-            self.headers,
-            keep_alive=self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1",
-            expects_continue=self.expect_100_continue,
-        )
+        keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
+        head = Head(path, dict(reversed(self.headers)), keep_alive, self.expect_100_continue)
+        length = head.header(b"content-length") or ""
+        self._begin(Incoming(self, head, int(length) if length.isdigit() else None))
+
+    def _begin(self, incoming: Incoming) -> None:
+        before, self.cycle = self.cycle, incoming
         if before is None or before.response_complete:
             self._start_asgi_task(incoming, None)
         else:  # sent before the answer to an earlier one
@@ -122,7 +158,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
                 self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
-        self._reads_head = True
+        self._reads_head = self._is_between = True
         incoming = self.cycle
         if not isinstance(incoming, Incoming):
             super().on_message_complete()
@@ -134,7 +170,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, Incoming):
             self._answering = cycle
-            self.tasks.add(self.loop.create_task(self._answer(cycle)))
+            cycle.task = self.loop.create_task(self._answer(cycle))
+            self.tasks.add(cycle.task)
         else:
             super()._start_asgi_task(cycle, app)
 
@@ -143,7 +180,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             await self.edge.answer(incoming)
         finally:
             incoming.cut()
-            self.tasks.discard(asyncio.current_task())
+            self.tasks.discard(incoming.task)
 
     @property
     def is_behind(self) -> bool:

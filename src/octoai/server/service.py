@@ -76,6 +76,10 @@ class Service:
         """401 without a valid token: a hash and a look-up in memory, nothing else."""
         return await self.directory.authenticate(authorization)
 
+    def known(self, token_hash: bytes) -> Caller | None:
+        """The caller whose token has that hash, where nothing is to be waited for; 401 where it is good no more."""
+        return self.directory.known(token_hash)
+
     def require(self, caller: Caller, *scopes: str) -> None:
         """403 unless the token has one of these scopes."""
         if caller.token.scopes.isdisjoint(scopes):

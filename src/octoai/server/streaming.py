@@ -195,9 +195,7 @@ class _Watched:
         self.has_cancelled = self._is_over = False
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
+        self._task = self._incoming.task
         if self._incoming.disconnected:
             self._left()
         else:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from operator import ne
 from typing import NamedTuple
 
+from octoai.server.engines.odd import OddEvents
+
 TEXT = re.compile(rb'"(?:content|text)": ?"([^"\\]+)"')
 # The two counts that change, in whichever order.
 _COUNTS = re.compile(rb'"(?:total|completion)_tokens": ?([0-9]{1,9})(, ?"(total|completion)_tokens": ?)([0-9]{1,9})')
@@ -150,10 +152,11 @@ def _num_same(parts: list[bytes], wanted: bytes) -> int:
 
 
 class Habits:
-    """How an engine writes plain events, as last learnt: what to try in an answer of which only the beginning is known.
+    """How an engine writes its events, as last learnt: what to try in an answer of which only the beginning is known.
     Answers differ in what comes before the choices, and in the tokens of their prompts."""
 
     def __init__(self) -> None:
+        self.odd = OddEvents()
         self._shape: Plain | None = None  # without what comes before the choices
         self._prompt_tokens: re.Match[bytes] | None = None
 

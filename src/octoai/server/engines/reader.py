@@ -12,11 +12,12 @@ from typing import Any
 import orjson
 
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.odd import Said
 from octoai.server.engines.plain import MAX_TOKENS, Habits, Plain, plain
 from octoai.server.engines.refusals import message_of, refusal
 from octoai.server.engines.timed import Timed, timed
 from octoai.server.errors import EngineFailed, Refusal
-from octoai.sse import EventDecoder, EventTooLargeError, parsed
+from octoai.sse import EventDecoder, EventTooLargeError, data_of
 
 
 class Answer:
@@ -65,16 +66,18 @@ class Reader:
         self._is_guess = False
         self._said_when_plain = (0, 0, False)
         may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
+        self._may_be_plain = may_be_plain
         self._num_tries = MAX_TRIES if may_be_plain else 0
 
     def read_events(self, texts: Sequence[bytes], events: list[Event]) -> None:
         """Add what server-sent events mean, which are given as they were received."""
-        number = 0
-        while number < len(texts):
-            num_plain = 0 if self._plain is None else self._read_plain(self._plain, texts, number, events)
-            if not num_plain:
+        number, end = 0, len(texts)
+        while number < end:
+            if self._plain is not None:
+                number += self._read_plain(self._plain, texts, number, events)
+            if number < end:
                 self._read_text(texts[number], events)
-            number += num_plain or 1
+                number += 1
 
     def _read_plain(self, shape: Plain | Timed, texts: Sequence[bytes], start: int, events: list[Event]) -> int:
         """How many were read at once, from `start` on."""
@@ -97,26 +100,53 @@ class Reader:
 
     def _read_text(self, text: bytes, events: list[Event]) -> None:
         """In full."""
-        event = parsed(text)
-        if event is None:
+        data = data_of(text)
+        if data is None:
             return
-        if event.data == DONE:
+        if data == DONE:
             self.is_done = True
             events.append(self._finished())
             return
-        chunk, num_before, num_ended = _decoded(event.data), len(events), len(self._reasons)
-        self._read_checked(chunk, events)
+        num_before, num_ended, chunk = len(events), len(self._reasons), None
+        said = self._habits.odd.read(data) if self._may_be_plain else None
+        if said is None:
+            chunk = self._read_data(data, events)
+        else:
+            self._take(said, events)
         if self._plain is not None and (self._is_guess or self._said() != self._said_when_plain):
             self._plain = None  # it was guessed wrong, or would not say again what was said now
         if self._plain is None and self._num_tries and len(self._reasons) == num_ended:
             self._expect(text, chunk, events[-1] if len(events) > num_before else None)
 
-    def _expect(self, text: bytes, chunk: Mapping[str, Any], event: Event | None) -> None:
+    def _read_data(self, data: bytes, events: list[Event]) -> Mapping[str, Any]:
+        """Returns what is in it."""
+        chunk, had_text = _decoded(data), False
+        try:
+            had_text = self._read(chunk, events)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise EngineFailed("The engine sent an event of a shape that is not the protocol's.") from None
+        if self._may_be_plain and not had_text:
+            self._habits.odd.learn(data, chunk)
+        return chunk
+
+    def _take(self, said: Said, events: list[Event]) -> None:
+        """What an event without text says."""
+        if said.usage is not None:
+            prompt_tokens, cached_tokens, self._completion_tokens = said.usage
+            self._prompt_tokens = prompt_tokens or self._prompt_tokens
+            self._cached_tokens = min(cached_tokens or self._cached_tokens, self._prompt_tokens)
+        if said.has_choice and self._completion_tokens is not None:
+            self._counted[0] = max(self._counted.get(0, 0), self._completion_tokens)
+        if said.reason is not None:
+            self._start(events)
+            self._reasons[0] = said.reason
+
+    def _expect(self, text: bytes, chunk: Mapping[str, Any] | None, event: Event | None) -> None:
         """What the events to come will look like, as in an earlier answer, or as one that was more of the only choice's
         text and nothing else."""
         shape: Plain | Timed | None = None if self._is_guess else self._habits.guess(text, self._prompt_tokens)
         self._is_guess = shape is not None
-        if shape is None and isinstance(event, Delta):
+        if shape is None and chunk is not None and isinstance(event, Delta):
             self._num_tries -= 1
             shape = self._learnt(text, chunk, event)
         if shape is not None and shape.has_counts == (self._completion_tokens is not None):
@@ -151,13 +181,8 @@ class Reader:
         deltas = [Delta(index, "", count) for index, count in sorted(counted.items())]
         return [Started(self._prompt_tokens, self._cached_tokens), *deltas]
 
-    def _read_checked(self, chunk: Mapping[str, Any], events: list[Event]) -> None:
-        try:
-            self._read(chunk, events)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise EngineFailed("The engine sent an event of a shape that is not the protocol's.") from None
-
-    def _read(self, chunk: Mapping[str, Any], events: list[Event]) -> None:
+    def _read(self, chunk: Mapping[str, Any], events: list[Event]) -> bool:
+        """Whether it had any text, or what counts as such."""
         if chunk.get("error") or chunk.get("object") == "error":
             raise self._broken(chunk)
         choices = chunk.get("choices") or ()
@@ -167,14 +192,17 @@ class Reader:
             self._read_timings(timings)
         for choice in choices:
             self._count(choice, is_only=len(choices) == 1)
+        had_text = False
         for choice in choices:
             delta = self._delta(choice)
             if delta is not None:
+                had_text = True
                 self._start(events)
                 events.append(delta)
             if choice.get("finish_reason"):
                 self._start(events)
                 self._reasons[choice.get("index", 0)] = choice["finish_reason"]
+        return had_text
 
     def _broken(self, chunk: Mapping[str, Any]) -> Refusal:
         """vLLM checks some parameters only after its 200, and then says which status it meant."""

@@ -1,0 +1,70 @@
+"""A request's head, and how one is known that its connection has had before.
+
+A client that keeps its connection sends the same head with every request, but for the length of the body. One that is
+that byte for byte means what it meant when it was parsed. Knows nothing of connections.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hmac import compare_digest
+
+_END = b"\r\n\r\n"
+_LENGTH = re.compile(rb"\r\ncontent-length: ?([0-9]{1,9})(?=\r\n)", re.IGNORECASE)
+
+
+@dataclass(slots=True, eq=False)
+class Head:
+    """`headers` are by their names in lower case, of several with one name the first."""
+
+    path: str
+    headers: Mapping[bytes, bytes]
+    keep_alive: bool
+    expects_continue: bool
+    token_hash: bytes | None = None  # once that token has been found to be good
+
+    def header(self, name: bytes) -> str | None:
+        """The first header of that name, which is given in lower case."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+
+@dataclass(slots=True)
+class KnownHead:
+    """What stands before and behind the length of the body."""
+
+    head: Head
+    begins: bytes
+    ends: bytes
+
+    def read(self, data: bytes) -> tuple[int, int] | None:
+        """The length of the body and where it begins, in what begins with such a head."""
+        end = data.find(_END) + len(_END)
+        first, last = len(self.begins), end - len(self.ends)
+        length = data[first:last]
+        # It has a token in it: how long it takes to compare must not tell how much of one is right.
+        if not (
+            0 < len(length) < 10
+            and length.isdigit()
+            and compare_digest(data[:first], self.begins)
+            and compare_digest(data[last:end], self.ends)
+        ):
+            return None
+        return int(length), end
+
+
+def known(head: Head, num_lines: int, data: bytes) -> KnownHead | None:
+    """How to know a head again, of so many header lines, that was parsed from `data`; None where `data` is not one head
+    and what is there of its body, or where more than a length may differ the next time."""
+    if not head.keep_alive or head.expects_continue or b"upgrade" in head.headers:
+        return None
+    end = data.find(_END) + len(_END)
+    lengths = _LENGTH.findall(data, 0, end)
+    # Line ends tell that this is where it ended to the parser as well.
+    if len(lengths) != 1 or data.count(b"\n", 0, end) != num_lines + 2 or len(data) > end + int(lengths[0]):
+        return None
+    length = _LENGTH.search(data)
+    assert length is not None
+    return KnownHead(head, data[: length.start(1)], data[length.end(1) : end])
