@@ -40,7 +40,7 @@ MAX_GIVEN = 10_000
 ELSEWHERE_SECONDS = 600.0  # for an answer under the same key that another process is giving
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Admitted:
     """What was decided for a request that may run. `request` may have got a lower `max_tokens` than the default."""
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
-from octoai.server.billing import usd
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started, Usage
 from octoai.server.ids import new_answer_id
 from octoai.server.params import TextRequest
@@ -22,13 +22,13 @@ from octoai.server.params import TextRequest
 DONE = b"data: [DONE]\n\n"
 
 
-def usage_json(usage: Usage, cost_nanos: int | None = None) -> str:
+def usage_json(usage: Usage, cost: str | None = None) -> str:
     """`cost` is in US dollars, as an exact decimal."""
-    cost = "" if cost_nanos is None else f',"cost":"{usd(cost_nanos)}"'
+    said = "" if cost is None else f',"cost":"{cost}"'
     return (
         f'{{"completion_tokens":{usage.completion_tokens},"prompt_tokens":{usage.prompt_tokens},'
         f'"total_tokens":{usage.prompt_tokens + usage.completion_tokens},'
-        f'"prompt_tokens_details":{{"cached_tokens":{usage.cached_tokens}}}{cost}}}'
+        f'"prompt_tokens_details":{{"cached_tokens":{usage.cached_tokens}}}{said}}}'
     )
 
 
@@ -57,11 +57,11 @@ class _Encoder:
         self.id = new_answer_id()
         self.created = int(time.time()) if created is None else created
         self.fingerprint = fingerprint
-        self.cost_nanos: int | None = None  # known when everything else is
+        self.cost: str | None = None  # in US dollars; known when everything else is
         self._is_open = False
         self._usage = ',"usage":null' if request.include_usage else ""
         # Text that stands before what is generated, by choice (`echo`).
-        self._echoed = _echoed(request)
+        self._echoed = _echoed(request) if request.echo else {}
 
     @cached_property
     def _head(self) -> str:
@@ -96,7 +96,7 @@ class _Encoder:
         *others, last = sorted(event.reasons)
         for index in others:
             yield self._chunk(index, self._closing(), quoted(event.reasons[index]))
-        tail = f',"usage":{usage_json(event.usage, self.cost_nanos)}' if self.request.include_usage else ""
+        tail = f',"usage":{usage_json(event.usage, self.cost)}' if self.request.include_usage else ""
         yield self._chunk(last, self._closing(), quoted(event.reasons[last]), tail)
 
     def _chunk(self, index: int, said: str, reason: str, usage: str | None = None) -> str:
@@ -121,30 +121,32 @@ class _Encoder:
 
     def whole(self, events: Iterable[Event]) -> bytes:
         """One answer from every event of a generation."""
-        texts = dict(self._echoed)
+        texts = self._echoed.copy()
         logprobs: dict[int, list[Mapping[str, Any]]] = {}
         calls: dict[int, list[Mapping[str, Any]]] = {}
         finished: Finished | None = None
         for event in events:
-            if isinstance(event, Delta):
-                texts[event.index] += event.text
+            if isinstance(event, Deltas):
+                texts[0] = texts.get(0, "") + "".join(event.texts)
+            elif isinstance(event, Delta):
+                texts[event.index] = texts.get(event.index, "") + event.text
                 if event.logprobs:
                     logprobs.setdefault(event.index, []).extend(event.logprobs)
                 if event.tool_calls:
                     calls.setdefault(event.index, []).extend(event.tool_calls)
-            elif isinstance(event, Deltas):
-                texts[0] += "".join(event.texts)
             elif isinstance(event, Finished):
                 finished = event
         assert finished is not None
         wants_logprobs = self.request.generations[0].logprobs is not None
         choices = ",".join(
-            f'{{"index":{index},{self._said(texts[index], _gathered_calls(calls.get(index, ())))},'
-            f'"logprobs":{_json(self._logprobs(logprobs.get(index, ()), 0)) if wants_logprobs else "null"},'
-            f'"finish_reason":{quoted(reason)}}}'
-            for index, reason in sorted(finished.reasons.items())
+            [
+                f'{{"index":{index},{self._said(texts.get(index, ""), _gathered_calls(calls.get(index, ())))},'
+                f'"logprobs":{_json(self._logprobs(logprobs.get(index, ()), 0)) if wants_logprobs else "null"},'
+                f'"finish_reason":{quoted(reason)}}}'
+                for index, reason in sorted(finished.reasons.items())
+            ]
         )
-        usage = usage_json(finished.usage, self.cost_nanos)
+        usage = usage_json(finished.usage, self.cost)
         return f'{self._frame(self.whole_object)}{choices}],"usage":{usage}}}'.encode("ascii")
 
     def _frame(self, name: str) -> str:
@@ -205,13 +207,13 @@ class CompletionEncoder(_Encoder):
 
     def __init__(self, request: TextRequest, *, fingerprint: str, created: int | None = None) -> None:
         super().__init__(request, fingerprint=fingerprint, created=created)
-        self._offsets = {index: len(text) for index, text in self._echoed.items()}
+        self._offsets = defaultdict(int, {index: len(text) for index, text in self._echoed.items()})
 
     def _extra(self) -> str:
         return f',"system_fingerprint":{quoted(self.fingerprint)}'  # the original SDK rejects an answer without one
 
     def _opening(self, index: int) -> str | None:
-        text = self._echoed[index]
+        text = self._echoed.get(index)
         return f'"text":{quoted(text)},"logprobs":null' if text else None
 
     def _chunks(self, texts: Sequence[str]) -> str:
@@ -245,8 +247,7 @@ class CompletionEncoder(_Encoder):
 
 
 def _echoed(request: TextRequest) -> dict[int, str]:
-    texts = [generation.text or "" for generation in request.generations for _ in range(generation.n)]
-    return {index: text if request.echo else "" for index, text in enumerate(texts)}
+    return dict(enumerate(generation.text or "" for generation in request.generations for _ in range(generation.n)))
 
 
 def _gathered_calls(deltas: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

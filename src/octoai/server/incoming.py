@@ -60,26 +60,26 @@ class Incoming:
     uvicorn's protocol asks `keep_alive`, `more_body`, `disconnected` and `response_complete` of a request under way.
     """
 
+    task: asyncio.Task[None]  # that answers it
+    request_id = ""
+    is_given_id = False
+    caller: Caller | None = None
+    limit_headers: Headers | None = None
+    status: int | None = None
+    on_left: Callable[[], None] | None = None  # called once, in the loop, when the client has left
+    more_body = True
+    disconnected = response_complete = False
+    _waiter: asyncio.Future[None] | None = None
+    _begun = b""  # the answer's head, until it leaves
+    _is_chunked = False
+
     def __init__(self, connection: Connection, head: Head, num_body_bytes: int | None = None) -> None:
         self.head = head
         self.began = time.perf_counter()
-        self.request_id = ""
-        self.is_given_id = False
-        self.task: asyncio.Task[None]  # that answers it
-        self.caller: Caller | None = None
-        self.limit_headers: Headers | None = None
-        self.status: int | None = None
-        self.on_left: Callable[[], None] | None = None  # called once, in the loop, when the client has left
         self.keep_alive = head.keep_alive
-        self.expects_continue = head.expects_continue
-        self.more_body = True
-        self.disconnected = self.response_complete = False
         self._connection = connection
         self._num_body_bytes = num_body_bytes
         self._body: list[bytes] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self._begun = b""
-        self._is_chunked = False
 
     # ---- what is asked ----
 
@@ -95,8 +95,7 @@ class Incoming:
         return body
 
     async def _rest_of_body(self, max_bytes: int, seconds: float) -> None:
-        if self.expects_continue:
-            self.expects_continue = False
+        if self.head.expects_continue:
             self._connection.transport.write(_CONTINUE)
         try:
             async with asyncio.timeout(seconds):

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from octoai.server.accounts import Caller
@@ -72,8 +73,7 @@ class Tab:
             self.ledger.opened(self)
 
     def write_intent(self) -> None:
-        self._opened = self.ledger.append({"kind": "intent", **self._intent()}, soon=None)
-        self._opened.add_done_callback(_retrieved)
+        self._opened = self.ledger.append(self._record("intent"), soon=None)
 
     @property
     def is_durable(self) -> bool:
@@ -101,7 +101,7 @@ class Tab:
             return
         self._checkpoint, self._renewed = usage, now
         record = {"kind": "checkpoint", "id": self.id, **_counts(usage), "lease_us": now_us() + LEASE_US}
-        self.ledger.append(record).add_done_callback(_retrieved)
+        self.ledger.append(record)
 
     async def settle(self, outcome: str, answer: str | None = None) -> None:
         """What it came to in the end. Only the first call counts; safe to cancel.
@@ -109,21 +109,19 @@ class Tab:
         When this returns the request is on disk, as it was opened at least; no kill of this process loses how it was
         settled, and a few milliseconds later no power cut does. Of a limited request the database knows.
         """
-        if self._settled is None:
+        is_written, settled = self._is_written, self._settled
+        if settled is None:
             self.ledger.closed(self)
-            record = {
-                "kind": "settlement",
-                **self._intent(),
-                **_counts(self.usage()),
-                "outcome": outcome,
-                "settled_us": now_us(),
-                "answer": answer,
-            }
-            self._settled = self.ledger.settle(record, self.reservation, self.price, is_first=not self._is_written)
-        if not self._is_written or isinstance(self._settled, asyncio.Task):
-            await asyncio.shield(self._settled)
-        elif self._opened is not None:
+            record = self._record("settlement")
+            record |= _counts(self.usage())
+            record["outcome"], record["settled_us"], record["answer"] = outcome, now_us(), answer
+            self._settled = settled = self.ledger.settle(record, self.reservation, self.price, is_first=not is_written)
+        if isinstance(settled, asyncio.Task):
+            await asyncio.shield(settled)
+        elif is_written and self._opened is not None:
             await self.ledger.on_disk(self._opened)
+        elif not settled.cancelled():  # by somebody who did not want to wait: the record is on its way all the same
+            await settled
 
     async def close(self, outcome: str) -> None:
         """However it ended: settled when it was opened, given back when it was not."""
@@ -134,9 +132,10 @@ class Tab:
         if self.reservation is not None:
             await self.ledger.give_back(self.reservation)
 
-    def _intent(self) -> dict[str, Any]:
+    def _record(self, kind: str) -> dict[str, Any]:
         key, key_body = self.key or (None, None)
         return {
+            "kind": kind,
             "id": self.id,
             "request_id": self.request_id,
             "account": self.caller.account.id,
@@ -210,9 +209,11 @@ class Ledger:
         durable, applied = self.journal.durable, self.writer.applied
         return (durable.segment - applied.segment) * self.journal.segment_bytes + durable.offset - applied.offset
 
-    def append(self, record: dict[str, Any], *, soon: bool | None = False) -> asyncio.Future[Position]:
+    def append(
+        self, record: dict[str, Any], *, soon: bool | None = False, on_refused: Callable[[], None] | None = None
+    ) -> asyncio.Future[Position]:
         if self.journal is not None:
-            return self.journal.append(record, soon=soon)
+            return self.journal.append(record, soon=soon, on_refused=on_refused)
         written: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
         written.set_result(START)
         return written
@@ -284,7 +285,8 @@ class Ledger:
     ) -> asyncio.Future[Position] | asyncio.Task[None]:
         """Write a settlement now. A task where there is something to wait for. `is_first`: nothing of the request is on
         disk yet."""
-        written = self.append(record, soon=None)
+        on_refused = None if reservation is not None else partial(self._record_again, record)
+        written = self.append(record, soon=None, on_refused=on_refused)
         if is_first or reservation is not None:
             self.sync()
         elif self._sync_at is None:  # when the answer has left: to wake the journal's thread takes its time
@@ -293,7 +295,6 @@ class Ledger:
             return asyncio.ensure_future(self._settled(record, written, reservation, price))
         if written.done() and written.exception() is not None:
             return asyncio.ensure_future(self._recorded(record, written))
-        written.add_done_callback(lambda done: self._unless_recorded(record, done))
         return written
 
     def _sync_settled(self) -> None:
@@ -312,12 +313,11 @@ class Ledger:
             # The next request of the same caller must find what this one no longer holds.
             await self.writer.reached(position, seconds=LIMIT_SECONDS)
 
-    def _unless_recorded(self, record: dict[str, Any], written: asyncio.Future[Position]) -> None:
+    def _record_again(self, record: dict[str, Any]) -> None:
         """What was written could not be made durable: it is written again until it is."""
-        if not written.cancelled() and written.exception() is not None:
-            again = asyncio.ensure_future(self._recorded(record, written))
-            self._again.add(again)
-            again.add_done_callback(self._again.discard)
+        again = asyncio.ensure_future(self._recorded(record))
+        self._again.add(again)
+        again.add_done_callback(self._again.discard)
 
     async def give_back(self, reservation: Reservation) -> None:
         """Of a request that never ran."""
@@ -333,18 +333,19 @@ class Ledger:
             account, key = tab.caller.account.id, tab.key[0]
             self.writer.later(lambda db: keys.release(db, account, key, tab.id))
 
-    async def _recorded(self, record: dict[str, Any], written: asyncio.Future[Position]) -> Position:
-        """Nothing that was used goes unrecorded: what cannot be written now is tried until it can."""
+    async def _recorded(self, record: dict[str, Any], written: asyncio.Future[Position] | None = None) -> Position:
+        """Nothing that was used goes unrecorded: what cannot be written now is tried until it can. `written` None: it
+        was refused before."""
         has_complained = False
         while True:
-            try:
-                return await written
-            except (JournalFull, JournalFailed) as error:
-                if not has_complained:
-                    log.critical("request %s cannot be settled yet: %s", record["request_id"], error)
-                has_complained = True
-                await asyncio.sleep(RETRY_SECONDS)
-                written = self.append(record)
+            if written is not None:
+                with contextlib.suppress(JournalFull, JournalFailed):
+                    return await written
+            if not has_complained:
+                log.critical("request %s cannot be settled yet", record["request_id"])
+            has_complained = True
+            await asyncio.sleep(RETRY_SECONDS)
+            written = self.append(record)
 
     async def _keep_checkpoints(self) -> None:
         while True:
@@ -383,12 +384,6 @@ def _counts(usage: Usage) -> dict[str, int]:
         "cached_tokens": usage.cached_tokens,
         "completion_tokens": usage.completion_tokens,
     }
-
-
-def _retrieved(written: asyncio.Future[Position]) -> None:
-    """A failure that nobody waits for is no surprise: the journal has logged it."""
-    if not written.cancelled():
-        written.exception()
 
 
 def _no_room() -> Unavailable:

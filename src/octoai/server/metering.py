@@ -72,6 +72,8 @@ class Meter:
         """A prompt counts once, however many choices were made from it."""
         if len(self.parts) == 1:
             part = self.parts[0]
+            if part.is_finished:
+                return part.usage
             return Usage(part.usage.prompt_tokens, part.usage.cached_tokens, part.completion_tokens)
         prompts: dict[int, Usage] = {}
         for part in self.parts:

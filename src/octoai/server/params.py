@@ -93,9 +93,11 @@ _CHAT = TypeAdapter(ChatBody)
 _COMPLETION = TypeAdapter(CompletionBody)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TextRequest:
-    """A request, decided. `generations` has one per prompt; their choices are numbered through in that order.
+    """A request, decided; not `frozen`, as in `engines.base`.
+
+    `generations` has one per prompt; their choices are numbered through in that order.
 
     `has_max_tokens`: the client said how many tokens it wants; otherwise the number is our default.
     """

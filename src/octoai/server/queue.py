@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
 
 from octoai.server.errors import Unavailable
@@ -51,8 +50,12 @@ class Turn:
         self._queue, self._account, self._tokens, self._is_admitted = queue, account, tokens, is_admitted
 
     async def __aenter__(self) -> Callable[[], None]:
-        await self._queue._take(self._account, self._tokens, self._is_admitted)
-        return partial(self._queue._measure, self._tokens)
+        if not self._queue._take(self._account, self._tokens):
+            await self._queue._wait(self._account, self._tokens, self._is_admitted)
+        return self._ended
+
+    def _ended(self) -> None:
+        self._queue._measure(self._tokens)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -103,10 +106,14 @@ class FairQueue:
         must not be refused half-way. To enter it raises Unavailable."""
         return Turn(self, account, tokens, is_admitted)
 
-    async def _take(self, account: str, tokens: int, is_admitted: bool) -> None:
-        if self.num_running < self.num_slots and not self.num_waiting:
+    def _take(self, account: str, tokens: int) -> bool:
+        """Whether there is nothing to wait for: then it has its turn."""
+        is_free = self.num_running < self.num_slots and not self.num_waiting
+        if is_free:
             self._start(account, tokens)
-            return
+        return is_free
+
+    async def _wait(self, account: str, tokens: int, is_admitted: bool) -> None:
         if not is_admitted:
             self._check_room(tokens)
         place = _Place(tokens, asyncio.get_running_loop().create_future())
@@ -182,7 +189,7 @@ class FairQueue:
         self.running_tokens -= tokens
         self._accounts[name].num_running -= 1
         self._drop_if_gone(name)
-        while waiting := [each for each in self._accounts.items() if each[1].waiting]:
+        while self.num_waiting and (waiting := [each for each in self._accounts.items() if each[1].waiting]):
             next_name, account = min(waiting, key=lambda each: (each[1].had, each[1].since))
             place = account.waiting.popleft()
             self._forget(place)

@@ -214,7 +214,8 @@ class Job:
         async with self.deployment.queue.turn(self.caller.account.id, tokens, is_admitted=is_admitted) as ended:
             self.meter.took_turn()
             self.tab.open()
-            async with aclosing(self.deployment.engine.generate(generation, part.count, on_text)) as batches:
+            batches = self.deployment.engine.generate(generation, part.count, on_text)
+            try:
                 async for batch in batches:
                     part.count(batch)
                     self._observe(batch, metrics)
@@ -225,6 +226,8 @@ class Job:
                             await self.tab.durable()
                         is_durable = True
                     yield batch if first == 0 else _renumbered(batch, first)
+            finally:
+                await batches.aclose()
 
     def _take(self, part: PartMeter, metrics: SimpleNamespace, batch: Batch) -> bool:
         """Text for which this request's task need not wake up."""

@@ -57,12 +57,12 @@ async def _whole(job: Job, encoder: Encoder, out: Incoming | _Recorded) -> None:
     events: list[Event] = []
     async for batch in job.events():
         events += batch
-    encoder.cost_nanos = cost = job.cost_nanos
+    encoder.cost = cost = usd(job.cost_nanos)
     body = encoder.whole(events)
     headers = (
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
-        (b"x-octoai-cost", usd(cost).encode()),
+        (b"x-octoai-cost", cost.encode()),
         _served_model(job),
     )
     await job.finish(None if job.recording is None else pack(200, headers, body))
@@ -96,7 +96,7 @@ async def _relay(
             await _caught_up(out)
             out.send(encoder.stream(batch))
         batch = await anext(batches)
-    encoder.cost_nanos = job.cost_nanos
+    encoder.cost = usd(job.cost_nanos)
     last = encoder.stream(batch) + DONE
     await job.finish(None if job.recording is None else job.recording.packed(last))
     # The end of the events and of the body in one write, or a client that stops at [DONE] loses its connection.

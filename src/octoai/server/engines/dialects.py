@@ -8,8 +8,9 @@ Every sampling parameter is sent, also at its default: the servers' own defaults
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import orjson
@@ -41,8 +42,8 @@ class Dialect:
 
     def unsupported(self, generation: Generation) -> str | None:
         """The first parameter given that this server cannot honour."""
-        for name in sorted(self.refused):
-            if name in _GIVEN and _GIVEN[name](generation):
+        for name, is_given in _refusable(self.refused):
+            if is_given(generation):
                 return name
         return None
 
@@ -50,16 +51,13 @@ class Dialect:
         return "/completions" if generation.messages is None else "/chat/completions"
 
     def body(self, generation: Generation, model: str) -> bytes:
-        body = {
-            "model": model,
-            "stream": True,
-            "max_tokens": generation.max_tokens,
-            "n": generation.n,
-            **self._prompt(generation),
-            **self._sampling(generation),
-            **self._logprobs(generation),
-            **self.extra,
-        }
+        body = self._sampling(generation)
+        body["model"], body["stream"] = model, True
+        body["max_tokens"], body["n"] = generation.max_tokens, generation.n
+        body.update(self._prompt(generation))
+        body.update(self.extra)
+        if generation.logprobs is not None:
+            body |= self._logprobs(generation.logprobs, is_chat=generation.messages is not None)
         if generation.schema is not None:
             body["response_format"] = self._response_format(generation.schema)
         if generation.tools:
@@ -103,12 +101,8 @@ class Dialect:
                 values[self.renamed[name]] = values.pop(name)
         return values
 
-    def _logprobs(self, generation: Generation) -> dict[str, Any]:
-        if generation.logprobs is None:
-            return {}
-        if generation.messages is None:
-            return {"logprobs": generation.logprobs}
-        return {"logprobs": True, "top_logprobs": generation.logprobs}
+    def _logprobs(self, number: int, *, is_chat: bool) -> dict[str, Any]:
+        return {"logprobs": True, "top_logprobs": number} if is_chat else {"logprobs": number}
 
     def _response_format(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         if not schema:
@@ -186,6 +180,11 @@ def _dumped(body: Mapping[str, Any]) -> bytes:
         return orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
     except orjson.JSONEncodeError as error:  # a number of more than 64 bits, in a schema or a tool
         raise BadRequest(f"The body cannot be passed on to the engine: {error}") from None
+
+
+@cache
+def _refusable(names: frozenset[str]) -> Sequence[tuple[str, Callable[[Generation], bool]]]:
+    return [(name, _GIVEN[name]) for name in sorted(names) if name in _GIVEN]
 
 
 # How each refusable parameter shows that it was given: at its default it asks for nothing.

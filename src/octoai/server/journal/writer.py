@@ -13,9 +13,9 @@ import os
 import secrets
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import orjson
 
 from octoai.server import places
 from octoai.server.journal import files
+from octoai.server.journal.entries import END, Entry, resolve
 from octoai.server.journal.lines import (
     FRAME_BYTES,
     HEADER_BYTES,
@@ -45,18 +46,6 @@ _PAUSE_SECONDS = 0.0005  # between syncs: what comes meanwhile shares the next o
 _NEVER = float("inf")
 _RETRY_SECONDS = 1.0  # between attempts to allocate a segment on a full disk
 
-_Waiter = asyncio.Future[Position]
-_Outcomes = list[tuple[_Waiter, Position | JournalError]]
-
-
-@dataclass(slots=True)
-class _Entry:
-    """A record that is not durable yet, and where it ends."""
-
-    payload: bytes
-    waiter: _Waiter
-    end: Position = START
-
 
 class Journal:
     """What `open` returns. Its methods are for one thread, but for `release`, which is for whoever applies records."""
@@ -73,7 +62,7 @@ class Journal:
         self._has_room = self._is_open = True
         self._is_stopping = self._is_refusing = False
         self._writing = threading.Lock()  # over segments and entries; never held during a sync but where one is full
-        self._entries: list[_Entry] = []  # written, and neither durable nor refused yet
+        self._entries: list[Entry] = []  # written, and neither durable nor refused yet
         self._sync_at, self._synced_at = _NEVER, 0.0
         self._syncs: Syncs | None = None  # the kernel's
         self._is_syncing, self._uses_thread = False, False
@@ -101,28 +90,35 @@ class Journal:
         """False while the disk has no room for a spare segment: what runs may go on, nothing new should begin."""
         return self._has_room and self._is_open
 
-    def append(self, record: dict[str, Any] | bytes, *, soon: bool | None = False) -> asyncio.Future[Position]:
+    def append(
+        self,
+        record: dict[str, Any] | bytes,
+        *,
+        soon: bool | None = False,
+        on_refused: Callable[[], None] | None = None,
+    ) -> asyncio.Future[Position]:
         """Add a record, or the encoded bytes of one, after all that were added before. Does not wait for the disk.
 
         The record is written when this returns. The future has a result once it is durable, at once where it is to be
         `soon` (None: the caller sees to it, with `sync_soon`); then all before it are, or their futures have failed.
-        It fails with JournalFull or JournalFailed, here already where the record could not be written. Cancelling it
-        takes nothing back. Raises ValueError for a record larger than a segment or
-        with a newline, TypeError for one that is no JSON, and JournalFailed once the journal is closed.
+        It fails with JournalFull or JournalFailed, here already where the record could not be written; where later,
+        `on_refused` is called in the loop. Cancelling it takes nothing back. Raises ValueError for a record larger than
+        a segment or with a newline, TypeError for one that is no JSON, and JournalFailed once the journal is closed.
         """
         payload = record if isinstance(record, bytes) else orjson.dumps(record)
         if HEADER_BYTES + FRAME_BYTES + len(payload) > self.segment_bytes:
             raise ValueError(f"A record of {len(payload)} bytes does not fit in a segment of {self.segment_bytes}.")
         if b"\n" in payload:
             raise ValueError("A record is JSON on one line, without a newline.")
-        waiter: _Waiter = asyncio.get_running_loop().create_future()
+        entry = Entry(payload, asyncio.get_running_loop().create_future())
         with self._writing:
             if not self._is_open or self._is_stopping:
                 raise JournalFailed("The journal is closed.")
-            self._add(_Entry(payload, waiter))
+            self._add(entry)
+            entry.on_refused = on_refused
         if soon is not None:
             self._ask_for_sync(0.0 if soon else LINGER_SECONDS)
-        return waiter
+        return entry.waiter
 
     def _ask_for_sync(self, seconds: float) -> None:
         at = time.monotonic() + seconds
@@ -280,13 +276,13 @@ class Journal:
             if failure is not None:
                 self._give_up(failure)
                 return
-            num_durable = sum(entry.end <= written for entry in self._entries)
+            num_durable = bisect_right(self._entries, written, key=END)
             durable, self._entries = self._entries[:num_durable], self._entries[num_durable:]
             self._became_durable(durable)
 
     # What follows runs in whichever thread holds `_writing`.
 
-    def _add(self, entry: _Entry) -> None:
+    def _add(self, entry: Entry) -> None:
         """Write it: to the spare segment where the current one is full, or fails."""
         failure: OSError | None = None
         for _ in range(2):
@@ -305,7 +301,7 @@ class Journal:
                 return
         self._refuse(refusal_of(failure), [entry])
 
-    def _segment_for(self, entry: _Entry, failure: OSError | None) -> Segment:
+    def _segment_for(self, entry: Entry, failure: OSError | None) -> Segment:
         if self._current is not None and self._current.has_room(len(entry.payload)):
             return self._current
         self._keep_spare()
@@ -349,29 +345,29 @@ class Journal:
             self._current.close()
             self._current = None
 
-    def _became_durable(self, entries: Sequence[_Entry]) -> None:
+    def _became_durable(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
         self.durable = entries[-1].end
-        self._tell([(entry.waiter, entry.end) for entry in entries])
+        self._tell(entries)
         if self.on_durable:
             self.on_durable()
 
-    def _refuse(self, error: JournalError, entries: Sequence[_Entry]) -> None:
+    def _refuse(self, error: JournalError, entries: Sequence[Entry]) -> None:
         if entries and not self._is_refusing:
             log.error("%d records were not written to the journal: %s", len(entries), error)
             self._is_refusing = True
-        self._tell([(entry.waiter, error) for entry in entries])
+        self._tell(entries, error)
 
-    def _tell(self, outcomes: _Outcomes) -> None:
+    def _tell(self, entries: Sequence[Entry], error: JournalError | None = None) -> None:
         """Tell those who wait, all in one call of their loop."""
-        if not outcomes:
+        if not entries:
             return
         if threading.get_ident() != self._thread.ident:
-            _resolve(outcomes)
+            resolve(entries, error)
             return
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            outcomes[0][0].get_loop().call_soon_threadsafe(_resolve, outcomes)
+            entries[0].waiter.get_loop().call_soon_threadsafe(resolve, entries, error)
 
     def _keep_spare(self) -> None:
         """Allocate a spare segment when there is none; where the disk refuses, not again for a while."""
@@ -388,13 +384,3 @@ class Journal:
     def _new_segment(self) -> Segment:
         self._num_segments += 1  # also when it fails: a file that could not be deleted keeps its name
         return Segment(self.directory, self.instance, self._num_segments, self.segment_bytes)
-
-
-def _resolve(outcomes: _Outcomes) -> None:
-    for waiter, outcome in outcomes:
-        if waiter.done():  # it was cancelled
-            continue
-        if isinstance(outcome, JournalError):
-            waiter.set_exception(outcome)
-        else:
-            waiter.set_result(outcome)

@@ -85,8 +85,10 @@ class Writer:
     @property
     def away_seconds(self) -> float | None:
         """How long the database has not taken what it was given; None while it does."""
-        since = min((each for each in (self._away_since, self._behind_since) if each is not None), default=None)
-        return None if since is None else time.monotonic() - since
+        away, behind = self._away_since, self._behind_since
+        if away is None and behind is None:
+            return None
+        return time.monotonic() - min(each for each in (away, behind) if each is not None)
 
     def start(self) -> None:
         if self._applier is not None:
