@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import repeat
 from operator import ne
 from typing import NamedTuple
 
@@ -24,8 +25,7 @@ _CHOICES = b'"choices":'
 MAX_TOKENS = 2**31
 MAX_RUN = 256
 _DIGITS = b"0123456789"
-_GAP = b"\n\n"  # between events
-_NUM_SOUGHT = len(b'"text":"')
+_BEGIN_WITH = bytes.startswith
 BACKSLASH = ord("\\")  # as a number: `in` takes several times as long to find bytes in bytes
 
 
@@ -63,47 +63,52 @@ class Plain(NamedTuple):
 
     def _one_as_foreseen(self, event: bytes, count: int, prompt_tokens: int) -> tuple[list[str], list[int]]:
         """An event that came by itself, of one token."""
-        begins, middle, between, ends, is_last = self
-        first = len(begins)
+        first = len(self.begins)
         end = event.find(b'"', first)
         text = event[first:end]
-        if not between:
-            wanted = middle + ends
-        elif is_last:
-            wanted = b"%b%d%b%d%b" % (middle, prompt_tokens + count, between, count, ends)
-        else:
-            wanted = b"%b%d%b%d%b" % (middle, count, between, prompt_tokens + count, ends)
-        if end < 0 or event[end + 1 :] != wanted or BACKSLASH in text:
+        if end < 0 or event[end + 1 :] != self._behind(count, prompt_tokens) or BACKSLASH in text:
             return [], []
         try:
-            return [text.decode()], [count] if between else []
+            return [text.decode()], [count] if self.between else []
         except UnicodeDecodeError:
             return [], []
 
+    def _behind(self, count: int, prompt_tokens: int) -> bytes:
+        """What stands behind the text of an event that counts so many tokens."""
+        _, middle, between, ends, is_last = self
+        if not between:
+            return middle + ends
+        numbers = (prompt_tokens + count, count) if is_last else (count, prompt_tokens + count)
+        return b"%b%d%b%d%b" % (middle, numbers[0], between, numbers[1], ends)
+
+    def _behind_each(self, counts: range, prompt_tokens: int) -> bytes:
+        """The same of several events, each with a line break."""
+        _, middle, between, ends, is_last = self
+        if not between:
+            return (middle + ends + b"\n") * len(counts)
+        said, total = counts, range(counts.start + prompt_tokens, counts.stop + prompt_tokens)
+        parts = [middle, b"", between, b"", ends + b"\n"] * len(counts)
+        parts[1::5], parts[3::5] = (_digits(total), _digits(said)) if is_last else (_digits(said), _digits(total))
+        return b"".join(parts)
+
     def _as_foreseen(self, run: Sequence[bytes], num_counted: int, prompt_tokens: int) -> tuple[list[str], list[int]]:
         """Of one token each."""
-        begins, middle, between, ends, is_last = self
-        # By a few bytes, for which Python searches without preparing for it.
-        frame, before_text = begins[:-_NUM_SOUGHT], begins[-_NUM_SOUGHT:]
-        parts = [part.partition(b'"') for part in (_GAP.join(run) + _GAP + frame).split(before_text)[1:]]
-        texts, rests = [text for text, _, _ in parts], [rest for _, _, rest in parts]
-        counts = list(range(num_counted + 1, num_counted + 1 + len(parts))) if between else []
-        ends += _GAP + frame
-        if not between:
-            wanted = [middle + ends] * len(parts)
-        elif is_last:
-            wanted = [b"%b%d%b%d%b" % (middle, prompt_tokens + count, between, count, ends) for count in counts]
-        else:
-            wanted = [b"%b%d%b%d%b" % (middle, count, between, prompt_tokens + count, ends) for count in counts]
-        if rests != wanted:
-            number = [*map(ne, rests, wanted)].index(True)  # it is odd, or has one of another beginning behind it
-            texts = texts[: number + rests[number].startswith(wanted[number][: len(wanted[number]) - len(frame)])]
+        begins, first = self.begins, len(self.begins)
+        are_alike = [*map(_BEGIN_WITH, run, repeat(begins))]
+        if False in are_alike:
+            run = run[: are_alike.index(False)]
+        texts, _, rests = zip(*[event[first:].partition(b'"') for event in run], strict=True)
+        if b"" in texts:
+            texts = texts[: texts.index(b"")]
+        counts = range(num_counted + 1, num_counted + 1 + len(texts))
+        if b"\n".join([*rests[: len(texts)], b""]) != self._behind_each(counts, prompt_tokens):
+            texts = texts[: [*map(ne, rests, [self._behind(count, prompt_tokens) for count in counts])].index(True)]
         raw = b'"'.join(texts)
-        if BACKSLASH in raw or b"" in texts:
-            texts = texts[: next(number for number, text in enumerate(texts) if not text or BACKSLASH in text)]
+        if BACKSLASH in raw:
+            texts = texts[: next(number for number, text in enumerate(texts) if BACKSLASH in text)]
             raw = b'"'.join(texts)
         try:
-            return raw.decode().split('"') if texts else [], counts[: len(texts)]
+            return raw.decode().split('"') if texts else [], [*counts[: len(texts)]] if self.between else []
         except UnicodeDecodeError:
             return [], []
 
@@ -142,6 +147,10 @@ class Plain(NamedTuple):
         except ValueError:
             return None
         return counts if len(counts) == len(pairs) and max(counts, default=0) < MAX_TOKENS else None
+
+
+def _digits(numbers: range) -> list[bytes]:
+    return " ".join(map(str, numbers)).encode().split(b" ") if numbers else []
 
 
 def _num_same(parts: list[bytes], wanted: bytes) -> int:
