@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from octoai.server.engines import reader
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
-from octoai.server.engines.odd import MAX_KNOWN, OddEvents, Said
+from octoai.server.engines.odd import MAX_KNOWN, OddEvents
 from octoai.server.engines.plain import Habits, plain
 from octoai.server.engines.reader import Answer
 from octoai.server.engines.timed import timed
@@ -323,7 +323,7 @@ def test_an_event_without_text_that_differs_in_more_is_read_in_full(given: bytes
     learnt = OddEvents()
     event = ENDED % TOLD
     learnt.learn(event, json.loads(event))
-    assert learnt.read(event.replace(b"a1", b"b2").replace(b":9", b":8")) == Said(True, "stop", (31, 8, 2))
+    assert learnt.read(event.replace(b"a1", b"b2").replace(b":9", b":8")) == (True, "stop", (31, 8, 2))
     assert given in event
     assert learnt.read(event.replace(given, other)) is None
 

@@ -140,7 +140,7 @@ class _Encoder:
         wants_logprobs = self.request.generations[0].logprobs is not None
         choices = ",".join(
             [
-                f'{{"index":{index},{self._said(texts.get(index, ""), _gathered_calls(calls.get(index, ())))},'
+                f'{{"index":{index},{self._said(texts.get(index, ""), _gathered_calls(calls[index]) if calls else ())},'
                 f'"logprobs":{_json(self._logprobs(logprobs.get(index, ()), 0)) if wants_logprobs else "null"},'
                 f'"finish_reason":{quoted(reason)}}}'
                 for index, reason in sorted(finished.reasons.items())

@@ -16,19 +16,21 @@ class _Random:
     """Random bytes of the kernel's, each given once."""
 
     def __init__(self) -> None:
-        self._bytes, self._next = b"", 0
+        self._text, self._next = "", 0
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._drop)
 
     def hex(self, num_bytes: int) -> str:
-        if self._next + num_bytes > len(self._bytes):
-            self._bytes, self._next = os.urandom(_NUM_AT_ONCE), 0
         start = self._next
-        self._next = end = start + num_bytes
-        return self._bytes[start:end].hex()
+        self._next = end = start + 2 * num_bytes
+        text = self._text[start:end]
+        if len(text) == 2 * num_bytes:
+            return text
+        self._text, self._next = os.urandom(_NUM_AT_ONCE).hex(), 2 * num_bytes
+        return self._text[: 2 * num_bytes]
 
     def _drop(self) -> None:
-        self._bytes = b""
+        self._text = ""
 
 
 _random = _Random()

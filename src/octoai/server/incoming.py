@@ -124,7 +124,7 @@ class Incoming:
         self.status = status
         if self.limit_headers:
             headers = [*headers, *self.limit_headers]
-        given = b"".join([b"%b: %b\r\n" % header for header in headers])
+        given = b"\r\n".join([*map(b": ".join, headers), b""])
         self._is_chunked = b"\r\ncontent-length: " not in b"\r\n" + given
         if given.count(b"\n") != len(headers):
             raise ValueError("a header with a line break")
@@ -174,6 +174,11 @@ class Incoming:
     def came_whole(self) -> None:
         self.more_body = False
         self._wake()
+
+    def came_at_once(self, body: bytes) -> None:
+        """The whole body, before anybody waits for it."""
+        self._body.append(body)
+        self.more_body = False
 
     def leave(self) -> None:
         """The client has."""

@@ -134,17 +134,18 @@ class Tab:
 
     def _record(self, kind: str) -> dict[str, Any]:
         key, key_body = self.key or (None, None)
+        caller, price = self.caller, self.price
         return {
             "kind": kind,
             "id": self.id,
             "request_id": self.request_id,
-            "account": self.caller.account.id,
-            "token_id": self.caller.token.id,
+            "account": caller.account.id,
+            "token_id": caller.token.id,
             "model": self.model,
             "served_model": self.served_model,
-            "input_nanos": self.price.input_nanos,
-            "cached_input_nanos": self.price.cached_input_nanos,
-            "output_nanos": self.price.output_nanos,
+            "input_nanos": price.input_nanos,
+            "cached_input_nanos": price.cached_input_nanos,
+            "output_nanos": price.output_nanos,
             "opened_us": self.opened_us,
             "journal": self.ledger.instance,
             "is_reserved": self.reservation is not None,

@@ -18,16 +18,21 @@ class PartMeter:
     counted: dict[int, int] = field(default_factory=dict)
     is_finished: bool = False
 
-    def count(self, batch: Sequence[Event]) -> None:
+    def count(self, batch: Sequence[Event]) -> int:
+        """Returns how many of the events are text."""
+        num_texts = 0
         for event in batch:
             if isinstance(event, Delta):
                 self.counted[event.index] = event.completion_tokens
+                num_texts += 1
             elif isinstance(event, Deltas):
                 self.counted[0] = event.counts[-1]
+                num_texts += len(event.texts)
             elif isinstance(event, Started):
                 self.usage = Usage(event.prompt_tokens, event.cached_tokens)
             else:
                 self.usage, self.is_finished = event.usage, True
+        return num_texts
 
     @property
     def completion_tokens(self) -> int:

@@ -160,7 +160,7 @@ class Metrics:
         if counters is None:
             requests = self.http_requests.labels(handler, method, str(status or "none"))
             counters = self._known[handler, method, status] = (requests, self.http_seconds.labels(handler))
-        counters[0].inc()
+        counters[0].value += 1
         counters[1].observe(seconds)
 
     def count_job(
@@ -195,10 +195,10 @@ class Metrics:
             kinds = (self.token_tokens.labels(token_id, kind) for kind in ("prompt", "cached", "completion"))
             counters = self._known[token_id] = (*kinds, self.token_cost.labels(token_id))
         prompt, cached, completion, cost = counters
-        prompt.inc(usage.prompt_tokens)
-        cached.inc(usage.cached_tokens)
-        completion.inc(usage.completion_tokens)
-        cost.inc(cost_nanos / 1_000_000_000)
+        prompt.value += usage.prompt_tokens
+        cached.value += usage.cached_tokens
+        completion.value += usage.completion_tokens
+        cost.value += cost_nanos / 1_000_000_000
 
     def _count_job(
         self, deployment: Deployment, asked: tuple[int, int], meter: Meter, now: float, usage: Usage, outcome: str
@@ -206,10 +206,10 @@ class Metrics:
         if outcome == "refused":
             return
         of = self.of(deployment)
-        of.prompt_tokens.inc(usage.prompt_tokens)
-        of.generation_tokens.inc(usage.completion_tokens)
-        of.prefix_queries.inc(usage.prompt_tokens)
-        of.prefix_hits.inc(usage.cached_tokens)
+        of.prompt_tokens.value += usage.prompt_tokens
+        of.generation_tokens.value += usage.completion_tokens
+        of.prefix_queries.value += usage.prompt_tokens
+        of.prefix_hits.value += usage.cached_tokens
         of.request_prompt.observe(usage.prompt_tokens)
         of.request_generation.observe(usage.completion_tokens)
         of.params_n.observe(asked[0])
@@ -218,10 +218,10 @@ class Metrics:
         _count_times(of, meter, now, usage.completion_tokens)
         if outcome == "finished":
             for reason in meter.reasons.values():
-                of.success(reason).inc()
+                of.success(reason).value += 1
         else:
-            of.success("abort").inc()
-            (of.aborted if outcome == "aborted" else of.failed).inc()
+            of.success("abort").value += 1
+            (of.aborted if outcome == "aborted" else of.failed).value += 1
 
     async def text(self) -> bytes:
         """Of the whole service: where this process is one of several, of all of them. Raises Unavailable."""

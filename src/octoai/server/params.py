@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Optional, Union, cast
+from typing import Annotated, Any, Optional, Union
 
 from pydantic import Field, GetPydanticSchema, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -129,7 +129,7 @@ def chat(body: bytes) -> TextRequest:
     generation = Generation(
         messages=_messages(params["messages"]),
         schema=_schema(params.get("response_format")),
-        tools=_tools(params.get("tools") or ()),
+        tools=_tools(params.get("tools")),
         tool_choice=params.get("tool_choice"),
         **sampling,
     )
@@ -222,7 +222,7 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
 
 
 def _messages(messages: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    return tuple(_message(message, index) for index, message in enumerate(messages))
+    return tuple([_message(message, index) for index, message in enumerate(messages)])
 
 
 def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -245,8 +245,8 @@ def _part(part: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:
     raise _invalid(where, "A content part is {type: text, text} or {type: image_url, image_url}", "value_error")
 
 
-def _tools(tools: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    return tuple({**tool, "type": "function"} for tool in tools)
+def _tools(tools: Iterable[Mapping[str, Any]] | None) -> tuple[dict[str, Any], ...]:
+    return tuple([{**tool, "type": "function"} for tool in tools]) if tools else ()
 
 
 def _schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -266,13 +266,15 @@ def _refuse_impossible(params: Mapping[str, Any]) -> None:
     for name in given:
         if params[name] and not (name == "function_call" and params[name] in ("none", "auto")):
             raise UnsupportedParameter(f"{name}: not offered here; leave it out", param=name)
-    if any(kind != "text" for kind in params.get("modalities") or ()):
+    modalities = params.get("modalities")
+    if modalities and any(kind != "text" for kind in modalities):
         raise UnsupportedParameter("modalities: only text is generated here", param="modalities")
 
 
 def _checked(adapter: TypeAdapter[Any], body: bytes) -> dict[str, Any]:
     try:
-        return cast("dict[str, Any]", adapter.validate_json(body))
+        params: dict[str, Any] = adapter.validator.validate_json(body)
+        return params
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
     if problems[0]["type"] == "json_invalid":

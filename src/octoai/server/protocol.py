@@ -73,17 +73,21 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     def _as_before(self, known: KnownHead, data: bytes) -> bytes:
         """Begin requests whose heads are as one was before; returns what is left."""
         while data and not self._num_missing and (read := known.read(data)) is not None:
-            self._unset_keepalive_if_required()
-            self._num_missing, start = read
-            self._begin(Incoming(self, known.head, self._num_missing))
-            data = self._rest_of_body(data[start:])
+            self._rests_since = None
+            length, start = read
+            incoming = Incoming(self, known.head, length)
+            if len(data) < start + length:
+                self._num_missing = length
+                self._begin(incoming)
+                return self._rest_of_body(data[start:])
+            incoming.came_at_once(data[start : start + length])
+            self._begin(incoming)
+            data = data[start + length :]
         return data
 
     def _rest_of_body(self, data: bytes) -> bytes:
         """Take what is of the body; returns what is left."""
-        body, rest = (
-            (data, b"") if len(data) <= self._num_missing else (data[: self._num_missing], data[self._num_missing :])
-        )
+        body, rest = data[: self._num_missing], data[self._num_missing :]
         self._num_missing -= len(body)
         if body:
             self.on_body(body)

@@ -217,8 +217,7 @@ class Job:
             batches = self.deployment.engine.generate(generation, part.count, on_text)
             try:
                 async for batch in batches:
-                    part.count(batch)
-                    self._observe(batch, metrics)
+                    self._observe(batch, part.count(batch), metrics)
                     if part.is_finished:  # an end waits to be settled
                         ended()
                     elif self.request.stream and not is_durable:
@@ -233,19 +232,12 @@ class Job:
         """Text for which this request's task need not wake up."""
         if self.on_text is None or not self.on_text(batch):
             return False
-        part.count(batch)
-        self._observe(batch, metrics)
+        self._observe(batch, part.count(batch), metrics)
         return True
 
-    def _observe(self, batch: Batch, metrics: SimpleNamespace) -> None:
+    def _observe(self, batch: Batch, num_tokens: int, metrics: SimpleNamespace) -> None:
         before = self.meter.last_token
         now = self.meter.passed(batch)
-        num_tokens = 0
-        for event in batch:
-            if isinstance(event, Delta):
-                num_tokens += 1
-            elif isinstance(event, Deltas):
-                num_tokens += len(event.texts)
         if num_tokens:
             metrics.iteration_tokens.observe(num_tokens)
             if before is not None:

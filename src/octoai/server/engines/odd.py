@@ -15,29 +15,22 @@ _QUOTE = b'"'
 _DIGITS = b"0123456789"
 # The value of a key; without a backslash there is no text that only looks like one.
 _NUMBER = re.compile(rb'(": ?)(?:0|[1-9][0-9]*)(?=[,}])')
-_ANY_NUMBER = b"(0|[1-9][0-9]{0,9})"
-_MAX_DIGITS = 9
+_ANY_NUMBER, _COUNT = b"(?:0|[1-9][0-9]*)", b"(0|[1-9][0-9]{0,8})"
 _BACKSLASH = ord("\\")
 MAX_KNOWN = 64
 MAX_LEARNT = 256  # in all: to learn one takes a millisecond, and an engine may never say the same twice
 
-
-class Said(NamedTuple):
-    """What such an event says. `usage`: tokens of the prompt, of those found in the cache (None: not said), and of the
-    answer."""
-
-    has_choice: bool
-    reason: str | None
-    usage: tuple[int, int | None, int] | None
+# Whether it has a choice, why that ended, and the tokens that it says: of the prompt, of those found in the cache
+# (None: not said), and of the answer.
+Said = tuple[bool, str | None, tuple[int, int | None, int] | None]
 
 
 class _Shape(NamedTuple):
-    """`pattern` is all of it, its numbers in groups: which of them are which, from 1 on; 0: there is no such number."""
+    """`pattern` is all of it, the numbers of tokens in groups: which of them are which; 0: there is no such number."""
 
     pattern: re.Pattern[bytes]
     has_choice: bool
     reason: str | None
-    choice: int
     prompt: int
     cached: int
     completion: int
@@ -54,16 +47,15 @@ class OddEvents:
         """What it says, where one that was like it has been learnt."""
         event = _without_id(event)
         shape = self._shapes.get(event.translate(None, _DIGITS))
-        found = None if shape is None else shape.pattern.fullmatch(event)
-        if shape is None or found is None or (shape.choice and found[shape.choice] != b"0"):
+        if shape is None:
             return None
-        if not shape.prompt:
-            return Said(shape.has_choice, shape.reason, None)
-        prompt, completion, cached = found[shape.prompt], found[shape.completion], found[shape.cached]
-        if max(len(prompt), len(completion)) > _MAX_DIGITS or (shape.cached and len(cached) > _MAX_DIGITS):
+        pattern, has_choice, reason, prompt, cached, completion = shape
+        found = pattern.fullmatch(event)
+        if found is None:
             return None
-        usage = int(prompt), int(cached) if shape.cached else None, int(completion)
-        return Said(shape.has_choice, shape.reason, usage)
+        if not prompt:
+            return has_choice, reason, None
+        return has_choice, reason, (int(found[prompt]), int(found[cached]) if cached else None, int(found[completion]))
 
     def learn(self, event: bytes, chunk: Mapping[str, Any]) -> None:
         """`chunk` is what is in it, which was read and had no text."""
@@ -83,24 +75,23 @@ def _without_id(event: bytes) -> bytes:
 def _shape(event: bytes, chunk: Mapping[str, Any]) -> _Shape | None:
     """None where a number cannot be told by its name."""
     choices, usage = chunk.get("choices") or (), chunk.get("usage") or {}
-    reason = choices[0].get("finish_reason") or None if choices else None
+    choice = choices[0] if choices else {}
+    reason = choice.get("finish_reason") or None
     if len(choices) > 1 or "timings" in chunk or not isinstance(reason, str | None):
         return None
     parts = _NUMBER.split(event)  # what is between numbers, each with the end of its key behind it
     names = [part[part.rfind(_QUOTE) + 1 :].decode("latin-1") for part in parts[:-1:2]]
-
-    def place(name: str, among: Mapping[str, Any]) -> int | None:
-        """0 where it is not said, None where it is not to be found."""
-        if among.get(name) is None:
-            return 0
-        return names.index(name) + 1 if names.count(name) == 1 else None
-
-    choice = place("index", choices[0] if choices else {})
-    prompt, completion = place("prompt_tokens", usage), place("completion_tokens", usage)
-    cached = place("cached_tokens", usage.get("prompt_tokens_details") or {})
-    if choice is None or prompt is None or completion is None or cached is None:
+    details = usage.get("prompt_tokens_details") or {}
+    said = {"index": choice, "prompt_tokens": usage, "cached_tokens": details, "completion_tokens": usage}
+    wanted = [name for name, among in said.items() if among.get(name) is not None]
+    if any(names.count(name) != 1 for name in wanted):
         return None
-    if bool(usage) != bool(prompt) or bool(usage) != bool(completion):
+    if usage and not {"prompt_tokens", "completion_tokens"}.issubset(wanted):
         return None
-    pattern = b"".join(re.escape(part) + (_ANY_NUMBER if number % 2 else b"") for number, part in enumerate(parts))
-    return _Shape(re.compile(pattern), bool(choices), reason, choice, prompt, cached, completion)
+    counts = [name for name in names if name in wanted and name != "index"]
+    pattern = re.escape(parts[0])
+    for name, colon, part in zip(names, parts[1::2], parts[2::2], strict=True):
+        number = b"0" if name == "index" in wanted else _COUNT if name in counts else _ANY_NUMBER
+        pattern += colon + number + re.escape(part)
+    places = [counts.index(name) + 1 if name in counts else 0 for name in said][1:]
+    return _Shape(re.compile(pattern), bool(choices), reason, *places)

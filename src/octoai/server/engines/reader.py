@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.logprobs import entries
 from octoai.server.engines.odd import Said
 from octoai.server.engines.plain import MAX_TOKENS, Habits, Plain, plain
 from octoai.server.engines.refusals import message_of, refusal
@@ -45,6 +46,7 @@ class Answer:
 
 
 DONE = b"[DONE]"
+_END = b"data: " + DONE
 MAX_TRIES = 3  # at learning what an answer's plain events look like
 
 
@@ -52,19 +54,19 @@ class Reader:
     """Reads one answer's events. `Finished` comes last, with the sum of what the server counted. `habits` are the
     engine's, where more answers of it are read."""
 
+    is_done = False
+    _started = False
+    _prompt_tokens = _cached_tokens = 0
+    _completion_tokens: int | None = None
+    _plain: Plain | Timed | None = None
+    _is_guess = False
+    _said_when_plain = (0, 0, False)
+
     def __init__(self, generation: Generation | None = None, habits: Habits | None = None) -> None:
-        self.is_done = False
         self._generation = generation
-        self._started = False
         self._counted: dict[int, int] = {}
         self._reasons: dict[int, str] = {}
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._completion_tokens: int | None = None
         self._habits = habits or Habits()
-        self._plain: Plain | Timed | None = None
-        self._is_guess = False
-        self._said_when_plain = (0, 0, False)
         may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
         self._may_be_plain = may_be_plain
         self._num_tries = MAX_TRIES if may_be_plain else 0
@@ -73,7 +75,7 @@ class Reader:
         """Add what server-sent events mean, which are given as they were received."""
         number, end = 0, len(texts)
         while number < end:
-            if self._plain is not None:
+            if self._plain is not None and not self._reasons:
                 number += self._read_plain(self._plain, texts, number, events)
             if number < end:
                 self._read_text(texts[number], events)
@@ -99,26 +101,26 @@ class Reader:
         return len(said)
 
     def _read_text(self, text: bytes, events: list[Event]) -> None:
-        """In full."""
-        data = data_of(text)
-        if data is None:
-            return
-        if data == DONE:
-            self.is_done = True
-            events.append(self._finished())
-            return
+        """As one that is known, or in full."""
         num_before, num_ended, chunk = len(events), len(self._reasons), None
-        said = self._habits.odd.read(data) if self._may_be_plain else None
-        if said is None:
-            chunk = self._read_data(data, events)
-        else:
+        said = self._habits.odd.read(text) if self._may_be_plain and text != _END else None
+        if said is not None:
             self._take(said, events)
+        else:
+            data = data_of(text)
+            if data is None:
+                return
+            if data == DONE:
+                self.is_done = True
+                events.append(self._finished())
+                return
+            chunk = self._read_data(text, data, events)
         if self._plain is not None and (self._is_guess or self._said() != self._said_when_plain):
             self._plain = None  # it was guessed wrong, or would not say again what was said now
         if self._plain is None and self._num_tries and len(self._reasons) == num_ended:
             self._expect(text, chunk, events[-1] if len(events) > num_before else None)
 
-    def _read_data(self, data: bytes, events: list[Event]) -> Mapping[str, Any]:
+    def _read_data(self, text: bytes, data: bytes, events: list[Event]) -> Mapping[str, Any]:
         """Returns what is in it."""
         chunk, had_text = _decoded(data), False
         try:
@@ -126,20 +128,21 @@ class Reader:
         except (AttributeError, KeyError, TypeError, ValueError):
             raise EngineFailed("The engine sent an event of a shape that is not the protocol's.") from None
         if self._may_be_plain and not had_text:
-            self._habits.odd.learn(data, chunk)
+            self._habits.odd.learn(text, chunk)
         return chunk
 
     def _take(self, said: Said, events: list[Event]) -> None:
         """What an event without text says."""
-        if said.usage is not None:
-            prompt_tokens, cached_tokens, self._completion_tokens = said.usage
+        has_choice, reason, usage = said
+        if usage is not None:
+            prompt_tokens, cached_tokens, self._completion_tokens = usage
             self._prompt_tokens = prompt_tokens or self._prompt_tokens
             self._cached_tokens = min(cached_tokens or self._cached_tokens, self._prompt_tokens)
-        if said.has_choice and self._completion_tokens is not None:
+        if has_choice and self._completion_tokens is not None:
             self._counted[0] = max(self._counted.get(0, 0), self._completion_tokens)
-        if said.reason is not None:
+        if reason is not None:
             self._start(events)
-            self._reasons[0] = said.reason
+            self._reasons[0] = reason
 
     def _expect(self, text: bytes, chunk: Mapping[str, Any] | None, event: Event | None) -> None:
         """What the events to come will look like, as in an earlier answer, or as one that was more of the only choice's
@@ -247,7 +250,7 @@ class Reader:
         calls = None if said is None else said.get("tool_calls")
         if not isinstance(text, str):
             raise TypeError(text)
-        logprobs = _logprobs(choice["logprobs"]) if choice.get("logprobs") else None
+        logprobs = entries(choice["logprobs"]) if choice.get("logprobs") else None
         if not text and not calls and not logprobs:  # a token that only begins a character has a logprob, but no text
             return None
         index = choice.get("index", 0)
@@ -284,33 +287,3 @@ def _count(value: Any) -> int | None:
 def _has_text(choice: Mapping[str, Any]) -> bool:
     said = choice.get("delta") or choice
     return bool(said.get("content") or said.get("text") or said.get("tool_calls"))
-
-
-def _logprobs(reported: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One entry a token, in OctoAI's form, from the chat form or the completions' older four parallel lists."""
-    if reported.get("content") is not None:
-        return [
-            {**_entry(token), "top_logprobs": [_entry(other) for other in token.get("top_logprobs") or ()]}
-            for token in reported["content"]
-        ]
-    tokens, values = reported.get("tokens") or [], reported.get("token_logprobs") or []
-    tops = reported.get("top_logprobs") or [{}] * len(tokens)
-    return [
-        {
-            **_entry({"token": token, "logprob": value}),
-            "top_logprobs": [_entry({"token": name, "logprob": other}) for name, other in (top or {}).items()],
-        }
-        for token, value, top in zip(tokens, values, tops, strict=False)
-    ]
-
-
-def _entry(token: Mapping[str, Any]) -> dict[str, Any]:
-    text = token["token"]
-    raw = token.get("bytes")
-    logprob = token["logprob"]
-    return {
-        "token": text,
-        # -inf is no JSON number: the servers' own floor for "never" is this one.
-        "logprob": -9999.0 if logprob is None or logprob < -9999.0 else logprob,
-        "bytes": list(text.encode("utf-8", "replace")) if raw is None else raw,
-    }

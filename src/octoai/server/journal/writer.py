@@ -108,7 +108,7 @@ class Journal:
         payload = record if isinstance(record, bytes) else orjson.dumps(record)
         if HEADER_BYTES + FRAME_BYTES + len(payload) > self.segment_bytes:
             raise ValueError(f"A record of {len(payload)} bytes does not fit in a segment of {self.segment_bytes}.")
-        if b"\n" in payload:
+        if payload is record and b"\n" in payload:
             raise ValueError("A record is JSON on one line, without a newline.")
         entry = Entry(payload, asyncio.get_running_loop().create_future())
         with self._writing:
