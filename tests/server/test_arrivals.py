@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octoai.server.engines import arrivals
+from octoai.server.engines.answer import Answer
 from octoai.server.engines.arrivals import Arrivals
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started
-from octoai.server.engines.reader import Answer
 from octoai.server.errors import EngineFailed
 from tests.server.misbehaving import DONE, GENERATION, USAGE, WHOLE, Reply, Upstream, event, run, says, up
 

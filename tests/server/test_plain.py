@@ -10,10 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from octoai.server.engines import reader
+from octoai.server.engines.answer import Answer
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.odd import MAX_KNOWN, OddEvents
 from octoai.server.engines.plain import Habits, plain
-from octoai.server.engines.reader import Answer
 from octoai.server.engines.timed import timed
 from octoai.server.errors import EngineFailed
 

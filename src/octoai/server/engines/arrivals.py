@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from octoai.server.engines.answer import Answer
 from octoai.server.engines.base import Event, OnText
-from octoai.server.engines.reader import DONE, Answer
+from octoai.server.engines.reader import DONE
 from octoai.server.errors import Refusal
 
 GATHER_SECONDS = 0.1

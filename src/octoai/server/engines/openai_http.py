@@ -17,12 +17,12 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from octoai.server.engines.answer import Answer
 from octoai.server.engines.arrivals import Arrivals
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.exchange import CannotConnect, Exchange, Pool
 from octoai.server.engines.plain import Habits
-from octoai.server.engines.reader import Answer
 from octoai.server.engines.refusals import refusal
 from octoai.server.errors import EngineFailed, Refusal, Unavailable
 

@@ -18,32 +18,7 @@ from octoai.server.engines.plain import MAX_TOKENS, Habits, Plain, plain
 from octoai.server.engines.refusals import message_of, refusal
 from octoai.server.engines.timed import Timed, timed
 from octoai.server.errors import EngineFailed, Refusal
-from octoai.sse import EventDecoder, EventTooLargeError, data_of
-
-
-class Answer:
-    """One answer's body, read as its bytes come."""
-
-    def __init__(self, generation: Generation | None = None, habits: Habits | None = None) -> None:
-        self.is_whole = False
-        self._decoder = EventDecoder()
-        self._reader = Reader(generation, habits)
-
-    def events(self, block: bytes) -> list[Event]:
-        """Raises EngineFailed for what is not the protocol, and what the engine's own error events mean."""
-        try:
-            texts = self._decoder.split(block)
-        except EventTooLargeError:
-            raise EngineFailed("The engine sent an event without an end.") from None
-        events: list[Event] = []
-        self._reader.read_events(texts, events)
-        self.is_whole = self._reader.is_done
-        return events
-
-    def so_far(self) -> list[Event]:
-        """Everything counted until now, again, in as few events as that takes."""
-        return self._reader.so_far(is_whole=self.is_whole)
-
+from octoai.sse import data_of
 
 DONE = b"[DONE]"
 _END = b"data: " + DONE
@@ -102,23 +77,29 @@ class Reader:
 
     def _read_text(self, text: bytes, events: list[Event]) -> None:
         """As one that is known, or in full."""
-        num_before, num_ended, chunk = len(events), len(self._reasons), None
-        said = self._habits.odd.read(text) if self._may_be_plain and text != _END else None
+        if text == _END:
+            self._end(events)
+            return
+        said = self._habits.odd.read(text) if self._may_be_plain else None
         if said is not None:
             self._take(said, events)
-        else:
-            data = data_of(text)
-            if data is None:
-                return
-            if data == DONE:
-                self.is_done = True
-                events.append(self._finished())
-                return
-            chunk = self._read_data(text, data, events)
-        if self._plain is not None and (self._is_guess or self._said() != self._said_when_plain):
-            self._plain = None  # it was guessed wrong, or would not say again what was said now
-        if self._plain is None and self._num_tries and len(self._reasons) == num_ended:
-            self._expect(text, chunk, events[-1] if len(events) > num_before else None)
+            if not self._reasons:
+                self._expect_after(text, None, None)
+            return
+        data = data_of(text)
+        if data is None:
+            return
+        if data == DONE:
+            self._end(events)
+            return
+        num_before = len(events)
+        chunk = self._read_data(text, data, events)
+        if self._may_be_plain and not self._reasons:
+            self._expect_after(text, chunk, events[-1] if len(events) > num_before else None)
+
+    def _end(self, events: list[Event]) -> None:
+        self.is_done = True
+        events.append(self._finished())
 
     def _read_data(self, text: bytes, data: bytes, events: list[Event]) -> Mapping[str, Any]:
         """Returns what is in it."""
@@ -136,17 +117,26 @@ class Reader:
         has_choice, reason, usage = said
         if usage is not None:
             prompt_tokens, cached_tokens, self._completion_tokens = usage
-            self._prompt_tokens = prompt_tokens or self._prompt_tokens
-            self._cached_tokens = min(cached_tokens or self._cached_tokens, self._prompt_tokens)
+            if prompt_tokens:
+                self._prompt_tokens = prompt_tokens
+            if cached_tokens:
+                self._cached_tokens = cached_tokens
+            self._cached_tokens = min(self._cached_tokens, self._prompt_tokens)
         if has_choice and self._completion_tokens is not None:
             self._counted[0] = max(self._counted.get(0, 0), self._completion_tokens)
         if reason is not None:
             self._start(events)
             self._reasons[0] = reason
 
+    def _expect_after(self, text: bytes, chunk: Mapping[str, Any] | None, event: Event | None) -> None:
+        """What the events to come will look like, now that one was read of which `chunk` and `event` were made."""
+        if self._plain is not None and (self._is_guess or self._said() != self._said_when_plain):
+            self._plain = None  # it was guessed wrong, or would not say again what was said now
+        if self._plain is None and self._num_tries:
+            self._expect(text, chunk, event)
+
     def _expect(self, text: bytes, chunk: Mapping[str, Any] | None, event: Event | None) -> None:
-        """What the events to come will look like, as in an earlier answer, or as one that was more of the only choice's
-        text and nothing else."""
+        """As in an earlier answer, or as one that was more of the only choice's text and nothing else."""
         shape: Plain | Timed | None = None if self._is_guess else self._habits.guess(text, self._prompt_tokens)
         self._is_guess = shape is not None
         if shape is None and chunk is not None and isinstance(event, Delta):

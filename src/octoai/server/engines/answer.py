@@ -1,0 +1,33 @@
+"""One answer's body becomes events: bytes in, what `reader` makes of its server-sent events out. Pure."""
+
+from __future__ import annotations
+
+from octoai.server.engines.base import Event, Generation
+from octoai.server.engines.plain import Habits
+from octoai.server.engines.reader import Reader
+from octoai.server.errors import EngineFailed
+from octoai.sse import EventDecoder, EventTooLargeError
+
+
+class Answer:
+    """One answer's body, read as its bytes come."""
+
+    def __init__(self, generation: Generation | None = None, habits: Habits | None = None) -> None:
+        self.is_whole = False
+        self._decoder = EventDecoder()
+        self._reader = Reader(generation, habits)
+
+    def events(self, block: bytes) -> list[Event]:
+        """Raises EngineFailed for what is not the protocol, and what the engine's own error events mean."""
+        try:
+            texts = self._decoder.split(block)
+        except EventTooLargeError:
+            raise EngineFailed("The engine sent an event without an end.") from None
+        events: list[Event] = []
+        self._reader.read_events(texts, events)
+        self.is_whole = self._reader.is_done
+        return events
+
+    def so_far(self) -> list[Event]:
+        """Everything counted until now, again, in as few events as that takes."""
+        return self._reader.so_far(is_whole=self.is_whole)
