@@ -7,11 +7,17 @@ import errno
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 
+from octoai.server import ledger
+from octoai.server.billing import Price
+from octoai.server.engines.base import Usage
 from octoai.server.journal import (
     Journal,
     JournalFailed,
@@ -147,6 +153,52 @@ def test_a_disk_that_fails_throughout_is_told_and_may_recover(opened: Opened, mo
         assert numbers(journal.tail()) == list(range(100))
         journal.close()
         assert numbers(Tail(journal.directory, journal.instance)) == list(range(100))
+
+    run(main())
+
+
+@pytest.mark.usefixtures("by_thread")
+def test_whoever_has_stopped_waiting_is_told_all_the_same(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        journal, refused = opened(), []
+        await journal.append(record(0), on_refused=lambda: refused.append(0))
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fdatasync", failing(errno.EIO))
+            waiters = [journal.append(record(n), on_refused=partial(refused.append, n)) for n in (1, 2)]
+            waiters[0].cancel()
+            with pytest.raises(JournalFailed):
+                await waiters[1]
+        assert refused == [1, 2]
+        journal.close()
+
+    run(main())
+
+
+@pytest.mark.usefixtures("by_thread")
+def test_a_settlement_that_nobody_waits_for_any_more_is_written_again(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller: Any = SimpleNamespace(account=SimpleNamespace(id="a"), token=SimpleNamespace(id="t"))
+    writer: Any = None
+    monkeypatch.setattr(ledger, "RETRY_SECONDS", 0.02)
+
+    async def main() -> None:
+        journal = opened()
+        books = ledger.Ledger(journal, writer)
+        tab = ledger.Tab(books, "1", "req_1", caller, "m", "m", Price(), lambda: Usage(3, 0, 5), opened_us=1)
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fdatasync", failing(errno.EIO))
+            settling = asyncio.create_task(tab.settle("finished"))
+            await asyncio.sleep(0)
+            settling.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await settling
+            await tab.close("finished")  # as whoever leaves does; it does not wait either
+            await until(lambda: not journal.has_room or bool(books._again))
+        await until(lambda: not books._again)
+        journal.close()
+        [settled] = [orjson.loads(payload) for payload, _ in Tail(journal.directory, journal.instance).records(10)]
+        assert (settled["request_id"], settled["completion_tokens"]) == ("req_1", 5)
 
     run(main())
 

@@ -25,6 +25,7 @@ _CHOICES = b'"choices":'
 MAX_TOKENS = 2**31
 MAX_RUN = 256
 _DIGITS = b"0123456789"
+_GAP = b"\n\n"  # in no event
 _BEGIN_WITH = bytes.startswith
 BACKSLASH = ord("\\")  # as a number: `in` takes several times as long to find bytes in bytes
 
@@ -82,12 +83,12 @@ class Plain(NamedTuple):
         return b"%b%d%b%d%b" % (middle, numbers[0], between, numbers[1], ends)
 
     def _behind_each(self, counts: range, prompt_tokens: int) -> bytes:
-        """The same of several events, each with a line break."""
+        """The same of several events, each with a gap."""
         _, middle, between, ends, is_last = self
         if not between:
-            return (middle + ends + b"\n") * len(counts)
+            return (middle + ends + _GAP) * len(counts)
         said, total = counts, range(counts.start + prompt_tokens, counts.stop + prompt_tokens)
-        parts = [middle, b"", between, b"", ends + b"\n"] * len(counts)
+        parts = [middle, b"", between, b"", ends + _GAP] * len(counts)
         parts[1::5], parts[3::5] = (_digits(total), _digits(said)) if is_last else (_digits(said), _digits(total))
         return b"".join(parts)
 
@@ -101,7 +102,7 @@ class Plain(NamedTuple):
         if b"" in texts:
             texts = texts[: texts.index(b"")]
         counts = range(num_counted + 1, num_counted + 1 + len(texts))
-        if b"\n".join([*rests[: len(texts)], b""]) != self._behind_each(counts, prompt_tokens):
+        if _GAP.join([*rests[: len(texts)], b""]) != self._behind_each(counts, prompt_tokens):
             texts = texts[: [*map(ne, rests, [self._behind(count, prompt_tokens) for count in counts])].index(True)]
         raw = b'"'.join(texts)
         if BACKSLASH in raw:
