@@ -64,26 +64,25 @@ class Plain(NamedTuple):
 
     def _one_as_foreseen(self, event: bytes, count: int, prompt_tokens: int) -> tuple[list[str], list[int]]:
         """An event that came by itself, of one token."""
-        first = len(self.begins)
+        begins, middle, between, ends, is_last = self
+        first = len(begins)
         end = event.find(b'"', first)
         text = event[first:end]
-        if end < 0 or event[end + 1 :] != self._behind(count, prompt_tokens) or BACKSLASH in text:
+        if not between:
+            wanted = middle + ends
+        elif is_last:
+            wanted = b"%b%d%b%d%b" % (middle, prompt_tokens + count, between, count, ends)
+        else:
+            wanted = b"%b%d%b%d%b" % (middle, count, between, prompt_tokens + count, ends)
+        if end < 0 or event[end + 1 :] != wanted or BACKSLASH in text:
             return [], []
         try:
-            return [text.decode()], [count] if self.between else []
+            return [text.decode()], [count] if between else []
         except UnicodeDecodeError:
             return [], []
 
-    def _behind(self, count: int, prompt_tokens: int) -> bytes:
-        """What stands behind the text of an event that counts so many tokens."""
-        _, middle, between, ends, is_last = self
-        if not between:
-            return middle + ends
-        numbers = (prompt_tokens + count, count) if is_last else (count, prompt_tokens + count)
-        return b"%b%d%b%d%b" % (middle, numbers[0], between, numbers[1], ends)
-
-    def _behind_each(self, counts: range, prompt_tokens: int) -> bytes:
-        """The same of several events, each with a gap."""
+    def _behind(self, counts: range, prompt_tokens: int) -> bytes:
+        """What stands behind the texts of events that count so many tokens, each with a gap."""
         _, middle, between, ends, is_last = self
         if not between:
             return (middle + ends + _GAP) * len(counts)
@@ -102,8 +101,9 @@ class Plain(NamedTuple):
         if b"" in texts:
             texts = texts[: texts.index(b"")]
         counts = range(num_counted + 1, num_counted + 1 + len(texts))
-        if _GAP.join([*rests[: len(texts)], b""]) != self._behind_each(counts, prompt_tokens):
-            texts = texts[: [*map(ne, rests, [self._behind(count, prompt_tokens) for count in counts])].index(True)]
+        if _GAP.join([*rests[: len(texts)], b""]) != self._behind(counts, prompt_tokens):
+            wanted = self._behind(counts, prompt_tokens).split(_GAP)
+            texts = texts[: [*map(ne, rests, wanted)].index(True)]
         raw = b'"'.join(texts)
         if BACKSLASH in raw:
             texts = texts[: next(number for number, text in enumerate(texts) if BACKSLASH in text)]
