@@ -18,14 +18,13 @@ from octoai.server.engines.arrivals import Arrivals
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started
 from octoai.server.errors import EngineFailed
 from tests.server.misbehaving import DONE, GENERATION, USAGE, WHOLE, Reply, Upstream, event, run, says, up
+from tests.server.singly import singly
 
 WORDS = [f"w{number} " for number in range(8)]
 
 
-def singly(batches: Sequence[Sequence[Event]]) -> Iterator[Event]:
-    for batch in batches:
-        for each in batch:
-            yield from each if isinstance(each, Deltas) else [each]
+def each_of(batches: Sequence[Sequence[Event]]) -> Iterator[Event]:
+    return singly(itertools.chain.from_iterable(batches))
 
 
 def kept(answer: Answer, *, gathers: bool) -> Arrivals:
@@ -48,7 +47,7 @@ def test_whoever_takes_what_it_is_the_answer_in_its_order(
 
     def on_text(batch: Sequence[Event]) -> bool:
         assert all(isinstance(each, Delta | Deltas) for each in batch)
-        assert isinstance(next(singly(came)), Started)
+        assert isinstance(next(each_of(came)), Started)
         takes_it = next(willing, True)
         if takes_it:
             came.append(batch)
@@ -62,7 +61,7 @@ def test_whoever_takes_what_it_is_the_answer_in_its_order(
             assert given_now
             came.append(given_now)
     came.append(arrived.given(is_last=True))
-    assert list(singly(came)) == list(singly([Answer(GENERATION).events(data)]))
+    assert list(each_of(came)) == list(each_of([Answer(GENERATION).events(data)]))
     assert answer.is_whole
 
 
@@ -75,7 +74,7 @@ def test_what_is_gathered_is_read_when_it_is_much_or_has_waited(monkeypatch: pyt
     assert arrived.take(event("a"))
     now += arrivals.GATHER_SECONDS + 0.01
     assert not arrived.take(event("b"))
-    assert [each.text for each in singly([arrived.given(is_last=False)]) if isinstance(each, Delta)] == ["a", "b"]
+    assert [each.text for each in each_of([arrived.given(is_last=False)]) if isinstance(each, Delta)] == ["a", "b"]
     num_taken = 0
     while arrived.take(event("x" * 1000)):
         num_taken += 1
@@ -113,8 +112,8 @@ def test_text_after_the_first_does_not_wake_the_reader() -> None:
     async def main() -> None:
         taken: list[Sequence[Event]] = []
         batches = await told(slow(*map(event, WORDS), event("", "stop"), USAGE, DONE), lambda b: not taken.append(b))
-        assert [each.text for each in singly(taken) if isinstance(each, Delta)] == WORDS[1:]
-        assert [type(each) for each in singly(batches)] == [Started, Delta, Finished]
+        assert [each.text for each in each_of(taken) if isinstance(each, Delta)] == WORDS[1:]
+        assert [type(each) for each in each_of(batches)] == [Started, Delta, Finished]
 
     run(main())
 
@@ -126,13 +125,13 @@ def test_what_is_refused_comes_to_the_reader_in_its_order() -> None:
         def on_text(batch: Sequence[Event]) -> bool:
             if chance.random() < 0.5:
                 return False
-            order.extend(singly([batch]))
+            order.extend(each_of([batch]))
             return True
 
         upstream = Upstream(slow(*map(event, WORDS), event("", "stop"), USAGE, DONE))
         async with up(upstream) as engine, aclosing(engine.generate(GENERATION, None, on_text)) as batches:
             async for batch in batches:
-                order.extend(singly([batch]))
+                order.extend(each_of([batch]))
                 await asyncio.sleep(0.03)  # more comes meanwhile
         assert [each.text for each in order if isinstance(each, Delta)] == WORDS
         assert isinstance(order[-1], Finished)

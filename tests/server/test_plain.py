@@ -16,6 +16,7 @@ from octoai.server.engines.odd import MAX_KNOWN, OddEvents
 from octoai.server.engines.plain import Habits, plain
 from octoai.server.engines.timed import timed
 from octoai.server.errors import EngineFailed
+from tests.server.singly import singly
 
 ONE = Generation(max_tokens=8, messages=[{"role": "user", "content": "x"}])
 TEXTS = st.one_of(
@@ -108,8 +109,7 @@ def streams(draw: st.DrawFn) -> bytes:
 def read(answer: Answer, blocks: Iterator[bytes]) -> tuple[list[Event], list[Event]]:
     """Each delta by itself, however they were gathered."""
     events = [event for block in blocks for event in answer.events(block)]
-    singly = [each for event in events for each in (event if isinstance(event, Deltas) else [event])]
-    return singly, answer.so_far()
+    return [*singly(events)], answer.so_far()
 
 
 def cut(data: bytes, places: list[int]) -> Iterator[bytes]:

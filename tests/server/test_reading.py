@@ -20,6 +20,7 @@ from octoai.server.engines.reading import (
     Prompt,
     Reading,
 )
+from tests.server.singly import singly
 
 pytestmark = pytest.mark.model
 
@@ -44,7 +45,7 @@ async def running(weights: Path, place: Path, **options: object) -> AsyncIterato
 
 
 async def answered(engine: LlamaEngine, generation: Generation) -> tuple[str, Usage]:
-    events = [event async for batch in engine.generate(generation) for event in batch]
+    events = [event async for batch in engine.generate(generation) for event in singly(batch)]
     started, finished = events[0], events[-1]
     assert isinstance(started, Started)
     assert isinstance(finished, Finished)
