@@ -75,17 +75,9 @@ class EventDecoder:
         return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
-def data_of(text: bytes) -> bytes | None:
-    """The data of the event that some lines are; None if they hold none."""
-    if text.startswith(b"data: ") and _LF not in text:  # the shape of nearly every event there is
-        return text[6:]
-    event = parsed(text)
-    return None if event is None else event.data
-
-
 def parsed(text: bytes) -> Event | None:
     """The event that some lines are; None if they hold no data."""
-    if text.startswith(b"data: ") and _LF not in text:
+    if text.startswith(b"data: ") and _LF not in text:  # the shape of nearly every event there is
         return Event(text[6:])
     lines: list[bytes] = []
     name = b""

@@ -20,6 +20,7 @@ from octoai.server.billing import Price
 from octoai.server.engines.base import Usage
 from octoai.server.journal import (
     Journal,
+    JournalError,
     JournalFailed,
     JournalFull,
     Tail,
@@ -161,10 +162,15 @@ def test_a_disk_that_fails_throughout_is_told_and_may_recover(opened: Opened, mo
 def test_whoever_has_stopped_waiting_is_told_all_the_same(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         journal, refused = opened(), []
-        await journal.append(record(0), on_refused=lambda: refused.append(0))
+
+        def refuse(n: int, error: JournalError) -> None:
+            assert "Input/output error" in str(error)
+            refused.append(n)
+
+        await journal.append(record(0), on_refused=lambda _: refused.append(0))
         with monkeypatch.context() as broken:
             broken.setattr(os, "fdatasync", failing(errno.EIO))
-            waiters = [journal.append(record(n), on_refused=partial(refused.append, n)) for n in (1, 2)]
+            waiters = [journal.append(record(n), on_refused=partial(refuse, n)) for n in (1, 2)]
             waiters[0].cancel()
             with pytest.raises(JournalFailed):
                 await waiters[1]

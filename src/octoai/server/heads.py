@@ -61,10 +61,9 @@ def known(head: Head, num_lines: int, data: bytes) -> KnownHead | None:
     if not head.keep_alive or head.expects_continue or b"upgrade" in head.headers:
         return None
     end = data.find(_END) + len(_END)
-    lengths = _LENGTH.findall(data, 0, end)
+    lengths = [*_LENGTH.finditer(data, 0, end)]
     # Line ends tell that this is where it ended to the parser as well.
-    if len(lengths) != 1 or data.count(b"\n", 0, end) != num_lines + 2 or len(data) > end + int(lengths[0]):
+    if len(lengths) != 1 or data.count(b"\n", 0, end) != num_lines + 2 or len(data) > end + int(lengths[0][1]):
         return None
-    length = _LENGTH.search(data)
-    assert length is not None
-    return KnownHead(head, data[: length.start(1)], data[length.end(1) : end])
+    start, stop = lengths[0].span(1)
+    return KnownHead(head, data[:start], data[stop:end])

@@ -20,7 +20,7 @@ from octoai.server.accounts import Caller
 from octoai.server.billing import Price
 from octoai.server.engines.base import Usage
 from octoai.server.errors import OutOfCredit, Unavailable
-from octoai.server.journal import START, Journal, JournalFailed, JournalFull, Position
+from octoai.server.journal import START, Journal, JournalError, JournalFailed, JournalFull, Position
 from octoai.server.limits import Standings, reserve
 from octoai.server.store import keys, reservations
 from octoai.server.store.database import StoreAway, StoreError
@@ -211,7 +211,11 @@ class Ledger:
         return (durable.segment - applied.segment) * self.journal.segment_bytes + durable.offset - applied.offset
 
     def append(
-        self, record: dict[str, Any], *, soon: bool | None = False, on_refused: Callable[[], None] | None = None
+        self,
+        record: dict[str, Any],
+        *,
+        soon: bool | None = False,
+        on_refused: Callable[[JournalError], None] | None = None,
     ) -> asyncio.Future[Position]:
         if self.journal is not None:
             return self.journal.append(record, soon=soon, on_refused=on_refused)
@@ -314,9 +318,11 @@ class Ledger:
             # The next request of the same caller must find what this one no longer holds.
             await self.writer.reached(position, seconds=LIMIT_SECONDS)
 
-    def _record_again(self, record: dict[str, Any]) -> None:
+    def _record_again(self, record: dict[str, Any], refused: JournalError) -> None:
         """What was written could not be made durable: it is written again until it is."""
-        again = asyncio.ensure_future(self._recorded(record))
+        failed: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
+        failed.set_exception(refused)
+        again = asyncio.ensure_future(self._recorded(record, failed))
         self._again.add(again)
         again.add_done_callback(self._again.discard)
 
@@ -334,19 +340,18 @@ class Ledger:
             account, key = tab.caller.account.id, tab.key[0]
             self.writer.later(lambda db: keys.release(db, account, key, tab.id))
 
-    async def _recorded(self, record: dict[str, Any], written: asyncio.Future[Position] | None = None) -> Position:
-        """Nothing that was used goes unrecorded: what cannot be written now is tried until it can. `written` None: it
-        was refused before."""
+    async def _recorded(self, record: dict[str, Any], written: asyncio.Future[Position]) -> Position:
+        """Nothing that was used goes unrecorded: what cannot be written now is tried until it can."""
         has_complained = False
         while True:
-            if written is not None:
-                with contextlib.suppress(JournalFull, JournalFailed):
-                    return await written
-            if not has_complained:
-                log.critical("request %s cannot be settled yet", record["request_id"])
-            has_complained = True
-            await asyncio.sleep(RETRY_SECONDS)
-            written = self.append(record)
+            try:
+                return await written
+            except (JournalFull, JournalFailed) as error:
+                if not has_complained:
+                    log.critical("request %s cannot be settled yet: %s", record["request_id"], error)
+                has_complained = True
+                await asyncio.sleep(RETRY_SECONDS)
+                written = self.append(record)
 
     async def _keep_checkpoints(self) -> None:
         while True:

@@ -18,7 +18,7 @@ from octoai.server.engines.plain import MAX_TOKENS, Habits, Plain, plain
 from octoai.server.engines.refusals import message_of, refusal
 from octoai.server.engines.timed import Timed, timed
 from octoai.server.errors import EngineFailed, Refusal
-from octoai.sse import data_of
+from octoai.sse import parsed
 
 DONE = b"[DONE]"
 _END = b"data: " + DONE
@@ -86,14 +86,14 @@ class Reader:
             if not self._reasons:
                 self._expect_after(text, None, None)
             return
-        data = data_of(text)
-        if data is None:
+        event = parsed(text)
+        if event is None:
             return
-        if data == DONE:
+        if event.data == DONE:
             self._end(events)
             return
         num_before = len(events)
-        chunk = self._read_data(text, data, events)
+        chunk = self._read_data(text, event.data, events)
         if self._may_be_plain and not self._reasons:
             self._expect_after(text, chunk, events[-1] if len(events) > num_before else None)
 

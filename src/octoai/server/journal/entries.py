@@ -18,7 +18,7 @@ class Entry:
     payload: bytes
     waiter: asyncio.Future[Position]
     end: Position = START
-    on_refused: Callable[[], None] | None = None
+    on_refused: Callable[[JournalError], None] | None = None
 
 
 END = attrgetter("end")
@@ -36,4 +36,4 @@ def resolve(entries: Sequence[Entry], error: JournalError | None) -> None:
             waiter.set_exception(error)
             waiter.exception()  # it is logged: nobody has to ask for it
         if error is not None and entry.on_refused is not None:
-            entry.on_refused()
+            entry.on_refused(error)

@@ -95,7 +95,7 @@ class Journal:
         record: dict[str, Any] | bytes,
         *,
         soon: bool | None = False,
-        on_refused: Callable[[], None] | None = None,
+        on_refused: Callable[[JournalError], None] | None = None,
     ) -> asyncio.Future[Position]:
         """Add a record, or the encoded bytes of one, after all that were added before. Does not wait for the disk.
 
