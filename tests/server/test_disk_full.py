@@ -158,7 +158,7 @@ def test_the_database_may_be_full_while_the_journal_has_room(in_process: Start, 
     """Requests are refused before the journal fills up too."""
     service = in_process(ScriptedEngine())
     assert refusal(service)[0] == 200
-    applied = applier.apply
+    applied = applier.apply_in_portions
     is_full = True
 
     def apply(*arguments: Any) -> None:
@@ -166,7 +166,7 @@ def test_the_database_may_be_full_while_the_journal_has_room(in_process: Start, 
             raise StoreFull("database or disk is full")
         applied(*arguments)
 
-    monkeypatch.setattr(applier, "apply", apply)
+    monkeypatch.setattr(applier, "apply_in_portions", apply)
     until(lambda: refusal(service)[:2] == (503, "no_room"), 5)
     is_full = False
     until(lambda: refusal(service)[0] == 200, 5)

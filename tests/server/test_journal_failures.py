@@ -24,6 +24,7 @@ from octoai.server.journal import (
     JournalFailed,
     JournalFull,
     Tail,
+    files,
 )
 from octoai.server.journal import writer as journal_writer
 from tests.server.journals import (
@@ -223,6 +224,25 @@ def test_a_thread_that_ends_by_a_fault_leaves_nobody_waiting(opened: Opened) -> 
             journal.append(record(3))
 
     run(main())
+
+
+def test_what_is_allocated_is_written_too(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that is only allocated takes a sync longer, when it is written for the first time."""
+    pieces: list[tuple[int, int]] = []
+    write = files.write
+
+    def noted(fd: int, block: bytes, offset: int) -> None:
+        pieces.append((offset, offset + len(block)))
+        write(fd, block, offset)
+
+    monkeypatch.setattr(files, "write", noted)
+    first = opened(1_000_001)
+    monkeypatch.undo()
+    assert file_of(first, 1).read_bytes() == bytes(1_000_001)
+    halves = len(pieces) // 2  # the segment in use, and the spare one
+    for some in (pieces[:halves], pieces[halves:]):
+        assert [start for start, _ in some] == [0, *(end for _, end in some[:-1])]
+        assert some[-1][1] == 1_000_001
 
 
 def test_without_a_call_to_allocate_zeros_are_written(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

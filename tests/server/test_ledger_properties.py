@@ -108,9 +108,10 @@ class Ledger(RuleBasedStateMachine):
 
     # ── what happens ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    @initialize(chosen=st.sets(st.integers(0, 5), min_size=1, max_size=2))
-    def choose(self, chosen: set[int]) -> None:
+    @initialize(chosen=st.sets(st.integers(0, 5), min_size=1, max_size=2), portion=st.sampled_from([1, 2, 512]))
+    def choose(self, chosen: set[int], portion: int) -> None:
         """Few callers at a time: they are to be in each other's way."""
+        self.db.portion = portion
         self.chosen = [self.callers[which] for which in sorted(chosen)]
 
     @rule(data=st.data(), nanos=st.sampled_from([1, 100, BUDGET, 1500]))
@@ -232,7 +233,7 @@ class Ledger(RuleBasedStateMachine):
 
     def apply(self, batch: list[dict[str, Any]]) -> None:
         with self.db.transaction():
-            requests.apply(self.db, batch, self.now_us)
+            requests.apply_in_portions(self.db, batch, self.now_us)
 
     def interrupt(self, rows: list[RequestRow]) -> None:
         requests.interrupt(self.db, rows, self.now_us)

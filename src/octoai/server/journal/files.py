@@ -9,7 +9,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-_ZEROS = bytes(64 * 1024)
+_ZEROS = bytes(256 * 1024)
 _LOCK_NAME = re.compile(r"([0-9a-f]{16})\.lock")
 
 
@@ -35,6 +35,7 @@ def new_segment(path: Path, num_bytes: int) -> int:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         _allocate(fd, num_bytes)
+        _write_zeros(fd, num_bytes)
         os.fsync(fd)
         sync_directory(path.parent)
     except OSError:
@@ -45,16 +46,23 @@ def new_segment(path: Path, num_bytes: int) -> int:
 
 
 def _allocate(fd: int, num_bytes: int) -> None:
+    """Take the room, all of it or none, where the file system can say so beforehand."""
     allocate = getattr(os, "posix_fallocate", None)  # not on macOS
     try:
         if allocate is not None:
             allocate(fd, 0, num_bytes)
-            return
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system, or a C library, that has none
             raise
+
+
+def _write_zeros(fd: int, num_bytes: int) -> None:
+    """So that a sync later has nothing to note but the data: blocks that are only allocated are marked as written by
+    their first sync, which on ext4 takes half as long again (0.24 to 0.30 ms instead of 0.16). In pieces: a sync of the
+    segment in use may have to wait for one of them, and not for all."""
     for offset in range(0, num_bytes, len(_ZEROS)):
         write(fd, _ZEROS[: num_bytes - offset], offset)
+        sync(fd)
 
 
 def write(fd: int, block: bytes | bytearray, offset: int) -> None:

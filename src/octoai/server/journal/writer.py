@@ -58,6 +58,7 @@ class Journal:
         self._num_segments = 0
         self._current: Segment | None = self._new_segment()
         self._spare: Segment | None = self._new_segment()
+        self._no_spare: OSError | None = None  # why there was none, the last time
         self._allocate_at = 0.0
         self._has_room = self._is_open = True
         self._is_stopping = self._is_refusing = False
@@ -306,7 +307,7 @@ class Journal:
             return self._current
         self._keep_spare()
         if self._spare is None:
-            raise refusal_of(failure)
+            raise refusal_of(failure or self._no_spare)
         if self._current is not None:
             self._current.sync()  # what it has must be durable before another goes on after it
             self._current.close()
@@ -378,6 +379,7 @@ class Journal:
         except OSError as error:
             if self._has_room:
                 log.error("no room for another segment of the journal: %s", error)
+            self._no_spare = error
             self._allocate_at = time.monotonic() + _RETRY_SECONDS
         self._has_room = self._spare is not None
 

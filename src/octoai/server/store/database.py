@@ -37,7 +37,11 @@ class Conflict(StoreError):
 
 
 class Connection(Protocol):
-    """One connection, used by one thread at a time."""
+    """One connection, used by one thread at a time.
+
+    `portion` is how many of the journal's records are brought in before others may have the core."""
+
+    portion: int
 
     def row(self, sql: str, parameters: Parameters = ()) -> Row | None: ...
 

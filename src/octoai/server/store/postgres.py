@@ -45,6 +45,8 @@ _DEFAULTS: dict[str, str | int] = {
 
 
 class PostgresConnection:
+    portion = 512  # the work is the server's; what takes time here is to ask it
+
     def __init__(self, url: str) -> None:
         """Connects at once. Raises StoreError; no error's text has the URL's password in it."""
         self._parameters = _connection_parameters(url)

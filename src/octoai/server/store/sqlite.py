@@ -20,6 +20,8 @@ NUM_BACKUPS = 5
 
 
 class SqliteConnection:
+    portion = 16  # about a millisecond: the work is done here, on a core that others may be waiting for
+
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._told():

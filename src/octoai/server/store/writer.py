@@ -25,7 +25,7 @@ from octoai.server.store import Place, connect
 from octoai.server.store.applier import Applier, News
 from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull
 from octoai.server.store.journals import keep_position
-from octoai.server.store.requests import Record, apply
+from octoai.server.store.requests import Record, apply_in_portions
 
 log = logging.getLogger("octoai.store")
 
@@ -214,7 +214,7 @@ class Writer:
         results: list[tuple[Any, BaseException | None]] = []
         with db.transaction():
             if records and self._journal is not None:
-                apply(db, records, time.time_ns() // 1000)
+                apply_in_portions(db, records, time.time_ns() // 1000)
                 keep_position(db, self._journal.instance, payloads[-1][1])
             results.extend(_done(db, each.action) for each in work)
         return results
