@@ -1,15 +1,24 @@
 """What our counters and histograms report is what `prometheus_client`'s own would, to the byte."""
 
+import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import prometheus_client
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
 
+from octoai.server.catalogue import Model
 from octoai.server.counting import Counter, Histogram
+from octoai.server.engines.base import Generation, Usage
 from octoai.server.engines.scripted import ScriptedEngine
+from octoai.server.metering import Meter
+from octoai.server.metrics import Metrics
+from octoai.server.params import TextRequest
+from octoai.server.queue import FairQueue
+from octoai.server.router import Deployment
 from tests.running import InProcess
 from tests.talking import chat, metric, until
 
@@ -63,3 +72,65 @@ def test_what_a_running_service_observed_does_not_take_more_and_more_memory(
     (deployment,) = service.service.router.deployments
     until(lambda: not service.service.metrics.of(deployment).end_to_end._values, 5.0)
     assert metric(service, "vllm:e2e_request_latency_seconds_count") == 1
+
+
+class Times(Meter):
+    """A request that came so far."""
+
+    def __init__(self, reached: int, reasons: dict[int, str]) -> None:
+        super().__init__(lambda: 0.25)
+        self.clock = lambda: 5.0
+        self.reasons = reasons
+        self.turn, self.first_token, self.last_token = [1.0, 1.75, 4.0][:reached] + [None] * (3 - reached)
+
+
+ENDS = st.builds(
+    lambda which, reached, outcome, reasons, usage, token: (which, Times(reached, reasons), outcome, usage, token),
+    st.integers(0, 1),
+    st.sampled_from([0, 1, 3]),
+    st.sampled_from(["finished", "refused", "aborted", "failed"]),
+    st.dictionaries(st.integers(0, 2), st.sampled_from(["stop", "length"])),
+    st.builds(Usage, st.integers(0, 50), st.integers(0, 9), st.integers(0, 3)),
+    st.sampled_from(["tok_a", "tok_b"]),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(ENDS, max_size=12))
+def test_requests_that_are_counted_together_are_counted_as_each_would_be(ends: list[Any]) -> None:
+    deployments = [Deployment(Model(name), ScriptedEngine(), FairQueue(1, 1)) for name in ("one", "two")]
+    request = TextRequest("one", (Generation(max_tokens=7, n=2),), stream=False, include_usage=False)
+    said = []
+    for is_together in (True, False):
+        metrics = Metrics()
+        metrics.watch(deployments)
+        for which, meter, outcome, usage, token in ends:
+            metrics.count_job(deployments[which], request, meter, usage, outcome, token, 1_000_000_000)
+            if not is_together:
+                metrics.registry.collect()
+        said.append(asyncio.run(metrics.text()).decode())
+    assert sorted(said[0].splitlines()) == sorted(said[1].splitlines())
+    counted = [outcome for _, _, outcome, _, _ in ends if outcome != "refused"]
+    text = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in said[0].splitlines() if line[0] != "#"}
+
+    def total(name: str, label: str = "") -> float:
+        return sum(value for sample, value in text.items() if sample.startswith(name + "{") and label in sample)
+
+    assert total("vllm:e2e_request_latency_seconds_sum") == 4.75 * len(counted)
+    for name in ("queue", "inference", "prefill"):
+        seen = [meter for _, meter, outcome, _, _ in ends if outcome != "refused"]
+        least = {"queue": 0, "inference": 1, "prefill": 3}[name]
+        num = len(
+            [meter for meter in seen if [meter.turn, meter.first_token, meter.last_token].count(None) <= 3 - least]
+        )
+        assert total(f"vllm:request_{name}_time_seconds_count") == num
+    several = [usage for _, meter, outcome, usage, _ in ends if outcome != "refused" and meter.last_token is not None]
+    assert total("vllm:time_per_output_token_seconds_count") == len(
+        [each for each in several if each.completion_tokens > 1]
+    )
+    assert total("octoai_requests_aborted_total") == counted.count("aborted")
+    assert total("octoai_requests_failed_total") == counted.count("failed")
+    stopped = [list(meter.reasons.values()).count("stop") for _, meter, outcome, _, _ in ends if outcome == "finished"]
+    assert total("vllm:request_success_total", 'finished_reason="stop"') == sum(stopped)
+    assert total("octoai_cost_usd_total", "tok_a") == [token for *_, token in ends].count("tok_a")
+    assert total("octoai_tokens_total", 'kind="prompt"') == sum(usage.prompt_tokens for *_, usage, _ in ends)

@@ -39,7 +39,7 @@ class Spread:
     their places when somebody asks, and by `fold`, so that they do not become many.
     """
 
-    __slots__ = ("_bounds", "_counts", "_sum", "_values", "observe")
+    __slots__ = ("_bounds", "_counts", "_sum", "_values", "observe", "observe_all")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -47,6 +47,7 @@ class Spread:
         self._sum = 0.0
         self._values: list[float] = []
         self.observe = self._values.append
+        self.observe_all = self._values.extend
 
     @property
     def counts(self) -> Sequence[int]:

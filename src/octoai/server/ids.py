@@ -9,42 +9,37 @@ from __future__ import annotations
 import os
 import time
 
-_NUM_AT_ONCE = 4096  # to ask the kernel for a few bytes takes as long as for a few thousand
+_NUM_AT_ONCE = 256  # to ask the kernel for a few bytes takes as long as for a few thousand
 
 
 class _Random:
-    """Random bytes of the kernel's, each given once."""
+    """Random bytes of the kernel's in hexadecimal, so many at a time, each given once."""
 
-    def __init__(self) -> None:
-        self._text, self._next = "", 0
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._texts: list[str] = []
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._drop)
+            os.register_at_fork(after_in_child=self._texts.clear)
 
-    def hex(self, num_bytes: int) -> str:
-        start = self._next
-        self._next = end = start + 2 * num_bytes
-        text = self._text[start:end]
-        if len(text) == 2 * num_bytes:
-            return text
-        self._text, self._next = os.urandom(_NUM_AT_ONCE).hex(), 2 * num_bytes
-        return self._text[: 2 * num_bytes]
-
-    def _drop(self) -> None:
-        self._text = ""
+    def hex(self) -> str:
+        if not self._texts:
+            text, length = os.urandom(_NUM_AT_ONCE * self._num_bytes).hex(), 2 * self._num_bytes
+            self._texts += [text[start : start + length] for start in range(0, len(text), length)]
+        return self._texts.pop()
 
 
-_random = _Random()
+_of_request, _of_record, _of_answer = _Random(10), _Random(9), _Random(16)
 
 
 def new_request_id() -> str:
     """What an answer is called, where the client has no name for it."""
-    return f"req_{time.time_ns() // 1_000_000:012x}{_random.hex(10)}"
+    return f"req_{time.time_ns() // 1_000_000:012x}{_of_request.hex()}"
 
 
 def new_record_id() -> str:
     """What a request is called in the ledger."""
-    return f"{time.time_ns() // 1000:014x}{_random.hex(9)}"
+    return f"{time.time_ns() // 1000:014x}{_of_record.hex()}"
 
 
 def new_answer_id() -> str:
-    return f"cmpl-{_random.hex(16)}"
+    return f"cmpl-{_of_answer.hex()}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from octoai.server.accounts import Caller
 from octoai.server.billing import Price
-from octoai.server.engines.base import Usage
+from octoai.server.engines.base import NOTHING, Usage
 from octoai.server.errors import OutOfCredit, Unavailable
 from octoai.server.journal import START, Journal, JournalError, JournalFailed, JournalFull, Position
 from octoai.server.limits import Standings, reserve
@@ -45,7 +45,7 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Tab:
     """One request in the ledger. `usage` says what it has come to so far."""
 
@@ -60,11 +60,11 @@ class Tab:
     is_stream: bool = False
     reservation: Reservation | None = None
     key: tuple[str, str] | None = None  # an Idempotency-Key and the hash, in hexadecimal, of what came with it
-    opened_us: int = 0
-    _opened: asyncio.Future[Position] | None = None
-    _settled: asyncio.Future[Any] | None = None
-    _checkpoint: Usage = field(default_factory=Usage)
-    _renewed: float = 0.0
+    opened_us: int = field(default=0, init=False)
+    _opened: asyncio.Future[Position] | None = field(default=None, init=False)
+    _settled: asyncio.Future[Any] | None = field(default=None, init=False)
+    _checkpoint = NOTHING
+    _renewed: float = field(default=0.0, init=False)
 
     def open(self) -> None:
         """Its intent is to be written, soon. Once; it becomes durable while the engine reads the prompt."""
@@ -95,7 +95,7 @@ class Tab:
 
     def checkpoint(self) -> None:
         """What it has come to so far, for the case that we die; and a sign of life."""
-        usage = self.usage() if self.is_stream else Usage()
+        usage = self.usage() if self.is_stream else NOTHING
         now = time.monotonic()
         if self._opened is None or (usage == self._checkpoint and now - self._renewed < RENEW_SECONDS):
             return

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started, Usage
+from octoai.server.engines.base import NOTHING, Delta, Deltas, Event, Finished, Started, Usage
 
 
-@dataclass(slots=True)
 class PartMeter:
     """One request to an engine: one prompt, some of its choices."""
 
-    prompt: int
-    usage: Usage = field(default_factory=Usage)
-    counted: dict[int, int] = field(default_factory=dict)
-    is_finished: bool = False
+    usage = NOTHING
+    is_finished = False
+
+    def __init__(self, prompt: int) -> None:
+        self.prompt = prompt
+        self.counted: dict[int, int] = {}
 
     def count(self, batch: Sequence[Event]) -> int:
         """Returns how many of the events are text."""
@@ -40,24 +40,23 @@ class PartMeter:
         return self.usage.completion_tokens if self.is_finished else sum(self.counted.values())
 
 
-@dataclass(slots=True)
 class Meter:
     """A whole request. Times are `clock` readings in seconds, None until it happened."""
 
-    clock: Callable[[], float] = time.perf_counter
-    parts: list[PartMeter] = field(default_factory=list)
-    reasons: dict[int, str] = field(default_factory=dict)
-    received: float = 0.0
     turn: float | None = None
     first_token: float | None = None
     last_token: float | None = None
 
-    def __post_init__(self) -> None:
-        self.received = self.clock()
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.received = clock()
+        self.parts: list[PartMeter] = []
+        self.reasons: dict[int, str] = {}
 
     def part(self, prompt: int) -> PartMeter:
-        self.parts.append(PartMeter(prompt))
-        return self.parts[-1]
+        part = PartMeter(prompt)
+        self.parts.append(part)
+        return part
 
     def took_turn(self) -> None:
         if self.turn is None:

@@ -5,8 +5,11 @@ Labels come from the configuration only: a name that a client sends never become
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+import collections
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
+from operator import attrgetter, sub
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -14,6 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from octoai.server.billing import NANOS
 from octoai.server.counting import Counter, Histogram
 from octoai.server.directory import Directory
 from octoai.server.engines.base import Usage
@@ -56,6 +60,13 @@ _COUNTS = (1, 2, 5, 10, 20)
 _LABELS = ("model_name", "engine")
 MAX_UNCOUNTED = 100
 
+# A request that has ended: its deployment, the choices and tokens that it asked for, its times, when it ended, what it
+# used, how it ended, the id of its API token, and what it cost.
+_Ended = tuple[Deployment, tuple[int, int], Meter, float, Usage, str, str, int]
+
+_TOKENS_OF = attrgetter("prompt_tokens", "cached_tokens", "completion_tokens")
+_TIMES_OF = attrgetter("received", "turn", "first_token", "last_token")
+
 Labelled = TypeVar("Labelled", Counter, Histogram)
 
 
@@ -67,7 +78,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = _Registry(self._count_ended)
-        self._ended: list[Callable[[], None]] = []  # what is still to be counted
+        self._ended: list[_Ended] = []  # still to be counted
         self._per_deployment: list[Counter | Histogram] = []
         self._known: dict[Any, Any] = {}  # finding a labelled metric costs as much as counting
 
@@ -178,50 +189,34 @@ class Metrics:
         It is counted with some others: thirty metrics are in no processor's cache when one request ends.
         """
         asked = request.num_choices, request.max_tokens
-        self._ended.append(partial(self._count_job, deployment, asked, meter, meter.clock(), usage, outcome))
-        self._ended.append(partial(self._count_cost, token_id, usage, cost_nanos))
+        self._ended.append((deployment, asked, meter, meter.clock(), usage, outcome, token_id, cost_nanos))
         if len(self._ended) >= MAX_UNCOUNTED:
             self._count_ended()
 
     def _count_ended(self) -> None:
+        """One metric after another, each for all of them."""
         ended, self._ended = self._ended, []
-        for count in ended:
-            count()
+        by_token: dict[str, list[_Ended]] = {}
+        by_deployment: dict[Deployment, list[_Ended]] = {}
+        for one in ended:
+            by_token.setdefault(one[6], []).append(one)
+            if one[5] != "refused":
+                by_deployment.setdefault(one[0], []).append(one)
+        for token_id, some in by_token.items():
+            self._count_cost(token_id, some)
+        for deployment, some in by_deployment.items():
+            _count_jobs(self.of(deployment), some)
 
-    def _count_cost(self, token_id: str, usage: Usage, cost_nanos: int) -> None:
+    def _count_cost(self, token_id: str, ended: Sequence[_Ended]) -> None:
         """What one API token used; by its id, never its text."""
         counters = self._known.get(token_id)
         if counters is None:
             kinds = (self.token_tokens.labels(token_id, kind) for kind in ("prompt", "cached", "completion"))
             counters = self._known[token_id] = (*kinds, self.token_cost.labels(token_id))
-        prompt, cached, completion, cost = counters
-        prompt.value += usage.prompt_tokens
-        cached.value += usage.cached_tokens
-        completion.value += usage.completion_tokens
-        cost.value += cost_nanos / 1_000_000_000
-
-    def _count_job(
-        self, deployment: Deployment, asked: tuple[int, int], meter: Meter, now: float, usage: Usage, outcome: str
-    ) -> None:
-        if outcome == "refused":
-            return
-        of = self.of(deployment)
-        of.prompt_tokens.value += usage.prompt_tokens
-        of.generation_tokens.value += usage.completion_tokens
-        of.prefix_queries.value += usage.prompt_tokens
-        of.prefix_hits.value += usage.cached_tokens
-        of.request_prompt.observe(usage.prompt_tokens)
-        of.request_generation.observe(usage.completion_tokens)
-        of.params_n.observe(asked[0])
-        of.params_max_tokens.observe(asked[1])
-        of.request_preemptions.observe(0)
-        _count_times(of, meter, now, usage.completion_tokens)
-        if outcome == "finished":
-            for reason in meter.reasons.values():
-                of.success(reason).value += 1
-        else:
-            of.success("abort").value += 1
-            (of.aborted if outcome == "aborted" else of.failed).value += 1
+        *_, usages, _, _, costs = zip(*ended, strict=True)
+        for counter, used in zip(counters, zip(*map(_TOKENS_OF, usages), strict=True), strict=False):
+            counter.value += sum(used)
+        counters[3].value += sum(costs) / NANOS
 
     async def text(self) -> bytes:
         """Of the whole service: where this process is one of several, of all of them. Raises Unavailable."""
@@ -240,21 +235,49 @@ class _Registry(CollectorRegistry):
         return super().collect()
 
 
-def _count_times(of: SimpleNamespace, meter: Meter, now: float, completion_tokens: int) -> None:
-    of.end_to_end.observe(now - meter.received)
-    if meter.turn is None:
-        of.queued.observe(now - meter.received)
-        return
-    of.queued.observe(meter.turn - meter.received)
-    of.inference.observe(now - meter.turn)
-    if meter.first_token is None or meter.last_token is None:
-        return
-    of.first_token.observe(meter.first_token - meter.received)
-    of.prefill.observe(meter.first_token - meter.turn)
-    decode = meter.last_token - meter.first_token
-    of.decode.observe(decode)
-    if completion_tokens > 1:
-        of.per_token.observe(decode / (completion_tokens - 1))
+def _count_jobs(of: SimpleNamespace, ended: Sequence[_Ended]) -> None:
+    """Of one deployment, none of them refused."""
+    _, asked, meters, nows, usages, outcomes, _, _ = zip(*ended, strict=True)
+    prompts, cached, completions = zip(*map(_TOKENS_OF, usages), strict=True)
+    choices, max_tokens = zip(*asked, strict=True)
+    of.prompt_tokens.value += sum(prompts)
+    of.generation_tokens.value += sum(completions)
+    of.prefix_queries.value += sum(prompts)
+    of.prefix_hits.value += sum(cached)
+    of.request_prompt.observe_all(prompts)
+    of.request_generation.observe_all(completions)
+    of.params_n.observe_all(choices)
+    of.params_max_tokens.observe_all(max_tokens)
+    of.request_preemptions.observe_all([0] * len(ended))
+    of.end_to_end.observe_all(map(sub, nows, [meter.received for meter in meters]))
+    times = [(*_TIMES_OF(meter), now, tokens) for meter, now, tokens in zip(meters, nows, completions, strict=True)]
+    _count_times(of, times)
+    finished = [meter.reasons for meter, outcome in zip(meters, outcomes, strict=True) if outcome == "finished"]
+    for reason, num in collections.Counter(chain.from_iterable(map(dict.values, finished))).items():
+        of.success(reason).value += num
+    if len(finished) < len(ended):
+        of.success("abort").value += len(ended) - len(finished)
+        of.aborted.value += outcomes.count("aborted")
+        of.failed.value += outcomes.count("failed")
+
+
+def _count_times(of: SimpleNamespace, times: Sequence[tuple[Any, ...]]) -> None:
+    """When each was received, had its turn, its first token and its last, and ended; and its tokens."""
+    begun = [each for each in times if each[3] is not None]
+    others = [each for each in times if each[3] is None]
+    for received, turn, _, _, now, _ in others:
+        of.queued.observe((now if turn is None else turn) - received)
+        if turn is not None:
+            of.inference.observe(now - turn)
+    if begun:
+        received, turns, firsts, lasts, nows, tokens = zip(*begun, strict=True)
+        of.queued.observe_all(map(sub, turns, received))
+        of.inference.observe_all(map(sub, nows, turns))
+        of.first_token.observe_all(map(sub, firsts, received))
+        of.prefill.observe_all(map(sub, firsts, turns))
+        decodes = [*map(sub, lasts, firsts)]
+        of.decode.observe_all(decodes)
+        of.per_token.observe_all([seconds / (num - 1) for seconds, num in zip(decodes, tokens, strict=True) if num > 1])
 
 
 class _DeploymentCollector(Collector):

@@ -179,7 +179,7 @@ def _prompts(prompt: Any) -> list[dict[str, Any]]:
 
 def _sampling(params: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are given, for a `Generation`, whose defaults are the OctoAI API's. Null means the default."""
-    given = {name: value for name, value in params.items() if value is not None}
+    given = _given(params)
     sampling: dict[str, Any] = {name: given[name] for name in _PASSED.intersection(given)}
     sampling["is_stream"] = given.get("stream", False)
     sampling["max_tokens"] = given.get("max_completion_tokens", given.get("max_tokens", DEFAULT_MAX_TOKENS))
@@ -194,6 +194,11 @@ def _sampling(params: Mapping[str, Any]) -> dict[str, Any]:
     if "logit_bias" in given:
         sampling["logit_bias"] = _logit_bias(given["logit_bias"])
     return sampling
+
+
+def _given(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Null means the same as leaving it out."""
+    return {name: value for name, value in values.items() if value is not None} if None in values.values() else values
 
 
 def _old_vllm_options(extension: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +232,7 @@ def _messages(messages: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ..
 
 def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Parts and calls get the `type` that the original SDK dropped; absent or null content is no text."""
-    said = {key: value for key, value in message.items() if value is not None}
+    said = {**_given(message)}
     content = said.get("content", "")
     if isinstance(content, list):
         content = [_part(part, (index, number)) for number, part in enumerate(content)]

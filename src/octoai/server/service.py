@@ -163,9 +163,9 @@ class Job:
     meter: Meter
     standings: Standings | None = None
     recording: Recording | None = None
-    on_text: OnText | None = None
-    _events: AsyncGenerator[Batch] | None = None
-    _num_parts: int = 0
+    on_text: OnText | None = field(default=None, init=False)
+    _events: AsyncGenerator[Batch] | None = field(default=None, init=False)
+    _num_parts: int = field(default=0, init=False)
 
     async def __aenter__(self) -> Self:
         self.service.enter(self)
@@ -280,9 +280,10 @@ class Job:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     def _outcome(self, error: BaseException | None) -> str:
-        refusal = _refusal(error)
-        if self._num_parts and sum(part.is_finished for part in self.meter.parts) == self._num_parts:
+        parts = self.meter.parts
+        if self._num_parts and len([part for part in parts if part.is_finished]) == self._num_parts:
             return "finished"
+        refusal = _refusal(error)
         if refusal is not None and refusal.status < 500:
             return "refused"
         return "failed" if isinstance(error, Exception) else "aborted"

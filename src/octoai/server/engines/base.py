@@ -75,6 +75,9 @@ class Usage:
     completion_tokens: int = 0
 
 
+NOTHING = Usage()
+
+
 @dataclass(slots=True)
 class Started:
     """The prompt has been read; the first token is here. Nothing was sent before this that could not be refused."""
