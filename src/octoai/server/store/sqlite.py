@@ -20,7 +20,7 @@ NUM_BACKUPS = 5
 
 
 class SqliteConnection:
-    portion = 16  # about a millisecond: the work is done here, on a core that others may be waiting for
+    portion = 32  # about a millisecond: the work is done here, on a core that others may be waiting for
 
     def __init__(self, path: Path) -> None:
         self.path = path
