@@ -177,6 +177,29 @@ def test_one_that_does_not_answer_is_waited_for_no_longer_than_said(tmp_path: Pa
     assert balance(Place(tmp_path)) == -3_000 * COST
 
 
+def test_a_journal_that_cannot_be_read_is_told_and_read_again(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    async def main() -> None:
+        async with kept(place) as (books, journal):
+            await books.writer.reached(await journal.append(settlement(1)))
+            process = process_of(books)
+            (segment,) = journal.directory.glob(f"{journal.instance}-000001.journal")
+            away = segment.rename(segment.with_suffix(".away"))
+            position = await journal.append(settlement(2))
+            await until(lambda: books.writer.away_seconds is not None)
+            with pytest.raises(StoreAway, match=r"000001\.journal at byte"):
+                await books.writer.reached(position, seconds=1)
+            away.rename(segment)
+            await books.writer.reached(position)
+            assert books.writer.away_seconds is None
+            assert process_of(books) is process
+
+    run(main())
+    assert balance(place) == -2 * COST
+    said = capfd.readouterr().err
+    assert "not what was written there" in said
+    assert "Traceback" not in said
+
+
 def test_it_goes_with_the_service_however_that_ends(tmp_path: Path) -> None:
     program = f"""
 import asyncio, sys

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from octoai.server.journal import START, Followed, Journal, Position
+from octoai.server.journal import START, Followed, Journal, JournalError, Position
 from octoai.server.store import Place, connect
 from octoai.server.store.applier import Applier, News
 from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull
@@ -191,11 +191,11 @@ class Writer:
     def _round(self) -> bool:
         """One transaction. True where there may be more to do."""
         work = [self._work.popleft() for _ in range(len(self._work))]
-        payloads = [] if self._tail is None else self._tail.records(BATCH)
-        if not work and not payloads:
-            self._tell_who_waits_here()
-            return False
         try:
+            payloads = [] if self._tail is None else self._tail.records(BATCH)
+            if not work and not payloads:
+                self._tell_who_waits_here()
+                return False
             results = self._written(work, [orjson.loads(payload) for payload, _ in payloads], payloads)
         except Exception as error:  # noqa: BLE001  # whatever it is: nothing is lost, and it is tried again
             self._failed(work, error)
@@ -247,8 +247,8 @@ class Writer:
     def _failed(self, work: list[_Work], error: Exception) -> None:
         self.is_full, self.failure = isinstance(error, StoreFull), str(error)
         if self._away_since is None:
-            unexpected = None if isinstance(error, StoreError) else error
-            log.error("%s; the journal keeps what comes", error, exc_info=unexpected)
+            is_expected = isinstance(error, StoreError | JournalError | OSError)
+            log.error("%s; the journal keeps what comes", error, exc_info=None if is_expected else error)
             self._away_since = time.monotonic()
         if self._journal is not None and self._applier is None:
             self._tail = self._journal.tail(self.applied)
