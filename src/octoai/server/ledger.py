@@ -73,7 +73,7 @@ class Tab:
             self.ledger.opened(self)
 
     def write_intent(self) -> None:
-        self._opened = self.ledger.append(self._record("intent"), soon=None)
+        self._opened = self.ledger.append(self._record("intent", now_us()), soon=None)
 
     @property
     def is_durable(self) -> bool:
@@ -112,9 +112,9 @@ class Tab:
         is_written, settled = self._is_written, self._settled
         if settled is None:
             self.ledger.closed(self)
-            record = self._record("settlement")
+            record = self._record("settlement", settled_us := now_us())
             record |= _counts(self.usage())
-            record["outcome"], record["settled_us"], record["answer"] = outcome, now_us(), answer
+            record["outcome"], record["settled_us"], record["answer"] = outcome, settled_us, answer
             self._settled = settled = self.ledger.settle(record, self.reservation, self.price, is_first=not is_written)
         if isinstance(settled, asyncio.Task):
             await asyncio.shield(settled)
@@ -132,7 +132,7 @@ class Tab:
         if self.reservation is not None:
             await self.ledger.give_back(self.reservation)
 
-    def _record(self, kind: str) -> dict[str, Any]:
+    def _record(self, kind: str, at_us: int) -> dict[str, Any]:
         key, key_body = self.key or (None, None)
         caller, price = self.caller, self.price
         return {
@@ -149,7 +149,7 @@ class Tab:
             "opened_us": self.opened_us,
             "journal": self.ledger.instance,
             "is_reserved": self.reservation is not None,
-            "lease_us": now_us() + LEASE_US,
+            "lease_us": at_us + LEASE_US,
             "key": key,
             "key_body": key_body,
         }

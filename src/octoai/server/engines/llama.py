@@ -72,7 +72,7 @@ class LlamaTuning:
 class LlamaOptions:
     """How the child runs. `batch_tokens` bounds how long one step of prompt reading takes, and with it others' gap
     between two tokens, and how soon a slot is free after its client left. Beginnings of prompts are kept in
-    `prefix_dir`, up to `prefix_bytes`; 0 keeps none."""
+    `prefix_dir`, up to `prefix_bytes`; 0 keeps none. Threads wait awake while they are alone (decision 0009)."""
 
     context_length: int
     num_slots: int = 4
@@ -82,7 +82,7 @@ class LlamaOptions:
     stall_seconds: float = 30.0
     prefix_dir: Path | None = None
     prefix_bytes: int = 0
-    tuning: LlamaTuning = field(default_factory=LlamaTuning)
+    tuning: LlamaTuning = field(default_factory=lambda: LlamaTuning(spin_count=None, gives_way=True))
 
     @property
     def threads(self) -> int:
