@@ -192,7 +192,8 @@ def test_a_settlement_that_nobody_waits_for_any_more_is_written_again(
     async def main() -> None:
         journal = opened()
         books = ledger.Ledger(journal, writer)
-        tab = ledger.Tab(books, "1", "req_1", caller, "m", "m", Price(), lambda: Usage(3, 0, 5), opened_us=1)
+        tab = ledger.Tab(books, "1", "req_1", caller, "m", "m", Price(), lambda: Usage(3, 0, 5))
+        tab.opened_us = 1
         with monkeypatch.context() as broken:
             broken.setattr(os, "fdatasync", failing(errno.EIO))
             settling = asyncio.create_task(tab.settle("finished"))
