@@ -11,7 +11,7 @@ from functools import partial
 from itertools import chain
 from operator import attrgetter, sub
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -60,14 +60,23 @@ _COUNTS = (1, 2, 5, 10, 20)
 _LABELS = ("model_name", "engine")
 MAX_UNCOUNTED = 100
 
-# A request that has ended: its deployment, the choices and tokens that it asked for, its times, when it ended, what it
-# used, how it ended, the id of its API token, and what it cost.
-_Ended = tuple[Deployment, tuple[int, int], Meter, float, Usage, str, str, int]
-
 _TOKENS_OF = attrgetter("prompt_tokens", "cached_tokens", "completion_tokens")
 _TIMES_OF = attrgetter("received", "turn", "first_token", "last_token")
 
 Labelled = TypeVar("Labelled", Counter, Histogram)
+
+
+class _Ended(NamedTuple):
+    """A request that has ended, and what it asked for: its choices, and their tokens."""
+
+    deployment: Deployment
+    asked: tuple[int, int]
+    meter: Meter
+    now: float
+    usage: Usage
+    outcome: str
+    token_id: str
+    cost_nanos: int
 
 
 class Metrics:
@@ -189,7 +198,7 @@ class Metrics:
         It is counted with some others: thirty metrics are in no processor's cache when one request ends.
         """
         asked = request.num_choices, request.max_tokens
-        self._ended.append((deployment, asked, meter, meter.clock(), usage, outcome, token_id, cost_nanos))
+        self._ended.append(_Ended(deployment, asked, meter, meter.clock(), usage, outcome, token_id, cost_nanos))
         if len(self._ended) >= MAX_UNCOUNTED:
             self._count_ended()
 
@@ -199,9 +208,9 @@ class Metrics:
         by_token: dict[str, list[_Ended]] = {}
         by_deployment: dict[Deployment, list[_Ended]] = {}
         for one in ended:
-            by_token.setdefault(one[6], []).append(one)
-            if one[5] != "refused":
-                by_deployment.setdefault(one[0], []).append(one)
+            by_token.setdefault(one.token_id, []).append(one)
+            if one.outcome != "refused":
+                by_deployment.setdefault(one.deployment, []).append(one)
         for token_id, some in by_token.items():
             self._count_cost(token_id, some)
         for deployment, some in by_deployment.items():

@@ -6,14 +6,11 @@ httptools parses; what arrives is kept until it is asked for.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
 
-# Looked for where a connection ends: to be told of each header would be a call and two objects for every one.
-_LENGTH = re.compile(rb"\n(?:content-length|transfer-encoding)[ \t]*:", re.IGNORECASE)
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BUFFERED_BYTES = 256 * 1024
 
@@ -29,9 +26,8 @@ class Connection(asyncio.Protocol):
         self._blocks: list[bytes] = []
         self.on_body = self._blocks.append  # the parser calls it for every event of a stream
         self._parser: Any = httptools.HttpResponseParser(self)
-        self._head = b""  # as it came, and what came with the end of it
-        self._num_buffered = 0
-        self._is_asked = self._is_over = self._is_kept = self._has_hung_up = False
+        self._num_buffered = self._num_head = 0
+        self._is_asked = self._has_length = self._is_over = self._is_kept = self._has_hung_up = False
         self._failure: OSError | None = None
         self._waiter: asyncio.Future[bool] | None = None
         self._take: Callable[[bytes], bool] | None = None
@@ -49,10 +45,9 @@ class Connection(asyncio.Protocol):
         return self._is_over and not self._blocks
 
     async def ask(self, message: bytes, seconds: float) -> int:
-        self.status = 0
-        self._head = b""
+        self.status = self._num_head = 0
         self._is_asked = True
-        self._is_over = self._is_kept = False
+        self._has_length = self._is_over = self._is_kept = False
         self._transport.write(message)
         while not self.status:
             await self._more(seconds)
@@ -147,15 +142,14 @@ class Connection(asyncio.Protocol):
             self._fail(ConnectionResetError("it said something unasked"))
             self._transport.abort()
             return
-        if not self.status:
-            self._head += data
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._fail(ConnectionResetError(f"not HTTP: {error}"))
             return
         if not self.status:
-            if len(self._head) > MAX_HEAD_BYTES:
+            self._num_head += len(data)
+            if self._num_head > MAX_HEAD_BYTES:
                 self._fail(ConnectionResetError("a head without an end"))
             return
         self._num_buffered += len(data)
@@ -179,11 +173,15 @@ class Connection(asyncio.Protocol):
             waiter.set_result(not is_taken)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self.status and error is None and not _LENGTH.search(self._head):
+        if self.status and not self._has_length and error is None:
             self._is_over = True  # a body without a length ends with its connection
         self._fail(error if isinstance(error, OSError) else ConnectionResetError("it closed the connection"))
 
     # What the parser calls.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() in (b"content-length", b"transfer-encoding"):
+            self._has_length = True
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()

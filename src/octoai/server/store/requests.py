@@ -73,7 +73,7 @@ Record = dict[str, Any]
 def apply_in_portions(db: Connection, records: Sequence[Record], now_us: int) -> None:
     """As `apply`, with a rest after each portion. A process that computes for milliseconds keeps its core that long
     from threads that wait for it, one that syncs the journal among them, even while another core is idle: one client's
-    99th percentile was 3.4 ms without, and is 2.4 (two cores, an engine that answers at once)."""
+    99th percentile was 3.5 ms without, and is 2.6 to 3.1 (two cores, an engine that answers at once)."""
     for start in range(0, len(records), db.portion):
         if start:
             time.sleep(REST_SECONDS)
