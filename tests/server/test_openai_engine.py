@@ -47,7 +47,7 @@ def test_an_answer_is_read_and_the_key_is_sent(tmp_path: Path, is_unix: bool) ->
         async with up(upstream, tmp_path / "s" if is_unix else None, key="Secret-Key", context_length=99) as engine:
             assert engine.is_ready
             assert engine.context_length == 4096  # what the server says, over what was configured
-            assert await generated(engine) == [
+            assert [*singly(await generated(engine))] == [
                 Started(0),
                 Delta(0, "Hel", 1),
                 Delta(0, "lo", 2),

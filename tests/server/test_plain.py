@@ -208,7 +208,7 @@ def test_llama_cpps_events_after_the_first_are_read_as_plain_ones(monkeypatch: p
     answer = Answer(ONE)
     for number in range(1, 9):
         event = TIMED.replace(b'_n":9', b'_n":%d' % number).replace(b"7152", b"715%d" % number)
-        assert answer.events(event + b"\n\n")[-1] == Delta(0, "a", number)
+        assert [*singly(answer.events(event + b"\n\n"))][-1] == Delta(0, "a", number)
     assert len(parsed) == 1
 
 

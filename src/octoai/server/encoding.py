@@ -72,11 +72,10 @@ class _Encoder:
         """The server-sent events of a batch, as one block."""
         chunks: list[str] = []
         for event in batch:
-            if isinstance(event, Delta):
-                is_plain = not (event.index or event.tool_calls or event.logprobs)  # nearly every one
-                chunks.append(self._chunks((event.text,)) if is_plain else self._chunk_of(event))
-            elif isinstance(event, Deltas):
+            if isinstance(event, Deltas):  # nearly every one
                 chunks.append(self._chunks(event.texts))
+            elif isinstance(event, Delta):
+                chunks.append(self._chunk(event.index, self._delta(event), "null"))
             elif isinstance(event, Started):
                 chunks += self._beginning()
             else:
@@ -103,17 +102,14 @@ class _Encoder:
         tail = self._usage if usage is None else usage
         return f'{self._head}{{"index":{index},{said},"finish_reason":{reason}}}]{tail}}}\n\n'
 
-    def _chunk_of(self, event: Delta) -> str:
-        return self._chunk(event.index, self._delta(event), "null")
-
     def _chunks(self, texts: Sequence[str]) -> str:
-        """Those of plain deltas of the first choice."""
+        """Those of `Deltas`."""
         begins, between, ends = self._around
         return f"{begins}{between.join(map(quoted, texts))}{ends}"
 
     @cached_property
     def _around(self) -> tuple[str, str, str]:
-        """What stands before, between and behind the texts of plain deltas."""
+        """What stands before, between and behind the texts of `Deltas`."""
         before, after = self._around_text
         begins = f'{self._head}{{"index":0,{before}'
         ends = f'{after},"finish_reason":null}}]{self._usage}}}\n\n'
@@ -215,10 +211,6 @@ class CompletionEncoder(_Encoder):
     def _opening(self, index: int) -> str | None:
         text = self._echoed.get(index)
         return f'"text":{quoted(text)},"logprobs":null' if text else None
-
-    def _chunks(self, texts: Sequence[str]) -> str:
-        self._offsets[0] += sum(map(len, texts))
-        return super()._chunks(texts)
 
     def _delta(self, event: Delta) -> str:
         said = f'"text":{quoted(event.text)}{self._logprobs_json(event, self._offsets[event.index])}'

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
+from uvicorn.protocols.http.flow_control import FlowControl
+
 from octoai.server.accounts import Caller
 from octoai.server.errors import TooLarge, TooSlow
 from octoai.server.heads import Head
@@ -31,19 +33,7 @@ class Connection:
     """What a request needs of its connection; `protocol` has it."""
 
     transport: asyncio.Transport
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether what is sent now has to wait until the client has read more of what was sent before."""
-        raise NotImplementedError
-
-    async def caught_up(self) -> None:
-        """Return when it has not to wait any more, or the client has left."""
-        raise NotImplementedError
-
-    def wants_more(self) -> None:
-        """Read on, where reading was paused because nobody asked for what came."""
-        raise NotImplementedError
+    flow: FlowControl
 
     def fixed_head(self) -> bytes:
         """Header lines that every answer has."""
@@ -104,7 +94,7 @@ class Incoming:
                         raise ClientLeft
                     if sum(map(len, self._body)) > max_bytes:
                         raise TooLarge(max_bytes)
-                    self._connection.wants_more()
+                    self._connection.flow.resume_reading()  # it was paused where nobody asked for what came
                     self._waiter = asyncio.get_running_loop().create_future()
                     await self._waiter
         except TimeoutError:
@@ -114,10 +104,12 @@ class Incoming:
 
     @property
     def is_behind(self) -> bool:
-        return self._connection.is_behind
+        """Whether what is sent now has to wait until the client has read more of what was sent before."""
+        return self._connection.flow.write_paused
 
     async def caught_up(self) -> None:
-        await self._connection.caught_up()
+        """Return when it has not to wait any more, or the client has left."""
+        await self._connection.flow.drain()
 
     def begin(self, status: int, headers: Headers) -> None:
         """The head: it leaves with what follows. A body whose length is not among the headers is sent in chunks."""
@@ -139,7 +131,10 @@ class Incoming:
 
     def send(self, block: bytes) -> None:
         """More of the body."""
-        self._write(self._begun + self._framed(block))
+        if self._begun:
+            self._write(self._begun + self._framed(block))
+        else:
+            self._write(self._framed(block))
 
     def end(self, block: bytes) -> None:
         """The rest of the body, or all of it."""

@@ -22,12 +22,12 @@ class PartMeter:
         """Returns how many of the events are text."""
         num_texts = 0
         for event in batch:
-            if isinstance(event, Delta):
-                self.counted[event.index] = event.completion_tokens
-                num_texts += 1
-            elif isinstance(event, Deltas):
+            if isinstance(event, Deltas):
                 self.counted[0] = event.counts[-1]
                 num_texts += len(event.texts)
+            elif isinstance(event, Delta):
+                self.counted[event.index] = event.completion_tokens
+                num_texts += 1
             elif isinstance(event, Started):
                 self.usage = Usage(event.prompt_tokens, event.cached_tokens)
             else:

@@ -186,16 +186,6 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             incoming.cut()
             self.tasks.discard(incoming.task)
 
-    @property
-    def is_behind(self) -> bool:
-        return self.flow.write_paused
-
-    async def caught_up(self) -> None:
-        await self.flow.drain()
-
-    def wants_more(self) -> None:
-        self.flow.resume_reading()
-
     def fixed_head(self) -> bytes:
         headers = self.server_state.default_headers  # another list when the date is another
         if self._fixed[0] is not headers:

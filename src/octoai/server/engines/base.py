@@ -99,7 +99,8 @@ class Delta:
 
 @dataclass(slots=True)
 class Deltas:
-    """Several `Delta`s of the only choice that are text and nothing else: their texts, and their `completion_tokens`.
+    """`Delta`s of the only choice that are text and nothing else, in an answer without logprobs: their texts, and their
+    `completion_tokens`.
 
     What comes in one read is often hundreds of them, and an object for each would be most of the work.
     """

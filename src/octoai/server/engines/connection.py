@@ -152,13 +152,14 @@ class Connection(asyncio.Protocol):
             if self._num_head > MAX_HEAD_BYTES:
                 self._fail(ConnectionResetError("a head without an end"))
             return
+        take, waiter = self._take, self._waiter
+        if take is not None and self._blocks and waiter is not None and not waiter.done():
+            self._feed(take, waiter)
+            return
         self._num_buffered += len(data)
         if self._num_buffered > MAX_BUFFERED_BYTES:
             self._transport.pause_reading()
-        if self._take is not None and self._blocks and self._waiter is not None and not self._waiter.done():
-            self._feed(self._take, self._waiter)
-        else:
-            self._wake()
+        self._wake()
 
     def _feed(self, take: Callable[[bytes], bool], waiter: asyncio.Future[bool]) -> None:
         """Who waits is woken only where it has to be."""
@@ -169,7 +170,7 @@ class Connection(asyncio.Protocol):
                 waiter.set_exception(error)
             return
         self._due = self.now() + self._seconds
-        if not waiter.done() and (self._is_over or not is_taken):  # `take` may have ended who waits
+        if (self._is_over or not is_taken) and not waiter.done():  # `take` may have ended who waits
             waiter.set_result(not is_taken)
 
     def connection_lost(self, error: Exception | None) -> None:

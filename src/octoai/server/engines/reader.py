@@ -72,7 +72,7 @@ class Reader:
         self._is_guess = False
         if not self._started:
             self._start(events)
-        events.append(Delta(0, said[0], counts[0]) if len(said) == 1 else Deltas(said, counts))
+        events.append(Deltas(said, counts))
         return len(said)
 
     def _read_text(self, text: bytes, events: list[Event]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from octoai.server.engines.plain import BACKSLASH, MAX_RUN, TEXT
 
@@ -18,51 +17,57 @@ _MAX_DIGITS = 9
 _OF_NUMBERS = b"0123456789.+-eE"
 
 
-class Timed(NamedTuple):
-    """A text stands between `begins` and a quote with `middle` behind it, when the event was made (a number of
-    `num_created` digits, another one every second) between that and `rest`, then the number of the answer's tokens.
-    `ends` is what follows, without all that numbers are made of."""
+class Timed:
+    """A text stands between `begins` and `middle`, then the number of the answer's tokens. When the event was made stands
+    in `middle`, in `num_created` digits at `created`, others every second. `ends` is what follows the number of tokens,
+    without all that numbers are made of."""
 
-    begins: bytes
-    middle: bytes
-    num_created: int
-    rest: bytes
-    ends: bytes
+    has_counts = True
 
-    @property
-    def has_counts(self) -> bool:
-        return True
+    def __init__(self, begins: bytes, middle: bytes, ends: bytes, created: int = 0, num_created: int = 0) -> None:
+        self._begins = begins
+        self._middle = middle
+        self._ends = ends
+        self._created = slice(created, created + num_created)
 
     def read(
         self, events: Sequence[bytes], start: int, num_counted: int = 0, prompt_tokens: int = 0
     ) -> tuple[list[str], list[int]]:
         """As of a `Plain`; what was counted before tells nothing here."""
-        begins, middle, num_created, rest, ends = self
-        first, texts, counts = len(begins), [], []
+        first, size, texts, counts = len(self._begins), len(self._middle), [], []
         for event in events[start : start + MAX_RUN]:
             end = event.find(b'"', first)
-            created = end + 1 + len(middle)
-            count = created + num_created + len(rest)
+            count = end + size
             after = event.find(b",", count)
-            number = event[count:after]
+            text, number = event[first:end], event[count:after]
             if not (
-                first < end < count < after
-                and event.startswith(begins)
-                and event.startswith(middle, end + 1)
-                and event.startswith(rest, created + num_created)
-                and event[after:].translate(None, _OF_NUMBERS) == ends
+                event.startswith(self._begins)
+                and text
+                and BACKSLASH not in text
+                and (event.startswith(self._middle, end) or self._is_later(event[end:count]))
                 and number.isdigit()
                 and len(number) <= _MAX_DIGITS
-                and BACKSLASH not in event[first:end]
-                and (not num_created or event[created : created + num_created].isdigit())
+                and event[after:].translate(None, _OF_NUMBERS) == self._ends
             ):
                 break
             try:
-                texts.append(event[first:end].decode())
+                texts.append(text.decode())
             except UnicodeDecodeError:
                 break
             counts.append(int(number))
         return texts, counts
+
+    def _is_later(self, middle: bytes) -> bool:
+        """Whether it differs by when it was made, and by nothing else."""
+        created, before = self._created, self._middle
+        is_later = (
+            middle[: created.start] == before[: created.start]
+            and middle[created].isdigit()
+            and middle[created.stop :] == before[created.stop :]
+        )
+        if is_later:
+            self._middle = middle
+        return is_later
 
 
 def timed(event: bytes) -> Timed | None:
@@ -73,7 +78,7 @@ def timed(event: bytes) -> Timed | None:
     begins, ends = event[: text.start(1)], event[counted.end() :].translate(None, _OF_NUMBERS)
     if not ends.startswith(b",") or counted.start() < text.end():
         return None
+    middle = event[text.end() - 1 : counted.start(1)]  # from the quote on that ends the text
     if created is None or not text.end() < created.start() < created.end() < counted.start(1):
-        return Timed(begins, event[text.end() : counted.start(1)], 0, b"", ends)
-    middle, rest = event[text.end() : created.start(1)], event[created.end(1) : counted.start(1)]
-    return Timed(begins, middle, len(created[1]), rest, ends)
+        return Timed(begins, middle, ends)
+    return Timed(begins, middle, ends, created.start(1) - text.end() + 1, len(created[1]))
