@@ -18,7 +18,7 @@ _OF_NUMBERS = b"0123456789.+-eE"
 
 
 class Timed:
-    """A text stands between `begins` and `middle`, then the number of the answer's tokens. When the event was made stands
+    """A text stands between `begins` and `middle`, then the number of the answer's tokens. When the event was made, is
     in `middle`, in `num_created` digits at `created`, others every second. `ends` is what follows the number of tokens,
     without all that numbers are made of."""
 
