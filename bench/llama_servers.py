@@ -47,7 +47,10 @@ async def ours(place: Path, profiles: Path | None = None) -> AsyncIterator[Engin
     `place` keeps what is saved of prompts."""
     file = weights()
     options = LlamaOptions(CONTEXT, num_slots=num_slots(file, CONTEXT))
-    if profiles is not None and (found := Profiles(profiles).find(file)) is not None:
+    if profiles is not None:
+        found = Profiles(profiles).find(file)
+        if found is None:
+            sys.exit(f"{profiles} has no profile for {file.name} on this machine: it is the cache of `octoai optimize`")
         options, file = found[0].candidate.options, found[1]
     options = replace(
         options, context_length=CONTEXT, prefix_dir=place / "prefixes", prefix_bytes=PREFIX_BYTES, stall_seconds=300
