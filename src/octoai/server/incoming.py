@@ -131,10 +131,7 @@ class Incoming:
 
     def send(self, block: bytes) -> None:
         """More of the body."""
-        if self._begun:
-            self._write(self._begun + self._framed(block))
-        else:
-            self._write(self._framed(block))
+        self._write(self._begun + self._framed(block))
 
     def end(self, block: bytes) -> None:
         """The rest of the body, or all of it."""

@@ -43,7 +43,7 @@ class Arrivals:
         self._on_progress()
         if self._gathers and self._has_begun and not self._is_enough(block):
             return True
-        events = self.read(block) if self._gathered else self._answer.events(block)
+        events = self.read(block)
         is_text = events and self._has_begun and not (self._events or self._answer.is_whole)
         if is_text and self._on_text is not None and self._on_text(events):
             return True

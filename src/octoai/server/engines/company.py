@@ -24,7 +24,7 @@ CROWDED_TICKS = 3
 MIN_CALM_SECONDS = 0.4
 MAX_CALM_SECONDS = 8.0
 _TASKS = "/proc/self/task"
-_MAX_BYTES = 256
+_SAID_BYTES = 256  # more than three numbers take
 
 Times = Mapping[int, tuple[float, float]]
 """Of each thread: seconds that it ran, and that it was ready and another ran instead."""
@@ -149,6 +149,6 @@ def _read(path: str) -> bytes:
     """With nothing between us and the system: what is done at every tick is done on a core of the engine's."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        return os.read(fd, _MAX_BYTES)
+        return os.read(fd, _SAID_BYTES)
     finally:
         os.close(fd)

@@ -1,7 +1,7 @@
 """Plain events of llama.cpp, which says with each token how long everything took, and among that what it has counted.
 
 As in `plain`, they are known by what they have in common with one that was read in full. Taking the JSON of each apart
-was a fifth of what a token cost beside a model that empties the processor's caches between two. Pure.
+was a fifth of what a token cost beside a model that empties the processor's caches between two.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ _OF_NUMBERS = b"0123456789.+-eE"
 
 
 class Timed:
-    """A text stands between `begins` and `middle`, then the number of the answer's tokens. When the event was made, is
-    in `middle`, in `num_created` digits at `created`, others every second. `ends` is what follows the number of tokens,
-    without all that numbers are made of."""
+    """A text stands between `begins` and `middle`, then the number of the answer's tokens.
+
+    When the event was made is in `middle`, in `num_created` digits at `created`, others every second: it is kept as
+    last seen. `ends` is what follows the number of tokens, without all that numbers are made of.
+    """
 
     has_counts = True
 
@@ -44,7 +46,7 @@ class Timed:
                 event.startswith(self._begins)
                 and text
                 and BACKSLASH not in text
-                and (event.startswith(self._middle, end) or self._is_later(event[end:count]))
+                and (event.startswith(self._middle, end) or self._goes_on(event[end:count]))
                 and number.isdigit()
                 and len(number) <= _MAX_DIGITS
                 and event[after:].translate(None, _OF_NUMBERS) == self._ends
@@ -57,8 +59,8 @@ class Timed:
             counts.append(int(number))
         return texts, counts
 
-    def _is_later(self, middle: bytes) -> bool:
-        """Whether it differs by when it was made, and by nothing else."""
+    def _goes_on(self, middle: bytes) -> bool:
+        """Whether it differs by when it was made, and by nothing else; then it is what is looked for from now on."""
         created, before = self._created, self._middle
         is_later = (
             middle[: created.start] == before[: created.start]
