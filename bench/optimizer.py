@@ -13,29 +13,22 @@ import asyncio
 import json
 import os
 import platform
-import secrets
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from llama_servers import CONTEXT, defaults, weights
 from octoai.optimizer import kernels
 from octoai.optimizer.optimization import Wish, optimize
 from octoai.optimizer.outcome import Bounds
 from octoai.optimizer.profile import Profile, Profiles
 from octoai.optimizer.trial import busy_process
 from octoai.optimizer.workload import Passages, Workload, first_token_seconds, joint_rate, stream_rate
-from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine
 from octoai.server.engines.llama import LlamaEngine
-from octoai.server.engines.openai_http import OpenAIEngine
-from octoai.server.places import cache_dir
-from octoai.server.sources import WeightStore
 
 LOSSES = {"ours": 0.005, "ours, 0.5 nats": 0.5}
 NUM_STREAMS = 3  # a round: a stream is short
@@ -63,37 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--search-only", action="store_true", help="only the searches, whose results are kept")
     parser.add_argument("--cache", type=Path, default=here / "optimizer", metavar="DIR")
     parser.add_argument("--json", type=Path, default=here / "optimizer.json", metavar="PATH")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def child(socket: str, key: str, model: str) -> None:
-    """llama.cpp's server with nothing said but the model, where to listen and the key. Ends with its input."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.hostnames, params.api_keys = model, [socket], [key]
-    server = xllamacpp.Server(params)
-    print(server.listening_address, flush=True)
-    os.dup2(2, 1)  # nobody reads it after this line
-    sys.stdin.read()
-    os._exit(0)
-
-
-@contextmanager
-def llama_defaults(source: Path) -> Iterator[OpenAIEngine]:
-    key = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory() as directory:
-        socket = f"{directory}/engine.sock"
-        command = [sys.executable, __file__, "--child", socket, key, str(source)]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
-            try:
-                assert process.stdout is not None
-                assert process.stdout.readline()
-                yield OpenAIEngine(f"unix:{socket}", model="m", dialect="llama.cpp", key=key)
-            finally:
-                process.kill()
 
 
 def with_kernels(place: Path) -> None:
@@ -113,26 +76,21 @@ def has_others(path: Path) -> bool:
     return not path.is_file() and any(path.parent.glob("*.so"))
 
 
-def searched(source: Path, cache: Path, seconds: float, context_length: int, names: list[str]) -> None:
+def searched(source: Path, cache: Path, seconds: float, names: list[str]) -> None:
     for name in names:
         place = cache / str(LOSSES[name])
         if Profiles(place).find(source) is None or has_others(Profiles(place).kernels_path(kernels.RECIPE)):
             with_kernels(place)
-            wish = Wish(context_length, seconds=seconds, bounds=Bounds(max_loss=LOSSES[name]))
+            wish = Wish(CONTEXT, seconds=seconds, bounds=Bounds(max_loss=LOSSES[name]))
             optimize(source, place, wish, lambda trial: print(".", end="", file=sys.stderr, flush=True))
 
 
-async def measured(
-    source: Path, found: dict[str, tuple[Profile, Path]], rounds: int, context_length: int, workload: Workload
-) -> Samples:
+async def measured(source: Path, found: dict[str, tuple[Profile, Path]], rounds: int, workload: Workload) -> Samples:
     async with AsyncExitStack() as stack:
-        defaults = stack.enter_context(llama_defaults(source))
-        await defaults.connect()
-        engines: dict[str, Engine] = {"defaults": defaults}
-        stack.push_async_callback(defaults.close)
-        for name, (profile, weights) in found.items():
-            options = replace(profile.candidate.options, context_length=context_length, stall_seconds=120)
-            engine = LlamaEngine(weights, model="m", options=options)
+        engines: dict[str, Engine] = {"defaults": await stack.enter_async_context(defaults())}
+        for name, (profile, file) in found.items():
+            options = replace(profile.candidate.options, context_length=CONTEXT, stall_seconds=120)
+            engine = LlamaEngine(file, model="m", options=options)
             stack.push_async_callback(engine.close)
             await engine.start()
             engines[name] = engine
@@ -206,20 +164,16 @@ def loss(profile: Profile) -> str:
 
 def main() -> None:
     options = arguments()
-    if options.child:
-        child(*options.child)
-    model = Catalogue.load()[EMBEDDED_MODEL_ID]
-    source = WeightStore(cache_dir(os.environ)).pull(model)
-    context_length = model.context_length or 8192
+    source = weights()
     names = ["ours"] if options.short else list(LOSSES)
     cache = options.cache.with_name("optimizer-short") if options.short else options.cache
-    searched(source, cache, options.seconds or (40 if options.short else 120), context_length, names)
+    searched(source, cache, options.seconds or (40 if options.short else 120), names)
     found = {name: profile for name in names if (profile := Profiles(cache / str(LOSSES[name])).find(source))}
     if options.search_only:
         print("\n".join(f"{name}: {profile}; {loss(profile)}" for name, (profile, _) in found.items()))
         return
     workload = Workload().part(options.share or (1 / 4 if options.short else 1))
-    samples = asyncio.run(measured(source, found, options.rounds, context_length, workload))
+    samples = asyncio.run(measured(source, found, options.rounds, workload))
     text, bars = report(samples, found)
     print(text)
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "date": time.strftime("%F")}

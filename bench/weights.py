@@ -27,7 +27,7 @@ from typing import Any
 
 import aiohttp
 
-from octoai.optimizer.quality import Quality, Reference, shipped_text
+from octoai.optimizer.quality import Quality, Reference, exact, shipped_text
 from octoai.optimizer.weights import AS_GIVEN, Recipe, recipes, requantize
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.places import cache_dir
@@ -169,7 +169,7 @@ def rows_of(what: str, shipped: Path, place: Path, only: list[str]) -> list[Row]
     baseline = Row("as given, defaults", shipped, {})
     found: list[Row] = []
     if what == "formats":
-        with Reference(shipped, num_threads=2) as reference:
+        with Reference(exact(shipped, place) or shipped, num_threads=2) as reference:
             for recipe in recipes(shipped):
                 if recipe is AS_GIVEN or not only or recipe.name in only:
                     weights = made(shipped, recipe, place)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference, compared, shipped_text
-from octoai.optimizer.weights import Recipe, UnusableWeights, requantize
+from octoai.optimizer import quality
+from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference, compared, exact, shipped_text
+from octoai.optimizer.weights import Recipe, UnusableWeights, num_bytes, requantize
+
+
+@dataclass
+class Usage:
+    free: int
 
 
 def logs(*rows: list[float]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
@@ -95,4 +102,39 @@ def test_weights_that_do_not_load_are_refused_in_a_line(tmp_path: Path, monkeypa
     with pytest.raises(UnusableWeights, match=r"cannot load .*missing\.gguf") as raised:
         Reference(tmp_path / "missing.gguf")
     assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_finer_format_of_coarse_weights_is_as_near_to_them_as_they_are_themselves(
+    embedded_model: Path, tmp_path: Path
+) -> None:
+    coarse, finer = tmp_path / "coarse.gguf", tmp_path / "finer.gguf"
+    requantize(embedded_model, coarse, Recipe("Q4_K", (("*", "Q4_K"), ("*", "Q8_0"))))
+    requantize(coarse, finer, Recipe("Q8_0", (("*", "Q8_0"),)))
+    made = exact(coarse, tmp_path)
+    assert made is not None
+    assert exact(made, tmp_path) == made
+    with Reference(made, num_threads=2) as opened:
+        assert 0 < opened.measure(finer).kl_nats < opened.measure(coarse).kl_nats < 0.005
+    with Reference(coarse, num_threads=2) as opened:  # what both round, in other ways, adds up
+        assert opened.measure(finer).kl_nats > 0.005
+
+
+def test_weights_too_large_for_the_memory_are_not_made_exact(
+    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = num_bytes(embedded_model, quality.EXACT)
+    monkeypatch.setattr(quality, "memory_bytes", lambda: 2 * large - 1)
+    assert exact(embedded_model, tmp_path) is None
+    monkeypatch.setattr(quality, "memory_bytes", lambda: 2 * large)
+    assert exact(embedded_model, tmp_path) == tmp_path / "exact.gguf"
+
+
+def test_a_disk_too_small_for_exact_weights_is_not_an_error(
+    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octoai.optimizer.weights.shutil.disk_usage", lambda _: Usage(free=1000))
+    assert exact(embedded_model, tmp_path) is None
     assert list(tmp_path.iterdir()) == []

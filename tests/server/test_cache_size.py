@@ -65,18 +65,18 @@ def test_what_is_no_model_gets_few_slots(tmp_path: Path) -> None:
 def test_many_slots_take_an_eighth_of_the_memory_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gibibytes: float, expected: int
 ) -> None:
-    monkeypatch.setattr(cache_size, "_memory_bytes", lambda: int(gibibytes * 2**30))
+    monkeypatch.setattr(cache_size, "memory_bytes", lambda: int(gibibytes * 2**30))
     assert num_slots(written(tmp_path / "x.gguf"), 8192) == expected  # of 1 GiB each
 
 
 def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = cache_size._memory_bytes()
+    whole = cache_size.memory_bytes()
     monkeypatch.setattr(cache_size, "_CGROUP_LIMIT", tmp_path / "memory.max")
-    assert cache_size._memory_bytes() >= whole
+    assert cache_size.memory_bytes() >= whole
     (tmp_path / "memory.max").write_text("max\n")
-    assert cache_size._memory_bytes() >= whole
+    assert cache_size.memory_bytes() >= whole
     (tmp_path / "memory.max").write_text("1048576\n")
-    assert cache_size._memory_bytes() == 1048576
+    assert cache_size.memory_bytes() == 1048576
 
 
 @pytest.mark.parametrize("item", [0, 8, 9, 12])  # u8, string, array, f64

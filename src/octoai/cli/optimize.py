@@ -136,10 +136,11 @@ def _shown(result: Optimized) -> str:
             f"{trial.score:.2f}" if trial.score else "",
         )
         rows.append([trial.stage, *map(Figure, figures), str(trial.candidate), trial.note])
+    given = "the file as given" if result.is_exact else "the file as given, as llama.cpp computes it"
     lines = [
         aligned(heads, rows),
         *(
-            f"{name}: {loss.kl_nats:.5f} nats from the file as given; "
+            f"{name}: {loss.kl_nats:.5f} nats from {given}; "
             f"the most likely token is the same at {loss.same_top:.1%} of positions\n"
             for name, loss in _losses(result).items()
         ),
@@ -168,6 +169,7 @@ def _described(result: Optimized) -> dict[str, Any]:
         "losses": {
             name: {"kl_nats": loss.kl_nats, "same_top": loss.same_top} for name, loss in _losses(result).items()
         },
+        "is_exact": result.is_exact,
         "no_kernels": result.no_kernels or None,
         "trials": [asdict(trial) for trial in outcome.trials],
     }

@@ -42,12 +42,13 @@ class Wish:
 @dataclass(frozen=True, slots=True)
 class Optimized:
     """`profile` is None where nothing was found before it was stopped, `place` is the directory it is in. `no_kernels`
-    says why there were none for this CPU to try, "" where there were."""
+    says why there were none for this CPU to try, "" where there were. `is_exact`: as of `Bench`."""
 
     outcome: Outcome
     profile: Profile | None = None
     place: Path | None = None
     no_kernels: str = ""
+    is_exact: bool = False
 
     @property
     def plot(self) -> Path | None:
@@ -93,7 +94,7 @@ def optimize(
                 if not outcome.is_usable:
                     raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")
                 found = _stored(profiles, source, model_sha256, outcome, wish, bench)
-                return replace(found, no_kernels=no_kernels)
+                return replace(found, no_kernels=no_kernels, is_exact=bench.is_exact)
     except KeyboardInterrupt:  # before the search began
         return Optimized(Outcome(best=first_guesses(num_cores)[0], is_interrupted=True))
     except (TrialFailed, UnusableWeights) as error:

@@ -1,7 +1,7 @@
 """What a change of format does to what a model says, measured: how far its next-token distributions move.
 
 A text that is shipped for it is read once through the weights as given and once through the candidate, and at every
-position the whole distributions are compared: nothing is sampled or cut off. Knows nothing of formats or of speed.
+position the whole distributions are compared: nothing is sampled or cut off. Knows nothing of speed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from octoai.optimizer.weights import UnusableWeights
+from octoai.optimizer.weights import Recipe, UnusableWeights, is_changed, num_bytes, requantize
+from octoai.server.engines.cache_size import memory_bytes
 
 MAX_POSITIONS = 400
+EXACT = Recipe("exact", (("*", "F16"),))
+_MEMORY_PARTS = 2  # of one of which exact weights must not take more
 _ROWS_A_STEP = 16
 
 
@@ -38,6 +41,21 @@ class Quality:
     kl_error: float
     same_top: float
     num_positions: int
+
+
+def exact(source: Path, directory: Path, *, num_threads: int = 0) -> Path | None:
+    """The weights as given in F16, made in `directory` if they are not: quantized ones are multiplied with activations
+    that are rounded to 8 bits, which moves distributions as far as a good format does, these are not. None where that
+    takes too much memory or disk, or llama.cpp cannot read a format. Raises UnusableWeights for what is no model."""
+    if not is_changed(source, EXACT):
+        return source
+    if num_bytes(source, EXACT) > memory_bytes() // _MEMORY_PARTS:
+        return None
+    try:
+        requantize(source, directory / "exact.gguf", EXACT, num_threads=num_threads)
+    except UnusableWeights:
+        return None
+    return directory / "exact.gguf"
 
 
 class Reference:

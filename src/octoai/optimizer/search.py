@@ -211,13 +211,21 @@ class Search:
             if any(glance and glance.kl_nats > far_too_much for glance in like_it):
                 return False
             self._check_time()
-            try:
-                self._glances[arithmetic] = self._measuring.loss(candidate, self._bounds.max_loss)
-            except TrialFailed as failure:
-                self._glances[arithmetic] = None
-                self._note(Trial("quality", candidate, 0.0, note=f"failed: {failure}"))
+            self._glances[arithmetic] = self._glance(candidate)
         glance = self._glances[arithmetic]
         return glance is not None and glance.kl_nats <= self._bounds.max_loss
+
+    def _glance(self, candidate: Candidate) -> Loss | None:
+        """As little of what it loses as tells on which side of the bound it is; None where that cannot be measured."""
+        try:
+            glance = self._measuring.loss(candidate, self._bounds.max_loss)
+        except TrialFailed as failure:
+            self._note(Trial("quality", candidate, 0.0, note=f"failed: {failure}"))
+            return None
+        if glance.kl_nats > self._bounds.max_loss:
+            lost = f"loses {glance.kl_nats:.4f} nats, more than {self._bounds.max_loss:g} (--max-loss)"
+            self._note(Trial("quality", candidate, 0.0, note=lost))
+        return glance
 
     def _loses_little(self, candidate: Candidate) -> bool:
         """Measured in full, once for the arithmetic of each that is about to become the best."""

@@ -86,9 +86,9 @@ class Stage:
 
 
 def engine_defaults(num_cores: int) -> Candidate:
-    """As llama.cpp's own server runs a model when it is told nothing: what others are compared with."""
-    tuning = LlamaTuning(micro_batch_tokens=512, spin_count=None)
-    return Candidate(num_slots=1, num_threads=num_cores, batch_tokens=2048, tuning=tuning)
+    """As `llama-server` runs a model when told nothing (four slots, one cache): what others are compared with."""
+    tuning = LlamaTuning(micro_batch_tokens=512, spin_count=None, is_unified=True)
+    return Candidate(num_slots=4, num_threads=num_cores, batch_tokens=2048, tuning=tuning)
 
 
 def stages(recipes: Sequence[str], num_cores: int) -> list[Stage]:

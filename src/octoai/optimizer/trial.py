@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from octoai.optimizer.outcome import TrialFailed
-from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference
+from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference, exact
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.optimizer.weights import UnusableWeights, num_bytes, recipes, requantize
 from octoai.optimizer.workload import Passages, Speed, Workload, joint_rate, measure
@@ -50,6 +50,7 @@ class Bench:
         self._trial_seconds = trial_seconds
         made = sorted(recipes(source), key=lambda recipe: -num_bytes(source, recipe))
         self._recipes = {each.name: each for each in made}
+        self._exact: Path | None = None
         self._references: dict[int, Reference] = {}
         self._stack = ExitStack()
         self._unusable: dict[str, str] = {}
@@ -64,6 +65,11 @@ class Bench:
     def recipe_names(self) -> list[str]:
         """From the largest to the smallest."""
         return list(self._recipes)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether losses were measured from what the weights as given say exactly."""
+        return self._exact is not None
 
     def weights(self, name: str) -> Path:
         """The file of the recipe of that name, made first if need be. Raises TrialFailed."""
@@ -99,9 +105,12 @@ class Bench:
             raise TrialFailed(str(error)) from None
 
     def _compared_to(self, num_positions: int) -> Reference:
-        """What the weights as given say, read once."""
+        """What the weights as given say, read once: exactly, or where that is too much, as llama.cpp computes it."""
+        if not self._references:
+            self._exact = exact(self.source, self._directory, num_threads=self._num_threads)
         if num_positions not in self._references:
-            made = Reference(self.source, max_positions=num_positions, num_threads=self._num_threads)
+            given = self._exact or self.source
+            made = Reference(given, max_positions=num_positions, num_threads=self._num_threads)
             self._references[num_positions] = self._stack.enter_context(made)
         return self._references[num_positions]
 

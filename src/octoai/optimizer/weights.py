@@ -90,6 +90,11 @@ def recipes(source: Path) -> list[Recipe]:
     return list(found.values())
 
 
+def is_changed(source: Path, recipe: Recipe) -> bool:
+    """Whether the recipe makes another file of this one. Raises UnusableWeights."""
+    return any(recipe.format_of(each) != each.format for each in _tensors(source))
+
+
 def num_bytes(source: Path, recipe: Recipe) -> int:
     """How large the tensors of the file become. Raises UnusableWeights."""
     return sum(recipe.format_of(each).num_bytes(each.num_numbers) for each in _tensors(source))

@@ -26,7 +26,7 @@ Value = str | float | None  # None: an array, which is not read
 def num_slots(weights: Path, context_length: int) -> int:
     """As many as a burst of clients wants where the memory is there for it, otherwise few."""
     token_bytes = cache_bytes_per_token(weights)
-    if token_bytes and MANY_SLOTS * context_length * token_bytes <= _memory_bytes() // MEMORY_PARTS:
+    if token_bytes and MANY_SLOTS * context_length * token_bytes <= memory_bytes() // MEMORY_PARTS:
         return MANY_SLOTS
     return FEW_SLOTS
 
@@ -93,7 +93,7 @@ def _unpacked(file: BinaryIO, layout: str) -> tuple[float, ...]:
     return struct.unpack(f"<{layout}", file.read(struct.calcsize(f"<{layout}")))
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Of the machine, or of the container that we are in. 0 where nobody says."""
     try:
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
