@@ -19,6 +19,7 @@ from octoai.optimizer.search import Search
 from octoai.optimizer.space import AS_GIVEN, engine_defaults, first_guesses, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
 from octoai.optimizer.weights import UnusableWeights
+from octoai.server.cores import num_cores
 from octoai.server.places import create
 
 _PLOT_FILENAME = "profile.svg"
@@ -65,25 +66,25 @@ def optimize(
     """Search, and store what was found. Stopped by the keyboard it stores the best so far. `on_step` is told what takes
     long and is no trial. Raises CannotOptimize."""
     began = time.monotonic()
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_threads = num_cores()
     profiles = Profiles(cache_dir)
     try:
         model_sha256 = sha256(source)
         with _workplace(cache_dir, model_sha256) as directory:
-            kernels_path, no_kernels = _kernels(profiles, wish, num_cores, directory / "kernels", on_step)
-            starts = first_guesses(num_cores, kernels_path)
+            kernels_path, no_kernels = _kernels(profiles, wish, num_threads, directory / "kernels", on_step)
+            starts = first_guesses(num_threads, kernels_path)
             with Bench(
                 source,
                 directory,
                 context_length=wish.context_length,
-                num_threads=num_cores,
+                num_threads=num_threads,
                 trial_seconds=max(TRIAL_SECONDS, wish.seconds / 4),
             ) as bench:
                 search = Search(
                     bench,
-                    stages(bench.recipe_names, num_cores),
+                    stages(bench.recipe_names, num_threads),
                     starts=starts,
-                    defaults=engine_defaults(num_cores),
+                    defaults=engine_defaults(num_threads),
                     goal=wish.goal,
                     bounds=wish.bounds,
                     on_trial=on_trial,
@@ -96,7 +97,7 @@ def optimize(
                 found = _stored(profiles, source, model_sha256, outcome, wish, bench)
                 return replace(found, no_kernels=no_kernels, is_exact=bench.is_exact)
     except KeyboardInterrupt:  # before the search began
-        return Optimized(Outcome(best=first_guesses(num_cores)[0], is_interrupted=True))
+        return Optimized(Outcome(best=first_guesses(num_threads)[0], is_interrupted=True))
     except (TrialFailed, UnusableWeights) as error:
         raise CannotOptimize(str(error)) from None
     except OSError as error:
@@ -104,7 +105,7 @@ def optimize(
 
 
 def _kernels(
-    profiles: Profiles, wish: Wish, num_cores: int, work: Path, on_step: Callable[[str], None]
+    profiles: Profiles, wish: Wish, num_threads: int, work: Path, on_step: Callable[[str], None]
 ) -> tuple[Path | None, str]:
     """Those for this CPU, made now if need be, or why there are none."""
     path = profiles.kernels_path(kernels.RECIPE)
@@ -114,7 +115,7 @@ def _kernels(
         return None, f"no kernels for this CPU are here, and compiling them takes more than {wish.seconds:.0f} seconds"
     on_step("compiling kernels for this CPU")
     try:
-        kernels.make(path, profiles.engine, work=work, num_threads=num_cores, environ=os.environ)
+        kernels.make(path, profiles.engine, work=work, num_threads=num_threads, environ=os.environ)
     except kernels.NoKernels as error:
         return None, str(error)
     return path, ""

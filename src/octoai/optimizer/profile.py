@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from octoai.optimizer.outcome import Goal
 from octoai.optimizer.space import Candidate
+from octoai.server.cores import num_cores
 from octoai.server.places import create
 
 _FILENAME = "profile.json"
@@ -154,7 +155,6 @@ def sha256(path: Path) -> str:
 
 def this_cpu() -> str:
     """What decides which kernels are fast: the processor, what it can do, and how many cores we may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name, flags = platform.processor() or platform.machine(), ""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
@@ -162,7 +162,7 @@ def this_cpu() -> str:
         said = {key.strip(): value.strip() for key, value in said.items()}
         name = said.get("model name", name)
         flags = hashlib.sha256(said.get("flags", said.get("Features", "")).encode()).hexdigest()[:8]
-    return " ".join(filter(None, [name, f"{cores} cores", flags]))
+    return " ".join(filter(None, [name, f"{num_cores()} cores", flags]))
 
 
 def _weights(profile: Profile, place: Path) -> Path | None:

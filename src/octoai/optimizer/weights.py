@@ -19,6 +19,7 @@ from pathlib import Path
 
 from octoai.optimizer.affine import as_q8_0, is_affine
 from octoai.optimizer.ggml import BadFile, Format, Header, Tensor, can_read, converted, formats, open_header
+from octoai.server.cores import num_cores
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in all, from one thread at a time."""
@@ -110,7 +111,7 @@ def requantize(
         plan = _plan(sources, recipe)
         _require_space(target.parent, plan.num_bytes)
         try:
-            _write(plan, target, num_threads or _num_cores(), on_progress or _no_progress)
+            _write(plan, target, num_threads or num_cores(), on_progress or _no_progress)
         except OSError as error:
             raise UnusableWeights(f"cannot write {target}: {error.strerror or error}") from None
 
@@ -277,10 +278,6 @@ def _require_space(directory: Path, num_bytes: int) -> None:
             f"not enough disk space in {directory}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free; "
             "delete something there, or set OCTOAI_CACHE_DIR to a larger disk"
         )
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _no_progress(_done: int, _total: int) -> None:

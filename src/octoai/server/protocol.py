@@ -17,6 +17,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from octoai.server import heads
+from octoai.server.awake import Awake
 from octoai.server.edge import Edge
 from octoai.server.errors import HeadTooLarge, MalformedRequest, Refusal
 from octoai.server.heads import Head, KnownHead
@@ -27,9 +28,10 @@ MAX_HEAD_BYTES = 64 * 1024
 
 
 class ServiceProtocol(HttpToolsProtocol, Connection):
-    """`edge` is set by whoever makes the server."""
+    """`edge` and `awake` are the server's (see `protocol_for`)."""
 
     edge: Edge
+    awake: Awake
     transport: asyncio.Transport
     cycle: Any  # an `Incoming`, or what uvicorn has for a request
 
@@ -174,6 +176,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, Incoming):
             self._answering = cycle
+            self.awake.begins(cycle.began, is_alone=not self.tasks)
             cycle.task = self.loop.create_task(self._answer(cycle))
             self.tasks.add(cycle.task)
         else:
@@ -224,4 +227,4 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
 def protocol_for(edge: Edge) -> type[ServiceProtocol]:
     """uvicorn makes one for each connection, and does not say of whose."""
-    return type("ServiceProtocol", (ServiceProtocol,), {"edge": edge})
+    return type("ServiceProtocol", (ServiceProtocol,), {"edge": edge, "awake": Awake()})

@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from octoai.server.cores import num_cores
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.llama_control import Control
@@ -86,9 +87,7 @@ class LlamaOptions:
 
     @property
     def threads(self) -> int:
-        return self.num_threads or max(
-            1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        )
+        return self.num_threads or num_cores()
 
     def prefixes(self, weights: Path) -> Prefixes:
         """Where beginnings of prompts are kept; none of another engine's are ever found there."""
