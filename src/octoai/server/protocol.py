@@ -54,6 +54,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             self.cycle = None
         if self._resting is not None:
             self._resting.cancel()
+            self._resting = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -188,6 +189,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         finally:
             incoming.cut()
             self.tasks.discard(incoming.task)
+            if self._answering is incoming:  # each knows the other: who has gone would be left to the garbage collector
+                self._answering = None
 
     def fixed_head(self) -> bytes:
         headers = self.server_state.default_headers  # another list when the date is another

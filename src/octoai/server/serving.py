@@ -20,6 +20,7 @@ import uvicorn
 
 from octoai.server import app, idle
 from octoai.server.errors import Refusal
+from octoai.server.heap import Heap
 from octoai.server.listener import doors
 from octoai.server.protocol import protocol_for
 from octoai.server.service import Service
@@ -55,6 +56,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._ending = asyncio.Event()
+        self._heap = Heap()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -64,6 +66,7 @@ class _Server(uvicorn.Server):
         """Once a second, for the date in its answers. uvicorn's own also looks ten times a second whether it is to end:
         beside an engine on the same cores, waking up is what an idle service costs."""
         while not await self.on_tick(0):
+            self._heap.look(len(self.server_state.tasks))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._ending.wait()

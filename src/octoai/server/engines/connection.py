@@ -177,6 +177,7 @@ class Connection(asyncio.Protocol):
         if self.status and not self._has_length and error is None:
             self._is_over = True  # a body without a length ends with its connection
         self._fail(error if isinstance(error, OSError) else ConnectionResetError("it closed the connection"))
+        self._parser = None  # each knows the other: we would be left to the garbage collector
 
     # What the parser calls.
 

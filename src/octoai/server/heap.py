@@ -1,0 +1,29 @@
+"""Memory that many requests at once needed, given back to the system when they are over.
+
+The C library gives back only what is free at the end of its heap, and something always lies there. What is free before
+that it gives back when it is asked to, in a millisecond.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+MANY = 64  # requests at once
+
+
+class Heap:
+    """Of this process."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._trim = getattr(library, "malloc_trim", None)  # glibc has it
+        self._most = 0
+
+    def look(self, num_requests: int) -> None:
+        """How many are under way now; told of now and then. Trims where that is a quarter of what it was, or less."""
+        self._most = max(self._most, num_requests)
+        if self._most >= MANY and num_requests <= self._most // 4:
+            self._most = num_requests
+            if self._trim is not None:
+                self._trim(0)
