@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from octoai.server.heap import MANY, Heap
+from octoai.server.heap import CALM_LOOKS, MANY, Heap
 
 
 def trims(*numbers: int) -> list[int]:
@@ -21,14 +21,19 @@ def trims(*numbers: int) -> list[int]:
     return found
 
 
-def test_it_trims_once_when_a_burst_is_over() -> None:
-    assert trims(0, MANY // 2, MANY, MANY // 2, MANY // 4, 3, 0, 0) == [4]
-    assert trims(0, 1000, 251, 250, 100, 62, 61, 0) == [3, 5]
-    assert trims(MANY, 0, MANY, 0) == [1, 3]
+def test_it_trims_once_when_a_burst_has_been_over_for_a_while() -> None:
+    calm = [MANY // 4] * CALM_LOOKS
+    assert trims(0, MANY, *calm, 0, 0) == [1 + CALM_LOOKS]
+    assert trims(1000, *[0] * (CALM_LOOKS - 1), 251, *[250] * 3 * CALM_LOOKS) == [2 * CALM_LOOKS]
+    assert trims(MANY, *calm, MANY, *calm) == [CALM_LOOKS, 1 + 2 * CALM_LOOKS]
+
+
+def test_bursts_that_come_one_after_another_keep_their_memory() -> None:
+    assert trims(*[MANY, *[0] * (CALM_LOOKS - 1)] * 5) == []
 
 
 def test_few_requests_leave_it_as_it_is() -> None:
-    assert trims(0, MANY - 1, 0, 5, MANY - 1, 0) == []
+    assert trims(MANY - 1, *[0] * 2 * CALM_LOOKS, 5) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
@@ -43,8 +48,8 @@ def test_what_is_free_between_other_things_goes_back_to_the_system() -> None:
     assert resident_bytes() - before > 50_000_000
     del blocks
     heap = Heap()
-    heap.look(MANY)
-    heap.look(0)
+    for number in (MANY, *[0] * CALM_LOOKS):
+        heap.look(number)
     assert resident_bytes() - before < 20_000_000
     assert last
 
@@ -52,5 +57,5 @@ def test_what_is_free_between_other_things_goes_back_to_the_system() -> None:
 def test_a_library_that_cannot_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     heap = Heap()
-    heap.look(MANY)
-    heap.look(0)
+    for number in (MANY, *[0] * CALM_LOOKS):
+        heap.look(number)
