@@ -38,9 +38,14 @@ class Edge(Recording):
             await super().answer(incoming)
 
 
+async def through_asgi(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"12345"})
+
+
 @asynccontextmanager
 async def serving(found: list[weakref.ref[Any]]) -> AsyncIterator[int]:
-    config = uvicorn.Config(lambda *_: None, log_config=None, lifespan="off", ws="none")  # type: ignore[arg-type]
+    config = uvicorn.Config(through_asgi, log_config=None, lifespan="off", ws="none")
     config.load()
     make, state = protocol_for(Edge()), ServerState()  # type: ignore[arg-type]
 
@@ -80,6 +85,20 @@ def test_a_client_that_has_gone_leaves_nothing(ends: str) -> None:
                         assert (await reader.readuntil(b"12345")).startswith(b"HTTP/1.1 200")
                 writer.close()
             assert len(found) == NUM_CONNECTIONS
+            assert await settled(found) == []
+
+    uvloop.run(main())
+
+
+def test_a_client_of_what_goes_through_asgi_leaves_nothing() -> None:
+    async def main() -> None:
+        found: list[weakref.ref[Any]] = []
+        async with serving(found) as port:
+            for _ in range(NUM_CONNECTIONS):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert (await reader.readuntil(b"12345")).startswith(b"HTTP/1.1 200")
+                writer.close()
             assert await settled(found) == []
 
     uvloop.run(main())

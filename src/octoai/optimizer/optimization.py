@@ -91,7 +91,7 @@ def optimize(
                 )
                 outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
                 if outcome.is_interrupted and (not outcome.is_usable or outcome.best in starts):
-                    return Optimized(outcome, no_kernels=no_kernels)
+                    return Optimized(outcome, no_kernels=no_kernels, is_exact=bench.is_exact)
                 if not outcome.is_usable:
                     raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")
                 found = _stored(profiles, source, model_sha256, outcome, wish, bench)
