@@ -23,7 +23,7 @@ def llm(served: Serve, monkeypatch: pytest.MonkeyPatch) -> Any:
     from llama_index.llms.octoai import OctoAI
 
     monkeypatch.setenv("OCTOAI_BASE_URL", served.url)
-    return OctoAI(model=MODEL, token=served.token, max_tokens=20, temperature=0.1)
+    return OctoAI(model=MODEL, token=served.token, max_tokens=20, temperature=0.0)
 
 
 def messages() -> list[Any]:

@@ -142,7 +142,7 @@ def test_every_sampling_parameter_is_honoured(
 
 
 def test_choices_streams_and_logprobs_are_counted(client: Client) -> None:
-    params = {**RANDOM, "n": 3, "logprobs": True, "top_logprobs": 2}
+    params = {**RANDOM, "ignore_eos": True, "n": 3, "logprobs": True, "top_logprobs": 2}
     whole = client.chat(**params)
     chunks = client.stream(**params, stream_options={"include_usage": True})
     counts = ("prompt_tokens", "completion_tokens")

@@ -35,7 +35,7 @@ async def async_client(served: Serve) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 def test_chat(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=12)
+    answer = client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=12, temperature=0)
     assert answer.choices[0].message.content
     assert answer.usage.completion_tokens == 12
     assert answer._request_id
@@ -44,7 +44,7 @@ def test_chat(client: openai.OpenAI) -> None:
 def test_stream_with_usage(client: openai.OpenAI) -> None:
     options = {"include_usage": True}
     with client.chat.completions.create(
-        model=MODEL, messages=CHAT, max_completion_tokens=12, stream=True, stream_options=options
+        model=MODEL, messages=CHAT, max_completion_tokens=12, temperature=0, stream=True, stream_options=options
     ) as stream:
         chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -63,21 +63,23 @@ def test_the_stream_helper(client: openai.OpenAI) -> None:
 
 
 async def test_async_chat(async_client: openai.AsyncOpenAI) -> None:
-    answer = await async_client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=12)
+    answer = await async_client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=12, temperature=0)
     assert answer.choices[0].message.content
 
 
 async def test_async_stream(async_client: openai.AsyncOpenAI) -> None:
-    stream = await async_client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=12, stream=True)
+    stream = await async_client.chat.completions.create(
+        model=MODEL, messages=CHAT, max_tokens=12, temperature=0, stream=True
+    )
     text = [chunk.choices[0].delta.content or "" async for chunk in stream]
     assert "".join(text).strip()
 
 
 def test_completions_with_logprobs(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model=MODEL, prompt="Hello my", max_tokens=4, logprobs=2)
+    answer = client.completions.create(model=MODEL, prompt="Hello my", max_tokens=4, temperature=0, logprobs=2)
     assert answer.choices[0].text
     assert len(answer.choices[0].logprobs.tokens) == len(answer.choices[0].logprobs.token_logprobs) == 4
-    streamed = client.completions.create(model=MODEL, prompt="Hello my", max_tokens=4, stream=True)
+    streamed = client.completions.create(model=MODEL, prompt="Hello my", max_tokens=4, temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed)
 
 

@@ -89,7 +89,7 @@ def test_the_samples_run_unchanged(served: Serve, name: str) -> None:
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""
     text = json.loads(ran.stdout)["choices"][0]["message"]["content"] if name == "chat.py" else ran.stdout
-    assert len(text.split()) > 10
+    assert text.strip()  # not how long: they sample, and the model may be content with a title
 
 
 def test_the_first_start_leaves_a_token_for_clients_of_this_machine(served: Serve) -> None:
@@ -168,7 +168,7 @@ def test_each_penalty_makes_repetition_rarer(client: Client, penalty: dict[str, 
 
 
 def test_choices_differ_and_the_prompt_is_counted_once(client: Client) -> None:
-    answer = client.chat(n=6, temperature=1.5, seed=3)
+    answer = client.chat(n=6, temperature=1.5, seed=3, ignore_eos=True)
     assert [choice["index"] for choice in answer["choices"]] == list(range(6))
     assert len({choice["message"]["content"] for choice in answer["choices"]}) > 1
     assert answer["usage"]["completion_tokens"] == 6 * 12
