@@ -30,6 +30,15 @@ vec higher(vec a, vec b) { return _mm512_max_ps(a, b); }
 float highest_of(vec of) { return _mm512_reduce_max_ps(of); }
 float sum_of(vec of) { return _mm512_reduce_add_ps(of); }
 
+__m128 sums_of_four(const vec * of) {
+    const vec low  = add(_mm512_unpacklo_ps(of[0], of[1]), _mm512_unpackhi_ps(of[0], of[1]));
+    const vec high = add(_mm512_unpacklo_ps(of[2], of[3]), _mm512_unpackhi_ps(of[2], of[3]));
+    const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
+    const vec quarters = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
 // As many rows of as many F16 become their columns in F32.
 void transpose(const char * from, size_t from_stride, float * to, int64_t to_stride) {
     vec a[LANES], b[LANES];
@@ -83,6 +92,11 @@ float sum_of(vec of) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(of), _mm256_extractf128_ps(of, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+__m128 sums_of_four(const vec * of) {
+    const vec half = _mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 void transpose(const char * from, size_t from_stride, float * to, int64_t to_stride) {
@@ -267,9 +281,80 @@ void multiply(float * c, const float * a, const float * b, int num_rows, int dep
     }
 }
 
-void convert(const attention & of, const tile & at, int64_t group, int64_t first, int num_keys, const tile_scratch & scratch) {
-    const char * k = place_in(of.k, first, group, at.stream);
-    const char * v = place_in(of.v, first, group, at.stream);
+// Few rows are multiplied with keys and values as these lie there: to transpose and to keep what was converted is worth
+// it from more rows on.
+constexpr int FEW_ROWS = 4;
+constexpr int FEW_KEYS = 4; // at a time
+
+// A score for each row and each key.
+template <int rows>
+void score_few(const attention & of, const char * keys, int num_keys, const float * queries, float * scores) {
+    const int64_t size = of.key_size(), stride = of.k->nb[1];
+    for (int first = 0; first < num_keys; first += FEW_KEYS) {
+        vec products[rows][FEW_KEYS];
+        for (int i = 0; i < rows * FEW_KEYS; ++i) {
+            products[i / FEW_KEYS][i % FEW_KEYS] = all(0.0f);
+        }
+        for (int64_t d = 0; d < size; d += LANES) {
+            for (int i = 0; i < FEW_KEYS; ++i) {
+                const vec key = load_half(keys + (first + i) * stride + d * sizeof(ggml_fp16_t));
+                for (int row = 0; row < rows; ++row) {
+                    products[row][i] = multiply_add(load(queries + row * size + d), key, products[row][i]);
+                }
+            }
+        }
+        for (int row = 0; row < rows; ++row) {
+            _mm_storeu_ps(scores + row * num_keys + first, sums_of_four(products[row]));
+        }
+    }
+}
+
+// Adds to some columns of each row what its weights give of all values.
+template <int rows, int vectors>
+void add_few_columns(const attention & of, const char * values, int num_keys, const float * weights, float * out) {
+    const int64_t size = of.value_size(), stride = of.v->nb[1];
+    vec sums[rows][vectors];
+    for (int i = 0; i < rows * vectors; ++i) {
+        sums[i / vectors][i % vectors] = load(out + i / vectors * size + i % vectors * LANES);
+    }
+    for (int key = 0; key < num_keys; ++key) {
+        for (int i = 0; i < vectors; ++i) {
+            const vec value = load_half(values + key * stride + i * LANES * sizeof(ggml_fp16_t));
+            for (int row = 0; row < rows; ++row) {
+                sums[row][i] = multiply_add(all(weights[row * num_keys + key]), value, sums[row][i]);
+            }
+        }
+    }
+    for (int i = 0; i < rows * vectors; ++i) {
+        store(out + i / vectors * size + i % vectors * LANES, sums[i / vectors][i % vectors]);
+    }
+}
+
+template <int rows>
+void add_few(const attention & of, const char * values, int num_keys, const float * weights, float * out) {
+    int64_t d = 0;
+    for (; d + VECTORS * LANES <= of.value_size(); d += VECTORS * LANES) {
+        add_few_columns<rows, VECTORS>(of, values + d * sizeof(ggml_fp16_t), num_keys, weights, out + d);
+    }
+    for (; d < of.value_size(); d += LANES) {
+        add_few_columns<rows, 1>(of, values + d * sizeof(ggml_fp16_t), num_keys, weights, out + d);
+    }
+}
+
+using few = void (*)(const attention &, const char *, int, const float *, float *);
+
+// Calls one that is compiled for each number of rows, for as many at a time as a processor has registers for.
+void with_few(const few * compiled, const attention & of, const char * at, int num_keys, const float * from, int from_stride,
+              float * to, int to_stride, int num_rows) {
+    for (int row = 0; row < num_rows; row += ROWS) {
+        compiled[std::min(num_rows - row, ROWS)](of, at, num_keys, from + row * from_stride, to + row * to_stride);
+    }
+}
+
+constexpr few SCORE_FEW[] = { nullptr, score_few<1>, score_few<2>, score_few<3>, score_few<4> };
+constexpr few ADD_FEW[] = { nullptr, add_few<1>, add_few<2>, add_few<3>, add_few<4> };
+
+void convert(const attention & of, const char * k, const char * v, int num_keys, const tile_scratch & scratch) {
     for (int i = 0; i < num_keys; i += LANES) {
         for (int64_t d = 0; d < of.key_size(); d += LANES) {
             transpose(k + i * of.k->nb[1] + d * sizeof(ggml_fp16_t), of.k->nb[1], scratch.keys + d * num_keys + i, num_keys);
@@ -330,6 +415,7 @@ void begin_tile(const attention & of, const tile & at, const tile_scratch & scra
 void attend(const attention & of, const tile & at, int64_t begin, int64_t end, float * place, tile_result & result) {
     const int num_rows = rounded_up(at.num_rows), key_size = (int) of.key_size(), value_size = (int) of.value_size();
     const tile_scratch scratch(of, at, place);
+    const bool is_few = at.num_rows <= FEW_ROWS;
     begin_tile(of, at, scratch, result);
     for (int64_t first = begin; first < end; first += TILE_KEYS) {
         const int num_keys = (int) std::min<int64_t>(TILE_KEYS, end - first);
@@ -338,16 +424,27 @@ void attend(const attention & of, const tile & at, int64_t begin, int64_t end, f
         }
         bring(of, at, first, num_keys);
         for (int64_t group = 0; group < at.num_groups; ++group) {
-            convert(of, at, at.first_group + group, first, num_keys, scratch);
-            memset(scratch.weights, 0, num_rows * num_keys * sizeof(float));
-            multiply(scratch.weights, scratch.queries + group * num_rows * key_size, scratch.keys, num_rows, key_size, num_keys);
+            const float * queries = scratch.queries + group * num_rows * key_size;
             float * out = scratch.out + group * num_rows * value_size;
+            const char * keys = place_in(of.k, first, at.first_group + group, at.stream);
+            const char * values = place_in(of.v, first, at.first_group + group, at.stream);
+            if (is_few) {
+                with_few(SCORE_FEW, of, keys, num_keys, queries, key_size, scratch.weights, num_keys, at.num_rows);
+            } else {
+                convert(of, keys, values, num_keys, scratch);
+                memset(scratch.weights, 0, num_rows * num_keys * sizeof(float));
+                multiply(scratch.weights, queries, scratch.keys, num_rows, key_size, num_keys);
+            }
             for (int row = 0; row < at.num_rows; ++row) {
                 const int64_t i = group * num_rows + row;
                 const ggml_fp16_t * mask = of.mask_of(position_of(of, at, row), at.stream) + first;
                 weigh(of, scratch.weights + row * num_keys, mask, num_keys, result.sums[i], result.maxima[i], out + row * value_size);
             }
-            multiply(out, scratch.weights, scratch.values, num_rows, num_keys, value_size);
+            if (is_few) {
+                with_few(ADD_FEW, of, values, num_keys, scratch.weights, num_keys, out, value_size, at.num_rows);
+            } else {
+                multiply(out, scratch.weights, scratch.values, num_rows, num_keys, value_size);
+            }
         }
     }
 }
