@@ -13,7 +13,6 @@ import pytest
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.llama import LlamaEngine, LlamaOptions
-from octoai.server.engines.llama_control import Control
 from octoai.server.engines.reading import (
     MIN_SHARED_TOKENS,
     PIECE_TOKENS,
@@ -21,7 +20,6 @@ from octoai.server.engines.reading import (
     Prompt,
     Reading,
 )
-from octoai.server.engines.slots import Slots
 from tests.server.singly import singly
 
 pytestmark = pytest.mark.model
@@ -176,63 +174,6 @@ def test_a_place_that_cannot_be_written_costs_nothing_but_the_saving(
             usages = [usage for _, usage in await asyncio.gather(*(answered(engine, chat(q)) for q in "abc"))]
             assert all(usage.prompt_tokens > NUM_SYSTEM // 2 for usage in usages)
         assert sum("are not saved" in record.message for record in caplog.records) == 1
-
-    asyncio.run(main())
-
-
-def test_what_two_in_a_row_began_with_is_in_idle_slots_before_others_come(
-    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    restored: list[int] = []
-    restore = Control.restore
-
-    async def noted(control: Control, slot: int, name: str) -> None:
-        restored.append(slot)
-        await restore(control, slot, name)
-
-    monkeypatch.setattr(Control, "restore", noted)
-
-    async def rested(engine: LlamaEngine) -> None:
-        assert engine._reading is not None
-        while engine._reading._tasks:
-            await asyncio.sleep(0.01)
-
-    async def main() -> None:
-        async with running(embedded_model, tmp_path) as engine:
-            await answered(engine, chat("Who?"))
-            await rested(engine)
-            assert restored == []
-            await answered(engine, chat("When?"))
-            await rested(engine)
-            assert sorted(restored) == [1, 2, 3]  # one for itself, two for others
-            usages = [usage for _, usage in await asyncio.gather(*(answered(engine, chat(q)) for q in "abcd"))]
-            assert len(restored) == 3
-            assert all(usage.cached_tokens > NUM_SYSTEM // 2 for usage in usages)
-
-    asyncio.run(main())
-
-
-def test_nobody_waits_for_what_is_brought_into_idle_slots(
-    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spread: list[int] = []
-    take_idle = Slots.take_idle
-
-    def noted(slots: Slots, prefix: bytes) -> int | None:
-        slot = take_idle(slots, prefix)
-        spread.extend([] if slot is None else [slot])
-        return slot
-
-    monkeypatch.setattr(Slots, "take_idle", noted)
-
-    async def main() -> None:
-        async with running(embedded_model, tmp_path) as engine:
-            victim = Generation(max_tokens=400, tokens=[5, 6, 7], ignore_eos=True)
-            async with aclosing(engine.generate(victim)) as batches:
-                await anext(batches)
-                for question in ("Who?", "When?", "Where?"):
-                    await answered(engine, chat(question))
-                assert spread == []
 
     asyncio.run(main())
 

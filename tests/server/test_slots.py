@@ -87,19 +87,6 @@ def test_of_what_would_take_long_to_read_again_the_younger_half_is_left_alone() 
     assert slots.take(packed([9]), 0) == (3, 0)
 
 
-def test_a_beginning_is_brought_where_it_is_not_and_where_little_else_is() -> None:
-    slots = Slots(4)
-    assert [slots.take(packed([each]), 0)[0] for each in range(3)] == [0, 1, 2]
-    slots.put_back(0, LONG)  # a conversation of its own
-    slots.put_back(1, LONG + packed([1]), 400)  # the beginning and a question
-    slots.put_back(2, packed([2]))
-    beginning = LONG[:1200]
-    assert [slots.take_idle(beginning) for _ in range(3)] == [3, 2, None]
-    slots.put_back(3, beginning, 300)
-    assert slots.take_idle(beginning) is None
-    assert slots.take_idle(packed([7])) == 1
-
-
 @given(st.lists(st.integers(0, 7) | st.tuples(st.integers(0, 500), st.integers(0, 500)), max_size=60))
 def test_a_slot_is_never_out_twice(acts: list[int | tuple[int, int]]) -> None:
     slots, out = Slots(4), []

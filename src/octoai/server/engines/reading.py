@@ -2,8 +2,7 @@
 
 llama.cpp keeps what it has read in the slot that read it, and slots share nothing. So the slot is chosen here; a
 shared beginning is read by one request (others that begin with it wait), saved, and restored into other slots, which
-takes milliseconds. Shared are the messages of the system, or what a prompt has in common with another recent one. What
-two requests in a row began with is restored into idle slots beforehand, while there is nobody else to wait for it.
+takes milliseconds. Shared are the messages of the system, or what a prompt has in common with another recent one.
 All accounts share them, as they share slots: who knows a whole beginning can tell that somebody else has sent it.
 
 A long prompt is read in pieces, each a request to the engine: it fills its batches from the first slot on, and a
@@ -16,11 +15,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import orjson
 
@@ -99,13 +97,12 @@ class Reading:
         self._recent: deque[bytes] = deque(maxlen=NUM_RECENT)
         self._heads: OrderedDict[bytes, bytes] = OrderedDict()
         self._being_read: dict[bytes, asyncio.Event] = {}
-        self._last_shared = b""
-        self._tasks: set[asyncio.Task[None]] = set()  # that save and restore for others than who began them
+        self._saving: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        for task in self._tasks:
+        for task in self._saving:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._saving, return_exceptions=True)
         self._control.close()
 
     async def generate(
@@ -122,10 +119,8 @@ class Reading:
                 answered = self._http.generate(replace(generation, slot=prompt.slot), told, on_text)
                 async with aclosing(answered) as batches:
                     async for batch in batches:
-                        if not has_begun:
-                            has_begun = True
-                            self._num_answering += 1
-                            self._spread(prompt)
+                        self._num_answering += not has_begun
+                        has_begun = True
                         yield prompt.counted(batch)
             finally:
                 self._num_answering -= has_begun
@@ -234,7 +229,10 @@ class Reading:
                     prompt.read(batch[-1:])
 
     async def _save(self, prompt: Prompt) -> None:
-        await asyncio.shield(self._task(self._saved(prompt.slot, prompt.shared)))  # others may want it when we are left
+        task = asyncio.create_task(self._saved(prompt.slot, prompt.shared))
+        self._saving.add(task)
+        task.add_done_callback(self._saving.discard)
+        await asyncio.shield(task)  # others may want it also when we are left
 
     async def _saved(self, slot: int, prefix: bytes) -> None:
         unfinished = self._prefixes.unfinished()
@@ -244,37 +242,6 @@ class Reading:
             self._prefixes.failed(str(error), unfinished)
         else:
             self._prefixes.keep(unfinished, prefix)
-
-    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    def _spread(self, prompt: Prompt) -> None:
-        """What this request and the one before began with, so that a burst of others finds it in place."""
-        if self._num_saved(prompt):
-            if prompt.shared == self._last_shared:
-                self._task(self._spreading(prompt.shared))
-            self._last_shared = prompt.shared
-
-    async def _spreading(self, prefix: bytes) -> None:
-        """Until others come: each restore keeps the engine from its next step."""
-        name, num_tokens = self._prefixes.name(prefix), len(prefix) // TOKEN_BYTES
-        while self._slots.num_taken <= 1 and not self._turns.locked():
-            slot = self._slots.take_idle(prefix)
-            if slot is None:
-                return
-            async with self._turns:
-                held = b""
-                try:
-                    await self._control.restore(slot, name)
-                    held = prefix
-                except Refused as error:
-                    log.debug("a saved prompt was not brought into an idle slot: %s", error)
-                    return
-                finally:
-                    self._slots.put_back(slot, held, num_tokens if held else 0)
 
     async def _restore(self, prompt: Prompt, saved: str | None) -> None:
         if saved is None:

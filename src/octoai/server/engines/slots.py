@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 TOKEN_BYTES = 4
 CHEAP_TOKENS = 256  # read again in the time that neighbours save each other in an answer or two
-IDLE_TOKENS = 64  # read again in a step
 
 
 def packed(tokens: Sequence[int]) -> bytes:
@@ -66,14 +65,6 @@ class Slots:
 
     def _num_taken_beside(self, slot: int) -> int:
         return sum(0 <= each < len(self._held) and each not in self._free for each in (slot - 1, slot + 1))
-
-    def take_idle(self, prefix: bytes) -> int | None:
-        """A free slot that neither begins with that nor holds much else that would have to be read again."""
-        for slot in self._free:
-            if self._num_own[slot] <= IDLE_TOKENS and not self._held[slot].startswith(prefix):
-                self._free.remove(slot)
-                return slot
-        return None
 
     def put_back(self, slot: int, held: bytes, num_saved: int = 0) -> None:
         """Of what it holds, the first `num_saved` tokens can be had for any slot."""
