@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,3 +90,31 @@ def test_what_is_done_is_told_without_the_loop(fd: int) -> None:
         assert told == [None]
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+@pytest.fixture
+def _signals() -> Iterator[None]:
+    """Thousands a second, as of a child that ends, or of a window that changes its size."""
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    program = f"import os\nwhile True: os.kill({os.getpid()}, {int(signal.SIGUSR1)})"
+    sender = subprocess.Popen([sys.executable, "-c", program])
+    yield
+    sender.kill()
+    sender.wait()
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("way", "_signals")
+def test_a_signal_in_between_loses_nothing(fd: int) -> None:
+    async def main() -> None:
+        kernel = syncs.Syncs(asyncio.get_running_loop())
+        for number in range(10):
+            told: list[OSError | None] = []
+            os.pwrite(fd, b"record", 6 * number)
+            kernel.submit(fd, told.append)
+            while not told:
+                kernel.collect()
+            assert told == [None]
+            assert await synced(kernel, fd) is None
+
+    asyncio.run(main())

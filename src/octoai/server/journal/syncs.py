@@ -49,7 +49,13 @@ class Syncs:
 
     def collect(self) -> None:
         """Tell at once of what is done, for somebody who would wait for it."""
-        self._context.process_events()
+        while True:
+            try:
+                self._context.process_events()
+                return
+            except SystemError as error:  # the older way, when a signal comes while nothing is done
+                if error.args[:1] != (errno.EINTR,):
+                    raise
 
     def _on_readable(self) -> None:
         with suppress(BlockingIOError):
