@@ -2,8 +2,8 @@
 //
 // llama.cpp attends to fewer than 64 positions of a slot row by row: each head reads and converts its keys and values
 // anew, and adds up in F16. Heads in groups (grouped-query attention) have the same keys, so that their rows are a tile
-// here: keys are converted and transposed once for all of them, and sums are F32. `attend_together` returns false,
-// having written nothing, where it cannot do that; llama.cpp's own code goes on then.
+// here: keys are converted once for all of them, transposed where the rows are more than a few, and sums are F32.
+// `attend_together` returns false, having written nothing, where it cannot do that; llama.cpp's own code goes on then.
 //
 // Q is [key_size, positions, heads, streams], K and V [size, keys, groups, streams], all with the sizes first that lie
 // together in memory. A row is one head at one position.
