@@ -16,6 +16,12 @@
 
 #include <vector>
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define HAS_DOT_PRODUCTS 1 // of bytes, and vectors of 64 of them
+#else
+#define HAS_DOT_PRODUCTS 0
+#endif
+
 namespace ggml::cpu::repack {
 
 constexpr int EIGHT = 8;                // rows of weights that are kept as one
@@ -87,29 +93,89 @@ static scales & at_hand(size_t size) {
     return kept;
 }
 
-static __m256i four_of_each(const int8_t * activations) {
-    int32_t four;
-    memcpy(&four, activations, sizeof four);
-    return _mm256_set1_epi32(four);
+static int32_t four_bytes(const int8_t * activations) {
+    int32_t bytes;
+    memcpy(&bytes, activations, sizeof bytes);
+    return bytes;
 }
 
-static __m256i low(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
-static __m256i high(__m256i bytes) { return low(_mm256_srli_epi16(bytes, 4)); }
+static void fetch_ahead(const void * weights) {
+    for (int line = 0; line < 3; ++line) {
+        _mm_prefetch((const char *) weights + PAGE + 64 * line, _MM_HINT_T0);
+    }
+}
 
-// The products of a block, added up for each row.
-struct sums {
-    __m256i of = _mm256_setzero_si256();
+// Eight rows of weights, each in a lane.
+template <typename Eight> struct eight_rows {
+    static constexpr int NUM = EIGHT;
+    using integers = __m256i;
+    using floats   = __m256;
+    const Eight * at;
 
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    void add(__m256i q, __m256i activations) { of = _mm256_dpbusd_epi32(of, q, activations); }
-    void add(sums other) { of = _mm256_add_epi32(of, other.of); }
-    __m256 all() const { return _mm256_cvtepi32_ps(of); }
+    eight_rows(const Eight * weights, int) : at(weights) {}
+    integers bytes(int block, int i) const { return _mm256_loadu_si256((const __m256i *) at[block].q + i); }
+    floats scale(int block) const { return at[block].scale(); }
+    floats lowest(int block) const { return at[block].lowest(); }
+    void fetch(int block) const { fetch_ahead(at + block); }
+
+    static integers none() { return _mm256_setzero_si256(); }
+    static integers low(integers bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+    static integers high(integers bytes) { return low(_mm256_srli_epi16(bytes, 4)); }
+    static integers each(int32_t bytes) { return _mm256_set1_epi32(bytes); }
+    static floats each(float of) { return _mm256_set1_ps(of); }
+    static floats multiply(floats a, floats b) { return _mm256_mul_ps(a, b); }
+    static floats multiply_add(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
+    static void store(float * to, floats of) { _mm256_storeu_ps(to, of); }
+
+#if HAS_DOT_PRODUCTS
+    static integers add_products(integers sums, integers q, integers activations) { return _mm256_dpbusd_epi32(sums, q, activations); }
+    static integers add(integers sums, integers others) { return _mm256_add_epi32(sums, others); }
+    static floats all(integers sums) { return _mm256_cvtepi32_ps(sums); }
 #else
-    void add(__m256i q, __m256i activations) { add({ _mm256_maddubs_epi16(q, activations) }); }
-    void add(sums other) { of = _mm256_add_epi16(of, other.of); }
-    __m256 all() const { return _mm256_cvtepi32_ps(_mm256_madd_epi16(of, _mm256_set1_epi16(1))); }
+    static integers add_products(integers sums, integers q, integers activations) { return add(sums, _mm256_maddubs_epi16(q, activations)); }
+    static integers add(integers sums, integers others) { return _mm256_add_epi16(sums, others); }
+    static floats all(integers sums) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1))); }
 #endif
 };
+
+#if HAS_DOT_PRODUCTS
+
+// Sixteen, two times eight: activations are loaded for half as many vectors, which would take longer than the products.
+template <typename Eight> struct more_rows {
+    static constexpr int NUM = 2 * EIGHT;
+    using integers = __m512i;
+    using floats   = __m512;
+    const Eight * at, * next;
+
+    more_rows(const Eight * weights, int num_blocks) : at(weights), next(weights + num_blocks) {}
+    integers bytes(int block, int i) const {
+        const __m256i low = _mm256_loadu_si256((const __m256i *) at[block].q + i);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_loadu_si256((const __m256i *) next[block].q + i), 1);
+    }
+    floats scale(int block) const { return _mm512_insertf32x8(_mm512_castps256_ps512(at[block].scale()), next[block].scale(), 1); }
+    floats lowest(int block) const { return _mm512_insertf32x8(_mm512_castps256_ps512(at[block].lowest()), next[block].lowest(), 1); }
+    void fetch(int block) const { fetch_ahead(at + block), fetch_ahead(next + block); }
+
+    static integers none() { return _mm512_setzero_si512(); }
+    static integers low(integers bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+    static integers high(integers bytes) { return low(_mm512_srli_epi16(bytes, 4)); }
+    static integers each(int32_t bytes) { return _mm512_set1_epi32(bytes); }
+    static floats each(float of) { return _mm512_set1_ps(of); }
+    static floats multiply(floats a, floats b) { return _mm512_mul_ps(a, b); }
+    static floats multiply_add(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static void store(float * to, floats of) { _mm512_storeu_ps(to, of); }
+    static integers add_products(integers sums, integers q, integers activations) { return _mm512_dpbusd_epi32(sums, q, activations); }
+    static floats all(integers sums) { return _mm512_cvtepi32_ps(sums); }
+};
+
+constexpr int FOURS = 2; // that are multiplied at a time, as far as there are registers
+
+#else
+
+template <typename Eight> using more_rows = eight_rows<Eight>;
+constexpr int FOURS = 1;
+
+#endif
 
 // One row of activations.
 template <typename Eight> static void multiply_one(int n, float * to, const void * weights, const void * activations, int num_rows) {
@@ -126,21 +192,20 @@ template <typename Eight> static void multiply_one(int n, float * to, const void
         scale[block] = GGML_CPU_FP16_TO_FP32(a[block].d);
         sum[block] = scale[block] * _mm_cvtsi128_si32(half);
     }
+    using rows = eight_rows<Eight>;
     const auto * w = (const Eight *) weights;
     for (int row = 0; row < num_rows; row += EIGHT, to += EIGHT) {
         __m256 total = _mm256_setzero_ps(), lowest = _mm256_setzero_ps();
         for (int block = 0; block < num_blocks; ++block, ++w) {
-            _mm_prefetch((const char *) w + PAGE, _MM_HINT_T0);
-            _mm_prefetch((const char *) w + PAGE + 64, _MM_HINT_T0);
-            _mm_prefetch((const char *) w + PAGE + 128, _MM_HINT_T0);
-            sums found, others;
+            fetch_ahead(w);
+            __m256i sums = rows::none(), others = rows::none();
             for (int i = 0; i < 4; ++i) {
                 const __m256i bytes = _mm256_loadu_si256((const __m256i *) w->q + i);
-                found.add(low(bytes), four_of_each(a[block].qs + 4 * i));
-                others.add(high(bytes), four_of_each(a[block].qs + BLOCK / 2 + 4 * i));
+                sums   = rows::add_products(sums, rows::low(bytes), rows::each(four_bytes(a[block].qs + 4 * i)));
+                others = rows::add_products(others, rows::high(bytes), rows::each(four_bytes(a[block].qs + BLOCK / 2 + 4 * i)));
             }
-            found.add(others);
-            total = _mm256_fmadd_ps(found.all(), _mm256_mul_ps(w->scale(), _mm256_set1_ps(scale[block])), total);
+            const __m256 found = rows::all(rows::add(sums, others));
+            total = _mm256_fmadd_ps(found, _mm256_mul_ps(w->scale(), _mm256_set1_ps(scale[block])), total);
             lowest = _mm256_fmadd_ps(w->lowest(), _mm256_set1_ps(sum[block]), lowest);
         }
         _mm256_storeu_ps(to, _mm256_add_ps(total, lowest));
@@ -162,6 +227,56 @@ static void find_scales(const block_q8_0x4 * a, int64_t num_fours_of_blocks, sca
     }
 }
 
+// Some rows of weights, and a few fours of rows of activations. Sums of all of these grow side by side: each waits for
+// its last product. Who is first here fetches the weights.
+template <int fours, typename Rows>
+static void multiply_tile(const Rows & w, const block_q8_0x4 * a, const float * scale, const float * sum, int num_blocks, bool is_first, float * to, size_t stride) {
+    typename Rows::floats total[FOUR * fours] = {};
+    for (int block = 0; block < num_blocks; ++block) {
+        if (is_first) {
+            w.fetch(block);
+        }
+        typename Rows::integers sums[FOUR * fours], bytes[4];
+        for (int r = 0; r < FOUR * fours; ++r) {
+            sums[r] = Rows::none();
+        }
+        for (int i = 0; i < 4; ++i) {
+            bytes[i] = w.bytes(block, i);
+        }
+        for (int i = 0; i < 2 * 4; ++i) {
+            const auto q = i < 4 ? Rows::low(bytes[i]) : Rows::high(bytes[i - 4]);
+            for (int r = 0; r < FOUR * fours; ++r) {
+                const int8_t * numbers = a[r / FOUR * num_blocks + block].qs + BLOCK * (i / 2) + 8 * (r % FOUR) + 4 * (i % 2);
+                sums[r] = Rows::add_products(sums[r], q, Rows::each(four_bytes(numbers)));
+            }
+        }
+        const auto d = w.scale(block), m = w.lowest(block);
+        for (int r = 0; r < FOUR * fours; ++r) {
+            const int at = FOUR * (r / FOUR * num_blocks + block) + r % FOUR;
+            total[r] = Rows::multiply_add(Rows::all(sums[r]), Rows::multiply(d, Rows::each(scale[at])), total[r]);
+            total[r] = Rows::multiply_add(m, Rows::each(sum[at]), total[r]);
+        }
+    }
+    for (int r = 0; r < FOUR * fours; ++r) {
+        Rows::store(to + r * stride, total[r]);
+    }
+}
+
+// As many fours as there are.
+template <typename Rows>
+static void multiply_tiles(const Rows & w, const block_q8_0x4 * a, const scales & known, int num_blocks, int64_t num_fours, float * to, size_t stride) {
+    const float * scale = known.scale.data(), * sum = known.sum.data();
+    int64_t four = 0;
+    for (; four + FOURS <= num_fours; four += FOURS) {
+        const int64_t at = four * num_blocks;
+        multiply_tile<FOURS>(w, a + at, scale + FOUR * at, sum + FOUR * at, num_blocks, four == 0, to + FOUR * four * stride, stride);
+    }
+    for (; four < num_fours; ++four) {
+        const int64_t at = four * num_blocks;
+        multiply_tile<1>(w, a + at, scale + FOUR * at, sum + FOUR * at, num_blocks, four == 0, to + FOUR * four * stride, stride);
+    }
+}
+
 // A multiple of four rows of activations.
 template <typename Eight> static void multiply_fours(int n, float * to, size_t stride, const void * weights, const void * activations, int num_activations, int num_rows) {
     const int num_blocks = n / BLOCK;
@@ -170,32 +285,13 @@ template <typename Eight> static void multiply_fours(int n, float * to, size_t s
         const auto * a = (const block_q8_0x4 *) activations + first / FOUR * num_blocks;
         auto & known = at_hand(FOUR * num_fours * num_blocks);
         find_scales(a, num_fours * num_blocks, known);
-        for (int row = 0; row < num_rows; row += EIGHT) {
-            const auto * w = (const Eight *) weights + row / EIGHT * num_blocks;
-            for (int64_t four = 0; four < num_fours; ++four) {
-                const float * scale = known.scale.data() + FOUR * four * num_blocks, * sum = known.sum.data() + FOUR * four * num_blocks;
-                __m256 total[FOUR] = { _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps() };
-                for (int block = 0; block < num_blocks; ++block) {
-                    const int8_t * numbers = a[four * num_blocks + block].qs;
-                    __m256i q[EIGHT];
-                    for (int i = 0; i < 4; ++i) {
-                        const __m256i bytes = _mm256_loadu_si256((const __m256i *) w[block].q + i);
-                        q[i] = low(bytes), q[4 + i] = high(bytes);
-                    }
-                    const __m256 d = w[block].scale(), m = w[block].lowest();
-                    for (int r = 0; r < FOUR; ++r) {
-                        sums found;
-                        for (int i = 0; i < EIGHT; ++i) {
-                            found.add(q[i], four_of_each(numbers + BLOCK * (i / 2) + 8 * r + 4 * (i % 2)));
-                        }
-                        total[r] = _mm256_fmadd_ps(found.all(), _mm256_mul_ps(d, _mm256_set1_ps(scale[FOUR * block + r])), total[r]);
-                        total[r] = _mm256_fmadd_ps(m, _mm256_set1_ps(sum[FOUR * block + r]), total[r]);
-                    }
-                }
-                for (int r = 0; r < FOUR; ++r) {
-                    _mm256_storeu_ps(to + (first + FOUR * four + r) * stride + row, total[r]);
-                }
-            }
+        const auto * w = (const Eight *) weights;
+        int row = 0; // a single four is done before the weights are there: nothing is gained by more rows
+        for (; num_fours >= FOURS && row + more_rows<Eight>::NUM <= num_rows; row += more_rows<Eight>::NUM) {
+            multiply_tiles(more_rows<Eight>(w + row / EIGHT * num_blocks, num_blocks), a, known, num_blocks, num_fours, to + first * stride + row, stride);
+        }
+        for (; row < num_rows; row += EIGHT) {
+            multiply_tiles(eight_rows<Eight>(w + row / EIGHT * num_blocks, num_blocks), a, known, num_blocks, num_fours, to + first * stride + row, stride);
         }
     }
 }

@@ -30,6 +30,8 @@ vec higher(vec a, vec b) { return _mm512_max_ps(a, b); }
 float highest_of(vec of) { return _mm512_reduce_max_ps(of); }
 float sum_of(vec of) { return _mm512_reduce_add_ps(of); }
 
+void stay(vec & of) { asm("" : "+v"(of)); } // in a register: the compiler would load it again for each row
+
 __m128 sums_of_four(const vec * of) {
     const vec low  = add(_mm512_unpacklo_ps(of[0], of[1]), _mm512_unpackhi_ps(of[0], of[1]));
     const vec high = add(_mm512_unpacklo_ps(of[2], of[3]), _mm512_unpackhi_ps(of[2], of[3]));
@@ -93,6 +95,8 @@ float sum_of(vec of) {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+
+void stay(vec &) {} // half as wide: there are loads enough
 
 __m128 sums_of_four(const vec * of) {
     const vec half = _mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]));
@@ -259,15 +263,41 @@ void bring(const attention & of, const tile & at, int64_t first, int num_keys) {
     asm volatile("" : : "r"(all));
 }
 
-// C += A * B, of `num_rows` rows: `depth` is how long a row of A is, and `width` one of C.
+// C += A * B, of `num_rows` rows: `depth` is how long a row of A is, and `width` one of C. As llama.cpp's
+// `simd_gemm_ukernel`, but that vectors of B stay in registers: there one is loaded for each product, and that takes as long
+// as the product itself.
+template <int rows, int vectors>
+void multiply_columns(float * c, const float * a, const float * b, int depth, int width) {
+    vec sums[rows][vectors];
+    for (int i = 0; i < rows * vectors; ++i) {
+        sums[i / vectors][i % vectors] = load(c + i / vectors * width + i % vectors * LANES);
+    }
+    for (int at = 0; at < depth; ++at) {
+        vec columns[vectors];
+        for (int i = 0; i < vectors; ++i) {
+            columns[i] = load(b + at * width + i * LANES);
+            stay(columns[i]);
+        }
+        for (int row = 0; row < rows; ++row) {
+            const vec one = all(a[row * depth + at]);
+            for (int i = 0; i < vectors; ++i) {
+                sums[row][i] = multiply_add(one, columns[i], sums[row][i]);
+            }
+        }
+    }
+    for (int i = 0; i < rows * vectors; ++i) {
+        store(c + i / vectors * width + i % vectors * LANES, sums[i / vectors][i % vectors]);
+    }
+}
+
 template <int rows>
 void multiply_rows(float * c, const float * a, const float * b, int depth, int width) {
     int column = 0;
     for (; column + VECTORS * LANES <= width; column += VECTORS * LANES) {
-        simd_gemm_ukernel<rows, VECTORS>(c + column, a, b + column, depth, width);
+        multiply_columns<rows, VECTORS>(c + column, a, b + column, depth, width);
     }
     for (; column < width; column += LANES) {
-        simd_gemm_ukernel<rows, 1>(c + column, a, b + column, depth, width);
+        multiply_columns<rows, 1>(c + column, a, b + column, depth, width);
     }
 }
 
@@ -468,9 +498,10 @@ struct division {
         : part_keys(of.num_keys()), num_available((int64_t) (params->wsize / sizeof(float))) {
         take(of, of.num_groups(), of.rows_of_group());
         const bool is_small = of.num_groups() * rounded_up(of.rows_of_group()) <= MAX_ROWS;
-        // A short stream by itself is as much work as a barrier: for two threads, rather than read in one go.
-        const bool is_short = of.num_streams() == 1 && of.num_positions() == 1 && of.num_keys() < 2 * MIN_PART_KEYS;
-        const bool has_idle_threads = is_short && params->nth > 1;
+        // Keys of one position are divided into parts, below. Those of several are not, nor are a few keys: where there
+        // are fewer streams than threads, each group goes by itself then, rather than all that lies together in one go.
+        const bool is_divided = of.num_positions() == 1 && of.num_keys() >= 2 * MIN_PART_KEYS;
+        const bool has_idle_threads = of.num_streams() < params->nth && !is_divided;
         if (!is_small || !of.has_groups_together() || has_idle_threads || !is_possible(params)) {
             take(of, 1, std::min<int64_t>(of.rows_of_group(), TILE_ROWS));
         }
