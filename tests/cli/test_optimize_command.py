@@ -105,6 +105,15 @@ def test_arguments_are_bounded(tmp_path: Path, arguments: tuple[str, ...]) -> No
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "said"), [("--max-loss", "expected 0 to 100 nats"), ("--seconds", "expected 1 to 86400 seconds")]
+)
+def test_what_is_no_number_is_told_what_would_be_one(tmp_path: Path, option: str, said: str) -> None:
+    ran = run(tmp_path, option, "nonsense")
+    assert ran.returncode == 2
+    assert f"{said}, not 'nonsense'" in ran.stderr
+
+
 def test_without_a_word_it_looks_for_two_minutes_and_loses_next_to_nothing() -> None:
     wish = Wish(context_length=512)
     assert (wish.goal, wish.seconds, wish.bounds.max_loss) == ("balanced", 120.0, 0.005)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -204,16 +205,20 @@ def _leave(number: int, _frame: object) -> NoReturn:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 1 <= value <= 86400:
-        raise argparse.ArgumentTypeError("expected 1 to 86400 seconds")
-    return value
+    return _number(text, 1, 86_400, "seconds")
 
 
 def _nats(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError("expected 0 to 100 nats")
+    return _number(text, 0, 100, "nats")
+
+
+def _number(text: str, least: float, most: float, unit: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"expected {least} to {most} {unit}, not {text!r:.20}")
     return value
 
 
