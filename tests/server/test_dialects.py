@@ -73,6 +73,8 @@ def test_llama_cpp_is_told_everything_by_its_own_names() -> None:
     [
         ({}, []),
         ({"temperature": 0.0, "seed": 4}, []),
+        ({"temperature": 0.0, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "presence_penalty": 0.5}, ["penalties"]),
+        ({"temperature": 0.1, "top_p": 0.9}, ["top_p"]),
         ({"top_p": 0.9}, ["top_p"]),
         ({"top_k": 40, "min_p": 0.05}, ["top_k", "min_p"]),
         ({"frequency_penalty": 1.0}, ["penalties"]),

@@ -163,13 +163,14 @@ class VllmDialect(Dialect):
 
 def _samplers(generation: Generation) -> list[str]:
     """Those that change something, in llama.cpp's own order: each of the others, too, would cost time at every token,
-    which at eight requests at once is a tenth of it all."""
+    which at eight requests at once is a tenth of it all. What is most likely passes every bound on likelihood."""
     penalties = (generation.frequency_penalty, generation.presence_penalty, generation.repetition_penalty)
+    is_random = generation.temperature > 0
     acting = {
         "penalties": penalties != (0, 0, 1),
-        "top_k": generation.top_k > 0,
-        "top_p": generation.top_p < 1,
-        "min_p": generation.min_p > 0,
+        "top_k": is_random and generation.top_k > 0,
+        "top_p": is_random and generation.top_p < 1,
+        "min_p": is_random and generation.min_p > 0,
         "temperature": True,  # also at 1: a list of nothing might be taken for no list
     }
     return [name for name, acts in acting.items() if acts]
