@@ -120,8 +120,9 @@ def _waiting(tuning: LlamaTuning) -> str:
 
 def _threads(best: Candidate, num_cores: int) -> list[Candidate]:
     """How many, how many more of them for prompts, and how they wait: one hangs on the other. Decoding waits for its
-    slowest thread at every step, so that fewer are often faster; reading a prompt does not."""
-    counts = sorted({1, num_cores // 2, 3 * num_cores // 4} - {0, num_cores}, reverse=True)
+    slowest thread at every step, so that fewer are often faster; reading a prompt does not. Where one core is left,
+    what is beside them, the server's own threads and the service, does not have to take one from them."""
+    counts = sorted({1, num_cores // 2, 3 * num_cores // 4, num_cores - 1} - {0, num_cores}, reverse=True)
     all_cores = replace(best, num_threads=num_cores).tuned(num_batch_threads=0)
     fewer = [replace(best, num_threads=count).tuned(num_batch_threads=num_cores) for count in counts]
     return [each.tuned(**waiting) for waiting in WAITING for each in (all_cores, *fewer)]
