@@ -1,6 +1,7 @@
 """Products of kernels beside what they are by definition: `python -m tests.optimizer.multiply KERNELS`.
 
-Prints one line of JSON: for each case, how far the largest difference is from the largest value.
+Prints one line of JSON: for each case, what part of the largest value the largest difference is, or null where the
+processor has no kernels for it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from tests.optimizer.loaded import F32, Loaded
 
-KINDS = {"Q4_0": 2, "Q4_1": 3}
+KINDS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
 BLOCK = 32
 NUM_RANDOM = 100
 
@@ -56,6 +57,10 @@ def weights(case: Case, chosen: np.random.Generator) -> tuple[bytes, NDArray[Any
     """As they are in a file, and as numbers."""
     shape = (case.rows, case.size // BLOCK)
     d = (chosen.random(shape) * 0.1 + 0.001).astype(np.float16)
+    if case.kind == "Q8_0":
+        q = np.full((*shape, BLOCK), -128) if case.is_extreme else chosen.integers(-128, 128, size=(*shape, BLOCK))
+        kept = np.concatenate([d[..., None].view(np.uint8), q.astype(np.int8).view(np.uint8)], axis=-1)
+        return kept.tobytes(), (q * d[..., None].astype(float)).reshape(case.rows, case.size)
     m = (-d * 7.3).astype(np.float16) if case.kind == "Q4_1" else (-8 * d.astype(np.float32))
     q = np.full((*shape, BLOCK), 15) if case.is_extreme else chosen.integers(0, 16, size=(*shape, BLOCK))
     halves = [d, m] if case.kind == "Q4_1" else [d]
@@ -73,16 +78,18 @@ def rounded(activations: NDArray[Any]) -> NDArray[Any]:
     return (numbers * (highest / np.float32(127)).astype(np.float16).astype(float)).reshape(activations.shape)
 
 
-def multiplied(loaded: Loaded, case: Case, kept: bytes, activations: NDArray[Any]) -> NDArray[Any]:
-    """By the kernels that are for such weights, where there are any."""
+def multiplied(loaded: Loaded, case: Case, kept: bytes, activations: NDArray[Any]) -> NDArray[Any] | None:
+    """By the kernels that are for such weights, if there are any for this processor."""
     with loaded.context(0, is_empty=True) as place, loaded.context(16 * activations.size) as context:
         sizes = [ctypes.c_int64(case.size), ctypes.c_int64(case.rows)]
         matrix = loaded.call("ggml_new_tensor_2d", place, ctypes.c_int(KINDS[case.kind]), *sizes)
         buffer = loaded.call("ggml_backend_alloc_ctx_tensors_from_buft", place, repacked(loaded))
         assert buffer
-        loaded.call("ggml_backend_tensor_set", matrix, kept, ctypes.c_size_t(0), ctypes.c_size_t(len(kept)))
         out = loaded.call("ggml_mul_mat", context, matrix, loaded.tensor(context, F32, activations))
-        found = loaded.computed(context, out, (case.activations, case.rows), case.threads)
+        found = None
+        if loaded.call("ggml_backend_dev_supports_op", loaded.device, out) & 1:
+            loaded.call("ggml_backend_tensor_set", matrix, kept, ctypes.c_size_t(0), ctypes.c_size_t(len(kept)))
+            found = loaded.computed(context, out, (case.activations, case.rows), case.threads)
         loaded.call("ggml_backend_buffer_free", buffer)
         return found
 
@@ -99,13 +106,15 @@ def repacked(loaded: Loaded) -> int:
     raise LookupError("CPU_REPACK")
 
 
-def difference(loaded: Loaded, case: Case, chosen: np.random.Generator) -> float:
-    """The largest, of the largest value."""
+def difference(loaded: Loaded, case: Case, chosen: np.random.Generator) -> float | None:
+    """The largest, of the largest value. None where there are no kernels for it."""
     kept, numbers = weights(case, chosen)
     activations = chosen.normal(size=(case.activations, case.size)).astype(np.float32)
     if case.is_extreme:
         activations = np.abs(activations) / np.abs(activations) * 3
     found = multiplied(loaded, case, kept, activations)
+    if found is None:
+        return None
     right = rounded(activations) @ numbers.T
     assert np.isfinite(found).all(), case
     return float(np.abs(found - right).max() / np.abs(right).max())

@@ -1,4 +1,4 @@
-// Products of matrices whose weights are evenly spaced levels, Q4_0 and Q4_1: included by llama.cpp's
+// Products of matrices whose weights are evenly spaced levels, Q4_0, Q4_1 and Q8_0: included by llama.cpp's
 // ggml-cpu/repack.cpp.
 //
 // A block of such a row has 32 weights `d q + m`, q from 0 to 15 (Q4_0: m is -8 d). Eight rows are kept as one, four
@@ -7,8 +7,11 @@
 // bits (32 * 15 * 127 / 2 < 2^15), and what m adds is the sum of the activations times m. Nothing is lost by that: the
 // activations are llama.cpp's Q8_0, 8 bits and a scale for each 32.
 //
-// llama.cpp multiplies Q4_1 row by row, and for Q4_0 makes signed numbers of all q first. `evenly_spaced` returns nullptr
-// for what is neither, and where the processor has no AVX2.
+// Weights of Q8_0 are signed. They are kept with 128 added, which is taken off where a sum begins. That takes sums of 32
+// bits, and so a processor that has dot products of bytes.
+//
+// llama.cpp multiplies Q4_1 and Q8_0 row by row, and for Q4_0 makes signed numbers of all q first. `evenly_spaced`
+// returns nullptr for what is none of them, and where the processor has no AVX2.
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
@@ -33,6 +36,7 @@ constexpr int64_t TILE = 64;            // rows of activations whose scales are 
 // Eight blocks. Byte 32 i + 4 r + j has weights 4 i + j and 16 + 4 i + j of row r.
 struct eight_q4_0 {
     using one = block_q4_0;
+    static constexpr int ADDED = 0; // to each weight
     ggml_half d[EIGHT];
     uint8_t   q[EIGHT * BLOCK / 2];
 
@@ -43,6 +47,7 @@ struct eight_q4_0 {
 
 struct eight_q4_1 {
     using one = block_q4_1;
+    static constexpr int ADDED = 0;
     ggml_half d[EIGHT];
     ggml_half m[EIGHT];
     uint8_t   q[EIGHT * BLOCK / 2];
@@ -52,6 +57,19 @@ struct eight_q4_1 {
     __m256 lowest() const { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) m)); }
 };
 
+// Byte 32 i + 4 r + j has weight 4 i + j of row r.
+struct eight_q8_0 {
+    using one = block_q8_0;
+    static constexpr int ADDED = 128;
+    ggml_half d[EIGHT];
+    uint8_t   q[EIGHT * BLOCK];
+
+    void set_row(int row, const one & of) { d[row] = of.d; }
+    __m256 scale() const { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) d)); }
+    __m256 lowest() const { return _mm256_setzero_ps(); }
+};
+
+static_assert(sizeof(eight_q8_0) == EIGHT * sizeof(block_q8_0), "eight rows take what they took before");
 static_assert(sizeof(eight_q4_0) == EIGHT * sizeof(block_q4_0), "eight rows take what they took before");
 static_assert(sizeof(eight_q4_1) == EIGHT * sizeof(block_q4_1), "eight rows take what they took before");
 
@@ -67,8 +85,8 @@ template <typename Eight> static int keep_as_eight(ggml_tensor * tensor, const v
             for (int r = 0; r < EIGHT; ++r) {
                 const auto & of = from[r * num_blocks + block];
                 to->set_row(r, of);
-                for (int byte = 0; byte < BLOCK / 2; ++byte) {
-                    to->q[BLOCK * (byte / 4) + 4 * r + byte % 4] = of.qs[byte];
+                for (int byte = 0; byte < (int) sizeof(of.qs); ++byte) {
+                    to->q[BLOCK * (byte / 4) + 4 * r + byte % 4] = of.qs[byte] + Eight::ADDED;
                 }
             }
         }
@@ -76,13 +94,15 @@ template <typename Eight> static int keep_as_eight(ggml_tensor * tensor, const v
     return 0;
 }
 
-// What is needed of the activations beside their numbers: of each block the scale, and the scale times their sum.
+// What is needed of the activations beside their numbers: of each block the scale, the scale times their sum, and what
+// 128 added to each weight would add to a sum of products.
 struct scales {
-    std::vector<float> scale, sum;
+    std::vector<float>   scale, sum;
+    std::vector<int32_t> added;
 
     void resize(size_t size) {
         if (scale.size() < size) {
-            scale.resize(size), sum.resize(size);
+            scale.resize(size), sum.resize(size), added.resize(size);
         }
     }
 };
@@ -99,15 +119,16 @@ static int32_t four_bytes(const int8_t * activations) {
     return bytes;
 }
 
-static void fetch_ahead(const void * weights) {
-    for (int line = 0; line < 3; ++line) {
-        _mm_prefetch((const char *) weights + PAGE + 64 * line, _MM_HINT_T0);
+template <typename Eight> static void fetch_ahead(const Eight * weights) {
+    for (size_t byte = 0; byte < sizeof(Eight); byte += 64) {
+        _mm_prefetch((const char *) weights + PAGE + byte, _MM_HINT_T0);
     }
 }
 
 // Eight rows of weights, each in a lane.
 template <typename Eight> struct eight_rows {
-    static constexpr int NUM = EIGHT;
+    static constexpr int NUM   = EIGHT;
+    static constexpr int ADDED = Eight::ADDED;
     using integers = __m256i;
     using floats   = __m256;
     const Eight * at;
@@ -142,7 +163,8 @@ template <typename Eight> struct eight_rows {
 
 // Sixteen, two times eight: activations are loaded for half as many vectors, which would take longer than the products.
 template <typename Eight> struct more_rows {
-    static constexpr int NUM = 2 * EIGHT;
+    static constexpr int NUM   = 2 * EIGHT;
+    static constexpr int ADDED = Eight::ADDED;
     using integers = __m512i;
     using floats   = __m512;
     const Eight * at, * next;
@@ -177,13 +199,14 @@ constexpr int FOURS = 1;
 
 #endif
 
-// One row of activations.
-template <typename Eight> static void multiply_one(int n, float * to, const void * weights, const void * activations, int num_rows) {
+// Fewer than four rows of activations, which are not kept as one.
+template <int few, typename Eight>
+static void multiply_few(int n, float * to, size_t stride, const Eight * w, const block_q8_0 * a, int num_rows) {
     const int num_blocks = n / BLOCK;
-    const auto * a = (const block_q8_0 *) activations;
-    auto & known = at_hand(num_blocks);
+    auto & known = at_hand(few * num_blocks);
     float * scale = known.scale.data(), * sum = known.sum.data();
-    for (int block = 0; block < num_blocks; ++block) {
+    int32_t * added = known.added.data();
+    for (int block = 0; block < few * num_blocks; ++block) {
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const __m256i *) a[block].qs));
         const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
         __m128i half = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
@@ -191,24 +214,40 @@ template <typename Eight> static void multiply_one(int n, float * to, const void
         half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1));
         scale[block] = GGML_CPU_FP16_TO_FP32(a[block].d);
         sum[block] = scale[block] * _mm_cvtsi128_si32(half);
+        added[block] = 128 * _mm_cvtsi128_si32(half);
     }
     using rows = eight_rows<Eight>;
-    const auto * w = (const Eight *) weights;
     for (int row = 0; row < num_rows; row += EIGHT, to += EIGHT) {
-        __m256 total = _mm256_setzero_ps(), lowest = _mm256_setzero_ps();
+        __m256 total[few] = {}, lowest[few] = {};
         for (int block = 0; block < num_blocks; ++block, ++w) {
             fetch_ahead(w);
-            __m256i sums = rows::none(), others = rows::none();
+            __m256i sums[few], others[few];
+            for (int r = 0; r < few; ++r) {
+                sums[r] = Eight::ADDED ? rows::each(-added[r * num_blocks + block]) : rows::none();
+                others[r] = rows::none();
+            }
             for (int i = 0; i < 4; ++i) {
                 const __m256i bytes = _mm256_loadu_si256((const __m256i *) w->q + i);
-                sums   = rows::add_products(sums, rows::low(bytes), rows::each(four_bytes(a[block].qs + 4 * i)));
-                others = rows::add_products(others, rows::high(bytes), rows::each(four_bytes(a[block].qs + BLOCK / 2 + 4 * i)));
+                const __m256i first  = Eight::ADDED ? bytes : rows::low(bytes);
+                const __m256i second = Eight::ADDED ? _mm256_loadu_si256((const __m256i *) w->q + i + 4) : rows::high(bytes);
+                for (int r = 0; r < few; ++r) {
+                    const int8_t * numbers = a[r * num_blocks + block].qs + 4 * i;
+                    sums[r]   = rows::add_products(sums[r], first, rows::each(four_bytes(numbers)));
+                    others[r] = rows::add_products(others[r], second, rows::each(four_bytes(numbers + BLOCK / 2)));
+                }
             }
-            const __m256 found = rows::all(rows::add(sums, others));
-            total = _mm256_fmadd_ps(found, _mm256_mul_ps(w->scale(), _mm256_set1_ps(scale[block])), total);
-            lowest = _mm256_fmadd_ps(w->lowest(), _mm256_set1_ps(sum[block]), lowest);
+            const __m256 d = w->scale(), m = w->lowest();
+            for (int r = 0; r < few; ++r) {
+                const int at = r * num_blocks + block;
+                total[r] = _mm256_fmadd_ps(rows::all(rows::add(sums[r], others[r])), _mm256_mul_ps(d, _mm256_set1_ps(scale[at])), total[r]);
+                if (!Eight::ADDED) {
+                    lowest[r] = _mm256_fmadd_ps(m, _mm256_set1_ps(sum[at]), lowest[r]);
+                }
+            }
         }
-        _mm256_storeu_ps(to, _mm256_add_ps(total, lowest));
+        for (int r = 0; r < few; ++r) {
+            _mm256_storeu_ps(to + r * stride, _mm256_add_ps(total[r], lowest[r]));
+        }
     }
 }
 
@@ -224,13 +263,16 @@ static void find_scales(const block_q8_0x4 * a, int64_t num_fours_of_blocks, sca
         const __m128 scale = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *) a[block].d));
         _mm_storeu_ps(found.scale.data() + FOUR * block, scale);
         _mm_storeu_ps(found.sum.data() + FOUR * block, _mm_mul_ps(scale, _mm_cvtepi32_ps(ones)));
+        _mm_storeu_si128((__m128i *) (found.added.data() + FOUR * block), _mm_slli_epi32(ones, 7));
     }
 }
 
 // Some rows of weights, and a few fours of rows of activations. Sums of all of these grow side by side: each waits for
 // its last product. Who is first here fetches the weights.
 template <int fours, typename Rows>
-static void multiply_tile(const Rows & w, const block_q8_0x4 * a, const float * scale, const float * sum, int num_blocks, bool is_first, float * to, size_t stride) {
+static void multiply_tile(const Rows & w, const block_q8_0x4 * a, const scales & known, int64_t first, int num_blocks, bool is_first, float * to, size_t stride) {
+    const float * scale = known.scale.data() + first, * sum = known.sum.data() + first;
+    const int32_t * added = known.added.data() + first;
     typename Rows::floats total[FOUR * fours] = {};
     for (int block = 0; block < num_blocks; ++block) {
         if (is_first) {
@@ -238,13 +280,13 @@ static void multiply_tile(const Rows & w, const block_q8_0x4 * a, const float * 
         }
         typename Rows::integers sums[FOUR * fours], bytes[4];
         for (int r = 0; r < FOUR * fours; ++r) {
-            sums[r] = Rows::none();
+            sums[r] = Rows::ADDED ? Rows::each(-added[FOUR * (r / FOUR * num_blocks + block) + r % FOUR]) : Rows::none();
         }
         for (int i = 0; i < 4; ++i) {
             bytes[i] = w.bytes(block, i);
         }
         for (int i = 0; i < 2 * 4; ++i) {
-            const auto q = i < 4 ? Rows::low(bytes[i]) : Rows::high(bytes[i - 4]);
+            const auto q = Rows::ADDED ? w.bytes(block, i) : i < 4 ? Rows::low(bytes[i]) : Rows::high(bytes[i - 4]);
             for (int r = 0; r < FOUR * fours; ++r) {
                 const int8_t * numbers = a[r / FOUR * num_blocks + block].qs + BLOCK * (i / 2) + 8 * (r % FOUR) + 4 * (i % 2);
                 sums[r] = Rows::add_products(sums[r], q, Rows::each(four_bytes(numbers)));
@@ -254,7 +296,9 @@ static void multiply_tile(const Rows & w, const block_q8_0x4 * a, const float * 
         for (int r = 0; r < FOUR * fours; ++r) {
             const int at = FOUR * (r / FOUR * num_blocks + block) + r % FOUR;
             total[r] = Rows::multiply_add(Rows::all(sums[r]), Rows::multiply(d, Rows::each(scale[at])), total[r]);
-            total[r] = Rows::multiply_add(m, Rows::each(sum[at]), total[r]);
+            if (!Rows::ADDED) {
+                total[r] = Rows::multiply_add(m, Rows::each(sum[at]), total[r]);
+            }
         }
     }
     for (int r = 0; r < FOUR * fours; ++r) {
@@ -265,15 +309,14 @@ static void multiply_tile(const Rows & w, const block_q8_0x4 * a, const float * 
 // As many fours as there are.
 template <typename Rows>
 static void multiply_tiles(const Rows & w, const block_q8_0x4 * a, const scales & known, int num_blocks, int64_t num_fours, float * to, size_t stride) {
-    const float * scale = known.scale.data(), * sum = known.sum.data();
     int64_t four = 0;
     for (; four + FOURS <= num_fours; four += FOURS) {
         const int64_t at = four * num_blocks;
-        multiply_tile<FOURS>(w, a + at, scale + FOUR * at, sum + FOUR * at, num_blocks, four == 0, to + FOUR * four * stride, stride);
+        multiply_tile<FOURS>(w, a + at, known, FOUR * at, num_blocks, four == 0, to + FOUR * four * stride, stride);
     }
     for (; four < num_fours; ++four) {
         const int64_t at = four * num_blocks;
-        multiply_tile<1>(w, a + at, scale + FOUR * at, sum + FOUR * at, num_blocks, four == 0, to + FOUR * four * stride, stride);
+        multiply_tile<1>(w, a + at, known, FOUR * at, num_blocks, four == 0, to + FOUR * four * stride, stride);
     }
 }
 
@@ -300,8 +343,9 @@ template <typename Eight> static void multiply_fours(int n, float * to, size_t s
     template <> int repack<EIGHT_OF, 8, 8>(ggml_tensor * tensor, const void * data, size_t size) {                           \
         return keep_as_eight<EIGHT_OF>(tensor, data, size);                                                                  \
     }                                                                                                                        \
-    template <> void gemv<EIGHT_OF, 8, 8, GGML_TYPE_Q8_0>(int n, float * s, size_t, const void * w, const void * a, int, int num_rows) { \
-        multiply_one<EIGHT_OF>(n, s, w, a, num_rows);                                                                        \
+    template <> void gemv<EIGHT_OF, 8, 8, GGML_TYPE_Q8_0>(int n, float * s, size_t stride, const void * w, const void * a, int num_a, int num_rows) { \
+        const auto multiply = num_a == 1 ? multiply_few<1, EIGHT_OF> : num_a == 2 ? multiply_few<2, EIGHT_OF> : multiply_few<3, EIGHT_OF>; \
+        multiply(n, s, stride, (const EIGHT_OF *) w, (const block_q8_0 *) a, num_rows);                                      \
     }                                                                                                                        \
     template <> void gemm<EIGHT_OF, 8, 8, GGML_TYPE_Q8_0>(int n, float * s, size_t stride, const void * w, const void * a, int num_a, int num_rows) { \
         multiply_fours<EIGHT_OF>(n, s, stride, w, a, num_a, num_rows);                                                       \
@@ -309,16 +353,34 @@ template <typename Eight> static void multiply_fours(int n, float * to, size_t s
 
 EVENLY_SPACED(eight_q4_0)
 EVENLY_SPACED(eight_q4_1)
+#if HAS_DOT_PRODUCTS
+EVENLY_SPACED(eight_q8_0)
+#endif
 
 } // namespace ggml::cpu::repack
 
+template <> constexpr bool takes_a_few<ggml::cpu::repack::eight_q4_0> = true;
+template <> constexpr bool takes_a_few<ggml::cpu::repack::eight_q4_1> = true;
+template <> constexpr bool takes_a_few<ggml::cpu::repack::eight_q8_0> = true;
+
 static const ggml::cpu::tensor_traits * evenly_spaced(const ggml_tensor * weights) {
-    static const ggml::cpu::repack::tensor_traits<ggml::cpu::repack::eight_q4_0, 8, 8, GGML_TYPE_Q8_0> q4_0;
-    static const ggml::cpu::repack::tensor_traits<ggml::cpu::repack::eight_q4_1, 8, 8, GGML_TYPE_Q8_0> q4_1;
+    using namespace ggml::cpu::repack;
+    static const tensor_traits<eight_q4_0, 8, 8, GGML_TYPE_Q8_0> q4_0;
+    static const tensor_traits<eight_q4_1, 8, 8, GGML_TYPE_Q8_0> q4_1;
+#if HAS_DOT_PRODUCTS
+    static const tensor_traits<eight_q8_0, 8, 8, GGML_TYPE_Q8_0> q8_0;
+#endif
     if (weights->ne[1] % 8 != 0) {
         return nullptr;
     }
-    return weights->type == GGML_TYPE_Q4_0 ? &q4_0 : weights->type == GGML_TYPE_Q4_1 ? (const ggml::cpu::tensor_traits *) &q4_1 : nullptr;
+    switch (weights->type) {
+        case GGML_TYPE_Q4_0: return &q4_0;
+        case GGML_TYPE_Q4_1: return &q4_1;
+#if HAS_DOT_PRODUCTS
+        case GGML_TYPE_Q8_0: return &q8_0;
+#endif
+        default: return nullptr;
+    }
 }
 
 #else

@@ -34,7 +34,7 @@ _DEFINED = (
     *("_GNU_SOURCE", "NDEBUG"),
 )
 # Everything else stays inside: the wheel has functions of the same names.
-_EXPORTED = "{ global: ggml_backend_init; local: *; };"
+_EXPORTED = "{ global: ggml_backend_init; replace_samplers; fast_*; local: *; };"
 _ADDED = (
     ("ggml-cpu.c", "nchunk0 * nchunk1 < nth * 4 || ggml_is_numa()", " || nr1 == 1"),
     ("repack.cpp", "const bool disable_chunking = ggml_is_numa()", " || ne1 == 1"),
@@ -65,6 +65,27 @@ _ADDED = (
         "ggml_repack_get_optimal_repack_type(const struct ggml_tensor * cur) {",
         "\n    if (const auto * evenly = evenly_spaced(cur)) return evenly;",
     ),
+    ("repack.cpp", '#include "repack.h"', "\ntemplate <typename> constexpr bool takes_a_few = false;"),
+    (
+        "repack.cpp",
+        "const int64_t ncols = src0_end - src0_start;",
+        "\nconst int64_t at_once = MAX(NB_COLS, (128 << 10) / (int64_t) nb01 / NB_COLS * NB_COLS);"
+        "\nif (nrows > (takes_a_few<BLOC_TYPE> ? 4 : 1) && nrows % 4 != 0 && ncols > at_once) {"
+        " for (int64_t at = src0_start; at < src0_end; at += at_once)"
+        " forward_mul_mat_one_chunk(params, op, at, MIN(at + at_once, src0_end), src1_start, src1_end);"
+        " return; }",
+    ),
+    (
+        "repack.cpp",
+        "nrows - (nrows % 4), ncols);\n        }\n",
+        "if (const int64_t few = nrows % 4; takes_a_few<BLOC_TYPE> && few > 1) {"
+        " float * to = (float *) (dst_ptr + (nrows - few) * nb1) + src0_start;"
+        " const char * from = src1_ptr + src1_col_stride * (nrows - few);"
+        " gemv<BLOC_TYPE, INTER_SIZE, NB_COLS, PARAM_TYPE>"
+        "(ne00, to, nb1 / nb0, src0_ptr + src0_start * nb01, from, few, ncols);"
+        " return; }\n",
+    ),
+    ("vec.cpp", "#include <cassert>", '\n#include "sampling.cpp"'),
     ("ops.cpp", "#include <cmath>", '\n#include "attention.cpp"'),
     ("ops.cpp", "const bool use_ref = params->use_ref;", " if (!use_ref && attend_together(params, dst)) return;"),
 )
@@ -83,9 +104,15 @@ ends with the page, and where that of the next one is takes it long to find out,
 
 Attention is computed by `attention.cpp` where it can, for which results are added up in F32.
 
-How weights are kept for a product is asked of `affine.cpp` first, which has Q4_0 and Q4_1 eight rows at a time.
+Vectors that are left over when four are taken at a time are multiplied together where that can be done, else one after
+the other: with rows that stay in the second cache meanwhile, not each with the whole matrix.
+
+How weights are kept for a product is asked of `affine.cpp` first, which has Q4_0, Q4_1
+and Q8_0 eight rows at a time.
+
+`sampling.cpp` only needs the vector functions of the file it is in.
 """
-_OWN = [Path(__file__).with_name(name) for name in ("attention.cpp", "affine.cpp")]
+_OWN = [Path(__file__).with_name(name) for name in ("attention.cpp", "affine.cpp", "sampling.cpp")]
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-w", *(f"-D{name}" for name in _DEFINED))
 RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED, [path.read_bytes() for path in _OWN])).encode()).hexdigest()[:8]
 """Of how they are made: kernels that an earlier version of this file made are others."""
@@ -151,7 +178,8 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int) -> P
         shutil.copy(path, cpu)
     for name, text, addition in _ADDED:
         _add(cpu / name, text, addition)
-    common = [*_OPTIONS, compilers.tuned, *(f"-I{path}" for path in (ggml / "include", ggml / "src", cpu))]
+    included = (ggml / "include", ggml.parent / "include", ggml / "src", cpu)
+    common = [*_OPTIONS, compilers.tuned, *(f"-I{path}" for path in included)]
     objects = {path: work / f"{'-'.join(path.relative_to(cpu).parts)}.o" for path in sources}
     # The largest first: who begins last should be done soon.
     ordered = sorted(sources, key=lambda path: -path.stat().st_size)

@@ -2,7 +2,8 @@
 
 What the wheel carries runs on any processor of the last ten years, and so without what a newer one has beside. Kernels
 that were compiled for the processor at hand are a library of their own, one of ggml's "backends": `ggml_backend_load`
-is how llama.cpp itself takes them, where it was not linked with its only ones. Only called in child processes.
+is how llama.cpp itself takes them, where it was not linked with its only ones. With them come samplers, which take the
+place of the wheel's. Only called in child processes.
 """
 
 from __future__ import annotations
@@ -31,3 +32,6 @@ def load(path: Path) -> None:
     if not path.is_file() or not ggml.ggml_backend_load(str(path).encode()):
         raise CannotLoadKernels(f"{path} is not a library of kernels for this llama.cpp")
     ggml.ggml_backend_unload(shipped)  # what is left is what is used
+    kernels = ctypes.CDLL(str(path))
+    if hasattr(kernels, "replace_samplers"):  # kernels that an earlier version made have none
+        kernels.replace_samplers()
