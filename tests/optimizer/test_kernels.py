@@ -202,7 +202,7 @@ def test_attention_is_what_it_is_by_definition(made: Path) -> None:
 def test_products_of_evenly_spaced_levels_are_what_they_are_by_definition(made: Path) -> None:
     """Of the activations as Q8_0 keeps them: nothing else is rounded."""
     instructions = Path("/proc/cpuinfo").read_text("utf-8")
-    needed = {"Q4_0": " avx2 ", "Q4_1": " avx2 ", "Q8_0": " avx512_vnni "}
+    needed = {"Q4_0": " avx2 ", "Q4_1": " avx2 ", "Q8_0": "_vnni "}
     for case in told("multiply", made):
         if needed[case["kind"]] in instructions:
             assert case["difference"] < 1e-5, case

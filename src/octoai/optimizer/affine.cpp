@@ -19,10 +19,14 @@
 
 #include <vector>
 
+// Dot products of bytes: of vectors of 64, or of 32 as in processors without AVX-512.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-#define HAS_DOT_PRODUCTS 1 // of bytes, and vectors of 64 of them
-#else
-#define HAS_DOT_PRODUCTS 0
+#define HAS_WIDE_DOT_PRODUCTS 1
+#define HAS_DOT_PRODUCTS 1
+#define DOT_PRODUCTS _mm256_dpbusd_epi32
+#elif defined(__AVXVNNI__)
+#define HAS_DOT_PRODUCTS 1
+#define DOT_PRODUCTS _mm256_dpbusd_avx_epi32
 #endif
 
 namespace ggml::cpu::repack {
@@ -148,8 +152,8 @@ template <typename Eight> struct eight_rows {
     static floats multiply_add(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
     static void store(float * to, floats of) { _mm256_storeu_ps(to, of); }
 
-#if HAS_DOT_PRODUCTS
-    static integers add_products(integers sums, integers q, integers activations) { return _mm256_dpbusd_epi32(sums, q, activations); }
+#ifdef HAS_DOT_PRODUCTS
+    static integers add_products(integers sums, integers q, integers activations) { return DOT_PRODUCTS(sums, q, activations); }
     static integers add(integers sums, integers others) { return _mm256_add_epi32(sums, others); }
     static floats all(integers sums) { return _mm256_cvtepi32_ps(sums); }
 #else
@@ -159,7 +163,7 @@ template <typename Eight> struct eight_rows {
 #endif
 };
 
-#if HAS_DOT_PRODUCTS
+#ifdef HAS_WIDE_DOT_PRODUCTS
 
 // Sixteen, two times eight: activations are loaded for half as many vectors, which would take longer than the products.
 template <typename Eight> struct more_rows {
@@ -329,8 +333,8 @@ template <typename Eight> static void multiply_fours(int n, float * to, size_t s
         auto & known = at_hand(FOUR * num_fours * num_blocks);
         find_scales(a, num_fours * num_blocks, known);
         const auto * w = (const Eight *) weights;
-        int row = 0; // a single four is done before the weights are there: nothing is gained by more rows
-        for (; num_fours >= FOURS && row + more_rows<Eight>::NUM <= num_rows; row += more_rows<Eight>::NUM) {
+        int row = 0; // as many are done before the weights are there, which come faster from one place than from two
+        for (; num_fours > FOURS && row + more_rows<Eight>::NUM <= num_rows; row += more_rows<Eight>::NUM) {
             multiply_tiles(more_rows<Eight>(w + row / EIGHT * num_blocks, num_blocks), a, known, num_blocks, num_fours, to + first * stride + row, stride);
         }
         for (; row < num_rows; row += EIGHT) {
@@ -353,7 +357,7 @@ template <typename Eight> static void multiply_fours(int n, float * to, size_t s
 
 EVENLY_SPACED(eight_q4_0)
 EVENLY_SPACED(eight_q4_1)
-#if HAS_DOT_PRODUCTS
+#ifdef HAS_DOT_PRODUCTS
 EVENLY_SPACED(eight_q8_0)
 #endif
 
@@ -367,7 +371,7 @@ static const ggml::cpu::tensor_traits * evenly_spaced(const ggml_tensor * weight
     using namespace ggml::cpu::repack;
     static const tensor_traits<eight_q4_0, 8, 8, GGML_TYPE_Q8_0> q4_0;
     static const tensor_traits<eight_q4_1, 8, 8, GGML_TYPE_Q8_0> q4_1;
-#if HAS_DOT_PRODUCTS
+#ifdef HAS_DOT_PRODUCTS
     static const tensor_traits<eight_q8_0, 8, 8, GGML_TYPE_Q8_0> q8_0;
 #endif
     if (weights->ne[1] % 8 != 0) {
@@ -376,7 +380,7 @@ static const ggml::cpu::tensor_traits * evenly_spaced(const ggml_tensor * weight
     switch (weights->type) {
         case GGML_TYPE_Q4_0: return &q4_0;
         case GGML_TYPE_Q4_1: return &q4_1;
-#if HAS_DOT_PRODUCTS
+#ifdef HAS_DOT_PRODUCTS
         case GGML_TYPE_Q8_0: return &q8_0;
 #endif
         default: return nullptr;
