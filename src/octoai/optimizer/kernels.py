@@ -70,7 +70,7 @@ _ADDED = (
         "repack.cpp",
         "const int64_t ncols = src0_end - src0_start;",
         "\nconst int64_t at_once = MAX(NB_COLS, (128 << 10) / (int64_t) nb01 / NB_COLS * NB_COLS);"
-        "\nif (nrows > (takes_a_few<BLOC_TYPE> ? 4 : 1) && nrows % 4 != 0 && ncols > at_once) {"
+        "\nif (nrows > (takes_a_few<BLOC_TYPE> ? 4 : 1) && nrows < 16 && nrows % 4 != 0 && ncols > at_once) {"
         " for (int64_t at = src0_start; at < src0_end; at += at_once)"
         " forward_mul_mat_one_chunk(params, op, at, MIN(at + at_once, src0_end), src1_start, src1_end);"
         " return; }",
@@ -104,11 +104,10 @@ ends with the page, and where that of the next one is takes it long to find out,
 
 Attention is computed by `attention.cpp` where it can, for which results are added up in F32.
 
-Vectors that are left over when four are taken at a time are multiplied together where that can be done, else one after
-the other: with rows that stay in the second cache meanwhile, not each with the whole matrix.
+Of a few vectors, those left over when four are taken at a time are multiplied together where that can be done, else one
+after the other: with rows that stay in the second cache meanwhile, not each with the whole matrix.
 
-How weights are kept for a product is asked of `affine.cpp` first, which has Q4_0, Q4_1
-and Q8_0 eight rows at a time.
+How weights are kept for a product is asked of `affine.cpp` first, which has Q4_0, Q4_1 and Q8_0 eight rows at a time.
 
 `sampling.cpp` only needs the vector functions of the file it is in.
 """
