@@ -123,6 +123,16 @@ def nuclei(samplers: Samplers, size: int, spread: float, p: float, chosen: np.ra
         }
 
 
+def without_numbers(samplers: Samplers, value: float) -> dict[str, Any]:
+    """What is left, and drawn, where a grammar forbids every token, or a model computes none."""
+    logits = np.full(1_000, value, np.float32)
+    with samplers.both("top_p", ctypes.c_float(0.9), ctypes.c_size_t(0)) as made:
+        left = [len(samplers.applied(each, logits)[1]) for each in made]
+    with samplers.both("dist", ctypes.c_uint32(7)) as made:
+        drawn = [samplers.applied(each, logits)[0] for each in made]
+    return {"value": str(value), "left": left, "drawn": drawn}
+
+
 def main() -> None:
     samplers, chosen = Samplers(Path(sys.argv[1])), np.random.default_rng(1)
     spreads = (0.5, 2.0, 6.0)
@@ -135,6 +145,7 @@ def main() -> None:
             for spread in spreads
             for p in (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
         ],
+        "without numbers": [without_numbers(samplers, value) for value in (-np.inf, np.nan)],
     }
     print(json.dumps(found))
 
