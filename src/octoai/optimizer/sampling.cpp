@@ -58,7 +58,7 @@ double added(const float * p, size_t number) {
 
 // Where the sum of the probabilities from the first on passes `drawn`, which is from 0 to below 1.
 size_t position(const std::vector<float> & p, double drawn) {
-    size_t at = 0, last = 0;
+    size_t at = 0;
     double sum = 0;
     for (; at + ADDED_AT_ONCE <= p.size(); at += ADDED_AT_ONCE) {
         const double with_these = sum + added(&p[at], ADDED_AT_ONCE);
@@ -73,10 +73,10 @@ size_t position(const std::vector<float> & p, double drawn) {
             return at;
         }
     }
-    for (size_t i = 0; i < p.size(); ++i) { // what was rounded off is the last one's that can come at all
-        last = p[i] > 0 ? i : last;
+    while (at > 0 && !(p[at - 1] > 0)) { // what was rounded off is the last one's that can come at all
+        --at;
     }
-    return last;
+    return at > 0 ? at - 1 : p.size() - 1;
 }
 
 // A draw by probability.
@@ -148,6 +148,9 @@ void keep_likely(llama_token_data_array * candidates, const std::vector<float> &
             }
         }
     } while (bound > 0 && (sum < wish.p || likely.size() < wish.min_keep));
+    if (likely.empty()) {
+        return; // every token is forbidden, or what the model computed is no number
+    }
     std::sort(likely.begin(), likely.end(), is_before);
     std::copy(likely.begin(), likely.end(), candidates->data);
     candidates->size = likely.size();
