@@ -79,9 +79,23 @@ size_t position(const std::vector<float> & p, double drawn) {
     return at > 0 ? at - 1 : p.size() - 1;
 }
 
+// What llama.h asks of a sampler, whatever it does: a `State` and its `interface`.
+
+template <typename State> State & state(const llama_sampler * sampler) { return *(State *) sampler->ctx; }
+
+template <typename State> llama_sampler * made(const State & state) {
+    return llama_sampler_init(&State::interface, new State(state));
+}
+
+template <typename State> llama_sampler * clone(const llama_sampler * sampler) { return made(state<State>(sampler)); }
+
+template <typename State> void destroy(llama_sampler * sampler) { delete &state<State>(sampler); }
+
 // A draw by probability.
 
 struct dist {
+    static llama_sampler_i interface;
+
     uint32_t     seed;    // as asked for: LLAMA_DEFAULT_SEED is another one each time
     uint32_t     current;
     std::mt19937 random;
@@ -91,7 +105,6 @@ struct dist {
         current = seed == LLAMA_DEFAULT_SEED ? std::random_device()() : seed;
         random.seed(current);
     }
-    static dist & of(const llama_sampler * sampler) { return *(dist *) sampler->ctx; }
 };
 
 const char * dist_name(const llama_sampler *) { return "dist"; }
@@ -99,30 +112,22 @@ const char * dist_name(const llama_sampler *) { return "dist"; }
 void dist_apply(llama_sampler * sampler, llama_token_data_array * candidates) {
     candidates->selected = -1;
     if (candidates->size > 0) {
-        const double drawn = std::uniform_real_distribution<double>(0, 1)(dist::of(sampler).random);
+        const double drawn = std::uniform_real_distribution<double>(0, 1)(state<dist>(sampler).random);
         candidates->selected = position(probabilities(candidates), drawn);
     }
 }
 
-void dist_reset(llama_sampler * sampler) { dist::of(sampler).begin(); }
+void dist_reset(llama_sampler * sampler) { state<dist>(sampler).begin(); }
 
-void dist_free(llama_sampler * sampler) { delete &dist::of(sampler); }
-
-llama_sampler * dist_clone(const llama_sampler * sampler);
-
-llama_sampler_i dist_interface = { dist_name, nullptr, dist_apply, dist_reset, dist_clone, dist_free };
-
-llama_sampler * dist_clone(const llama_sampler * sampler) {
-    return llama_sampler_init(&dist_interface, new dist(dist::of(sampler)));
-}
+llama_sampler_i dist::interface = { dist_name, nullptr, dist_apply, dist_reset, clone<dist>, destroy<dist> };
 
 // The most likely, until together they have a probability of p: the "nucleus".
 
 struct top_p {
+    static llama_sampler_i interface;
+
     float  p;
     size_t min_keep;
-
-    static top_p & of(const llama_sampler * sampler) { return *(top_p *) sampler->ctx; }
 };
 
 const char * top_p_name(const llama_sampler *) { return "top-p"; }
@@ -158,7 +163,7 @@ void keep_likely(llama_token_data_array * candidates, const std::vector<float> &
 }
 
 void top_p_apply(llama_sampler * sampler, llama_token_data_array * candidates) {
-    const top_p & wish = top_p::of(sampler);
+    const top_p & wish = state<top_p>(sampler);
     if (wish.p >= 1 || candidates->size == 0) {
         return;
     }
@@ -175,15 +180,7 @@ void top_p_apply(llama_sampler * sampler, llama_token_data_array * candidates) {
     }
 }
 
-void top_p_free(llama_sampler * sampler) { delete &top_p::of(sampler); }
-
-llama_sampler * top_p_clone(const llama_sampler * sampler);
-
-llama_sampler_i top_p_interface = { top_p_name, nullptr, top_p_apply, nullptr, top_p_clone, top_p_free };
-
-llama_sampler * top_p_clone(const llama_sampler * sampler) {
-    return llama_sampler_init(&top_p_interface, new top_p(top_p::of(sampler)));
-}
+llama_sampler_i top_p::interface = { top_p_name, nullptr, top_p_apply, nullptr, clone<top_p>, destroy<top_p> };
 
 // Functions that a library calls by name, its own included, are in a table that the loader fills in.
 struct call_table {
@@ -223,16 +220,14 @@ struct call_table {
 
 extern "C" {
 
-llama_sampler * fast_dist(uint32_t seed) { return llama_sampler_init(&dist_interface, new dist(seed)); }
+llama_sampler * fast_dist(uint32_t seed) { return made(dist(seed)); }
 
-llama_sampler * fast_top_p(float p, size_t min_keep) {
-    return llama_sampler_init(&top_p_interface, new top_p{p, min_keep});
-}
+llama_sampler * fast_top_p(float p, size_t min_keep) { return made(top_p{p, min_keep}); }
 
 // As of llama.h, which knows its own samplers only.
 uint32_t fast_seed(const llama_sampler * sampler) {
-    if (sampler->iface == &dist_interface) {
-        return dist::of(sampler).current;
+    if (sampler->iface == &dist::interface) {
+        return state<dist>(sampler).current;
     }
     auto * chain = (llama_sampler *) sampler;
     if (llama_sampler_chain_get(chain, -1) != nullptr) {
