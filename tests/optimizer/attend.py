@@ -10,7 +10,7 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ class Case:
     max_bias: float = 0.0
     softcap: float = 0.0
     threads: int = 2
+    sequences: int = 0  # that share the keys, and whose positions follow each other; 0: a stream is one
 
 
 def cases() -> Iterator[Case]:
     for streams, positions, keys in itertools.product((1, 2, 8), (1, 9, 70), (16, 272, 1040)):
         yield Case(streams=streams, positions=positions, keys=keys)
     yield from (Case(streams=3, positions=1, keys=2048, threads=threads) for threads in (1, 2, 3, 5))
+    for sequences, positions, keys in itertools.product((2, 8, 9), (9, 29, 140), (64, 272, 2048)):
+        yield Case(sequences=sequences, positions=positions, keys=keys)
     chosen = random.Random(1)
     for _ in range(NUM_RANDOM):
         yield Case(
@@ -52,6 +55,7 @@ def cases() -> Iterator[Case]:
             key_size=chosen.choice((16, 64, 80, 128)),
             value_size=chosen.choice((16, 64, 80, 128)),
             threads=chosen.randint(1, 4),
+            sequences=chosen.choice((0, 0, 1, 3, 5)),
         )
 
 
@@ -60,9 +64,10 @@ def left_to_llama_cpp() -> Iterator[Case]:
 
 
 def attended(
-    loaded: Loaded, case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: NDArray[Any]
-) -> NDArray[Any]:
-    with loaded.context(8 * (q.size * 2 + k.size + v.size + mask.size)) as context:
+    loaded: Loaded, case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], masks: Sequence[NDArray[Any]]
+) -> list[NDArray[Any]]:
+    """With each of the masks, in two layers that must not differ: what is known of a mask is good for one graph."""
+    with loaded.context(8 * (q.size * 4 + k.size + v.size + masks[0].size)) as context:
         order = [ctypes.c_int(each) for each in (0, 2, 1, 3)]  # as llama.cpp has them: heads of a position together
         turned = [
             loaded.call("ggml_permute", context, loaded.tensor(context, kind, values), *order)
@@ -70,10 +75,19 @@ def attended(
         ]
         numbers = (1 / case.key_size**0.5, case.max_bias, case.softcap)
         scale, max_bias, softcap = (ctypes.c_float(each) for each in numbers)
-        masked = loaded.tensor(context, F16, mask)
-        out = loaded.call("ggml_flash_attn_ext", context, *turned, masked, scale, max_bias, softcap)
+        masked = loaded.tensor(context, F16, masks[0])
+        loaded.call("ggml_set_input", masked)
+        layers = [
+            loaded.call("ggml_flash_attn_ext", context, *turned, masked, scale, max_bias, softcap) for _ in range(2)
+        ]
         shape = (case.streams, case.positions, case.groups * case.heads_per_group, case.value_size)
-        return loaded.computed(context, out, shape, case.threads)
+        found = []
+        for mask in masks:
+            loaded.fill(masked, mask)
+            first, second = loaded.all_computed(context, layers, shape, case.threads)
+            assert np.array_equal(first, second), case
+            found.append(second)
+        return found
 
 
 def difference(loaded: Loaded, case: Case, chosen: np.random.Generator) -> float:
@@ -82,20 +96,37 @@ def difference(loaded: Loaded, case: Case, chosen: np.random.Generator) -> float
     q = chosen.normal(size=(case.streams, case.positions, heads, case.key_size)).astype(np.float32) * 2
     k = chosen.normal(size=(case.streams, case.keys, case.groups, case.key_size)).astype(np.float16)
     v = chosen.normal(size=(case.streams, case.keys, case.groups, case.value_size)).astype(np.float16)
-    mask = masks(case, chosen)
-    found = attended(loaded, case, q, k, v, mask)
-    right = by_definition(case, q.astype(float), k.astype(float), v.astype(float), mask.astype(float))
-    assert np.isfinite(found).all(), case
-    return float(np.abs(found - right).max() / np.abs(right).max())
+    masks = [(mask_of_sequences if case.sequences else mask_of_streams)(case, chosen) for _ in range(2)]
+    differences = []
+    for mask, found in zip(masks, attended(loaded, case, q, k, v, masks), strict=True):
+        right = by_definition(case, q.astype(float), k.astype(float), v.astype(float), mask.astype(float))
+        assert np.isfinite(found).all(), case
+        differences.append(float(np.abs(found - right).max() / np.abs(right).max()))
+    return max(differences)
 
 
-def masks(case: Case, chosen: np.random.Generator) -> NDArray[Any]:
+def mask_of_streams(case: Case, chosen: np.random.Generator) -> NDArray[Any]:
     """What positions do not see: what comes later, here and there a key, in some streams whole tiles."""
     last = chosen.integers(0, case.keys, size=(case.streams, 1, 1, 1)) + np.arange(case.positions)[:, None]
     is_hidden = (np.arange(case.keys) > last) | (chosen.random((case.streams, 1, case.positions, case.keys)) < 0.1)
     is_hidden[..., : case.keys // 2] |= (chosen.random((case.streams, 1, 1, 1)) < 0.2) & (case.streams > 1)
     is_hidden[:, :, -1:, 0] = False
     return np.where(is_hidden, -np.inf, 0.0).astype(np.float16)
+
+
+def mask_of_sequences(case: Case, chosen: np.random.Generator) -> NDArray[Any]:
+    """A position sees what its sequence has of the keys: a third that all have, runs of its own, and what lies
+    scattered among the others'. Some keys are nobody's, some positions see nothing."""
+    sequences, keys = case.sequences, np.arange(case.keys)
+    of_position = np.sort(chosen.integers(0, sequences, size=case.positions))
+    runs = np.repeat(chosen.integers(-1, sequences, size=case.keys // 16 + 1), 16)[: case.keys]
+    scattered = chosen.integers(-1, sequences, size=case.keys)
+    owner = np.where(keys < 2 * case.keys // 3, runs, scattered)
+    is_seen = (owner == of_position[:, None]) | (keys < case.keys // 3)
+    is_seen[chosen.random(case.positions) < 0.05] = False
+    is_seen[-1, 0] = True
+    mask = np.where(is_seen, 0.0, -np.inf).astype(np.float16)
+    return np.broadcast_to(mask, (case.streams, 1, case.positions, case.keys))
 
 
 def by_definition(case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,15 +63,27 @@ class Loaded:
         sizes = [ctypes.c_int64(size) for size in reversed(values.shape)]
         sizes += [ctypes.c_int64(1)] * (4 - len(sizes))
         made = self.call("ggml_new_tensor_4d", context, ctypes.c_int(kind), *sizes)
-        kept = np.ascontiguousarray(values, dtype=np.float32 if kind == F32 else np.float16)
-        ctypes.memmove(self.call("ggml_get_data", made), kept.ctypes.data, kept.nbytes)
+        self.fill(made, np.asarray(values, dtype=np.float32 if kind == F32 else np.float16))
         return made
 
+    def fill(self, tensor: int, values: NDArray[Any]) -> None:
+        """With values of its type."""
+        kept = np.ascontiguousarray(values)
+        ctypes.memmove(self.call("ggml_get_data", tensor), kept.ctypes.data, kept.nbytes)
+
     def computed(self, context: int, out: int, shape: tuple[int, ...], num_threads: int) -> NDArray[Any]:
+        return self.all_computed(context, [out], shape, num_threads)[0]
+
+    def all_computed(
+        self, context: int, outs: Sequence[int], shape: tuple[int, ...], num_threads: int
+    ) -> list[NDArray[Any]]:
+        """Of one graph."""
         graph = self.call("ggml_new_graph", context)
-        self.call("ggml_build_forward_expand", graph, out)
+        for out in outs:
+            self.call("ggml_build_forward_expand", graph, out)
         self.set_threads(num_threads)
         assert self.call("ggml_backend_graph_compute", self._backend, graph) == 0
-        found = np.empty(shape, np.float32)
-        ctypes.memmove(found.ctypes.data, self.call("ggml_get_data", out), found.nbytes)
+        found = [np.empty(shape, np.float32) for _ in outs]
+        for out, values in zip(outs, found, strict=True):
+            ctypes.memmove(values.ctypes.data, self.call("ggml_get_data", out), values.nbytes)
         return found

@@ -39,7 +39,7 @@ class Samplers:
     def __init__(self, path: Path) -> None:
         self._loaded = Loaded(path)
         self._kernels = ctypes.CDLL(str(path))
-        self.num_replaced = self._kernels.replace_samplers()
+        self.num_replaced = self._kernels.replace_calls()
 
     @contextmanager
     def both(self, name: str, *arguments: Any) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -13,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,6 +19,7 @@ from octoai.optimizer import kernels
 from octoai.optimizer.space import Candidate
 from octoai.optimizer.trial import Bench
 from octoai.server.sources import PullFailed, sdist
+from tests.optimizer.told import told
 
 ENGINE = version("xllamacpp")
 GGML = Path("thirdparty", "llama.cpp", "ggml")
@@ -160,14 +159,6 @@ def num_running(marker: str) -> int:
     return sum(marker.encode() in line and b"python" not in line for line in lines)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama.cpp's own, compiled for this machine."""
-    place = tmp_path_factory.mktemp("kernels")
-    kernels.make(place / "made.so", ENGINE, work=place / "making", num_threads=2, environ=os.environ)
-    return place / "made.so"
-
-
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(400)
@@ -214,7 +205,7 @@ def test_products_of_evenly_spaced_levels_are_what_they_are_by_definition(made: 
 def test_samplers_draw_what_the_engines_own_draw(made: Path) -> None:
     """With the same seed, and from the same nucleus. How its sum is rounded moves its end by a token in thousands."""
     found = told("sample", made)
-    assert found["replaced"] == 3
+    assert found["replaced"] == 11  # and what slots hold is heard of
     for case in found["draws"]:
         assert case["same"] > 0.98, case
         assert case["forbidden"] == 0, case
@@ -228,8 +219,3 @@ def test_samplers_draw_what_the_engines_own_draw(made: Path) -> None:
     for case in found["without numbers"]:
         assert case["left"][1] > 0, case  # or the engine would read before the first
         assert 0 <= case["drawn"][1] < 1_000, case
-
-
-def told(module: str, made: Path) -> Any:
-    command = [sys.executable, "-m", f"tests.optimizer.{module}", str(made)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -287,6 +287,9 @@ def test_a_candidate_says_what_it_is() -> None:
     assert str(Candidate()) == "as given, 1 thread, 4 slots, batch 64"
     assert str(engine_defaults(2)) == "as given, 2 threads, spinning, 4 slots, batch 2048/512, unified KV"
     assert str(first_guesses(2)[0]) == "as given, 2 threads, spinning while alone, 8 slots, batch 128"
+    with_kernels, without = first_guesses(2, KERNELS, is_unified=True)
+    assert with_kernels.tuning.is_unified
+    assert not without.tuning.is_unified  # it is slow with the wheel's attention
     other = Candidate("Q8_0", 8, 2).tuned(num_batch_threads=4, spin_count=300, flash_attention="off", is_unified=True)
     assert str(other) == "Q8_0, 2+4 threads, spinning 300, 8 slots, batch 64, flash attention off, unified KV"
 

@@ -8,6 +8,17 @@
 // Q is [key_size, positions, heads, streams], K and V [size, keys, groups, streams], all with the sizes first that lie
 // together in memory. A row is one head at one position.
 
+#include <atomic>
+#include <tuple>
+#include <vector>
+
+static std::atomic<int64_t> graph_number;
+
+// Called by ggml-cpu.c: from here on a mask may be another one.
+extern "C" void begin_graph(void) {
+    ++graph_number;
+}
+
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 namespace {
@@ -42,10 +53,10 @@ __m128 sums_of_four(const vec * of) {
 }
 
 // As many rows of as many F16 become their columns in F32.
-void transpose(const char * from, size_t from_stride, float * to, int64_t to_stride) {
+void transpose(const char * const * from, int64_t offset, float * to, int64_t to_stride) {
     vec a[LANES], b[LANES];
     for (int i = 0; i < LANES; ++i) {
-        a[i] = load_half(from + i * from_stride);
+        a[i] = load_half(from[i] + offset);
     }
     for (int i = 0; i < LANES; i += 2) {
         b[i]     = _mm512_unpacklo_ps(a[i], a[i + 1]);
@@ -103,10 +114,10 @@ __m128 sums_of_four(const vec * of) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-void transpose(const char * from, size_t from_stride, float * to, int64_t to_stride) {
+void transpose(const char * const * from, int64_t offset, float * to, int64_t to_stride) {
     vec a[LANES], b[LANES];
     for (int i = 0; i < LANES; ++i) {
-        a[i] = load_half(from + i * from_stride);
+        a[i] = load_half(from[i] + offset);
     }
     for (int i = 0; i < LANES; i += 2) {
         b[i]     = _mm256_unpacklo_ps(a[i], a[i + 1]);
@@ -128,9 +139,14 @@ void transpose(const char * from, size_t from_stride, float * to, int64_t to_str
 
 constexpr int TILE_ROWS = ggml_fa_tile_config::Q;
 constexpr int TILE_KEYS = ggml_fa_tile_config::KV;
-constexpr int MAX_ROWS = 256; // of all groups of a tile
-constexpr int64_t PARTS_OF_THREAD = 4; // so that threads end together, where streams are few and positions one
+constexpr int MAX_ROWS = 256; // of all groups of a tile: queries and sums of more do not stay in the second cache
+constexpr int64_t PARTS_OF_THREAD = 4; // so that threads end together, where tiles are few
 constexpr int64_t MIN_PART_KEYS = 192;
+// Few rows are multiplied with keys and values as these lie there: to transpose and to keep what was converted is worth
+// it from more rows on.
+constexpr int FEW_ROWS = 4;
+constexpr int FEW_KEYS = 4; // at a time
+constexpr int64_t SHARED = 16; // floats that a pointer for all threads has beside what they compute
 constexpr short UNSEEN = (short) 0xFC00; // minus infinity, in F16
 
 struct attention {
@@ -152,8 +168,8 @@ struct attention {
     int64_t num_positions() const { return q->ne[1]; }
     int64_t num_heads() const { return q->ne[2]; }
     int64_t num_groups() const { return k->ne[2]; }
+    int64_t heads_of_group() const { return num_heads() / num_groups(); }
     int64_t num_streams() const { return q->ne[3]; }
-    int64_t rows_of_group() const { return num_positions() * (num_heads() / num_groups()); }
 
     bool is_supported() const {
         float max_bias, softcap;
@@ -180,83 +196,205 @@ struct attention {
     }
 };
 
+// Some positions of a stream and some groups. The rows of a group are its heads at the first position, at the second, ...
 struct tile {
     int64_t stream;
-    int64_t first_group, num_groups;
-    int64_t first_row; // of the rows of each group, which are its heads' positions, head by head
-    int num_rows;      // of each group
+    int64_t first_group;
+    int num_groups;
+    int64_t first_position;
+    int num_positions;
+    int heads; // of a group
+
+    int num_rows() const { return num_positions * heads; } // of each group
 };
 
-// Rows are multiplied several at a time. One that is there for nothing costs less than two that go by themselves.
-int rounded_up(int64_t num_rows) {
-    return (int) (num_rows + ROWS - 1) / ROWS * ROWS;
+// Keys that positions from `first` to `last` of a tile see, all of them or one more and one less.
+struct key_tile {
+    int first, last;
+    bool is_scattered; // else as many as a vector has lanes lie together each
+    int num_keys = 0;  // of which those behind `num_real` are there to fill a vector, and seen by nobody
+    int num_real = 0;
+    int32_t keys[TILE_KEYS];
+    size_t mask; // where it begins in the masks of all: as many values for each position as a tile has room for
+    int64_t work_before; // of all tiles of keys before it
+
+    key_tile(int first, int last, bool is_scattered) : first(first), last(last), is_scattered(is_scattered) {}
+};
+
+// Which of as many keys as a vector has lanes a position sees, a bit for each.
+unsigned seen_of(const ggml_fp16_t * mask) {
+#if defined(__AVX512F__)
+    return (uint16_t) ~_mm256_cmpeq_epi16_mask(_mm256_loadu_si256((const __m256i *) mask), _mm256_set1_epi16(UNSEEN));
+#else
+    const __m128i equal = _mm_cmpeq_epi16(_mm_loadu_si128((const __m128i *) mask), _mm_set1_epi16(UNSEEN));
+    return (uint8_t) ~_mm_movemask_epi8(_mm_packs_epi16(equal, equal));
+#endif
 }
 
+// Which keys a tile has to be multiplied with, and which of its positions: of a cache that several sequences share, most
+// keys are seen by those of one sequence only, what they begin with in common by all of theirs, and what they generate
+// lies scattered. The order of keys changes nothing.
+class key_tiles {
+public:
+    void find(const attention & of, const tile & at) {
+        found.clear();
+        open.clear();
+        for (int64_t key = 0; key < of.num_keys(); key += LANES) {
+            add_block(of, at, key);
+        }
+        size_t size = 0;
+        work = 0;
+        for (key_tile & each : found) {
+            const int num_positions = each.last - each.first + 1;
+            each.mask = size;
+            size += num_positions * TILE_KEYS;
+            each.work_before = work;
+            work += num_positions * at.heads + FEW_ROWS; // a few rows take as long as their keys to come
+            for (each.num_real = each.num_keys; each.num_keys % LANES != 0; ++each.num_keys) {
+                each.keys[each.num_keys] = each.keys[each.num_real - 1];
+            }
+        }
+        masks.resize(size);
+        for (const key_tile & each : found) {
+            gather_mask(of, at, each, masks.data() + each.mask);
+        }
+    }
+
+    const key_tile & operator[](size_t number) const { return found[number]; }
+    const ggml_fp16_t * mask_of(const key_tile & of) const { return masks.data() + of.mask; }
+
+    // The number of the first one of a part: all parts are about as much work.
+    size_t begin_of(int64_t part, int64_t num_parts) const {
+        const auto is_before = [&](const key_tile & each) { return each.work_before * num_parts < work * part; };
+        return std::partition_point(found.begin(), found.end(), is_before) - found.begin();
+    }
+
+private:
+    std::vector<key_tile> found;
+    std::vector<ggml_fp16_t> masks;
+    std::vector<size_t> open; // those with room left
+    int64_t work = 0;
+    std::vector<unsigned> seen;
+
+    void add_block(const attention & of, const tile & at, int64_t key) {
+        seen.resize(at.num_positions);
+        int first = at.num_positions, last = -1, num_seen = 0;
+        unsigned any = 0;
+        for (int i = 0; i < at.num_positions; ++i) {
+            seen[i] = seen_of(of.mask_of(at.first_position + i, at.stream) + key);
+            if (seen[i] != 0) {
+                first = std::min(first, i);
+                last = i;
+                any |= seen[i];
+                num_seen += __builtin_popcount(seen[i]);
+            }
+        }
+        if (any == 0) {
+            return;
+        }
+        if (2 * num_seen >= LANES * (last - first + 1)) {
+            key_tile & to = with_room(first, last, false);
+            for (int i = 0; i < LANES; ++i) {
+                to.keys[to.num_keys++] = (int32_t) key + i;
+            }
+            return;
+        }
+        for (; any != 0; any &= any - 1) {
+            add_key(first, last, key, __builtin_ctz(any));
+        }
+    }
+
+    void add_key(int first, int last, int64_t block, int number) {
+        while ((seen[first] >> number & 1) == 0) {
+            ++first;
+        }
+        while ((seen[last] >> number & 1) == 0) {
+            --last;
+        }
+        key_tile & to = with_room(first, last, true);
+        to.keys[to.num_keys++] = (int32_t) block + number;
+    }
+
+    // What each position that sees some of the keys sees of them, put together.
+    static void gather_mask(const attention & of, const tile & at, const key_tile & keys, ggml_fp16_t * to) {
+        for (int position = keys.first; position <= keys.last; ++position, to += TILE_KEYS) {
+            const ggml_fp16_t * mask = of.mask_of(at.first_position + position, at.stream);
+            if (!keys.is_scattered) {
+                for (int i = 0; i < keys.num_keys; i += LANES) {
+                    memcpy(to + i, mask + keys.keys[i], LANES * sizeof(ggml_fp16_t));
+                }
+                continue;
+            }
+            for (int i = 0; i < keys.num_keys; ++i) {
+                to[i] = i < keys.num_real ? mask[keys.keys[i]] : (ggml_fp16_t) UNSEEN;
+            }
+        }
+    }
+
+    key_tile & with_room(int first, int last, bool is_scattered) {
+        for (size_t & number : open) {
+            key_tile & each = found[number];
+            if (each.first == first && each.last == last && each.is_scattered == is_scattered) {
+                if (each.num_keys < TILE_KEYS) {
+                    return each;
+                }
+                number = found.size();
+                return found.emplace_back(first, last, is_scattered);
+            }
+        }
+        open.push_back(found.size());
+        return found.emplace_back(first, last, is_scattered);
+    }
+};
+
+// Where a tile's keys, or values, and those of the next tile lie: of the first of its groups.
+struct lines {
+    const char * at[TILE_KEYS];
+    const char * next[TILE_KEYS];
+
+    void find(const ggml_tensor * cache, const tile & of, const key_tile & keys, const key_tile & then) {
+        const char * first = (const char *) cache->data + of.first_group * cache->nb[2] + of.stream * cache->nb[3];
+        for (int i = 0; i < keys.num_keys; ++i) {
+            at[i] = first + keys.keys[i] * cache->nb[1];
+            next[i] = first + then.keys[std::min(i, then.num_keys - 1)] * cache->nb[1];
+        }
+    }
+};
+
+// What a thread computes a tile with; `sums`, `maxima` and `out` are, for each row and as far as some keys go: the sum of its
+// weights, its highest score, and weights times values.
 struct tile_scratch {
     float * queries;
     float * out;
+    float * sums;
+    float * maxima;
     float * weights;
     float * keys; // transposed
     float * values;
 
-    tile_scratch(const attention & of, const tile & at, float * place) {
-        const int64_t num_rows = at.num_groups * rounded_up(at.num_rows);
-        queries = place;
-        out     = queries + num_rows * of.key_size();
-        weights = out + num_rows * of.value_size();
-        keys    = weights + rounded_up(at.num_rows) * TILE_KEYS;
-        values  = keys + TILE_KEYS * of.key_size();
-    }
-
-    static int64_t num_floats(const attention & of, int64_t num_groups, int64_t num_rows) {
-        const int64_t rows = rounded_up(num_rows);
-        return (num_groups * rows + TILE_KEYS) * (of.key_size() + of.value_size()) + rows * TILE_KEYS;
+    tile_scratch(const attention & of, const tile & at) {
+        static thread_local std::vector<float> place;
+        const size_t num_rows = at.num_rows(), all_rows = num_rows * at.num_groups, key_size = of.key_size(), value_size = of.value_size();
+        place.resize(all_rows * (key_size + value_size + 2) + TILE_KEYS * (num_rows + key_size + value_size));
+        queries = place.data();
+        out     = queries + all_rows * key_size;
+        sums    = out + all_rows * value_size;
+        maxima  = sums + all_rows;
+        weights = maxima + all_rows;
+        keys    = weights + num_rows * TILE_KEYS;
+        values  = keys + TILE_KEYS * key_size;
     }
 };
-
-// Of each row of a tile, as far as some keys go: the sum of its weights, its highest score, and weights times values.
-struct tile_result {
-    float sums[MAX_ROWS];
-    float maxima[MAX_ROWS];
-    float * out;
-};
-
-int64_t head_of(const attention & of, const tile & at, int64_t group, int row) {
-    return ((at.first_group + group) * of.rows_of_group() + at.first_row + row) / of.num_positions();
-}
-
-int64_t position_of(const attention & of, const tile & at, int row) {
-    return (at.first_row + row) % of.num_positions();
-}
-
-const char * place_in(const ggml_tensor * cache, int64_t key, int64_t group, int64_t stream) {
-    return (const char *) cache->data + key * cache->nb[1] + group * cache->nb[2] + stream * cache->nb[3];
-}
-
-bool is_any_seen(const attention & of, const tile & at, int64_t first, int num_keys) {
-    const int num_positions = (int) std::min<int64_t>(at.num_rows, of.num_positions());
-    bool is_unseen = true;
-    for (int row = 0; row < num_positions && is_unseen; ++row) {
-        const ggml_fp16_t * mask = of.mask_of(position_of(of, at, row), at.stream) + first;
-        for (int i = 0; i < num_keys && is_unseen; i += 8) {
-            const __m128i equal = _mm_cmpeq_epi16(_mm_loadu_si128((const __m128i *) (mask + i)), _mm_set1_epi16(UNSEEN));
-            is_unseen = _mm_movemask_epi8(equal) == 0xffff;
-        }
-    }
-    return !is_unseen;
-}
 
 // Touches the rows of all groups of the first tile in the order in which they lie in memory, so that the processor fetches
 // ahead. In the order in which they are used, some lines of each key, it waits for nearly every one.
-void bring(const attention & of, const tile & at, int64_t first, int num_keys) {
+void bring(const ggml_tensor * cache, const lines & rows, int num_keys, int num_groups) {
     unsigned char all = 0;
-    for (const ggml_tensor * cache : { of.k, of.v }) {
-        const int64_t num_bytes = (at.num_groups - 1) * cache->nb[2] + cache->ne[0] * sizeof(ggml_fp16_t);
-        for (int64_t key = first; key < first + num_keys; ++key) {
-            const volatile unsigned char * row = (const volatile unsigned char *) place_in(cache, key, at.first_group, at.stream);
-            for (int64_t i = 0; i < num_bytes; i += CACHE_LINE_SIZE) {
-                all |= row[i];
-            }
+    const int64_t num_bytes = (num_groups - 1) * cache->nb[2] + cache->ne[0] * sizeof(ggml_fp16_t);
+    for (int key = 0; key < num_keys; ++key) {
+        const volatile unsigned char * row = (const volatile unsigned char *) rows.at[key];
+        for (int64_t i = 0; i < num_bytes; i += CACHE_LINE_SIZE) {
+            all |= row[i];
         }
     }
     asm volatile("" : : "r"(all));
@@ -264,8 +402,8 @@ void bring(const attention & of, const tile & at, int64_t first, int num_keys) {
 
 // Has a line of the next tile fetched while the same one of this tile is used: into the second cache, as the first has no
 // room for two tiles.
-void fetch_ahead(const char * line, size_t stride) {
-    _mm_prefetch(line + TILE_KEYS * stride, _MM_HINT_T1);
+void fetch_ahead(const char * line) {
+    _mm_prefetch(line, _MM_HINT_T1);
 }
 
 // C += A * B, of `num_rows` rows: `depth` is how long a row of A is, and `width` one of C. As llama.cpp's
@@ -306,35 +444,37 @@ void multiply_rows(float * c, const float * a, const float * b, int depth, int w
     }
 }
 
+using some_rows = void (*)(float *, const float *, const float *, int, int);
+
+constexpr some_rows MULTIPLY_ROWS[] = {
+    nullptr, multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>,
+    multiply_rows<5>, multiply_rows<6>, multiply_rows<7>, multiply_rows<8>,
+};
+
 void multiply(float * c, const float * a, const float * b, int num_rows, int depth, int width) {
-    int row = 0;
-    for (; row + 2 * ROWS <= num_rows && 2 * ROWS <= GEMM_RM; row += 2 * ROWS) {
-        multiply_rows<2 * ROWS>(c + row * width, a + row * depth, b, depth, width);
-    }
-    for (; row < num_rows; row += ROWS) {
-        multiply_rows<ROWS>(c + row * width, a + row * depth, b, depth, width);
+    constexpr int most = 2 * ROWS <= GEMM_RM ? 2 * ROWS : ROWS;
+    for (int row = 0; row < num_rows; row += most) {
+        MULTIPLY_ROWS[std::min(most, num_rows - row)](c + row * width, a + row * depth, b, depth, width);
     }
 }
 
-// Few rows are multiplied with keys and values as these lie there: to transpose and to keep what was converted is worth
-// it from more rows on.
-constexpr int FEW_ROWS = 4;
-constexpr int FEW_KEYS = 4; // at a time
-
-// A score for each row and each key.
+// A score for each row and each key. `offset` is where a group begins, in bytes.
 template <int rows>
-void score_few(const attention & of, const char * keys, int num_keys, const float * queries, float * scores) {
-    const int64_t size = of.key_size(), stride = of.k->nb[1];
+void score_few(const lines & keys, int64_t offset, int64_t size, int num_keys, const float * queries, float * scores) {
     for (int first = 0; first < num_keys; first += FEW_KEYS) {
         vec products[rows][FEW_KEYS];
         for (int i = 0; i < rows * FEW_KEYS; ++i) {
             products[i / FEW_KEYS][i % FEW_KEYS] = all(0.0f);
         }
+        const char * at[FEW_KEYS], * next[FEW_KEYS];
+        for (int i = 0; i < FEW_KEYS; ++i) {
+            at[i] = keys.at[first + i] + offset;
+            next[i] = keys.next[first + i] + offset;
+        }
         for (int64_t d = 0; d < size; d += LANES) {
             for (int i = 0; i < FEW_KEYS; ++i) {
-                const char * place = keys + (first + i) * stride + d * sizeof(ggml_fp16_t);
-                fetch_ahead(place, stride);
-                const vec key = load_half(place);
+                fetch_ahead(next[i] + d * sizeof(ggml_fp16_t));
+                const vec key = load_half(at[i] + d * sizeof(ggml_fp16_t));
                 for (int row = 0; row < rows; ++row) {
                     products[row][i] = multiply_add(load(queries + row * size + d), key, products[row][i]);
                 }
@@ -348,17 +488,16 @@ void score_few(const attention & of, const char * keys, int num_keys, const floa
 
 // Adds to some columns of each row what its weights give of all values.
 template <int rows, int vectors>
-void add_few_columns(const attention & of, const char * values, int num_keys, const float * weights, float * out) {
-    const int64_t size = of.value_size(), stride = of.v->nb[1];
+void add_few_columns(const lines & values, int64_t offset, int64_t size, int num_keys, const float * weights, float * out) {
     vec sums[rows][vectors];
     for (int i = 0; i < rows * vectors; ++i) {
         sums[i / vectors][i % vectors] = load(out + i / vectors * size + i % vectors * LANES);
     }
     for (int key = 0; key < num_keys; ++key) {
+        const char * at = values.at[key] + offset, * next = values.next[key] + offset;
         for (int i = 0; i < vectors; ++i) {
-            const char * place = values + key * stride + i * LANES * sizeof(ggml_fp16_t);
-            fetch_ahead(place, stride);
-            const vec value = load_half(place);
+            fetch_ahead(next + i * LANES * sizeof(ggml_fp16_t));
+            const vec value = load_half(at + i * LANES * sizeof(ggml_fp16_t));
             for (int row = 0; row < rows; ++row) {
                 sums[row][i] = multiply_add(all(weights[row * num_keys + key]), value, sums[row][i]);
             }
@@ -370,45 +509,49 @@ void add_few_columns(const attention & of, const char * values, int num_keys, co
 }
 
 template <int rows>
-void add_few(const attention & of, const char * values, int num_keys, const float * weights, float * out) {
+void add_few(const lines & values, int64_t offset, int64_t size, int num_keys, const float * weights, float * out) {
     int64_t d = 0;
-    for (; d + VECTORS * LANES <= of.value_size(); d += VECTORS * LANES) {
-        add_few_columns<rows, VECTORS>(of, values + d * sizeof(ggml_fp16_t), num_keys, weights, out + d);
+    for (; d + VECTORS * LANES <= size; d += VECTORS * LANES) {
+        add_few_columns<rows, VECTORS>(values, offset + d * sizeof(ggml_fp16_t), size, num_keys, weights, out + d);
     }
-    for (; d < of.value_size(); d += LANES) {
-        add_few_columns<rows, 1>(of, values + d * sizeof(ggml_fp16_t), num_keys, weights, out + d);
+    for (; d < size; d += LANES) {
+        add_few_columns<rows, 1>(values, offset + d * sizeof(ggml_fp16_t), size, num_keys, weights, out + d);
     }
 }
 
-using few = void (*)(const attention &, const char *, int, const float *, float *);
+using few = void (*)(const lines &, int64_t, int64_t, int, const float *, float *);
 
 // Calls one that is compiled for each number of rows, for as many at a time as a processor has registers for.
-void with_few(const few * compiled, const attention & of, const char * at, int num_keys, const float * from, int from_stride,
+void with_few(const few * compiled, const lines & at, int64_t offset, int64_t size, int num_keys, const float * from, int from_stride,
               float * to, int to_stride, int num_rows) {
     for (int row = 0; row < num_rows; row += ROWS) {
-        compiled[std::min(num_rows - row, ROWS)](of, at, num_keys, from + row * from_stride, to + row * to_stride);
+        compiled[std::min(num_rows - row, ROWS)](at, offset, size, num_keys, from + row * from_stride, to + row * to_stride);
     }
 }
 
 constexpr few SCORE_FEW[] = { nullptr, score_few<1>, score_few<2>, score_few<3>, score_few<4> };
 constexpr few ADD_FEW[] = { nullptr, add_few<1>, add_few<2>, add_few<3>, add_few<4> };
 
-void convert(const attention & of, const char * k, const char * v, int num_keys, const tile_scratch & scratch) {
+void convert_keys(const lines & rows, int64_t offset, int64_t size, int num_keys, float * to) {
     constexpr int64_t LINE = CACHE_LINE_SIZE / sizeof(ggml_fp16_t);
     for (int i = 0; i < num_keys; i += LANES) {
-        for (int64_t d = 0; d < of.key_size(); d += LANES) {
-            const char * keys = k + i * of.k->nb[1] + d * sizeof(ggml_fp16_t);
-            for (int key = 0; key < LANES && d % LINE == 0; ++key) {
-                fetch_ahead(keys + key * of.k->nb[1], of.k->nb[1]);
+        for (int64_t d = 0; d < size; d += LANES) {
+            const int64_t place = offset + d * sizeof(ggml_fp16_t);
+            for (int key = i; key < i + LANES && d % LINE == 0; ++key) {
+                fetch_ahead(rows.next[key] + place);
             }
-            transpose(keys, of.k->nb[1], scratch.keys + d * num_keys + i, num_keys);
+            transpose(rows.at + i, place, to + d * num_keys + i, num_keys);
         }
     }
+}
+
+void convert_values(const lines & rows, int64_t offset, int64_t size, int num_keys, float * to) {
     for (int i = 0; i < num_keys; ++i) {
-        const char * value = v + i * of.v->nb[1];
-        for (int64_t d = 0; d < of.value_size(); d += LANES, value += LANES * sizeof(ggml_fp16_t)) {
-            fetch_ahead(value, of.v->nb[1]);
-            store(scratch.values + i * of.value_size() + d, load_half(value));
+        const char * value = rows.at[i] + offset;
+        const char * next = rows.next[i] + offset;
+        for (int64_t d = 0; d < size; d += LANES) {
+            fetch_ahead(next + d * sizeof(ggml_fp16_t));
+            store(to + i * size + d, load_half(value + d * sizeof(ggml_fp16_t)));
         }
     }
 }
@@ -441,154 +584,203 @@ void weigh(const attention & of, float * scores, const ggml_fp16_t * mask, int n
     sum += sum_of(sums);
 }
 
-void begin_tile(const attention & of, const tile & at, const tile_scratch & scratch, tile_result & result) {
-    const int num_rows = rounded_up(at.num_rows);
-    memset(scratch.queries, 0, at.num_groups * num_rows * of.key_size() * sizeof(float));
-    memset(scratch.out, 0, at.num_groups * num_rows * of.value_size() * sizeof(float));
+// Of positions from the first that sees any of these keys to the last one; of others only that they have seen nothing.
+void begin_tile(const attention & of, const tile & at, const key_tiles & keys, size_t begin, size_t end, const tile_scratch & scratch) {
+    const int num_rows = at.num_rows();
+    int first = at.num_positions, last = -1;
+    for (size_t i = begin; i < end; ++i) {
+        first = std::min(first, keys[i].first);
+        last = std::max(last, keys[i].last);
+    }
     for (int64_t group = 0; group < at.num_groups; ++group) {
-        for (int row = 0; row < at.num_rows; ++row) {
-            const char * query = (const char *) of.q->data + position_of(of, at, row) * of.q->nb[1]
-                + head_of(of, at, group, row) * of.q->nb[2] + at.stream * of.q->nb[3];
+        for (int row = first * at.heads; row < (last + 1) * at.heads; ++row) {
+            const int64_t position = at.first_position + row / at.heads;
+            const int64_t head = (at.first_group + group) * at.heads + row % at.heads;
+            const char * query = (const char *) of.q->data + position * of.q->nb[1] + head * of.q->nb[2] + at.stream * of.q->nb[3];
             memcpy(scratch.queries + (group * num_rows + row) * of.key_size(), query, of.key_size() * sizeof(float));
+            std::fill_n(scratch.out + (group * num_rows + row) * of.value_size(), of.value_size(), 0.0f);
         }
     }
-    std::fill_n(result.sums, at.num_groups * num_rows, 0.0f);
-    std::fill_n(result.maxima, at.num_groups * num_rows, -INFINITY);
-    result.out = scratch.out;
+    std::fill_n(scratch.sums, at.num_groups * num_rows, 0.0f);
+    std::fill_n(scratch.maxima, at.num_groups * num_rows, -INFINITY);
 }
 
-void attend(const attention & of, const tile & at, int64_t begin, int64_t end, float * place, tile_result & result) {
-    const int num_rows = rounded_up(at.num_rows), key_size = (int) of.key_size(), value_size = (int) of.value_size();
-    const tile_scratch scratch(of, at, place);
-    const bool is_few = at.num_rows <= FEW_ROWS;
-    begin_tile(of, at, scratch, result);
-    for (int64_t first = begin; first < end; first += TILE_KEYS) {
-        const int num_keys = (int) std::min<int64_t>(TILE_KEYS, end - first);
-        if (!is_any_seen(of, at, first, num_keys)) {
-            continue;
+void attend_to(const attention & of, const tile & at, const key_tile & keys, const ggml_fp16_t * masks, const lines & k, const lines & v,
+               const tile_scratch & scratch) {
+    const int key_size = (int) of.key_size(), value_size = (int) of.value_size(), num_keys = keys.num_keys;
+    const int first_row = keys.first * at.heads, num_rows = (keys.last - keys.first + 1) * at.heads;
+    const bool is_few = num_rows <= FEW_ROWS;
+    for (int64_t group = 0; group < at.num_groups; ++group) {
+        const int64_t first = group * at.num_rows() + first_row;
+        const int64_t key_offset = group * of.k->nb[2], value_offset = group * of.v->nb[2];
+        const float * queries = scratch.queries + first * key_size;
+        float * out = scratch.out + first * value_size;
+        if (is_few) {
+            with_few(SCORE_FEW, k, key_offset, key_size, num_keys, queries, key_size, scratch.weights, num_keys, num_rows);
+        } else {
+            convert_keys(k, key_offset, key_size, num_keys, scratch.keys);
+            convert_values(v, value_offset, value_size, num_keys, scratch.values);
+            memset(scratch.weights, 0, num_rows * num_keys * sizeof(float));
+            multiply(scratch.weights, queries, scratch.keys, num_rows, key_size, num_keys);
         }
-        if (first == begin) {
-            bring(of, at, first, num_keys);
+        for (int row = 0; row < num_rows; ++row) {
+            const ggml_fp16_t * mask = masks + row / at.heads * TILE_KEYS;
+            weigh(of, scratch.weights + row * num_keys, mask, num_keys, scratch.sums[first + row], scratch.maxima[first + row],
+                  out + row * value_size);
         }
-        for (int64_t group = 0; group < at.num_groups; ++group) {
-            const float * queries = scratch.queries + group * num_rows * key_size;
-            float * out = scratch.out + group * num_rows * value_size;
-            const char * keys = place_in(of.k, first, at.first_group + group, at.stream);
-            const char * values = place_in(of.v, first, at.first_group + group, at.stream);
-            if (is_few) {
-                with_few(SCORE_FEW, of, keys, num_keys, queries, key_size, scratch.weights, num_keys, at.num_rows);
-            } else {
-                convert(of, keys, values, num_keys, scratch);
-                memset(scratch.weights, 0, num_rows * num_keys * sizeof(float));
-                multiply(scratch.weights, queries, scratch.keys, num_rows, key_size, num_keys);
-            }
-            for (int row = 0; row < at.num_rows; ++row) {
-                const int64_t i = group * num_rows + row;
-                const ggml_fp16_t * mask = of.mask_of(position_of(of, at, row), at.stream) + first;
-                weigh(of, scratch.weights + row * num_keys, mask, num_keys, result.sums[i], result.maxima[i], out + row * value_size);
-            }
-            if (is_few) {
-                with_few(ADD_FEW, of, values, num_keys, scratch.weights, num_keys, out, value_size, at.num_rows);
-            } else {
-                multiply(out, scratch.weights, scratch.values, num_rows, num_keys, value_size);
-            }
+        if (is_few) {
+            with_few(ADD_FEW, v, value_offset, value_size, num_keys, scratch.weights, num_keys, out, value_size, num_rows);
+        } else {
+            multiply(out, scratch.weights, scratch.values, num_rows, num_keys, value_size);
         }
     }
 }
 
-void put(const attention & of, int64_t stream, int64_t position, int64_t head, float sum, float * out) {
-    ggml_vec_scale_f32(of.value_size(), out, sum == 0.0f ? 0.0f : 1.0f / sum);
-    const int64_t row = (stream * of.num_positions() + position) * of.num_heads() + head;
-    memcpy((char *) of.dst->data + row * of.dst->nb[1], out, of.value_size() * sizeof(float));
+void attend(const attention & of, const tile & at, const key_tiles & keys, size_t begin, size_t end, const tile_scratch & scratch) {
+    begin_tile(of, at, keys, begin, end, scratch);
+    for (size_t i = begin; i < end; ++i) {
+        const key_tile & then = keys[std::min(i + 1, end - 1)];
+        lines k, v;
+        k.find(of.k, at, keys[i], then);
+        v.find(of.v, at, keys[i], then);
+        if (i == begin) {
+            bring(of.k, k, keys[i].num_keys, at.num_groups);
+            bring(of.v, v, keys[i].num_keys, at.num_groups);
+        }
+        attend_to(of, at, keys[i], keys.mask_of(keys[i]), k, v, scratch);
+    }
 }
 
-// How the work is divided: into tiles, and the keys of a tile of one position into parts. What is not in it does not fit
-// into the memory that llama.cpp has planned.
+void put(const attention & of, int64_t row, float sum, const float * out) {
+    float * to = (float *) ((char *) of.dst->data + row * of.dst->nb[1]);
+    const vec scale = all(1.0f / sum);
+    for (int64_t d = 0; d < of.value_size(); d += LANES) {
+        store(to + d, sum == 0.0f ? all(0.0f) : multiply_add(load(out + d), scale, all(0.0f)));
+    }
+}
+
+// How the work is divided: into tiles, and where these are few, the keys of each into parts.
 struct division {
-    int64_t groups_of_tile, rows_of_tile;
-    int64_t tiles_of_group, tiles_of_stream;
-    int64_t num_parts = 1, part_keys;
-    int64_t num_scratch; // floats of a thread
-    int64_t num_available;
+    int64_t positions_of_tile, runs_of_positions; // in a stream
+    int64_t groups_of_tile, runs_of_groups;
+    int64_t num_parts;
 
-    division(const attention & of, const ggml_compute_params * params)
-        : part_keys(of.num_keys()), num_available((int64_t) (params->wsize / sizeof(float))) {
-        take(of, of.num_groups(), of.rows_of_group());
-        const bool is_small = of.num_groups() * rounded_up(of.rows_of_group()) <= MAX_ROWS;
-        // Keys of one position are divided into parts, below. Those of several are not, nor are a few keys: where there
-        // are fewer streams than threads, each group goes by itself then, rather than all that lies together in one go.
-        const bool is_divided = of.num_positions() == 1 && of.num_keys() >= 2 * MIN_PART_KEYS;
-        const bool has_idle_threads = of.num_streams() < params->nth && !is_divided;
-        if (!is_small || !of.has_groups_together() || has_idle_threads || !is_possible(params)) {
-            take(of, 1, std::min<int64_t>(of.rows_of_group(), TILE_ROWS));
+    division(const attention & of, const ggml_compute_params * params) {
+        const int64_t most = std::max<int64_t>(1, TILE_ROWS / of.heads_of_group());
+        runs_of_positions = (of.num_positions() + most - 1) / most;
+        positions_of_tile = (of.num_positions() + runs_of_positions - 1) / runs_of_positions;
+        runs_of_positions = (of.num_positions() + positions_of_tile - 1) / positions_of_tile;
+        take_groups(of, of.has_groups_together() ? of.num_groups() : 1);
+        while (groups_of_tile > 1 && groups_of_tile * positions_of_tile * of.heads_of_group() > MAX_ROWS) {
+            take_groups(of, groups_of_tile - 1);
         }
-        tiles_of_group = (of.rows_of_group() + rows_of_tile - 1) / rows_of_tile;
-        tiles_of_stream = of.num_groups() / groups_of_tile * tiles_of_group;
-        if (of.num_positions() == 1 && tiles_of_stream == 1) {
+        divide_keys(of, params);
+        if (num_tiles(of) * num_parts < PARTS_OF_THREAD * params->nth) {
+            take_groups(of, 1);
             divide_keys(of, params);
         }
     }
 
-    bool is_possible(const ggml_compute_params * params) const {
-        return params->nth * num_scratch <= num_available;
+    int64_t num_tiles(const attention & of) const { return of.num_streams() * runs_of_positions * runs_of_groups; }
+
+    tile tile_of(const attention & of, int64_t number) const {
+        const int64_t first_group = number % runs_of_groups * groups_of_tile, run = number / runs_of_groups;
+        const int64_t first_position = run % runs_of_positions * positions_of_tile;
+        const int num_positions = (int) std::min(positions_of_tile, of.num_positions() - first_position);
+        return { run / runs_of_positions, first_group, (int) groups_of_tile, first_position, num_positions, (int) of.heads_of_group() };
     }
 
 private:
-    void take(const attention & of, int64_t num_groups, int64_t num_rows) {
-        groups_of_tile = num_groups;
-        rows_of_tile = num_rows;
-        num_scratch = tile_scratch::num_floats(of, num_groups, num_rows);
+    // So many of a tile, or fewer, so that all tiles have as many.
+    void take_groups(const attention & of, int64_t most) {
+        for (groups_of_tile = most; of.num_groups() % groups_of_tile != 0;) {
+            --groups_of_tile;
+        }
+        runs_of_groups = of.num_groups() / groups_of_tile;
     }
 
+    // As far as there is room for what is computed of each part, in the memory that llama.cpp has planned.
     void divide_keys(const attention & of, const ggml_compute_params * params) {
-        const int64_t wanted = (PARTS_OF_THREAD * params->nth + of.num_streams() - 1) / of.num_streams();
-        const int64_t most = std::max<int64_t>(1, std::min(wanted, of.num_keys() / MIN_PART_KEYS));
-        const int64_t keys = ((of.num_keys() + most - 1) / most + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
-        const int64_t parts = (of.num_keys() + keys - 1) / keys;
-        if (params->nth * num_scratch + of.num_streams() * of.num_heads() * parts * (2 + of.value_size()) <= num_available) {
-            num_parts = parts;
-            part_keys = keys;
-        }
+        const int64_t wanted = (PARTS_OF_THREAD * params->nth + num_tiles(of) - 1) / num_tiles(of);
+        const int64_t floats_of_part = of.num_streams() * of.num_positions() * of.num_heads() * (2 + of.value_size());
+        const int64_t room = ((int64_t) (params->wsize / sizeof(float)) - SHARED) / floats_of_part;
+        num_parts = std::max<int64_t>(1, std::min({ wanted, of.num_keys() / MIN_PART_KEYS, room }));
     }
 };
 
+// The keys of all tiles, one list for those of all groups. They are the same in every layer: found in the first one.
+class key_lists {
+public:
+    std::vector<key_tiles> lists;
+    bool is_known; // else they have to be found
+
+    // For one thread, before all others.
+    void begin(const attention & of, const division & by) {
+        const shape now = { graph_number, of.mask->data, of.num_streams(), of.num_positions(), of.num_keys(), by.positions_of_tile };
+        is_known = of.mask->op == GGML_OP_NONE && (of.mask->flags & GGML_TENSOR_FLAG_INPUT) != 0 && now == known;
+        known = now;
+        if (!is_known && (int64_t) lists.size() < of.num_streams() * by.runs_of_positions) {
+            lists.resize(of.num_streams() * by.runs_of_positions);
+        }
+    }
+
+    // For all threads: each finds some.
+    void find(const attention & of, const division & by, int64_t thread, int64_t num_threads) {
+        for (int64_t list = thread; list < of.num_streams() * by.runs_of_positions; list += num_threads) {
+            lists[list].find(of, by.tile_of(of, list * by.runs_of_groups));
+        }
+    }
+
+private:
+    using shape = std::tuple<int64_t, const void *, int64_t, int64_t, int64_t, int64_t>;
+    shape known;
+};
+
 // A row's result of a part of its keys: its maximum, its sum, and as many floats as a value has.
-float * partial_of(const attention & of, const division & by, float * partials, int64_t stream, int64_t head, int64_t part) {
-    return partials + ((stream * of.num_heads() + head) * by.num_parts + part) * (2 + of.value_size());
+float * partial_of(const attention & of, const division & by, float * partials, int64_t row, int64_t part) {
+    return partials + (row * by.num_parts + part) * (2 + of.value_size());
 }
 
-void put_tile(const attention & of, const division & by, const tile & at, const tile_result & result, float * partials, int64_t part) {
-    for (int64_t group = 0; group < at.num_groups; ++group) {
-        for (int row = 0; row < at.num_rows; ++row) {
-            const int64_t i = group * rounded_up(at.num_rows) + row, head = head_of(of, at, group, row);
-            float * out = result.out + i * of.value_size();
+void put_tile(const attention & of, const division & by, const tile & at, const tile_scratch & scratch, float * partials, int64_t part) {
+    for (int group = 0; group < at.num_groups; ++group) {
+        for (int i = 0; i < at.num_rows(); ++i) {
+            const int64_t number = group * at.num_rows() + i;
+            const int64_t position = at.stream * of.num_positions() + at.first_position + i / at.heads;
+            const int64_t row = position * of.num_heads() + (at.first_group + group) * at.heads + i % at.heads;
+            float * out = scratch.out + number * of.value_size();
             if (by.num_parts == 1) {
-                put(of, at.stream, position_of(of, at, row), head, result.sums[i], out);
+                put(of, row, scratch.sums[number], out);
                 continue;
             }
-            float * partial = partial_of(of, by, partials, at.stream, head, part);
-            partial[0] = result.maxima[i];
-            partial[1] = result.sums[i];
-            memcpy(partial + 2, out, of.value_size() * sizeof(float));
+            float * partial = partial_of(of, by, partials, row, part);
+            partial[0] = scratch.maxima[number];
+            partial[1] = scratch.sums[number];
+            if (partial[0] != -INFINITY) {
+                memcpy(partial + 2, out, of.value_size() * sizeof(float));
+            }
         }
     }
 }
 
-void join_parts(const attention & of, const division & by, float * partials, int64_t stream, int64_t head) {
-    float * joined = partial_of(of, by, partials, stream, head, 0);
+void join_parts(const attention & of, const division & by, float * partials, int64_t row) {
+    float * joined = partial_of(of, by, partials, row, 0);
     for (int64_t part = 1; part < by.num_parts; ++part) {
-        const float * other = partial_of(of, by, partials, stream, head, part);
-        const float maximum = fmaxf(joined[0], other[0]);
-        if (maximum == -INFINITY) {
+        const float * other = partial_of(of, by, partials, row, part);
+        if (other[0] == -INFINITY) {
             continue;
         }
+        if (joined[0] == -INFINITY) {
+            memcpy(joined, other, (2 + of.value_size()) * sizeof(float));
+            continue;
+        }
+        const float maximum = fmaxf(joined[0], other[0]);
         const float ratio = expf(joined[0] - maximum), other_ratio = expf(other[0] - maximum);
         joined[0] = maximum;
         for (int64_t i = 1; i < 2 + of.value_size(); ++i) {
             joined[i] = joined[i] * ratio + other[i] * other_ratio;
         }
     }
-    put(of, stream, 0, head, joined[1], joined + 2);
+    put(of, row, joined[1], joined + 2);
 }
 
 bool attend_together(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -597,30 +789,32 @@ bool attend_together(const ggml_compute_params * params, ggml_tensor * dst) {
         return false;
     }
     const division by(of, params);
-    if (!by.is_possible(params)) {
-        return false;
-    }
-    float * scratch  = (float *) params->wdata + params->ith * by.num_scratch;
-    float * partials = (float *) params->wdata + params->nth * by.num_scratch;
+    static thread_local key_lists of_first_thread;
+    float * partials = (float *) params->wdata + SHARED;
     if (params->ith == 0) {
+        of_first_thread.begin(of, by);
+        *(key_lists **) params->wdata = &of_first_thread;
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
-    const int64_t num_chunks = of.num_streams() * by.tiles_of_stream * by.num_parts;
+    key_lists & keys = **(key_lists **) params->wdata;
+    if (!keys.is_known) {
+        keys.find(of, by, params->ith, params->nth);
+        ggml_barrier(params->threadpool);
+    }
+    const int64_t num_chunks = by.num_tiles(of) * by.num_parts;
     for (int64_t chunk = params->ith; chunk < num_chunks; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t part = chunk % by.num_parts, number = chunk / by.num_parts, begin = part * by.part_keys;
-        const int64_t first_row = number % by.tiles_of_group * by.rows_of_tile;
-        const int64_t first_group = number % by.tiles_of_stream / by.tiles_of_group * by.groups_of_tile;
-        const int num_rows = (int) std::min(by.rows_of_tile, of.rows_of_group() - first_row);
-        const tile at = { number / by.tiles_of_stream, first_group, by.groups_of_tile, first_row, num_rows };
-        tile_result result;
-        attend(of, at, begin, std::min(begin + by.part_keys, of.num_keys()), scratch, result);
-        put_tile(of, by, at, result, partials, part);
+        const int64_t part = chunk % by.num_parts, number = chunk / by.num_parts;
+        const tile at = by.tile_of(of, number);
+        const key_tiles & list = keys.lists[number / by.runs_of_groups];
+        const tile_scratch scratch(of, at);
+        attend(of, at, list, list.begin_of(part, by.num_parts), list.begin_of(part + 1, by.num_parts), scratch);
+        put_tile(of, by, at, scratch, partials, part);
     }
     if (by.num_parts > 1) {
         ggml_barrier(params->threadpool);
-        for (int64_t i = params->ith; i < of.num_streams() * of.num_heads(); i += params->nth) {
-            join_parts(of, by, partials, i / of.num_heads(), i % of.num_heads());
+        for (int64_t row = params->ith; row < of.num_streams() * of.num_positions() * of.num_heads(); row += params->nth) {
+            join_parts(of, by, partials, row);
         }
     }
     return true;

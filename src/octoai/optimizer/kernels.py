@@ -28,13 +28,15 @@ SOURCE_SHA256 = {"2026.10.11549": "c17ee1163006f70726abb9f72137830818f3d8cb60bfc
 """Of xllamacpp's source archives, by version."""
 
 _MACHINES = {"x86_64": ("x86", "-march=native"), "aarch64": ("arm", "-mcpu=native")}
+SHARES_CACHE = platform.machine() == "x86_64"
+"""Whether attention of these kernels is for slots with one cache: `attention.cpp` is written for that architecture."""
 _DEFINED = (
     *("GGML_BACKEND_DL", "GGML_BACKEND_BUILD", "GGML_BACKEND_SHARED", "GGML_SHARED"),
     *("GGML_USE_OPENMP", "GGML_USE_LLAMAFILE", "GGML_USE_CPU_REPACK"),  # as the wheel has them
     *("_GNU_SOURCE", "NDEBUG"),
 )
 # Everything else stays inside: the wheel has functions of the same names.
-_EXPORTED = "{ global: ggml_backend_init; replace_samplers; fast_*; local: *; };"
+_EXPORTED = "{ global: ggml_backend_init; replace_calls; fast_*; shared_*; local: *; };"
 _ADDED = (
     ("ggml-cpu.c", "nchunk0 * nchunk1 < nth * 4 || ggml_is_numa()", " || nr1 == 1"),
     ("repack.cpp", "const bool disable_chunking = ggml_is_numa()", " || ne1 == 1"),
@@ -85,8 +87,14 @@ _ADDED = (
         "(ne00, to, nb1 / nb0, src0_ptr + src0_start * nb01, from, few, ncols);"
         " return; }\n",
     ),
-    ("vec.cpp", "#include <cassert>", '\n#include "sampling.cpp"'),
+    ("vec.cpp", "#include <cassert>", '\n#include "calls.cpp"'),
     ("ops.cpp", "#include <cmath>", '\n#include "attention.cpp"'),
+    ("ggml-cpu.c", '#include "ops.h"', "\nvoid begin_graph(void);"),
+    (
+        "ggml-cpu.c",
+        "ggml_graph_compute(struct ggml_cgraph * cgraph, struct ggml_cplan * cplan) {",
+        "\n    begin_graph();",
+    ),
     ("ops.cpp", "const bool use_ref = params->use_ref;", " if (!use_ref && attend_together(params, dst)) return;"),
 )
 """Files, a text in each, and what is added behind it.
@@ -109,9 +117,12 @@ after the other: with rows that stay in the second cache meanwhile, not each wit
 
 How weights are kept for a product is asked of `affine.cpp` first, which has Q4_0, Q4_1 and Q8_0 eight rows at a time.
 
-`sampling.cpp` only needs the vector functions of the file it is in.
+`calls.cpp` has samplers, which need the vector functions of the file it is in, and what slots share.
 """
-_OWN = [Path(__file__).with_name(name) for name in ("attention.cpp", "affine.cpp", "sampling.cpp")]
+_OWN = [
+    Path(__file__).with_name(name)
+    for name in ("attention.cpp", "affine.cpp", "calls.cpp", "sampling.cpp", "sharing.cpp", "tokenization.cpp")
+]
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-w", *(f"-D{name}" for name in _DEFINED))
 RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED, [path.read_bytes() for path in _OWN])).encode()).hexdigest()[:8]
 """Of how they are made: kernels that an earlier version of this file made are others."""

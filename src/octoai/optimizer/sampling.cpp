@@ -5,20 +5,14 @@
 // wait for that, one after the other, on one thread. Here the same is computed with vectors: the same candidates, the
 // same random numbers of a seed; probabilities differ in the last digits of a float.
 //
-// Made by llama.h's `llama_sampler_init`, as samplers of a program's own are. `replace_samplers` has the engine make
-// them instead of its own.
+// Made by llama.h's `llama_sampler_init`, as samplers of a program's own are. The engine makes them instead of its own.
 
 #include "llama.h"
-
-#include <dlfcn.h>
-#include <link.h>
 
 #include <algorithm>
 #include <cstring>
 #include <random>
 #include <vector>
-
-#if defined(__linux__)
 
 namespace {
 
@@ -182,40 +176,6 @@ void top_p_apply(llama_sampler * sampler, llama_token_data_array * candidates) {
 
 llama_sampler_i top_p::interface = { top_p_name, nullptr, top_p_apply, nullptr, clone<top_p>, destroy<top_p> };
 
-// Functions that a library calls by name, its own included, are in a table that the loader fills in.
-struct call_table {
-    const char *        names   = nullptr;
-    const ElfW(Sym) *   symbols = nullptr;
-    const ElfW(Rela) *  calls   = nullptr;
-    size_t              size    = 0;
-    bool                is_closed = false; // filled in at once, and then read-only
-    ElfW(Addr)          base;
-
-    explicit call_table(const link_map * library) : base(library->l_addr) {
-        for (const ElfW(Dyn) * each = library->l_ld; each->d_tag != DT_NULL; ++each) {
-            switch (each->d_tag) {
-                case DT_STRTAB:   names   = (const char *) each->d_un.d_ptr; break;
-                case DT_SYMTAB:   symbols = (const ElfW(Sym) *) each->d_un.d_ptr; break;
-                case DT_JMPREL:   calls   = (const ElfW(Rela) *) each->d_un.d_ptr; break;
-                case DT_PLTRELSZ: size    = each->d_un.d_val / sizeof(ElfW(Rela)); break;
-                case DT_BIND_NOW: is_closed = true; break;
-                case DT_FLAGS:    is_closed |= (each->d_un.d_val & DF_BIND_NOW) != 0; break;
-                case DT_FLAGS_1:  is_closed |= (each->d_un.d_val & DF_1_NOW) != 0; break;
-            }
-        }
-    }
-
-    int replace(const char * name, void * by) {
-        for (size_t i = 0; names && symbols && calls && !is_closed && i < size; ++i) {
-            if (std::strcmp(names + symbols[ELF64_R_SYM(calls[i].r_info)].st_name, name) == 0) {
-                *(void **) (base + calls[i].r_offset) = by;
-                return 1;
-            }
-        }
-        return 0;
-    }
-};
-
 } // namespace
 
 extern "C" {
@@ -241,19 +201,5 @@ uint32_t fast_seed(const llama_sampler * sampler) {
     return LLAMA_DEFAULT_SEED;
 }
 
-// From now on the engine makes these. Returns how many of the three it calls by name: where none, it keeps its own.
-int replace_samplers(void) {
-    Dl_info unused;
-    link_map * engine = nullptr;
-    if (!dladdr1((void *) llama_sampler_init, &unused, (void **) &engine, RTLD_DL_LINKMAP) || engine == nullptr) {
-        return 0;
-    }
-    call_table table(engine);
-    return table.replace("llama_sampler_init_dist", (void *) fast_dist) +
-           table.replace("llama_sampler_init_top_p", (void *) fast_top_p) +
-           table.replace("llama_sampler_get_seed", (void *) fast_seed);
 }
 
-}
-
-#endif

@@ -96,20 +96,21 @@ def stages(recipes: Sequence[str], num_cores: int) -> list[Stage]:
         Stage("weights", lambda best: [replace(best, weights=name) for name in recipes]),
         Stage("threads", lambda best: _threads(best, num_cores)),
         Stage("batches", _batches, ("prompt", "joint")),
-        Stage("kernels", lambda best: [best.tuned(kernels=None)]),
+        Stage("kernels", lambda best: [best.tuned(kernels=None, is_unified=False)]),
         Stage("slots", _slots, ("joint",)),
         Stage("speculation", _speculation, ("stream", "joint")),
         Stage("attention", _attention),
     ]
 
 
-def first_guesses(num_cores: int, kernels: Path | None = None) -> list[Candidate]:
+def first_guesses(num_cores: int, kernels: Path | None = None, *, is_unified: bool = False) -> list[Candidate]:
     """Where the search starts, the first that runs: not the best, but good everywhere, also in company. `kernels` are
-    those compiled for this CPU, if any: which formats of weights are fast hangs on them."""
+    those compiled for this CPU, if any: which formats of weights are fast hangs on them. `is_unified`: with them, since
+    one cache for all slots is fast where attention knows which keys a position sees, and slow otherwise."""
     guess = Candidate(num_slots=8, num_threads=num_cores, batch_tokens=128)
     if num_cores > 1:
         guess = guess.tuned(**WAITING[0])
-    return [guess.tuned(kernels=kernels), guess] if kernels else [guess]
+    return [guess.tuned(kernels=kernels, is_unified=is_unified), guess] if kernels else [guess]
 
 
 def _waiting(tuning: LlamaTuning) -> str:

@@ -2,8 +2,8 @@
 
 What the wheel carries runs on any processor of the last ten years, and so without what a newer one has beside. Kernels
 that were compiled for the processor at hand are a library of their own, one of ggml's "backends": `ggml_backend_load`
-is how llama.cpp itself takes them, where it was not linked with its only ones. With them come samplers, which take the
-place of the wheel's. Only called in child processes.
+is how llama.cpp itself takes them, where it was not linked with its only ones. With them come samplers and what gives a
+beginning to several slots, which take the place of the wheel's. Only called in child processes.
 """
 
 from __future__ import annotations
@@ -33,5 +33,5 @@ def load(path: Path) -> None:
         raise CannotLoadKernels(f"{path} is not a library of kernels for this llama.cpp")
     ggml.ggml_backend_unload(shipped)  # what is left is what is used
     kernels = ctypes.CDLL(str(path))
-    if hasattr(kernels, "replace_samplers"):  # kernels that an earlier version made have none
-        kernels.replace_samplers()
+    if hasattr(kernels, "replace_calls"):  # kernels that an earlier version made have none
+        kernels.replace_calls()

@@ -77,6 +77,8 @@ def _tune(xllamacpp: Any, params: Any, options: dict[str, Any]) -> None:
     cache_type = xllamacpp.ggml_type[f"GGML_TYPE_{options['cache_type'].upper()}"]
     params.cache_type_k = params.cache_type_v = cache_type
     params.kv_unified = options["is_unified"]
+    if options["is_unified"]:  # or one slot could take the room of all
+        params.kv_unified_per_slot = options["context_length"]
     speculation = f"COMMON_SPECULATIVE_TYPE_{options['speculation'].upper()}"
     params.speculative.types = [xllamacpp.common_speculative_type[speculation]]
 
