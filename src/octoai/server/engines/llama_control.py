@@ -48,6 +48,13 @@ class Control:
             raise Refused("it did not tell tokens")
         return tokens
 
+    async def template(self) -> str:
+        """Of chats, as the model has it. Raises Refused."""
+        template = (await self._ask("/props")).get("chat_template")
+        if not isinstance(template, str):
+            raise Refused("it did not tell a template")
+        return template
+
     async def save(self, slot: int, name: str) -> None:
         """Write what the slot holds to a file of this name, in the server's directory. Raises Refused."""
         await self._ask(f"/slots/{slot}?action=save", orjson.dumps({"filename": name}))
@@ -56,10 +63,10 @@ class Control:
         """The slot holds what is in the file, and nothing else. Raises Refused."""
         await self._ask(f"/slots/{slot}?action=restore", orjson.dumps({"filename": name}))
 
-    async def _ask(self, path: str, body: bytes) -> Mapping[str, Any]:
+    async def _ask(self, path: str, body: bytes | None = None) -> Mapping[str, Any]:
         try:
             async with asyncio.timeout(ASK_SECONDS):
-                with closing(self._pool.exchange("POST", path, body)) as exchange:
+                with closing(self._pool.exchange("GET" if body is None else "POST", path, body or b"")) as exchange:
                     status = await exchange.answered(ASK_SECONDS)
                     said = orjson.loads(await exchange.body(MAX_SAID_BYTES, ASK_SECONDS))
         except (OSError, ValueError) as failure:  # TimeoutError is an OSError

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -23,6 +24,7 @@ from functools import partial
 import orjson
 
 from octoai.server.engines.base import Event, Finished, Generation, OnLeft, OnText, Started
+from octoai.server.engines.burst import Burst
 from octoai.server.engines.llama_control import Control, Refused
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.prefixes import Prefixes
@@ -35,6 +37,8 @@ PIECE_TOKENS = 512
 # While others are served. One token shares a step with theirs; the rest is a step of its own, which llama.cpp's own
 # attention takes in tiles of 64: with it, a piece of 65 takes half the time of one of 64.
 PIECE_TOKENS_BESIDE = 129
+# In a template: the engine takes what the model thinks out of the answer to a chat, or ends it where that says.
+_NOT_PLAIN = re.compile("think|thought|reason|channel|</assistant>", re.IGNORECASE)
 NUM_RECENT = 16
 NUM_HEADS = 64
 
@@ -47,7 +51,7 @@ class Prompt:
     tokens: Sequence[int] = ()
     packed: bytes = b""
     num_shared: int = 0
-    slot: int = -1
+    slot: int = -1  # before it has one
     num_held: int = 0
     num_read: int = 0
     num_computed: int = 0
@@ -97,6 +101,8 @@ class Reading:
         self._recent: deque[bytes] = deque(maxlen=NUM_RECENT)
         self._heads: OrderedDict[bytes, bytes] = OrderedDict()
         self._being_read: dict[bytes, asyncio.Event] = {}
+        self._burst = Burst()
+        self._is_plain: bool | None = None
         self._saving: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -110,36 +116,58 @@ class Reading:
     ) -> AsyncGenerator[Sequence[Event]]:
         """As of an `Engine`."""
         async with self._turns:
-            prompt = await self._prompt(generation)
-            await self._until_others_have_read(prompt)
-            saved, has_begun = self._take_slot(prompt), False
+            prompt, has_begun = Prompt(), False
+            self._burst.arrive(prompt)
             try:
-                await self._read(prompt, saved)
+                await self._know(prompt, generation)
+                await self._until_others_have_read(prompt)
+                await self._read(prompt, self._take_slot(prompt))
+                await self._burst.join(prompt)
                 told = None if on_left is None else partial(_told, on_left, prompt)
-                answered = self._http.generate(replace(generation, slot=prompt.slot), told, on_text)
+                answered = self._http.generate(await self._asked(generation, prompt), told, on_text)
                 async with aclosing(answered) as batches:
                     async for batch in batches:
                         self._num_answering += not has_begun
                         has_begun = True
                         yield prompt.counted(batch)
             finally:
+                self._burst.end(prompt)
                 self._num_answering -= has_begun
-                self._slots.put_back(prompt.slot, prompt.held, self._num_saved(prompt))
+                if prompt.slot >= 0:
+                    self._slots.put_back(prompt.slot, prompt.held, self._num_saved(prompt))
                 if on_left is not None and prompt.num_read and not prompt.is_counted:
                     on_left((Started(prompt.num_read, prompt.num_read - prompt.num_computed),))
 
-    async def _prompt(self, generation: Generation) -> Prompt:
-        """An empty one where the engine does not tell: it will say why when it is to answer."""
+    async def _know(self, prompt: Prompt, generation: Generation) -> None:
+        """It stays empty where the engine does not tell: that will say why when it is to answer."""
         try:
             tokens = await self._control.tokens(generation)
-            prompt = Prompt(tokens, packed(tokens))
             limit = self._http.context_length
             if limit is None or len(tokens) < limit:
-                prompt.num_shared = self._num_shared(prompt.packed, await self._head(generation))
-                return prompt
+                whole = packed(tokens)
+                prompt.num_shared = self._num_shared(whole, await self._head(generation))
+                prompt.tokens, prompt.packed = tokens, whole
         except (Refused, OverflowError) as error:
             log.debug("a prompt is not known before it is read: %s", error)
-        return Prompt()
+
+    async def _asked(self, generation: Generation, prompt: Prompt) -> Generation:
+        """With the prompt's tokens, so that the engine does not make them again, where that is the only difference."""
+        asked = replace(generation, slot=prompt.slot)
+        is_chat = generation.messages is not None
+        if not prompt.tokens or (is_chat and (generation.logprobs is not None or generation.schema is not None)):
+            return asked
+        if is_chat and not await self._has_plain_answers():
+            return asked
+        return replace(asked, messages=None, text=None, tokens=prompt.tokens)
+
+    async def _has_plain_answers(self) -> bool:
+        if self._is_plain is None:
+            try:
+                self._is_plain = not _NOT_PLAIN.search(await self._control.template())
+            except Refused as error:
+                log.debug("the template of chats is not known: %s", error)
+                self._is_plain = False
+        return self._is_plain
 
     async def _head(self, generation: Generation) -> bytes:
         """The prompt that these messages of the system begin, packed; nothing where they are few."""
@@ -174,6 +202,7 @@ class Reading:
 
     async def _until_others_have_read(self, prompt: Prompt) -> None:
         while others := [each for prefix, each in self._being_read.items() if prompt.packed.startswith(prefix)]:
+            self._burst.end(prompt)
             await others[0].wait()
 
     def _take_slot(self, prompt: Prompt) -> str | None:
@@ -222,6 +251,7 @@ class Reading:
         return PIECE_TOKENS_BESIDE if is_beside else PIECE_TOKENS
 
     async def _read_to(self, prompt: Prompt, end: int) -> None:
+        self._burst.end(prompt)
         piece = Generation(max_tokens=0, tokens=prompt.tokens[:end], temperature=0.0, slot=prompt.slot)
         async with aclosing(self._http.generate(piece, prompt.read)) as batches:
             async for batch in batches:

@@ -1,0 +1,119 @@
+"""What an engine is asked of a prompt that is known: its tokens, where that makes no other difference."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from octoai.server.engines.base import Event, Finished, Generation, Usage
+from octoai.server.engines.llama_control import Control, Refused
+from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.engines.prefixes import Prefixes
+from octoai.server.engines.reading import Reading
+from tests.server.test_reading import answered, running
+
+PLAIN = "{% for message in messages %}<|im_start|>{{ message['content'] }}{% endfor %}"
+THINKING = PLAIN + "{% if enable_thinking %}<think>{% endif %}"
+CHAT = Generation(max_tokens=4, messages=[{"role": "user", "content": "Hi"}])
+
+
+class Told:
+    """A child that tells what it was told to."""
+
+    context_length = 100
+
+    def __init__(self, template: str | None, tokens: Sequence[int] | None = (1, 2, 3)) -> None:
+        self._template, self._tokens = template, tokens
+        self.asked: list[Generation] = []
+        self.num_templates = 0
+
+    async def tokens(self, _generation: Generation) -> Sequence[int]:
+        if self._tokens is None:
+            raise Refused("a role is wrong")
+        return self._tokens
+
+    async def template(self) -> str:
+        self.num_templates += 1
+        if self._template is None:
+            raise Refused("404")
+        return self._template
+
+    async def generate(self, generation: Generation, *_: object) -> AsyncGenerator[Sequence[Event]]:
+        self.asked.append(generation)
+        yield [Finished({0: "stop"}, Usage())]
+
+
+def asked(told: Told, *generations: Generation) -> list[Generation]:
+    async def main() -> None:
+        http, control = cast(OpenAIEngine, told), cast(Control, told)
+        reading = Reading(http, control, Prefixes(Path(), "", 0), 2)
+        for generation in generations:
+            async for _ in reading.generate(generation, None, None):
+                pass
+
+    asyncio.run(main())
+    return told.asked
+
+
+def test_a_chat_whose_answer_is_only_text_is_asked_for_with_its_tokens() -> None:
+    told = Told(PLAIN)
+    for each in asked(told, CHAT, CHAT):
+        assert (each.messages, each.text, each.tokens) == (None, None, (1, 2, 3))
+        assert each.slot in (0, 1)
+    assert told.num_templates == 1
+
+
+@pytest.mark.parametrize("template", [THINKING, PLAIN + "<|channel|>final", PLAIN + "</Assistant>", None])
+def test_a_chat_whose_answer_the_engine_takes_apart_stays_one(template: str | None) -> None:
+    (each,) = asked(Told(template), CHAT)
+    assert (each.messages, each.tokens) == (CHAT.messages, None)
+
+
+@pytest.mark.parametrize("changes", [{"logprobs": 2}, {"schema": {"type": "object"}}])
+def test_what_is_said_otherwise_of_a_chat_is_asked_for_as_one(changes: dict[str, Any]) -> None:
+    generation = Generation(max_tokens=4, messages=CHAT.messages, **changes)
+    (each,) = asked(Told(PLAIN), generation)
+    assert each.messages == CHAT.messages
+
+
+def test_a_prompt_that_is_not_known_is_the_engines_to_refuse() -> None:
+    too_long = Told(PLAIN, range(200))
+    for told in (Told(PLAIN, None), too_long):
+        (each,) = asked(told, CHAT)
+        assert each.messages == CHAT.messages
+
+
+@pytest.mark.model
+def test_an_answer_is_the_same_either_way(
+    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the real engine: system messages, turns, a beginning that is to be continued, white space, stop words."""
+    talks: list[list[dict[str, str]]] = [
+        [{"role": "user", "content": "  Name three colours.\n"}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}],
+        [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1, 2,"}],
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello!"},
+            {"role": "user", "content": "Write <|im_end|> twice."},
+        ],
+    ]
+    wishes = [
+        Generation(max_tokens=24, messages=talk, seed=number, temperature=0.7, stop=["blue", "\n\n"])
+        for number, talk in enumerate(talks)
+    ]
+
+    async def answers(place: Path) -> list[tuple[str, Usage]]:
+        async with running(embedded_model, place, num_slots=1) as engine:
+            return [await answered(engine, wish) for wish in wishes]
+
+    async def never(_reading: Reading) -> bool:
+        return False
+
+    with_tokens = asyncio.run(answers(tmp_path / "tokens"))
+    monkeypatch.setattr(Reading, "_has_plain_answers", never)
+    assert asyncio.run(answers(tmp_path / "chats")) == with_tokens
