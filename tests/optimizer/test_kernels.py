@@ -159,6 +159,12 @@ def num_running(marker: str) -> int:
     return sum(marker.encode() in line and b"python" not in line for line in lines)
 
 
+def test_slots_share_a_cache_where_attention_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.shares_cache() == (" avx2 " in Path("/proc/cpuinfo").read_text("utf-8"))
+    monkeypatch.setattr(kernels.platform, "machine", lambda: "aarch64")
+    assert not kernels.shares_cache()
+
+
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(400)

@@ -7,12 +7,13 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from octoai.server.engines.base import Delta, Generation, Started
+from octoai.server.engines.base import Delta, Finished, Generation, Started, Usage
 from octoai.server.engines.llama import LlamaEngine, LlamaOptions, LlamaTuning
 from tests.optimizer.told import told
 
@@ -112,6 +113,30 @@ def test_what_no_slot_holds_any_more_is_read_from_its_file(embedded_model: Path,
         assert all(is_like(each, likely) for each, (_, likely) in zip(right, burst, strict=True)), (right, burst)
 
     asyncio.run(main())
+
+
+def test_all_slots_may_be_full_at_once_and_none_takes_the_room_of_others(
+    embedded_model: Path, tmp_path: Path, made: Path
+) -> None:
+    async def main() -> None:
+        engine = engine_of(embedded_model, made, num_slots=4, directory=tmp_path)
+        await engine.start()
+        try:
+            assert engine.context_length == 1024
+            for turn in range(2):  # of other prompts, over those that slots hold by then
+                fills = [Generation(max_tokens=2_000, text=f"{turn * 4 + at} is " * 270) for at in range(4)]
+                usages = await asyncio.gather(*(used(engine, replace(fill, ignore_eos=True)) for fill in fills))
+                assert [usage.prompt_tokens + usage.completion_tokens for usage in usages] == [1024] * 4
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+async def used(engine: LlamaEngine, generation: Generation) -> Usage:
+    events = [event async for batch in engine.generate(generation) for event in batch]
+    assert isinstance(events[-1], Finished)
+    return events[-1].usage
 
 
 def test_texts_that_begin_alike_are_taken_apart_as_the_engine_does(embedded_model: Path, made: Path) -> None:

@@ -1,8 +1,9 @@
-// Attention on the CPU, in tiles of all heads that have the same keys: included by llama.cpp's ggml-cpu/ops.cpp.
+// Attention on the CPU, in tiles of rows that see the same keys: included by llama.cpp's ggml-cpu/ops.cpp.
 //
 // llama.cpp attends to fewer than 64 positions of a slot row by row: each head reads and converts its keys and values
 // anew, and adds up in F16. Heads in groups (grouped-query attention) have the same keys, so that their rows are a tile
-// here: keys are converted once for all of them, transposed where the rows are more than a few, and sums are F32.
+// here: keys are converted once for all of them, transposed where the rows are more than a few, and sums are F32. Where
+// slots share a cache, positions of one slot see few of its keys: a tile of keys is those that the same positions see.
 // `attend_together` returns false, having written nothing, where it cannot do that; llama.cpp's own code goes on then.
 //
 // Q is [key_size, positions, heads, streams], K and V [size, keys, groups, streams], all with the sizes first that lie
@@ -21,331 +22,17 @@ extern "C" void begin_graph(void) {
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
+#include "attention_vectors.cpp"
+#include "attention_keys.cpp"
+
 namespace {
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-
-constexpr int LANES = 16; // floats in a vector
-constexpr int ROWS = 4;   // that are multiplied at a time, with as many vectors
-constexpr int VECTORS = 4;
-using vec = __m512;
-
-vec load(const float * from) { return _mm512_loadu_ps(from); }
-vec load_half(const void * from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) from)); }
-void store(float * to, vec of) { _mm512_storeu_ps(to, of); }
-vec all(float of) { return _mm512_set1_ps(of); }
-vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
-vec subtract(vec a, vec b) { return _mm512_sub_ps(a, b); }
-vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-vec higher(vec a, vec b) { return _mm512_max_ps(a, b); }
-float highest_of(vec of) { return _mm512_reduce_max_ps(of); }
-float sum_of(vec of) { return _mm512_reduce_add_ps(of); }
-
-void stay(vec & of) { asm("" : "+v"(of)); } // in a register: the compiler would load it again for each row
-
-__m128 sums_of_four(const vec * of) {
-    const vec low  = add(_mm512_unpacklo_ps(of[0], of[1]), _mm512_unpackhi_ps(of[0], of[1]));
-    const vec high = add(_mm512_unpacklo_ps(of[2], of[3]), _mm512_unpackhi_ps(of[2], of[3]));
-    const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
-    const vec quarters = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-// As many rows of as many F16 become their columns in F32.
-void transpose(const char * const * from, int64_t offset, float * to, int64_t to_stride) {
-    vec a[LANES], b[LANES];
-    for (int i = 0; i < LANES; ++i) {
-        a[i] = load_half(from[i] + offset);
-    }
-    for (int i = 0; i < LANES; i += 2) {
-        b[i]     = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4) { // a[i + j] gets columns j, 4 + j, 8 + j and 12 + j of rows i to i + 3
-        for (int j = 0; j < 2; ++j) {
-            const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
-            a[i + 2 * j]     = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-    }
-    for (int j = 0; j < 4; ++j) {
-        const vec even_low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), even_high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
-        const vec odd_low  = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd), odd_high  = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
-        store(to + j * to_stride,        _mm512_shuffle_f32x4(even_low, even_high, 0x88));
-        store(to + (4 + j) * to_stride,  _mm512_shuffle_f32x4(odd_low,  odd_high,  0x88));
-        store(to + (8 + j) * to_stride,  _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
-        store(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(odd_low,  odd_high,  0xdd));
-    }
-}
-
-#else
-
-constexpr int LANES = 8;
-constexpr int ROWS = 3;
-constexpr int VECTORS = 2;
-using vec = __m256;
-
-vec load(const float * from) { return _mm256_loadu_ps(from); }
-vec load_half(const void * from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) from)); }
-void store(float * to, vec of) { _mm256_storeu_ps(to, of); }
-vec all(float of) { return _mm256_set1_ps(of); }
-vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
-vec subtract(vec a, vec b) { return _mm256_sub_ps(a, b); }
-vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-vec higher(vec a, vec b) { return _mm256_max_ps(a, b); }
-
-float highest_of(vec of) {
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(of), _mm256_extractf128_ps(of, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-}
-
-float sum_of(vec of) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(of), _mm256_extractf128_ps(of, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
-void stay(vec &) {} // half as wide: there are loads enough
-
-__m128 sums_of_four(const vec * of) {
-    const vec half = _mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-void transpose(const char * const * from, int64_t offset, float * to, int64_t to_stride) {
-    vec a[LANES], b[LANES];
-    for (int i = 0; i < LANES; ++i) {
-        a[i] = load_half(from[i] + offset);
-    }
-    for (int i = 0; i < LANES; i += 2) {
-        b[i]     = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4) { // a[i + j] gets columns j and 4 + j of rows i to i + 3
-        for (int j = 0; j < 2; ++j) {
-            a[i + 2 * j]     = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
-            a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
-        }
-    }
-    for (int j = 0; j < 4; ++j) {
-        store(to + j * to_stride,       _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
-        store(to + (4 + j) * to_stride, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
-    }
-}
-
-#endif
-
 constexpr int TILE_ROWS = ggml_fa_tile_config::Q;
-constexpr int TILE_KEYS = ggml_fa_tile_config::KV;
 constexpr int MAX_ROWS = 256; // of all groups of a tile: queries and sums of more do not stay in the second cache
 constexpr int64_t PARTS_OF_THREAD = 4; // so that threads end together, where tiles are few
 constexpr int64_t MIN_PART_KEYS = 192;
-// Few rows are multiplied with keys and values as these lie there: to transpose and to keep what was converted is worth
-// it from more rows on.
-constexpr int FEW_ROWS = 4;
-constexpr int FEW_KEYS = 4; // at a time
+constexpr int FEW_KEYS = 4; // that few rows are multiplied with at a time
 constexpr int64_t SHARED = 16; // floats that a pointer for all threads has beside what they compute
-constexpr short UNSEEN = (short) 0xFC00; // minus infinity, in F16
-
-struct attention {
-    const ggml_tensor * q;
-    const ggml_tensor * k;
-    const ggml_tensor * v;
-    const ggml_tensor * mask;
-    ggml_tensor * dst;
-    float scale;
-
-    explicit attention(ggml_tensor * dst)
-        : q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), mask(dst->src[3]), dst(dst) {
-        memcpy(&scale, dst->op_params, sizeof(float));
-    }
-
-    int64_t key_size() const { return k->ne[0]; }
-    int64_t value_size() const { return v->ne[0]; }
-    int64_t num_keys() const { return k->ne[1]; }
-    int64_t num_positions() const { return q->ne[1]; }
-    int64_t num_heads() const { return q->ne[2]; }
-    int64_t num_groups() const { return k->ne[2]; }
-    int64_t heads_of_group() const { return num_heads() / num_groups(); }
-    int64_t num_streams() const { return q->ne[3]; }
-
-    bool is_supported() const {
-        float max_bias, softcap;
-        memcpy(&max_bias, (const float *) dst->op_params + 1, sizeof(float));
-        memcpy(&softcap, (const float *) dst->op_params + 2, sizeof(float));
-        const bool is_plain = max_bias == 0.0f && softcap == 0.0f && dst->src[4] == nullptr;
-        const bool has_types = q->type == GGML_TYPE_F32 && k->type == GGML_TYPE_F16 && v->type == GGML_TYPE_F16
-            && mask != nullptr && mask->type == GGML_TYPE_F16;
-        return is_plain && has_types
-            && q->nb[0] == sizeof(float) && k->nb[0] == sizeof(ggml_fp16_t) && v->nb[0] == sizeof(ggml_fp16_t)
-            && mask->nb[0] == sizeof(ggml_fp16_t) && mask->ne[2] == 1
-            && key_size() % LANES == 0 && value_size() % LANES == 0 && num_keys() % LANES == 0
-            && v->ne[1] == k->ne[1] && v->ne[2] == k->ne[2] && v->ne[3] == k->ne[3]
-            && q->ne[2] % k->ne[2] == 0 && q->ne[3] == k->ne[3];
-    }
-
-    // Whether a key's rows of all groups lie beside each other.
-    bool has_groups_together() const {
-        return num_groups() * k->nb[2] <= k->nb[1] && num_groups() * v->nb[2] <= v->nb[1];
-    }
-
-    const ggml_fp16_t * mask_of(int64_t position, int64_t stream) const {
-        return (const ggml_fp16_t *) ((const char *) mask->data + position * mask->nb[1] + stream % mask->ne[3] * mask->nb[3]);
-    }
-};
-
-// Some positions of a stream and some groups. The rows of a group are its heads at the first position, at the second, ...
-struct tile {
-    int64_t stream;
-    int64_t first_group;
-    int num_groups;
-    int64_t first_position;
-    int num_positions;
-    int heads; // of a group
-
-    int num_rows() const { return num_positions * heads; } // of each group
-};
-
-// Keys that positions from `first` to `last` of a tile see, all of them or one more and one less.
-struct key_tile {
-    int first, last;
-    bool is_scattered; // else as many as a vector has lanes lie together each
-    int num_keys = 0;  // of which those behind `num_real` are there to fill a vector, and seen by nobody
-    int num_real = 0;
-    int32_t keys[TILE_KEYS];
-    size_t mask; // where it begins in the masks of all: as many values for each position as a tile has room for
-    int64_t work_before; // of all tiles of keys before it
-
-    key_tile(int first, int last, bool is_scattered) : first(first), last(last), is_scattered(is_scattered) {}
-};
-
-// Which of as many keys as a vector has lanes a position sees, a bit for each.
-unsigned seen_of(const ggml_fp16_t * mask) {
-#if defined(__AVX512F__)
-    return (uint16_t) ~_mm256_cmpeq_epi16_mask(_mm256_loadu_si256((const __m256i *) mask), _mm256_set1_epi16(UNSEEN));
-#else
-    const __m128i equal = _mm_cmpeq_epi16(_mm_loadu_si128((const __m128i *) mask), _mm_set1_epi16(UNSEEN));
-    return (uint8_t) ~_mm_movemask_epi8(_mm_packs_epi16(equal, equal));
-#endif
-}
-
-// Which keys a tile has to be multiplied with, and which of its positions: of a cache that several sequences share, most
-// keys are seen by those of one sequence only, what they begin with in common by all of theirs, and what they generate
-// lies scattered. The order of keys changes nothing.
-class key_tiles {
-public:
-    void find(const attention & of, const tile & at) {
-        found.clear();
-        open.clear();
-        for (int64_t key = 0; key < of.num_keys(); key += LANES) {
-            add_block(of, at, key);
-        }
-        size_t size = 0;
-        work = 0;
-        for (key_tile & each : found) {
-            const int num_positions = each.last - each.first + 1;
-            each.mask = size;
-            size += num_positions * TILE_KEYS;
-            each.work_before = work;
-            work += num_positions * at.heads + FEW_ROWS; // a few rows take as long as their keys to come
-            for (each.num_real = each.num_keys; each.num_keys % LANES != 0; ++each.num_keys) {
-                each.keys[each.num_keys] = each.keys[each.num_real - 1];
-            }
-        }
-        masks.resize(size);
-        for (const key_tile & each : found) {
-            gather_mask(of, at, each, masks.data() + each.mask);
-        }
-    }
-
-    const key_tile & operator[](size_t number) const { return found[number]; }
-    const ggml_fp16_t * mask_of(const key_tile & of) const { return masks.data() + of.mask; }
-
-    // The number of the first one of a part: all parts are about as much work.
-    size_t begin_of(int64_t part, int64_t num_parts) const {
-        const auto is_before = [&](const key_tile & each) { return each.work_before * num_parts < work * part; };
-        return std::partition_point(found.begin(), found.end(), is_before) - found.begin();
-    }
-
-private:
-    std::vector<key_tile> found;
-    std::vector<ggml_fp16_t> masks;
-    std::vector<size_t> open; // those with room left
-    int64_t work = 0;
-    std::vector<unsigned> seen;
-
-    void add_block(const attention & of, const tile & at, int64_t key) {
-        seen.resize(at.num_positions);
-        int first = at.num_positions, last = -1, num_seen = 0;
-        unsigned any = 0;
-        for (int i = 0; i < at.num_positions; ++i) {
-            seen[i] = seen_of(of.mask_of(at.first_position + i, at.stream) + key);
-            if (seen[i] != 0) {
-                first = std::min(first, i);
-                last = i;
-                any |= seen[i];
-                num_seen += __builtin_popcount(seen[i]);
-            }
-        }
-        if (any == 0) {
-            return;
-        }
-        if (2 * num_seen >= LANES * (last - first + 1)) {
-            key_tile & to = with_room(first, last, false);
-            for (int i = 0; i < LANES; ++i) {
-                to.keys[to.num_keys++] = (int32_t) key + i;
-            }
-            return;
-        }
-        for (; any != 0; any &= any - 1) {
-            add_key(first, last, key, __builtin_ctz(any));
-        }
-    }
-
-    void add_key(int first, int last, int64_t block, int number) {
-        while ((seen[first] >> number & 1) == 0) {
-            ++first;
-        }
-        while ((seen[last] >> number & 1) == 0) {
-            --last;
-        }
-        key_tile & to = with_room(first, last, true);
-        to.keys[to.num_keys++] = (int32_t) block + number;
-    }
-
-    // What each position that sees some of the keys sees of them, put together.
-    static void gather_mask(const attention & of, const tile & at, const key_tile & keys, ggml_fp16_t * to) {
-        for (int position = keys.first; position <= keys.last; ++position, to += TILE_KEYS) {
-            const ggml_fp16_t * mask = of.mask_of(at.first_position + position, at.stream);
-            if (!keys.is_scattered) {
-                for (int i = 0; i < keys.num_keys; i += LANES) {
-                    memcpy(to + i, mask + keys.keys[i], LANES * sizeof(ggml_fp16_t));
-                }
-                continue;
-            }
-            for (int i = 0; i < keys.num_keys; ++i) {
-                to[i] = i < keys.num_real ? mask[keys.keys[i]] : (ggml_fp16_t) UNSEEN;
-            }
-        }
-    }
-
-    key_tile & with_room(int first, int last, bool is_scattered) {
-        for (size_t & number : open) {
-            key_tile & each = found[number];
-            if (each.first == first && each.last == last && each.is_scattered == is_scattered) {
-                if (each.num_keys < TILE_KEYS) {
-                    return each;
-                }
-                number = found.size();
-                return found.emplace_back(first, last, is_scattered);
-            }
-        }
-        open.push_back(found.size());
-        return found.emplace_back(first, last, is_scattered);
-    }
-};
 
 // Where a tile's keys, or values, and those of the next tile lie: of the first of its groups.
 struct lines {
@@ -609,6 +296,8 @@ void attend_to(const attention & of, const tile & at, const key_tile & keys, con
                const tile_scratch & scratch) {
     const int key_size = (int) of.key_size(), value_size = (int) of.value_size(), num_keys = keys.num_keys;
     const int first_row = keys.first * at.heads, num_rows = (keys.last - keys.first + 1) * at.heads;
+    // Few rows are multiplied with keys and values as these lie there: to transpose and to keep what was converted is
+    // worth it from more rows on.
     const bool is_few = num_rows <= FEW_ROWS;
     for (int64_t group = 0; group < at.num_groups; ++group) {
         const int64_t first = group * at.num_rows() + first_row;

@@ -28,8 +28,6 @@ SOURCE_SHA256 = {"2026.10.11549": "c17ee1163006f70726abb9f72137830818f3d8cb60bfc
 """Of xllamacpp's source archives, by version."""
 
 _MACHINES = {"x86_64": ("x86", "-march=native"), "aarch64": ("arm", "-mcpu=native")}
-SHARES_CACHE = platform.machine() == "x86_64"
-"""Whether attention of these kernels is for slots with one cache: `attention.cpp` is written for that architecture."""
 _DEFINED = (
     *("GGML_BACKEND_DL", "GGML_BACKEND_BUILD", "GGML_BACKEND_SHARED", "GGML_SHARED"),
     *("GGML_USE_OPENMP", "GGML_USE_LLAMAFILE", "GGML_USE_CPU_REPACK"),  # as the wheel has them
@@ -121,7 +119,16 @@ How weights are kept for a product is asked of `affine.cpp` first, which has Q4_
 """
 _OWN = [
     Path(__file__).with_name(name)
-    for name in ("attention.cpp", "affine.cpp", "calls.cpp", "sampling.cpp", "sharing.cpp", "tokenization.cpp")
+    for name in (
+        "attention.cpp",
+        "attention_keys.cpp",
+        "attention_vectors.cpp",
+        "affine.cpp",
+        "calls.cpp",
+        "sampling.cpp",
+        "sharing.cpp",
+        "tokenization.cpp",
+    )
 ]
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-w", *(f"-D{name}" for name in _DEFINED))
 RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED, [path.read_bytes() for path in _OWN])).encode()).hexdigest()[:8]
@@ -142,6 +149,15 @@ class _Compilers:
     cxx: list[str]
     architecture: str
     tuned: str
+
+
+def shares_cache() -> bool:
+    """Whether attention of these kernels is for slots with one cache: `attention.cpp` has it for AVX2 and more."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text("utf-8", "replace").split())
+    except OSError:
+        return False
+    return platform.machine() == "x86_64" and {"avx2", "fma", "f16c"} <= flags
 
 
 def make(path: Path, version: str, *, work: Path, num_threads: int, environ: Mapping[str, str]) -> None:

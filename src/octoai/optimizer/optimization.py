@@ -72,7 +72,7 @@ def optimize(
         model_sha256 = sha256(source)
         with _workplace(cache_dir, model_sha256) as directory:
             kernels_path, no_kernels = _kernels(profiles, wish, num_threads, directory / "kernels", on_step)
-            starts = first_guesses(num_threads, kernels_path, is_unified=kernels.SHARES_CACHE)
+            starts = first_guesses(num_threads, kernels_path, is_unified=kernels.shares_cache())
             with Bench(
                 source,
                 directory,
