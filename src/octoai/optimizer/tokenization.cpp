@@ -20,35 +20,50 @@ constexpr size_t MAX_TEXTS = 64;
 constexpr size_t MAX_TEXT_BYTES = 8 << 20; // of all texts together
 constexpr size_t MIN_TEXT_BYTES = 256;     // fewer are as fast tokenized
 
-// Of the special tokens of a vocabulary, those that no other one can reach across the end of: what follows one is
-// tokenized alike whatever stands before.
+// The special tokens of a vocabulary that no other one can reach across the end of: what follows one is tokenized alike
+// whatever stands before.
 class boundaries {
 public:
     explicit boundaries(const llama_vocab * vocab) {
         if (llama_vocab_type(vocab) != LLAMA_VOCAB_TYPE_BPE || llama_vocab_get_add_eos(vocab) || llama_vocab_get_add_sep(vocab)) {
             return; // others put spaces or tokens where a text begins or ends
         }
-        std::vector<llama_token> special;
+        const int kinds = LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_USER_DEFINED | LLAMA_TOKEN_ATTR_UNKNOWN;
         for (llama_token each = 0; each < llama_vocab_n_tokens(vocab); ++each) {
-            const int kind = LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_USER_DEFINED | LLAMA_TOKEN_ATTR_UNKNOWN;
-            if ((llama_vocab_get_attr(vocab, each) & kind) != 0) {
-                special.push_back(each);
-            }
-        }
-        for (const llama_token each : special) {
-            const std::string text = llama_vocab_get_text(vocab, each);
-            const bool is_crossed = std::any_of(special.begin(), special.end(), [&](llama_token other) {
-                return other != each && crosses(llama_vocab_get_text(vocab, other), text);
-            });
-            if (!text.empty() && !is_crossed && (llama_vocab_get_attr(vocab, each) & LLAMA_TOKEN_ATTR_RSTRIP) == 0) {
-                texts[each] = text;
+            const int kind = llama_vocab_get_attr(vocab, each);
+            if ((kind & kinds) != 0) {
+                special[each] = { llama_vocab_get_text(vocab, each), (kind & LLAMA_TOKEN_ATTR_RSTRIP) != 0 };
             }
         }
     }
 
-    std::unordered_map<llama_token, std::string> texts;
+    // Nothing where it is none. Some vocabularies have thousands of special tokens: the few that are met are looked at.
+    const std::string & text_of(llama_token token) {
+        static const std::string none;
+        const auto place = special.find(token);
+        if (place == special.end()) {
+            return none;
+        }
+        special_token & found = place->second;
+        if (!found.is_looked_at) {
+            found.is_looked_at = true;
+            found.is_boundary = !found.takes_space && !found.text.empty() &&
+                std::none_of(special.begin(), special.end(), [&](const auto & other) {
+                    return other.first != token && crosses(other.second.text, found.text);
+                });
+        }
+        return found.is_boundary ? found.text : none;
+    }
 
 private:
+    struct special_token {
+        std::string text;
+        bool takes_space = false; // what stands behind it
+        bool is_looked_at = false, is_boundary = false;
+    };
+
+    std::unordered_map<llama_token, special_token> special;
+
     // Whether `other` can stand where `text` does and go on behind it.
     static bool crosses(const std::string & other, const std::string & text) {
         if (other.find(text) != std::string::npos) {
@@ -74,15 +89,15 @@ struct tokenized {
         return vocab == other.vocab && adds_special == other.adds_special && parses_special == other.parses_special;
     }
 
-    void find_ends(const boundaries & known) {
+    void find_ends(boundaries & known) {
         std::unordered_map<llama_token, std::vector<size_t>> places;
         for (size_t i = 0; i < tokens.size(); ++i) {
-            if (known.texts.count(tokens[i]) != 0) {
+            if (!known.text_of(tokens[i]).empty()) {
                 places[tokens[i]].push_back(i + 1);
             }
         }
         for (const auto & [token, numbers] : places) {
-            const std::string & name = known.texts.at(token);
+            const std::string & name = known.text_of(token);
             std::vector<size_t> bytes;
             for (size_t at = text.find(name); at != std::string::npos; at = text.find(name, at + name.size())) {
                 bytes.push_back(at + name.size());
@@ -98,11 +113,11 @@ struct tokenized {
 std::mutex texts_lock;
 std::list<std::shared_ptr<const tokenized>> texts; // the last that was used comes first
 
-const boundaries & boundaries_of(const llama_vocab * vocab) {
+void find_ends(tokenized & of) {
     static std::mutex lock;
-    static std::unordered_map<const llama_vocab *, boundaries> all;
+    static std::unordered_map<const llama_vocab *, boundaries> known;
     const std::lock_guard<std::mutex> guard(lock);
-    return all.try_emplace(vocab, vocab).first->second;
+    of.find_ends(known.try_emplace(of.vocab, of.vocab).first->second);
 }
 
 // Returns the text that begins most like this one, and how many bytes and tokens can be taken of it.
@@ -180,7 +195,7 @@ extern "C" int32_t shared_tokenize(const llama_vocab * vocab, const char * text,
             return llama_tokenize(vocab, text, size, tokens, room, adds_special, parses_special);
         }
         if (parses_special) {
-            wanted->find_ends(boundaries_of(vocab));
+            find_ends(*wanted);
         }
         found = wanted;
         keep(std::move(wanted));
