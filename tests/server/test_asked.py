@@ -73,6 +73,12 @@ def test_a_chat_whose_answer_the_engine_takes_apart_stays_one(template: str | No
     assert (each.messages, each.tokens) == (CHAT.messages, None)
 
 
+def test_a_template_that_was_not_told_is_asked_for_again() -> None:
+    told = Told(None)
+    asked(told, CHAT, CHAT)
+    assert told.num_templates == 2
+
+
 @pytest.mark.parametrize("changes", [{"logprobs": 2}, {"schema": {"type": "object"}}])
 def test_what_is_said_otherwise_of_a_chat_is_asked_for_as_one(changes: dict[str, Any]) -> None:
     generation = Generation(max_tokens=4, messages=CHAT.messages, **changes)

@@ -38,16 +38,12 @@ __m128 sums_of_four(const vec * of) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// As many rows of as many F16 become their columns in F32.
-void transpose(const char * const * from, int64_t offset, float * to, int64_t to_stride) {
-    vec a[LANES], b[LANES];
-    for (int i = 0; i < LANES; ++i) {
-        a[i] = load_half(from[i] + offset);
-    }
-    for (int i = 0; i < LANES; i += 2) {
-        b[i]     = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
+vec lower_pairs(vec a, vec b) { return _mm512_unpacklo_ps(a, b); }
+vec upper_pairs(vec a, vec b) { return _mm512_unpackhi_ps(a, b); }
+
+// What `transpose` does behind its pairs, of which there are as many vectors as rows.
+void store_columns(const vec * b, float * to, int64_t to_stride) {
+    vec a[LANES];
     for (int i = 0; i < LANES; i += 4) { // a[i + j] gets columns j, 4 + j, 8 + j and 12 + j of rows i to i + 3
         for (int j = 0; j < 2; ++j) {
             const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
@@ -105,15 +101,11 @@ __m128 sums_of_four(const vec * of) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-void transpose(const char * const * from, int64_t offset, float * to, int64_t to_stride) {
-    vec a[LANES], b[LANES];
-    for (int i = 0; i < LANES; ++i) {
-        a[i] = load_half(from[i] + offset);
-    }
-    for (int i = 0; i < LANES; i += 2) {
-        b[i]     = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-    }
+vec lower_pairs(vec a, vec b) { return _mm256_unpacklo_ps(a, b); }
+vec upper_pairs(vec a, vec b) { return _mm256_unpackhi_ps(a, b); }
+
+void store_columns(const vec * b, float * to, int64_t to_stride) {
+    vec a[LANES];
     for (int i = 0; i < LANES; i += 4) { // a[i + j] gets columns j and 4 + j of rows i to i + 3
         for (int j = 0; j < 2; ++j) {
             a[i + 2 * j]     = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
@@ -127,5 +119,16 @@ void transpose(const char * const * from, int64_t offset, float * to, int64_t to
 }
 
 #endif
+
+// As many rows of as many F16 become their columns in F32.
+void transpose(const char * const * from, int64_t offset, float * to, int64_t to_stride) {
+    vec pairs[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        const vec one = load_half(from[i] + offset), other = load_half(from[i + 1] + offset);
+        pairs[i]     = lower_pairs(one, other);
+        pairs[i + 1] = upper_pairs(one, other);
+    }
+    store_columns(pairs, to, to_stride);
+}
 
 } // namespace

@@ -165,9 +165,8 @@ class Reading:
             try:
                 self._is_plain = not _NOT_PLAIN.search(await self._control.template())
             except Refused as error:
-                log.debug("the template of chats is not known: %s", error)
-                self._is_plain = False
-        return self._is_plain
+                log.debug("the template of chats is not known: %s", error)  # it is asked for again
+        return bool(self._is_plain)
 
     async def _head(self, generation: Generation) -> bytes:
         """The prompt that these messages of the system begin, packed; nothing where they are few."""
