@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octoai.server.engines import arrivals
 from octoai.server.engines.answer import Answer
 from octoai.server.engines.arrivals import Arrivals
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started
@@ -27,19 +26,12 @@ def each_of(batches: Sequence[Sequence[Event]]) -> Iterator[Event]:
     return singly(itertools.chain.from_iterable(batches))
 
 
-def kept(answer: Answer, *, gathers: bool) -> Arrivals:
-    return Arrivals(answer, on_progress=lambda: None, on_text=None, gathers=gathers)
-
-
 @given(
     texts=st.lists(st.sampled_from(["a", "é", "\n", '"', "", "[DONE]"]), max_size=8),
     cuts=st.lists(st.integers(0, 2000), max_size=12),
     takes=st.lists(st.booleans(), min_size=20, max_size=20),
-    gathers=st.booleans(),
 )
-def test_whoever_takes_what_it_is_the_answer_in_its_order(
-    texts: list[str], cuts: list[int], takes: list[bool], gathers: bool
-) -> None:
+def test_whoever_takes_what_it_is_the_answer_in_its_order(texts: list[str], cuts: list[int], takes: list[bool]) -> None:
     data = b"".join([*map(event, texts), event("", "stop"), USAGE, DONE])
     ends = sorted({cut % len(data) for cut in cuts} | {0, len(data)})
     came: list[Sequence[Event]] = []
@@ -54,44 +46,15 @@ def test_whoever_takes_what_it_is_the_answer_in_its_order(
         return takes_it
 
     answer = Answer(GENERATION)
-    arrived = Arrivals(answer, on_progress=lambda: None, on_text=on_text, gathers=gathers)
+    arrived = Arrivals(answer, on_progress=lambda: None, on_text=on_text)
     for start, end in itertools.pairwise(ends):
         if not arrived.take(data[start:end]):
-            given_now = arrived.given(is_last=False)
+            given_now = arrived.given()
             assert given_now
             came.append(given_now)
-    came.append(arrived.given(is_last=True))
+    came.append(arrived.given())
     assert list(each_of(came)) == list(each_of([Answer(GENERATION).events(data)]))
     assert answer.is_whole
-
-
-def test_what_is_gathered_is_read_when_it_is_much_or_has_waited(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(arrivals.time, "monotonic", lambda: now)
-    arrived = kept(Answer(GENERATION), gathers=True)
-    assert not arrived.take(event("first"))
-    assert len(arrived.given(is_last=False)) == 2
-    assert arrived.take(event("a"))
-    now += arrivals.GATHER_SECONDS + 0.01
-    assert not arrived.take(event("b"))
-    assert [each.text for each in each_of([arrived.given(is_last=False)]) if isinstance(each, Delta)] == ["a", "b"]
-    num_taken = 0
-    while arrived.take(event("x" * 1000)):
-        num_taken += 1
-    assert 50 < num_taken < 80
-
-
-@pytest.mark.parametrize("size", range(1, len(DONE)))
-def test_the_end_of_what_is_gathered_is_seen_also_where_it_comes_in_pieces(size: int) -> None:
-    answer = Answer(GENERATION)
-    arrived = kept(answer, gathers=True)
-    arrived.take(event("a"))
-    arrived.given(is_last=False)
-    end = event("", "stop") + DONE
-    for start in range(0, len(end), size):
-        arrived.take(end[start : start + size])
-    assert answer.is_whole
-    assert isinstance(arrived.given(is_last=False)[-1], Finished)
 
 
 async def told(reply: Reply, on_text: object, left: list[Sequence[Event]] | None = None) -> list[Sequence[Event]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from octoai.server.engines import arrivals, openai_http
+from octoai.server.engines import openai_http
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Refusal, Unavailable
@@ -174,25 +174,30 @@ def slowly(num: int, *end: bytes) -> Reply:
     return says(*(each for word in words for each in (word, 0.01)), *end)
 
 
-def test_what_nobody_sees_before_its_end_is_read_in_larger_batches_after_the_first(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("gathers", ["STREAM_GATHER_SECONDS", "WHOLE_GATHER_SECONDS"])
+def test_what_comes_fast_is_read_in_larger_batches_after_the_first(
+    gathers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrivals, "GATHER_SECONDS", 30.0)  # the end of the answer ends it, and of the connection
+    # What ends it is the end of the answer, and that of the connection.
+    for constant in ("STREAM_GATHER_SECONDS", "WHOLE_GATHER_SECONDS"):
+        monkeypatch.setattr(openai_http, constant, 30.0 if constant == gathers else 0.0)
+    generations = {"STREAM_GATHER_SECONDS": GENERATION, "WHOLE_GATHER_SECONDS": UNSEEN}
 
     async def main() -> None:
-        upstream, sizes = Upstream(slowly(20, event("", "stop"), USAGE, DONE)), []
+        upstream, sizes = Upstream(slowly(20, event("", "stop"), USAGE, DONE)), {}
         async with up(upstream) as engine:
-            for generation in (GENERATION, UNSEEN):
+            for constant, generation in generations.items():
                 async with aclosing(engine.generate(generation)) as batches:
-                    sizes.append([num_deltas(batch) async for batch in batches])
+                    sizes[constant] = [num_deltas(batch) async for batch in batches]
             upstream.reply = slowly(20)
             with pytest.raises(EngineFailed):
-                await generated(engine, UNSEEN)
-        streamed, unseen = sizes
-        assert sum(streamed) == sum(unseen) == 20
-        assert len(streamed) > 15
-        assert len(unseen) == 2
-        assert unseen[0] < 5
+                await generated(engine, generations[gathers])
+        gathered = sizes.pop(gathers)
+        (singly,) = sizes.values()
+        assert sum(singly) == sum(gathered) == 20
+        assert len(singly) > 15
+        assert len(gathered) == 2
+        assert gathered[0] < 5
 
     run(main())
 
@@ -220,7 +225,7 @@ def test_what_was_gathered_when_its_client_left_is_counted() -> None:
             batches = engine.generate(UNSEEN, left.append)
             await anext(batches)
             reading = asyncio.ensure_future(anext(batches))
-            await asyncio.sleep(arrivals.GATHER_SECONDS / 2)
+            await asyncio.sleep(openai_http.WHOLE_GATHER_SECONDS / 2)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             await batches.aclose()

@@ -1,6 +1,6 @@
 """One connection to an engine, over which HTTP/1.1 goes: bytes in, and whoever waits is woken.
 
-httptools parses; what arrives is kept until it is asked for.
+httptools parses; what arrives is kept until it is asked for, and what arrives fast may go on together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import httptools
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BUFFERED_BYTES = 256 * 1024
+MAX_GATHERED_BYTES = 64 * 1024
+RELEASE_SECONDS = 0.05  # what waits for more is looked at so often
 
 
 class Connection(asyncio.Protocol):
@@ -33,6 +35,8 @@ class Connection(asyncio.Protocol):
         self._take: Callable[[bytes], bool] | None = None
         self._seconds = self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._gather = self._came = self._fed = 0.0
+        self._releasing: asyncio.TimerHandle | None = None
 
     @property
     def is_usable(self) -> bool:
@@ -60,9 +64,11 @@ class Connection(asyncio.Protocol):
             await self._more(seconds)
         return self._arrived()
 
-    async def feed(self, take: Callable[[bytes], bool], seconds: float) -> bool:
+    async def feed(self, take: Callable[[bytes], bool], seconds: float, gather: float) -> bool:
+        self._gather = gather
         while True:
             if self._blocks:  # also what came before a failure
+                self._fed = self.now()
                 if not take(self._arrived()):
                     return True
             elif self._is_over:
@@ -93,9 +99,10 @@ class Connection(asyncio.Protocol):
         return True
 
     def abort(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._releasing):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._releasing = None
         self._transport.abort()
 
     def _more(self, seconds: float) -> asyncio.Future[bool]:
@@ -152,24 +159,49 @@ class Connection(asyncio.Protocol):
             if self._num_head > MAX_HEAD_BYTES:
                 self._fail(ConnectionResetError("a head without an end"))
             return
-        take, waiter = self._take, self._waiter
-        if take is not None and self._blocks and waiter is not None and not waiter.done():
-            self._feed(take, waiter)
-            return
         self._num_buffered += len(data)
-        if self._num_buffered > MAX_BUFFERED_BYTES:
-            self._transport.pause_reading()
-        self._wake()
+        before, self._came = self._came, self.now()
+        if self._take is None:
+            if self._num_buffered > MAX_BUFFERED_BYTES:
+                self._transport.pause_reading()
+            self._wake()
+        elif self._is_over or not (self._blocks and self._may_wait(self._came - before)):
+            self._feed()
 
-    def _feed(self, take: Callable[[bytes], bool], waiter: asyncio.Future[bool]) -> None:
+    def _may_wait(self, gap: float) -> bool:
+        """Whether more is expected in time: as soon after this as this came after what was before."""
+        if self._came + gap >= self._fed + self._gather or self._num_buffered > MAX_GATHERED_BYTES:
+            return False
+        if self._releasing is None:
+            self._releasing = self._loop.call_later(RELEASE_SECONDS, self._release)
+        return True
+
+    def _release(self) -> None:
+        """What was to go on with more that did not come."""
+        self._releasing = None
+        if self._take is None or not self._blocks:
+            return
+        if self.now() < self._fed + self._gather:
+            self._releasing = self._loop.call_later(RELEASE_SECONDS, self._release)
+        else:
+            self._feed()
+
+    def _feed(self) -> None:
         """Who waits is woken only where it has to be."""
+        take, waiter = self._take, self._waiter
+        if take is None or waiter is None or waiter.done():
+            return
+        if not self._blocks:
+            self._wake()
+            return
         try:
             is_taken = take(self._arrived())
         except Exception as error:  # noqa: BLE001  # it is raised where it is waited for
             if not waiter.done():
                 waiter.set_exception(error)
             return
-        self._due = self.now() + self._seconds
+        self._fed = self.now()
+        self._due = self._fed + self._seconds
         if (self._is_over or not is_taken) and not waiter.done():  # `take` may have ended who waits
             waiter.set_result(not is_taken)
 

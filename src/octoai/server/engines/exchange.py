@@ -141,11 +141,12 @@ class Exchange:
         assert self._connection is not None
         return self._connection.block(seconds)
 
-    def feed(self, take: Callable[[bytes], bool], seconds: float) -> Coroutine[Any, Any, bool]:
+    def feed(self, take: Callable[[bytes], bool], seconds: float, gather: float) -> Coroutine[Any, Any, bool]:
         """Call `take` with what has arrived of the body, then with what arrives, in the loop as it comes, until it
-        returns False. Returns False at the end of the body. What `take` raises is raised here."""
+        returns False. Returns False at the end of the body. What `take` raises is raised here. What comes faster than
+        every `gather` seconds goes on together about so often."""
         assert self._connection is not None
-        return self._connection.feed(take, seconds)
+        return self._connection.feed(take, seconds, gather)
 
     async def body(self, limit: int, seconds: float) -> bytes:
         """The rest of the body, at most about `limit` bytes of it."""
