@@ -132,5 +132,5 @@ def test_what_the_engine_stops_after_does_not_wait_for_more() -> None:
 
 
 def test_much_does_not_wait() -> None:
-    came, went = taken([0.001] * 10, size=MAX_GATHERED_BYTES // 2)
+    _, went = taken([0.001] * 10, size=MAX_GATHERED_BYTES // 2)
     assert max(len(block) for _, block in went) <= 2 * MAX_GATHERED_BYTES
