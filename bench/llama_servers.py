@@ -19,7 +19,8 @@ from octoai.optimizer.profile import Profiles
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine, Finished, Generation, Started, Usage
 from octoai.server.engines.cache_size import num_slots
-from octoai.server.engines.llama import LlamaEngine, LlamaOptions
+from octoai.server.engines.llama import LlamaEngine
+from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.places import cache_dir
 from octoai.server.sources import WeightStore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from octoai import OctoAI
 from octoai.cli import serve
 from octoai.optimizer.optimization import Wish
 from octoai.optimizer.profile import Profile, Profiles, sha256
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.server.catalogue import EMBEDDED_MODEL_ID
+from octoai.server.settings import load
 from tests.running import Serve
 from tests.talking import until
 
@@ -82,7 +85,8 @@ def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
 def test_what_serve_runs_while_idle_is_this_command(tmp_path: Path) -> None:
     config = tmp_path / "here.toml"
     config.write_text("[[models]]\nid = 'far'\nengine_url = 'http://x/v1'\n")
-    command = serve._optimization("far", config)
+    settings = load(path=config, environ={})
+    command = serve._optimization(settings, "far", argparse.Namespace(config=config, model=[]))
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert "optimize it where that server runs" in ran.stderr
 
@@ -142,19 +146,31 @@ def test_a_short_search_ends_in_a_profile_that_serve_uses(cache: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(500)
-def test_a_service_that_nobody_asks_makes_a_profile_and_the_next_start_uses_it(cache: Path, tmp_path: Path) -> None:
+def test_a_service_that_nobody_asks_makes_a_profile_and_uses_it(cache: Path, tmp_path: Path) -> None:
     environ = {"OCTOAI_CACHE_DIR": str(cache), "OCTOAI_OPTIMIZE_WHEN_IDLE": "on"}
     service = Serve(tmp_path / "served", environ=environ)
+    chat = {"model": EMBEDDED_MODEL_ID, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+
+    def profiles() -> list[str]:
+        return [line for line in service.lines if line.startswith(f"octoai: profile of {EMBEDDED_MODEL_ID}: ")]
+
     try:
-        assert not [line for line in service.lines if "profile" in line]
-        until(lambda: "done while idle" in service.log.read_text(), 400)
-        (profile,) = (cache / "profiles").glob("*/profile.json")
-        assert Profiles(cache).find(next((cache / "models").glob("*.gguf"))), profile
+        with OctoAI(api_key=service.token, base_url=service.url, max_retries=0) as client:
+            assert client.text_gen.create_chat_completion(**chat).usage.completion_tokens > 0
+            assert not profiles()
+            said = f"octoai: {EMBEDDED_MODEL_ID} runs with the defaults; `octoai optimize {EMBEDDED_MODEL_ID}` is run while"
+            assert [line for line in service.lines if line.startswith(said)]
+            until(lambda: bool(profiles()), 400)
+            # While the engine is another one, too.
+            answers = [client.text_gen.create_chat_completion(**chat) for _ in range(20)]
+            assert all(answer.usage.completion_tokens > 0 for answer in answers)
+        assert "done while idle" in service.log.read_text()
+        assert Profiles(cache).find(next((cache / "models").glob("*.gguf")))
     finally:
         assert service.stop() == 0
     service = Serve(tmp_path / "served", environ=environ)
     try:
-        assert [line for line in service.lines if line.startswith(f"octoai: profile of {EMBEDDED_MODEL_ID}: ")]
+        assert profiles()
     finally:
         assert service.stop() == 0
 
@@ -242,6 +258,8 @@ def test_a_damaged_profile_is_one_line_and_the_defaults(cache: Path, embedded_mo
     try:
         assert not [line for line in service.lines if "profile of" in line and "damaged" not in line]
         assert "is damaged; the defaults are used" in service.log.read_text()
+        said = f"runs with the defaults; `octoai optimize {EMBEDDED_MODEL_ID}` finds what is fastest here"
+        assert f"octoai: {EMBEDDED_MODEL_ID} {said}" in service.lines
     finally:
         assert service.stop() == 0
 

@@ -17,7 +17,8 @@ import uvloop
 
 from octoai.server.engines import exchange
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
-from octoai.server.engines.llama import LlamaEngine, LlamaOptions
+from octoai.server.engines.llama import LlamaEngine
+from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import BadRequest, EngineFailed, Refusal, Unavailable

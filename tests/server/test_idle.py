@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from octoai.server import idle
+from octoai.server.idle import Chore
 
 NOTE = """
 import sys, time
@@ -21,8 +23,12 @@ note.write("done ")
 """
 
 
-def noting(path: Path, seconds: float) -> list[str]:
-    return [sys.executable, "-c", NOTE, str(path), str(seconds)]
+async def nothing() -> None:
+    pass
+
+
+def noting(path: Path, seconds: float, then: Callable[[], Awaitable[None]] = nothing) -> Chore:
+    return Chore([sys.executable, "-c", NOTE, str(path), str(seconds)], then)
 
 
 def noted(path: Path) -> str:
@@ -35,17 +41,23 @@ async def until(path: Path, text: str) -> None:
             await asyncio.sleep(0.02)
 
 
-def test_commands_run_in_turn_once_each(tmp_path: Path) -> None:
+def test_commands_run_in_turn_once_each_and_then_what_follows_from_them(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
+    followed = []
+
+    async def then() -> None:
+        followed.append((noted(first), noted(second)))
 
     async def main() -> None:
-        async with idle.running([noting(first, 0), noting(second, 0)], lambda: False, quiet_seconds=0.1):
+        chores = [noting(first, 0, then), noting(second, 0, then)]
+        async with idle.running(chores, lambda: False, quiet_seconds=0.1):
             await until(second, "begun done ")
             await asyncio.sleep(0.5)
 
     asyncio.run(main())
     assert first.read_text() == "begun done "
     assert second.read_text() == "begun done "
+    assert followed == [("begun done ", ""), ("begun done ", "begun done ")]
 
 
 @pytest.mark.slow
@@ -87,10 +99,17 @@ def test_it_ends_with_the_service_at_once(tmp_path: Path) -> None:
 
 
 def test_what_fails_is_not_tried_for_ever(tmp_path: Path) -> None:
-    failing = [sys.executable, "-c", "raise SystemExit(1)"]
+    followed = []
+
+    async def then() -> None:
+        followed.append(1)
+
+    failing = Chore([sys.executable, "-c", "raise SystemExit(1)"], then)
+    missing = Chore(["/nonexistent/program"], then)
 
     async def main() -> None:
-        async with idle.running([failing, ["/nonexistent/program"]], lambda: False, quiet_seconds=0.1):
+        async with idle.running([failing, missing], lambda: False, quiet_seconds=0.1):
             await asyncio.sleep(1.5)
 
     asyncio.run(main())
+    assert not followed

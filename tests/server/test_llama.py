@@ -8,14 +8,17 @@ import shutil
 import signal
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import uvloop
 
 from octoai.server.engines import llama
-from octoai.server.engines.base import Delta, Generation
-from octoai.server.engines.llama import LlamaEngine, LlamaOptions, LlamaTuning
+from octoai.server.engines.base import Delta, Finished, Generation
+from octoai.server.engines.llama import LlamaEngine
+from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
+from octoai.server.errors import EngineFailed
 
 pytestmark = pytest.mark.model
 
@@ -56,6 +59,69 @@ def test_an_engine_that_cannot_be_started_again_now_is_tried_until_it_can(
         asyncio.run(main())
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+async def told(engine: LlamaEngine) -> int:
+    """Tokens of an answer."""
+    events = [event async for batch in engine.generate(HELLO) for event in batch]
+    (finished,) = [event for event in events if isinstance(event, Finished)]
+    return finished.usage.completion_tokens
+
+
+def test_it_changes_when_nothing_runs_and_who_comes_meanwhile_waits(embedded_model: Path) -> None:
+    before = LlamaOptions(context_length=512, num_slots=1)
+    after = replace(before, num_slots=2, tuning=LlamaTuning(flash_attention="off"))
+
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=before)
+        await engine.start()
+        try:
+            pid = engine.pid
+            running = engine.generate(replace(HELLO, max_tokens=40, ignore_eos=True))
+            await anext(running)
+            changing = asyncio.create_task(engine.change(embedded_model, after))
+            await asyncio.sleep(0.05)
+            assert engine.pid == pid
+            assert [event async for batch in running for event in batch][-1].usage.completion_tokens == 40
+            while engine.pid == pid:
+                await asyncio.sleep(0)
+            waiting = [asyncio.create_task(told(engine)) for _ in range(3)]
+            counting = asyncio.create_task(engine.count_tokens(HELLO))
+            assert engine.is_ready
+            await changing
+            assert all(await asyncio.gather(*waiting))
+            assert await counting
+            assert (engine.is_ready, engine.num_slots, engine.options) == (True, 2, after)
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)  # it is watched as before
+            await until(engine, False, 5)
+            await until(engine, True, 30)
+            assert engine.num_restarts == 1
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("damage", ["missing", "no model"])
+def test_what_cannot_be_changed_to_changes_nothing(embedded_model: Path, tmp_path: Path, damage: str) -> None:
+    weights = tmp_path / "other.gguf"
+    if damage == "no model":
+        weights.write_bytes(b"nothing")
+    before = LlamaOptions(context_length=512, num_slots=1)
+
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=before)
+        await engine.start()
+        try:
+            with pytest.raises(EngineFailed, match="could not load"):
+                await engine.change(weights, replace(before, num_slots=2))
+            assert await told(engine)
+            assert (engine.weights, engine.options, engine.num_slots) == (embedded_model, before, 1)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("spin_count", [None, 0, 300])

@@ -56,6 +56,27 @@ def test_slots_are_taken_at_once_while_there_are_any() -> None:
     run(main())
 
 
+def test_another_number_of_slots_counts_at_once_and_takes_no_turn_back() -> None:
+    async def main() -> None:
+        queue, order = FairQueue(1, 10), list[str]()
+        workers = [Worker(queue, "a", order) for _ in range(5)]
+        await ticks()
+        queue.resize(3)
+        await ticks()
+        assert [worker.has_turn for worker in workers] == [True, True, True, False, False]
+        queue.resize(1)
+        workers[0].release.set()
+        workers[1].release.set()
+        await ticks()
+        assert (queue.num_running, queue.num_waiting) == (1, 2)
+        for worker in workers:
+            worker.release.set()
+        await asyncio.gather(*(worker.task for worker in workers))
+        assert (queue.num_running, queue.num_waiting, order) == (0, 0, ["a"] * 5)
+
+    run(main())
+
+
 def test_an_account_with_a_hundred_waiting_delays_another_by_one_at_most() -> None:
     async def main() -> None:
         queue, order = FairQueue(1, 1000), list[str]()

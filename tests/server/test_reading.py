@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
-from octoai.server.engines.llama import LlamaEngine, LlamaOptions
+from octoai.server.engines.llama import LlamaEngine
+from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.engines.reading import (
     MIN_SHARED_TOKENS,
     PIECE_TOKENS,

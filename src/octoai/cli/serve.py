@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octoai.cli.messages import fail
 
 if TYPE_CHECKING:
-    from octoai.server.engines.llama import LlamaOptions
+    from octoai.server.engines.llama_options import LlamaOptions
     from octoai.server.settings import Settings
 
 
@@ -52,36 +54,44 @@ def serve(args: argparse.Namespace) -> int:
         store = WeightStore(settings.cache_dir)
         own = [catalogue[model.id] for model in settings.models if model.engine_url is None]
         weights = {model.id: store.path(model) or pulled(store, model) for model in own}
-        tuned = _tuned(settings, weights)
-        # A file of the command line has an id that only this service knows.
-        names = {model.id: str(model.path) if args.model and model.path else model.id for model in settings.models}
-        idle = [_optimization(names[each], args.config) for each in weights if each not in tuned]
-        return run.serve(settings, weights, tuned, idle if settings.optimize_when_idle == "on" else ())
+        tuned, searches = {}, []
+        for model, source in list(weights.items()):
+            if (known := _profile(settings, model, source)) is not None:
+                weights[model], tuned[model] = known
+            else:
+                command = _optimization(settings, model, args)
+                searches.append(run.Search(model, command, partial(_profile, settings, model, source)))
+                _say_unknown(model, command, settings)
+        return run.serve(settings, weights, tuned, searches if settings.optimize_when_idle == "on" else ())
     except (BadCatalogue, BadSettings, PullFailed, StoreError, run.CannotListen, run.CannotServe) as error:
         return fail(str(error))
 
 
-def _tuned(settings: Settings, weights: dict[str, Path]) -> dict[str, LlamaOptions]:
-    """How profiles say to run these models, whose files become those of the profiles. One line about each."""
-    if not weights:
-        return {}
+def _profile(settings: Settings, model: str, source: Path) -> tuple[Path, LlamaOptions] | None:
+    """How a profile says to run the model in that file, and the file to run then. One line about it."""
     from octoai.optimizer.profile import BadProfile, Profiles
 
-    profiles, found = Profiles(settings.cache_dir), {}
-    for model_id, source in list(weights.items()):
-        try:
-            known = profiles.find(source)
-        except BadProfile as error:
-            fail(str(error))
-            continue
-        if known is not None:
-            profile, weights[model_id] = known
-            found[model_id] = profile.candidate.options
-            print(f"octoai: profile of {model_id}: {profile}", flush=True)
-    return found
+    try:
+        known = Profiles(settings.cache_dir).find(source)
+    except BadProfile as error:
+        fail(str(error))
+        return None
+    if known is None:
+        return None
+    profile, weights = known
+    print(f"octoai: profile of {model}: {profile}", flush=True)
+    return weights, profile.candidate.options
 
 
-def _optimization(model: str, config: Path | None) -> list[str]:
+def _say_unknown(model: str, command: list[str], settings: Settings) -> None:
+    asked = shlex.join(["octoai", *command[3:]])  # what is before it is Python's
+    what = "is run while nobody asks" if settings.optimize_when_idle == "on" else "finds what is fastest here"
+    print(f"octoai: {model} runs with the defaults; `{asked}` {what}", flush=True)
+
+
+def _optimization(settings: Settings, model: str, args: argparse.Namespace) -> list[str]:
     """The command that makes a profile."""
-    given = ["--config", str(config)] if config else []
-    return [sys.executable, "-m", "octoai", "optimize", model, *given]
+    # A file of the command line has an id that only this service knows.
+    path = next((each.path for each in settings.models if each.id == model and args.model), None)
+    given = ["--config", str(args.config)] if args.config else []
+    return [sys.executable, "-m", "octoai", "optimize", str(path or model), *given]

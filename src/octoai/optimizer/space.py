@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from octoai.server.engines.llama import LlamaOptions, LlamaTuning
+from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 
 AS_GIVEN = "as given"
 SMALLEST_BATCH = 64

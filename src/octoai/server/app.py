@@ -20,7 +20,8 @@ from octoai.server.directory import Directory
 from octoai.server.edge import Edge
 from octoai.server.engines.base import Engine
 from octoai.server.engines.cache_size import num_slots
-from octoai.server.engines.llama import LlamaEngine, LlamaOptions
+from octoai.server.engines.llama import LlamaEngine
+from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.ledger import Ledger
 from octoai.server.metrics import Metrics
 from octoai.server.queue import FairQueue
@@ -174,9 +175,16 @@ def _engine(
             context_length=chosen.context_length,
         )
     assert weights is not None
+    return LlamaEngine(weights, model=model.id, options=options(settings, chosen, model, weights, tuned))
+
+
+def options(
+    settings: Settings, chosen: ModelSettings, model: Model, weights: Path, tuned: LlamaOptions | None
+) -> LlamaOptions:
+    """How an engine of ours runs that model: what the settings say goes before what was found to be best."""
     context_length = chosen.context_length or model.context_length or DEFAULT_CONTEXT_LENGTH
     base = tuned or LlamaOptions(context_length, num_slots=num_slots(weights, context_length))
-    options = replace(
+    return replace(
         base,
         context_length=context_length,
         num_slots=chosen.num_slots or base.num_slots,
@@ -185,4 +193,3 @@ def _engine(
         prefix_dir=settings.cache_dir / "prefixes",
         prefix_bytes=settings.prefix_cache_mib * 2**20,
     )
-    return LlamaEngine(weights, model=model.id, options=options)

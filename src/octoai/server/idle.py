@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 
 log = logging.getLogger("octoai.idle")
 
@@ -18,12 +19,20 @@ POLL_SECONDS = 0.1
 LEAVE_SECONDS = 5.0  # to clean up; then it is killed
 
 
+@dataclass(frozen=True, slots=True)
+class Chore:
+    """A command, and what is done here once it has ended well."""
+
+    command: Sequence[str]
+    then: Callable[[], Awaitable[None]]
+
+
 @asynccontextmanager
 async def running(
-    commands: Sequence[Sequence[str]], is_busy: Callable[[], bool], *, quiet_seconds: float = QUIET_SECONDS
+    chores: Sequence[Chore], is_busy: Callable[[], bool], *, quiet_seconds: float = QUIET_SECONDS
 ) -> AsyncIterator[None]:
     """One after the other, each until it ended by itself once. Those that still run at the end are ended."""
-    task = asyncio.create_task(_run_all(commands, is_busy, quiet_seconds))
+    task = asyncio.create_task(_run_all(chores, is_busy, quiet_seconds))
     try:
         yield
     finally:
@@ -31,9 +40,9 @@ async def running(
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _run_all(commands: Sequence[Sequence[str]], is_busy: Callable[[], bool], quiet_seconds: float) -> None:
-    for command in commands:
-        status: int | None = None
+async def _run_all(chores: Sequence[Chore], is_busy: Callable[[], bool], quiet_seconds: float) -> None:
+    for chore in chores:
+        command, status = chore.command, None
         while status is None:
             await _quiet(is_busy, quiet_seconds)
             try:
@@ -45,6 +54,7 @@ async def _run_all(commands: Sequence[Sequence[str]], is_busy: Callable[[], bool
             log.warning("what should run while idle ended with %d: %s", status, " ".join(command))
         else:
             log.info("done while idle: %s", " ".join(command))
+            await chore.then()
 
 
 async def _quiet(is_busy: Callable[[], bool], quiet_seconds: float) -> None:

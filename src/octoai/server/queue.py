@@ -183,18 +183,27 @@ class FairQueue:
         self._busy_since = now
 
     def _give_back(self, name: str, tokens: int) -> None:
-        """Hand the slot to the account whose turn it is."""
         self.num_running -= 1
         self._unmeasured = self._clock() - self._busy_since
         self.running_tokens -= tokens
         self._accounts[name].num_running -= 1
         self._drop_if_gone(name)
-        while self.num_waiting and (waiting := [each for each in self._accounts.items() if each[1].waiting]):
+        self._fill()
+
+    def resize(self, num_slots: int) -> None:
+        """The engine has another number of slots from now on. Turns that were given stay given."""
+        self.num_slots = num_slots
+        self._fill()
+
+    def _fill(self) -> None:
+        """Hand free slots to the accounts whose turn it is."""
+        while self.num_running < self.num_slots and self.num_waiting:
+            waiting = [each for each in self._accounts.items() if each[1].waiting]
             next_name, account = min(waiting, key=lambda each: (each[1].had, each[1].since))
             place = account.waiting.popleft()
             self._forget(place)
-            if not place.turn.cancelled():  # its task may not have noticed yet that it was cancelled
+            if place.turn.cancelled():  # its task may not have noticed yet
+                self._drop_if_gone(next_name)
+            else:
                 self._start(next_name, place.tokens)
                 place.turn.set_result(None)
-                return
-            self._drop_if_gone(next_name)

@@ -7,14 +7,20 @@ nothing of requests.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from octoai import _credentials
 from octoai.server import accounts, app, listener, serving, tokens
-from octoai.server.engines.llama import LlamaOptions
+from octoai.server.engines.llama import LlamaEngine
+from octoai.server.engines.llama_options import LlamaOptions
+from octoai.server.errors import Refusal
+from octoai.server.idle import Chore
 from octoai.server.listener import CannotListen
 from octoai.server.router import Router
 from octoai.server.serving import CannotServe, Stop
@@ -22,28 +28,56 @@ from octoai.server.settings import Settings
 from octoai.server.store import Connection
 from octoai.server.supervisor import Supervisor
 
-__all__ = ["CannotListen", "CannotServe", "serve"]
+__all__ = ["CannotListen", "CannotServe", "Search", "serve"]
+
+log = logging.getLogger("octoai.run")
 
 BOOTSTRAP_NAME = "bootstrap"
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A command that finds out how to run a model best, and where what it found is: the file of weights, and how to
+    run them; None where that is nothing."""
+
+    model: str
+    command: Sequence[str]
+    found: Callable[[], tuple[Path, LlamaOptions] | None]
 
 
 def serve(
     settings: Settings,
     weights: Mapping[str, Path],
     tuned: Mapping[str, LlamaOptions] | None = None,
-    idle_commands: Sequence[Sequence[str]] = (),
+    searches: Sequence[Search] = (),
 ) -> int:
     """Returns the exit status. `weights` are the files of the models that engines of ours serve, `tuned` how to run
-    them where that is known, `idle_commands` programs to run while nobody asks anything."""
+    them where that is known, `searches` find it out while nobody asks anything."""
     router = app.router(settings, app.catalogue(settings), weights, tuned)
     if settings.workers == 1:
-        _serve_alone(settings, router, idle_commands)
+        chores = [Chore(search.command, partial(_use, search, settings, router)) for search in searches]
+        _serve_alone(settings, router, chores)
     else:
         _serve_in_workers(settings, router)
     return 0
 
 
-def _serve_alone(settings: Settings, router: Router, idle_commands: Sequence[Sequence[str]]) -> None:
+async def _use(search: Search, settings: Settings, router: Router) -> None:
+    """From the next moment on in which nobody is served."""
+    found = await asyncio.to_thread(search.found)
+    chosen = next(each for each in settings.models if each.id == search.model)
+    deployment = next(each for each in router.deployments if each.model.id == search.model)
+    if found is None or not isinstance(deployment.engine, LlamaEngine):
+        return
+    weights, tuned = found
+    try:
+        await deployment.engine.change(weights, app.options(settings, chosen, deployment.model, weights, tuned))
+    except Refusal as refusal:
+        log.error("%s: what was found while idle is not used: %s", search.model, refusal.message)
+    deployment.queue.resize(deployment.engine.num_slots)
+
+
+def _serve_alone(settings: Settings, router: Router, chores: Sequence[Chore]) -> None:
     with closing(serving.database(settings)) as db:
         listening = listener.listen(settings.host, settings.port)
         url = listener.url(settings.host, listening)
@@ -51,7 +85,7 @@ def _serve_alone(settings: Settings, router: Router, idle_commands: Sequence[Seq
         _begin(db, settings, router, url)
 
     async def main() -> None:
-        await serving.serve(service, listening, _signalled(), lambda: _say_ready(url), idle_commands)
+        await serving.serve(service, listening, _signalled(), lambda: _say_ready(url), chores)
 
     with serving.runner() as runner, listening:
         runner.run(main())

@@ -81,7 +81,7 @@ async def serve(
     listener: socket.socket,
     stop: Stop,
     on_ready: Callable[[], None],
-    idle_commands: Sequence[Sequence[str]] = (),
+    chores: Sequence[idle.Chore] = (),
 ) -> None:
     """Until `stop` is asked for. Raises CannotServe where an engine cannot be started, StoreError."""
     await anyio.lowlevel.checkpoint()  # loads anyio's half for this loop now, not in the first request
@@ -96,7 +96,7 @@ async def serve(
     try:
         if await _until_ready(starting, stop):
             on_ready()
-            async with idle.running(idle_commands, lambda: bool(service.jobs)):
+            async with idle.running(chores, lambda: bool(service.jobs)):
                 await stop.drain.wait()
         await _drain(service, stop)
     except Refusal as refusal:

@@ -17,19 +17,18 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, suppress
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from octoai.server.cores import num_cores
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.llama_control import Control
+from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 from octoai.server.engines.openai_http import OpenAIEngine
-from octoai.server.engines.prefixes import Prefixes, fingerprint
+from octoai.server.engines.prefixes import Prefixes
 from octoai.server.engines.reading import Reading
 from octoai.server.errors import BadRequest, EngineFailed, Unavailable
 
@@ -42,62 +41,6 @@ STEADY_SECONDS = 60.0  # a child that lived this long starts the back-off afresh
 MAX_LINE_BYTES = 1024 * 1024
 # A prompt is taken apart into tokens before there is any sign of life: 0.7 MB/s on a slow text, and noise on top.
 TOKENIZED_BYTES_PER_SECOND = 100_000
-# Options that may change without making a saved prompt useless.
-_WITHOUT_SHAPE = ("num_slots", "num_threads", "cache_ram_mib", "stall_seconds", "prefix_dir", "prefix_bytes", "tuning")
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaTuning:
-    """What a profile of this machine may say beside `LlamaOptions`; the defaults are safe everywhere.
-
-    `num_batch_threads` read prompts (0: as many as generate). Of a batch, `micro_batch_tokens` are computed at a time
-    (0: all). `cache_type` is the type of ggml that the KV cache is kept in; `is_unified` shares one cache between the
-    slots. `speculation` guesses tokens from n-grams of the text so far. A thread that waits for the others looks
-    `spin_count` times before it sleeps (None: OpenMP's own, some milliseconds): what spins is fastest alone, and
-    twenty times slower when a neighbour takes one of two cores. With `gives_way` it spins only while there is none.
-    `kernels` were compiled for this CPU (None: those of the wheel).
-    """
-
-    num_batch_threads: int = 0
-    micro_batch_tokens: int = 0
-    flash_attention: Literal["auto", "on", "off"] = "auto"
-    cache_type: Literal["f16", "f32", "q8_0"] = "f16"
-    is_unified: bool = False
-    speculation: Literal["none", "ngram_simple", "ngram_map_k", "ngram_map_k4v", "ngram_mod", "ngram_cache"] = "none"
-    spin_count: int | None = 0
-    gives_way: bool = False
-    kernels: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaOptions:
-    """How the child runs. `batch_tokens` bounds how long one step of prompt reading takes, and with it others' gap
-    between two tokens, and how soon a slot is free after its client left. Beginnings of prompts are kept in
-    `prefix_dir`, up to `prefix_bytes`; 0 keeps none. Threads wait awake while they are alone (decision 0009)."""
-
-    context_length: int
-    num_slots: int = 4
-    num_threads: int = 0
-    batch_tokens: int = 128
-    cache_ram_mib: int = 0
-    stall_seconds: float = 30.0
-    prefix_dir: Path | None = None
-    prefix_bytes: int = 0
-    tuning: LlamaTuning = field(default_factory=lambda: LlamaTuning(spin_count=None, gives_way=True))
-
-    @property
-    def threads(self) -> int:
-        return self.num_threads or num_cores()
-
-    def prefixes(self, weights: Path) -> Prefixes:
-        """Where beginnings of prompts are kept; none of another engine's are ever found there."""
-        if self.prefix_dir is None:
-            return Prefixes(Path(), "", 0)
-        other: dict[str, Any] = dict.fromkeys(_WITHOUT_SHAPE)
-        tuning = self.tuning
-        kept = (tuning.cache_type, tuning.flash_attention, tuning.is_unified)
-        shape = f"xllamacpp {version('xllamacpp')} {replace(self, **other)} {kept}"
-        return Prefixes(self.prefix_dir, fingerprint(weights, shape), self.prefix_bytes)
 
 
 class LlamaEngine:
@@ -106,11 +49,8 @@ class LlamaEngine:
     max_choices = 1
 
     def __init__(self, weights: Path, *, model: str, options: LlamaOptions) -> None:
-        self.weights = weights
         self.model = model
-        self.options = options
-        self.num_slots = options.num_slots
-        self.context_length: int | None = options.context_length
+        self._use(weights, options)
         self.num_restarts = 0
         self._num_vocabulary: int | None = None
         self._http: OpenAIEngine | None = None
@@ -119,14 +59,23 @@ class LlamaEngine:
         self._process: asyncio.subprocess.Process | None = None
         self._last_words: deque[str] = deque(maxlen=20)
         self._num_running = 0
+        self._quiet = asyncio.Event()
         self._last_progress = 0.0
         self._patient_until = 0.0
         self._supervision: asyncio.Task[None] | None = None
         self._is_ready = False
+        self._changing: asyncio.Event | None = None
+
+    def _use(self, weights: Path, options: LlamaOptions) -> None:
+        self.weights = weights
+        self.options = options
+        self.num_slots = options.num_slots
+        self.context_length: int | None = options.context_length
 
     @property
     def is_ready(self) -> bool:
-        return self._is_ready
+        """Also while it changes: requests wait then."""
+        return self._is_ready or self._changing is not None
 
     @property
     def pid(self) -> int | None:
@@ -135,16 +84,40 @@ class LlamaEngine:
 
     async def start(self) -> None:
         """The first start must succeed: weights that cannot be loaded now cannot be loaded later either."""
+        await self._first_spawn()
+        self._supervision = asyncio.create_task(self._supervise())
+
+    async def change(self, weights: Path, options: LlamaOptions) -> None:
+        """Go on with these, from the next moment on in which no request runs; what comes meanwhile waits. Raises
+        EngineFailed where they cannot be loaded, and goes on as before."""
+        while self._num_running:
+            self._quiet.clear()
+            await self._quiet.wait()
+        before = self.weights, self.options
+        changed = self._changing = asyncio.Event()
+        try:
+            await self._end_supervision()
+            await self._stop()
+            self._use(weights, options)
+            try:
+                await self._first_spawn()
+            except EngineFailed:
+                self._use(*before)
+                with suppress(EngineFailed, OSError):  # or it is tried again, as after a crash
+                    await self._first_spawn()
+                raise
+        finally:
+            self._changing = None
+            changed.set()
+            self._supervision = asyncio.create_task(self._supervise())
+
+    async def _first_spawn(self) -> None:
+        """Kernels are only faster than those of the wheel: where they do not run, these do."""
         try:
             self._prefixes = self.options.prefixes(self.weights)
         except OSError as error:
             raise EngineFailed(f"could not load {self.weights}: {error.strerror}") from None
         self._prefixes.open()
-        await self._first_spawn()
-        self._supervision = asyncio.create_task(self._supervise())
-
-    async def _first_spawn(self) -> None:
-        """Kernels are only faster than those of the wheel: where they do not run, these do."""
         try:
             await self._spawn()
         except EngineFailed as error:
@@ -156,35 +129,49 @@ class LlamaEngine:
             await self._spawn()
 
     async def close(self) -> None:
+        await self._end_supervision()
+        await self._stop()
+
+    async def _end_supervision(self) -> None:
         if self._supervision is not None:
             self._supervision.cancel()
             await asyncio.gather(self._supervision, return_exceptions=True)
-        await self._stop()
 
     def unsupported(self, generation: Generation) -> str | None:
         return DIALECTS["llama.cpp"].unsupported(generation)
 
     async def count_tokens(self, generation: Generation) -> int | None:
-        return await self._child.count_tokens(generation)
+        async with self._running():
+            return await self._child.count_tokens(generation)
 
     async def generate(
         self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
     ) -> AsyncGenerator[Sequence[Event]]:
-        reading = self._reading if self._child else None
-        assert reading is not None
         self._check_tokens(generation)
-        if self._num_running == 0:
-            self._made_progress()
-        self._patient_until = max(
-            self._patient_until, time.monotonic() + generation.num_prompt_bytes / TOKENIZED_BYTES_PER_SECOND
-        )
-        self._num_running += 1
-        try:
+        async with self._running():
+            reading = self._reading if self._child else None
+            assert reading is not None
+            self._patient_until = max(
+                self._patient_until, time.monotonic() + generation.num_prompt_bytes / TOKENIZED_BYTES_PER_SECOND
+            )
             async with aclosing(reading.generate(generation, on_left, on_text)) as batches:
                 async for batch in batches:
                     yield batch
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        """While it runs, the child is not changed for another one, and has to make progress."""
+        while self._changing is not None:
+            await self._changing.wait()
+        if self._num_running == 0:
+            self._made_progress()
+        self._num_running += 1
+        try:
+            yield
         finally:
             self._num_running -= 1
+            if self._num_running == 0:
+                self._quiet.set()
 
     @property
     def _child(self) -> OpenAIEngine:
