@@ -158,8 +158,8 @@ def test_a_service_that_nobody_asks_makes_a_profile_and_uses_it(cache: Path, tmp
         with OctoAI(api_key=service.token, base_url=service.url, max_retries=0) as client:
             assert client.text_gen.create_chat_completion(**chat).usage.completion_tokens > 0
             assert not profiles()
-            said = f"octoai: {EMBEDDED_MODEL_ID} runs with the defaults; `octoai optimize {EMBEDDED_MODEL_ID}` is run while"
-            assert [line for line in service.lines if line.startswith(said)]
+            said = f"runs with the defaults; `octoai optimize {EMBEDDED_MODEL_ID}` is run while nobody asks"
+            assert f"octoai: {EMBEDDED_MODEL_ID} {said}" in service.lines
             until(lambda: bool(profiles()), 400)
             # While the engine is another one, too.
             answers = [client.text_gen.create_chat_completion(**chat) for _ in range(20)]

@@ -125,6 +125,18 @@ def test_what_comes_fast_goes_on_as_often_as_can_be_seen(gap: float) -> None:
     assert max(delays(came, went)) <= GATHER + LITTLE
 
 
+def test_one_that_comes_soon_after_one_that_was_late_does_not_wait() -> None:
+    came, went = taken([0.02, 0.02, 0.037, 0.003, 0.02, 0.001, 0.039] * 5)
+    assert went == came
+
+
+def test_an_engine_that_stops_where_more_was_expected_is_waited_for_once() -> None:
+    came, went = taken([0.08, 0.0002, 0.0002, 0.0002] * 10)
+    late = [delay for delay in delays(came, went) if delay > LITTLE]
+    assert 0 < len(late) <= 2
+    assert max(late) <= GATHER + RELEASE_SECONDS + LITTLE
+
+
 def test_what_the_engine_stops_after_does_not_wait_for_more() -> None:
     came, went = taken([0.004] * 9, ends=False)
     assert max(delays(came, went)) <= GATHER + RELEASE_SECONDS + LITTLE

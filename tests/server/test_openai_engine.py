@@ -196,7 +196,7 @@ def test_what_comes_fast_is_read_in_larger_batches_after_the_first(
         (singly,) = sizes.values()
         assert sum(singly) == sum(gathered) == 20
         assert len(singly) > 15
-        assert len(gathered) == 2
+        assert len(gathered) <= 3
         assert gathered[0] < 5
 
     run(main())

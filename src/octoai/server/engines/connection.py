@@ -35,7 +35,7 @@ class Connection(asyncio.Protocol):
         self._take: Callable[[bytes], bool] | None = None
         self._seconds = self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._gather = self._came = self._fed = 0.0
+        self._gather = self._came = self._gap = self._fed = 0.0
         self._releasing: asyncio.TimerHandle | None = None
 
     @property
@@ -161,15 +161,16 @@ class Connection(asyncio.Protocol):
             return
         self._num_buffered += len(data)
         before, self._came = self._came, self.now()
+        gaps, self._gap = (self._gap, self._came - before), self._came - before
         if self._take is None:
             if self._num_buffered > MAX_BUFFERED_BYTES:
                 self._transport.pause_reading()
             self._wake()
-        elif self._is_over or not (self._blocks and self._may_wait(self._came - before)):
+        elif self._is_over or not (self._blocks and self._may_wait(max(gaps))):
             self._feed()
 
     def _may_wait(self, gap: float) -> bool:
-        """Whether more is expected in time: as soon after this as this came after what was before."""
+        """Whether more is expected in time: as soon after this as this came after what was before, or that."""
         if self._came + gap >= self._fed + self._gather or self._num_buffered > MAX_GATHERED_BYTES:
             return False
         if self._releasing is None:
@@ -184,6 +185,7 @@ class Connection(asyncio.Protocol):
         if self.now() < self._fed + self._gather:
             self._releasing = self._loop.call_later(RELEASE_SECONDS, self._release)
         else:
+            self._gather = 0.0  # nothing of this answer waits any more
             self._feed()
 
     def _feed(self) -> None:
