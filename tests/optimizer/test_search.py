@@ -283,6 +283,14 @@ def test_a_stage_offers_only_what_its_machine_has() -> None:
                 assert candidate.tuning.micro_batch_tokens <= candidate.batch_tokens
 
 
+def test_one_cache_for_all_slots_is_tried_and_not_given_up() -> None:
+    apart, together = first_guesses(2)[0], first_guesses(2, KERNELS, is_unified=True)[0]
+    tried = [candidate for stage in stages(RECIPES, 2) for candidate in stage.others(apart)]
+    assert any(candidate.tuning.is_unified for candidate in tried)
+    tried = [candidate for stage in stages(RECIPES, 2) for candidate in stage.others(together)]
+    assert all(candidate.tuning.is_unified for candidate in tried if candidate.tuning.kernels)
+
+
 def test_a_candidate_says_what_it_is() -> None:
     assert str(Candidate()) == "as given, 1 thread, 4 slots, batch 64"
     assert str(engine_defaults(2)) == "as given, 2 threads, spinning, 4 slots, batch 2048/512, unified KV"
