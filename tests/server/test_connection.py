@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from octoai.server.engines.connection import MAX_GATHERED_BYTES, RELEASE_SECONDS, Connection
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
-GATHER = 1 / 60
+GATHER = 1 / 30
 STALL = 10.0
 LITTLE = 1e-6
 

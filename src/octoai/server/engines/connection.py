@@ -171,7 +171,8 @@ class Connection(asyncio.Protocol):
 
     def _may_wait(self, gap: float) -> bool:
         """Whether more is expected in time: as soon after this as this came after what was before, or that."""
-        if self._came + gap >= self._fed + self._gather or self._num_buffered > MAX_GATHERED_BYTES:
+        is_fast = gap < self._gather / 2 and self._came + gap < self._fed + self._gather
+        if not is_fast or self._num_buffered > MAX_GATHERED_BYTES:
             return False
         if self._releasing is None:
             self._releasing = self._loop.call_later(RELEASE_SECONDS, self._release)
