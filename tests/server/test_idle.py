@@ -60,6 +60,19 @@ def test_commands_run_in_turn_once_each_and_then_what_follows_from_them(tmp_path
     assert followed == [("begun done ", ""), ("begun done ", "begun done ")]
 
 
+def test_what_goes_wrong_then_is_said_and_the_next_one_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def then() -> None:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        chores = [noting(tmp_path / "first", 0, then), noting(tmp_path / "second", 0)]
+        async with idle.running(chores, lambda: False, quiet_seconds=0.1):
+            await until(tmp_path / "second", "begun done ")
+
+    asyncio.run(main())
+    assert "ZeroDivisionError" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_request_ends_it_and_it_is_begun_again_in_quiet(tmp_path: Path) -> None:
     path, busy = tmp_path / "it", False

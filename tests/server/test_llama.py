@@ -114,8 +114,12 @@ def test_what_cannot_be_changed_to_changes_nothing(embedded_model: Path, tmp_pat
         engine = LlamaEngine(embedded_model, model="m", options=before)
         await engine.start()
         try:
-            with pytest.raises(EngineFailed, match="could not load"):
-                await engine.change(weights, replace(before, num_slots=2))
+            changing = asyncio.create_task(engine.change(weights, replace(before, num_slots=2)))
+            await asyncio.sleep(0)
+            waiting = asyncio.create_task(told(engine))
+            with pytest.raises(EngineFailed, match=r"could not change to .*other\.gguf"):
+                await changing
+            assert await waiting
             assert await told(engine)
             assert (engine.weights, engine.options, engine.num_slots) == (embedded_model, before, 1)
         finally:

@@ -54,7 +54,15 @@ async def _run_all(chores: Sequence[Chore], is_busy: Callable[[], bool], quiet_s
             log.warning("what should run while idle ended with %d: %s", status, " ".join(command))
         else:
             log.info("done while idle: %s", " ".join(command))
-            await chore.then()
+            await _then(chore)
+
+
+async def _then(chore: Chore) -> None:
+    """What goes wrong there is no reason not to go on, and nobody else would say so."""
+    try:
+        await chore.then()
+    except Exception:
+        log.exception("what follows from %s failed", " ".join(chore.command))
 
 
 async def _quiet(is_busy: Callable[[], bool], quiet_seconds: float) -> None:

@@ -101,11 +101,11 @@ class LlamaEngine:
             self._use(weights, options)
             try:
                 await self._first_spawn()
-            except EngineFailed:
+            except (EngineFailed, OSError) as error:
                 self._use(*before)
                 with suppress(EngineFailed, OSError):  # or it is tried again, as after a crash
                     await self._first_spawn()
-                raise
+                raise EngineFailed(f"could not change to {weights}: {error}") from error
         finally:
             self._changing = None
             changed.set()
