@@ -10,10 +10,11 @@ from typing import Any, cast
 import pytest
 
 from octoai.server.engines.base import Event, Finished, Generation, Usage
+from octoai.server.engines.burst import MAX_SECONDS
 from octoai.server.engines.llama_control import Control, Refused
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.prefixes import Prefixes
-from octoai.server.engines.reading import Reading
+from octoai.server.engines.reading import MIN_SHARED_TOKENS, Reading
 from tests.server.test_reading import answered, running
 
 PLAIN = "{% for message in messages %}<|im_start|>{{ message['content'] }}{% endfor %}"
@@ -123,3 +124,35 @@ def test_an_answer_is_the_same_either_way(
     with_tokens = asyncio.run(answers(tmp_path / "tokens"))
     monkeypatch.setattr(Reading, "_has_plain_answers", never)
     assert asyncio.run(answers(tmp_path / "chats")) == with_tokens
+
+
+@pytest.mark.parametrize(("num_tokens", "waits"), [(MIN_SHARED_TOKENS, True), (MIN_SHARED_TOKENS + 1, False)])
+def test_what_is_short_waits_for_those_that_come_with_it(num_tokens: int, waits: bool) -> None:
+    class Slow(Told):
+        """Tells of the second prompt late."""
+
+        context_length = 1000
+        has_told_late = False
+
+        async def tokens(self, generation: Generation) -> Sequence[int]:
+            if generation.text == "late":
+                await asyncio.sleep(MAX_SECONDS / 2)
+                self.has_told_late = True
+            return range(num_tokens)
+
+    told = Slow(PLAIN)
+
+    async def main() -> None:
+        reading = Reading(cast(OpenAIEngine, told), cast(Control, told), Prefixes(Path(), "", 0), 2)
+
+        async def answer(text: str) -> None:
+            async for _ in reading.generate(Generation(max_tokens=1, text=text), None, None):
+                pass
+
+        late = asyncio.create_task(answer("late"))
+        await asyncio.sleep(0)
+        await answer("soon")
+        assert told.has_told_late is waits
+        await late
+
+    asyncio.run(main())

@@ -122,7 +122,7 @@ class Reading:
                 await self._know(prompt, generation)
                 await self._until_others_have_read(prompt)
                 await self._read(prompt, self._take_slot(prompt))
-                await self._burst.join(prompt)
+                await self._join(prompt)
                 told = None if on_left is None else partial(_told, on_left, prompt)
                 answered = self._http.generate(await self._asked(generation, prompt), told, on_text)
                 async with aclosing(answered) as batches:
@@ -137,6 +137,13 @@ class Reading:
                     self._slots.put_back(prompt.slot, prompt.held, self._num_saved(prompt))
                 if on_left is not None and prompt.num_read and not prompt.is_counted:
                     on_left((Started(prompt.num_read, prompt.num_read - prompt.num_computed),))
+
+    async def _join(self, prompt: Prompt) -> None:
+        """What is left to read of it, if it is little, goes into one step with what is left of others."""
+        if len(prompt.tokens) - max(prompt.num_held, prompt.num_read) > MIN_SHARED_TOKENS:
+            self._burst.end(prompt)
+        else:
+            await self._burst.join(prompt)
 
     async def _know(self, prompt: Prompt, generation: Generation) -> None:
         """It stays empty where the engine does not tell: that will say why when it is to answer."""
