@@ -225,3 +225,27 @@ def test_samplers_draw_what_the_engines_own_draw(made: Path) -> None:
     for case in found["without numbers"]:
         assert case["left"][1] > 0, case  # or the engine would read before the first
         assert 0 <= case["drawn"][1] < 1_000, case
+
+
+def test_a_signal_that_does_not_end_a_wait_is_heard() -> None:
+    program = """
+import signal, sys, threading, time
+from octoai.optimizer import kernels
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the other thread gets it: no call of this one is ended
+print("here", flush=True)
+try:
+    kernels._run([["sleep", "60"]], 1)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 7
+    finally:
+        process.kill()
+        process.communicate()

@@ -239,7 +239,7 @@ def _run(commands: Sequence[list[str]], num_at_once: int) -> None:
                 with _signals_waiting():
                     running.append((command[0], _started(command)))
             compiler, process = running[0]
-            _, said = process.communicate()
+            said = _ended(process)
             running.popleft()
             if process.returncode:
                 words = next((line for line in said.splitlines() if "error" in line), "it said nothing")
@@ -249,6 +249,13 @@ def _run(commands: Sequence[list[str]], num_at_once: int) -> None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # a compiler is several processes
             process.communicate()
+
+
+def _ended(process: subprocess.Popen[str]) -> str:
+    """What it said. Waited for a second at a time: a signal that comes as a wait begins does not end that wait."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=1)[1]
 
 
 @contextmanager
