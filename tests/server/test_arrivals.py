@@ -162,3 +162,23 @@ def test_an_answer_in_one_block_is_given_whole() -> None:
         assert (type(batch[0]), type(batch[-1])) == (Started, Finished)
 
     run(main())
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_text_that_came_with_what_is_wrong_goes_on_before_it(takes: bool) -> None:
+    async def main() -> None:
+        came: list[Sequence[Event]] = []
+
+        def on_text(batch: Sequence[Event]) -> bool:
+            if takes:
+                came.append(batch)
+            return takes
+
+        reply = slow(event("a"), event("b") + event("c") + b"data: [1]\n\n")
+        async with up(Upstream(reply)) as engine, aclosing(engine.generate(GENERATION, None, on_text)) as batches:
+            with pytest.raises(EngineFailed):
+                async for batch in batches:
+                    came.append(batch)  # noqa: PERF401  # as they come, to be there when it raises
+        assert [each.text for each in each_of(came) if isinstance(each, Delta)] == ["a", "b", "c"]
+
+    run(main())

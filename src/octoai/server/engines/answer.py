@@ -18,15 +18,20 @@ class Answer:
         self._reader = Reader(generation, habits)
 
     def events(self, block: bytes) -> list[Event]:
-        """Raises EngineFailed for what is not the protocol, and what the engine's own error events mean."""
+        """As `read`, by themselves."""
+        events: list[Event] = []
+        self.read(block, events)
+        return events
+
+    def read(self, block: bytes, events: list[Event]) -> None:
+        """Add what it means. Raises EngineFailed for what is not the protocol, and what the engine's own error events
+        mean; what came before that is added."""
         try:
             texts = self._decoder.split(block)
         except EventTooLargeError:
             raise EngineFailed("The engine sent an event without an end.") from None
-        events: list[Event] = []
         self._reader.read_events(texts, events)
         self.is_whole = self._reader.is_done
-        return events
 
     def so_far(self) -> list[Event]:
         """Everything counted until now, again, in as few events as that takes."""

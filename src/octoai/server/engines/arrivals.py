@@ -24,9 +24,18 @@ class Arrivals:
         self._events: list[Event] = []
 
     def take(self, block: bytes) -> bool:
-        """To be called with each block as it comes. False: `given` has something. Raises as `Answer.events` does."""
+        """To be called with each block as it comes. False: `given` has something. Raises as `Answer.read` does, after
+        what came before that was handed on."""
         self._on_progress()
-        events = self._answer.events(block)
+        events: list[Event] = []
+        try:
+            self._answer.read(block, events)
+        except Exception:
+            self._hand_on(events)
+            raise
+        return self._hand_on(events)
+
+    def _hand_on(self, events: list[Event]) -> bool:
         is_text = events and self._has_begun and not (self._events or self._answer.is_whole)
         if is_text and self._on_text is not None and self._on_text(events):
             return True

@@ -163,6 +163,10 @@ class OpenAIEngine:
                     raise EngineFailed("The engine broke off in the middle of its answer.")
                 if not exchange.is_over:
                     await _end(exchange)
+        except Refusal:
+            if events := arrivals.given():  # what came before it went wrong
+                yield events
+            raise
         except (GeneratorExit, asyncio.CancelledError):
             if not answer.is_whole:
                 with suppress(Refusal):  # there is nobody left to tell
