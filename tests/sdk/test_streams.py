@@ -175,6 +175,16 @@ def test_the_final_answer_gathers_everything(api: Any, serve: Any) -> None:
     assert whole.system_fingerprint == "fp"
 
 
+def test_what_a_model_thinks_is_told_from_what_it_says(api: Any, serve: Any) -> None:
+    thoughts = [chunk("", delta={"reasoning_content": text}) for text in ("hm", "m")]
+    server = serve(lambda x: x.stream([*thoughts, chunk("Hel"), chunk("lo", finish="stop")]))
+    client = api.client(base_url=server.url)
+    assert [c.choices[0].delta.reasoning_content for c in api.all(api.stream(client))] == ["hm", "m", None, None]
+    assert "".join(api.text(api.stream(client))) == "Hello"
+    message = api.final(api.stream(client)).choices[0].message
+    assert (message.reasoning_content, message.content) == ("hmm", "Hello")
+
+
 def test_a_text_completion_streams_and_gathers(api: Any, serve: Any) -> None:
     def piece(text: str, finish: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "text": text, "finish_reason": finish}

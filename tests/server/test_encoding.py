@@ -75,10 +75,13 @@ def test_the_first_chunk_has_the_role_and_empty_content() -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in (first, second, last)] == [None, None, "stop"]
 
 
-@given(st.lists(st.one_of(st.text(min_size=1, max_size=3), st.sampled_from(AWKWARD)), min_size=1), st.booleans())
-def test_deltas_that_came_together_are_the_same_chunks(texts: list[str], is_chat: bool) -> None:
-    deltas = Deltas(texts, list(range(1, len(texts) + 1)))
-    one, other = (chat(), chat()) if is_chat else (text(), text())
+@given(
+    st.lists(st.one_of(st.text(min_size=1, max_size=3), st.sampled_from(AWKWARD)), min_size=1), st.sampled_from("crt")
+)
+def test_deltas_that_came_together_are_the_same_chunks(texts: list[str], kind: str) -> None:
+    """Of a chat, of its reasoning, of a text."""
+    deltas = Deltas(texts, list(range(1, len(texts) + 1)), is_reasoning=kind == "r")
+    one, other = (text(), text()) if kind == "t" else (chat(), chat())
     other.id = one.id
     assert one.stream([Started(3), deltas]) == other.stream([Started(3), *deltas])
     assert one.whole([deltas, finished("stop")]) == other.whole([*deltas, finished("stop")])
@@ -209,7 +212,18 @@ def test_tool_calls_in_pieces_become_whole_ones() -> None:
     ]
 
 
+def test_of_several_choices_only_one_may_call_a_tool() -> None:
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    events = [Started(1), Delta(0, "no", 1), Delta(1, "", 1, None, [call]), finished("stop", "tool_calls")]
+    said, called = json.loads(chat(n=2, tools=[{"function": {"name": "f"}}]).whole(events))["choices"]
+    assert said["message"] == {"role": "assistant", "content": "no"}
+    assert [each["id"] for each in called["message"]["tool_calls"]] == ["c1"]
+
+
 texts = st.text(max_size=12) | st.lists(st.sampled_from(AWKWARD), max_size=4).map("".join)
+
+
+thoughts = st.just("") | texts
 
 
 @st.composite
@@ -218,11 +232,11 @@ def answers(draw: st.DrawFn) -> tuple[int, list[list[Event]]]:
     n = draw(st.integers(1, 4))
     counts = [0] * n
     events: list[Event] = [Started(3)]
-    for index, said in draw(st.lists(st.tuples(st.integers(0, n - 1), texts), max_size=12)):
+    for index, said, thought in draw(st.lists(st.tuples(st.integers(0, n - 1), texts, thoughts), max_size=12)):
         if draw(st.booleans()):
             events.append(Started(3))
         counts[index] += 1
-        events.append(Delta(index, said, counts[index]))
+        events.append(Delta(index, said, counts[index], reasoning=thought))
     events.append(finished(*draw(st.lists(st.sampled_from(["stop", "length"]), min_size=n, max_size=n))))
     batches: list[list[Event]] = [[]]
     for event in events:
@@ -241,6 +255,7 @@ def test_the_stream_says_what_the_whole_answer_says(
     encoder = chat(n=n, stream_options={"include_usage": True}) if is_chat else text(n=n, echo=True, prompt=prompt)
     whole = json.loads(encoder.whole([event for batch in batches for event in batch]))
     said: dict[int, str] = dict.fromkeys(range(n), "")
+    thought = said.copy()
     reasons: dict[int, str] = {}
     read = chunks(encoder, *batches)
     for chunk in read:
@@ -249,6 +264,7 @@ def test_the_stream_says_what_the_whole_answer_says(
         assert isinstance(piece, str)
         assert choice["index"] not in reasons
         said[choice["index"]] += piece
+        thought[choice["index"]] += choice["delta"].get("reasoning_content", "") if is_chat else ""
         if choice["finish_reason"]:
             reasons[choice["index"]] = choice["finish_reason"]
     assert [choice["message"]["content"] if is_chat else choice["text"] for choice in whole["choices"]] == [
@@ -256,6 +272,12 @@ def test_the_stream_says_what_the_whole_answer_says(
     ]
     assert [choice["finish_reason"] for choice in whole["choices"]] == [reasons[index] for index in range(n)]
     if is_chat:
+        messages = [choice["message"] for choice in whole["choices"]]
+        assert [message.get("reasoning_content", "") for message in messages] == [thought[index] for index in range(n)]
+        events = [event for batch in batches for event in batch if isinstance(event, Delta)]
+        assert "".join(thought.values()) == "".join(
+            event.reasoning for index in range(n) for event in events if event.index == index
+        )
         assert read[-1]["usage"] == whole["usage"]
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from gguf.scripts import gguf_new_metadata
 
 from octoai.server.engines import llama
 from octoai.server.engines.base import Delta, Finished, Generation
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 from octoai.server.errors import EngineFailed
+from tests.server.singly import singly
 
 pytestmark = pytest.mark.model
 
@@ -59,6 +61,46 @@ def test_an_engine_that_cannot_be_started_again_now_is_tried_until_it_can(
         asyncio.run(main())
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.reasoning_content %}<think>\n"
+    "{{ message.reasoning_content }}\n</think>\n\n{% endif %}{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_what_a_model_thinks_goes_on_as_that(
+    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp takes it out of the text of an answer, and counts it."""
+    weights = tmp_path / "thinking.gguf"
+    monkeypatch.setattr(sys, "argv", ["", str(embedded_model), str(weights), "--chat-template", THINKING, "--force"])
+    gguf_new_metadata.main()
+    chat = replace(HELLO, max_tokens=12, temperature=0.0, ignore_eos=True)
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"
+
+    async def main() -> tuple[list[Delta], Finished, str]:
+        engine = LlamaEngine(weights, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        await engine.start()
+        try:
+            *events, finished = [*singly([event async for batch in engine.generate(chat) for event in batch])]
+            same = [
+                event async for batch in engine.generate(replace(chat, messages=None, text=prompt)) for event in batch
+            ]
+        finally:
+            await engine.close()
+        assert isinstance(finished, Finished)
+        text = "".join(event.text for event in singly(same) if isinstance(event, Delta))
+        return [event for event in events if isinstance(event, Delta)], finished, text
+
+    try:
+        deltas, finished, text = asyncio.run(main())
+    finally:
+        weights.unlink()
+    assert "".join(delta.reasoning for delta in deltas).strip() == text.strip() != ""
+    assert not any(delta.text for delta in deltas)
+    assert deltas[-1].completion_tokens == finished.usage.completion_tokens == 12
 
 
 async def told(engine: LlamaEngine) -> int:

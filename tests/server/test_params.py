@@ -167,6 +167,7 @@ def test_the_answer_to_a_wrong_field_serves_every_client() -> None:
         ({**CHAT, "messages": [CHAT["messages"][0], {"content": "x"}]}, ["messages", 1, "role"]),
         ({**CHAT, "messages": [{"role": "user", "content": [{"text": 5}]}]}, ["messages", 0, "content", 0, "text"]),
         ({**CHAT, "messages": [{"role": "user", "content": [{}]}]}, ["messages", 0, "content", 0]),
+        ({**CHAT, "messages": [{"role": "a", "reasoning_content": 5}]}, ["messages", 0, "reasoning_content"]),
         ({**CHAT, "messages": []}, ["messages"]),
         ({"model": "m"}, ["messages"]),
         ({**CHAT, "stop": ["a", 5]}, ["stop", 1]),
@@ -355,6 +356,13 @@ def test_absent_and_null_content_is_no_text(content: dict[str, Any]) -> None:
 def test_a_tool_message_needs_no_tool_call_id_and_a_role_may_be_any() -> None:
     for role in ("tool", "developer", "system", "ipython"):
         assert only(chat(messages=[{"role": role, "content": "x"}])).messages == ({"role": role, "content": "x"},)
+
+
+def test_what_a_model_thought_before_is_passed_on_to_its_template() -> None:
+    thought = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
+    assert only(chat(messages=[thought])).messages == (thought,)
+    without = {"role": "assistant", "content": "x"}
+    assert only(chat(messages=[{**without, "reasoning_content": None}])).messages == (without,)
 
 
 def test_max_completion_tokens_wins_over_max_tokens() -> None:

@@ -80,9 +80,13 @@ def streams(draw: st.DrawFn) -> bytes:
     total = 0
     if draw(st.booleans()):
         events.append(draw(odd_events(0)))
+    num_thoughts, thought = draw(st.integers(0, 4)), draw(st.sampled_from(["reasoning", "reasoning_content"]))
     for number, text in enumerate(draw(st.lists(TEXTS, max_size=8))):
         total += draw(st.integers(0, 2))
         said = {"text": text} if is_completion else {"delta": {"content": text}}
+        if not is_completion and number < num_thoughts:
+            others = [{}, {}, {"content": None}, {"reasoning": text}, {"content": "x"}]
+            said = {"delta": {thought: text, **draw(st.sampled_from(others))}}
         choice: dict[str, Any] = {"index": 0, **said, "finish_reason": None}
         if draw(st.integers(0, 9)) == 0:
             logprobs = {"content": [{"token": "a", "logprob": -1.0}]}
@@ -153,6 +157,50 @@ def test_of_a_second_answer_all_plain_events_are_one_batch() -> None:
     habits = Habits()
     assert [type(event) for event in Answer(ONE, habits).events(told(3))] == [Started, Delta, Deltas]
     assert [type(event) for event in Answer(ONE, habits).events(told(77))] == [Started, Deltas]
+
+
+def test_what_a_model_thinks_is_told_from_what_it_says_and_read_as_quickly() -> None:
+    def block(num_prompt: int) -> bytes:
+        parts = []
+        for number in range(1, 41):
+            said = "reasoning_content" if number <= 20 else "content"
+            counts = BOTH.replace("3", f"{num_prompt}") % (num_prompt + number, number)
+            parts.append(saying(f"w{number}", counts).replace(b"content", said.encode()))
+        return b"".join(parts)
+
+    def expected(num_prompt: int) -> list[Event]:
+        thoughts = [Delta(0, "", number, reasoning=f"w{number}") for number in range(1, 21)]
+        return [Started(num_prompt), *thoughts, *(Delta(0, f"w{number}", number) for number in range(21, 41))]
+
+    habits = Habits()
+    first, second = Answer(ONE, habits).events(block(3)), Answer(ONE, habits).events(block(5))
+    assert [*singly(first)] == expected(3)
+    assert [*singly(second)] == expected(5)
+    kinds = [Started, Delta, Deltas, Delta, Deltas]
+    assert [type(event) for event in first] == [type(event) for event in second] == kinds
+
+
+def test_llama_cpps_thoughts_are_known_by_their_shape_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    decoded = reader._decoded
+    monkeypatch.setattr(reader, "_decoded", lambda data: parsed.append(data) or decoded(data))
+    answer, events = Answer(ONE), []
+    for number in range(1, 21):
+        event = TIMED.replace(b'_n":9', b'_n":%d' % number)
+        if number <= 10:
+            event = event.replace(b'"content"', b'"reasoning_content"')
+        events += [*singly(answer.events(event + b"\n\n"))]
+    assert [event.reasoning or event.text for event in events[1:] if isinstance(event, Delta)] == ["a"] * 20
+    assert [bool(event.reasoning) for event in events[1:] if isinstance(event, Delta)] == [True] * 10 + [False] * 10
+    assert len(parsed) == 2
+
+
+def test_thoughts_are_counted_also_where_the_engine_does_not_count() -> None:
+    chunks = [{"choices": [{"index": 0, "delta": {"reasoning": "a"}}]}, {"choices": [{"delta": {"content": "b"}}]}]
+    answer = Answer(ONE)
+    events = answer.events(b"".join(b"data: %b\n\n" % json.dumps(chunk).encode() for chunk in chunks))
+    assert events == [Started(0), Delta(0, "", 1, reasoning="a"), Delta(0, "b", 2)]
+    assert answer.so_far()[1:] == [Delta(0, "", 2)]
 
 
 TIMED = (

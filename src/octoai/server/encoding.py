@@ -50,7 +50,7 @@ class _Encoder:
 
     chunk_object = ""
     whole_object = ""
-    _around_text = ("", "")  # of a delta's text, where it has nothing else
+    _around_text = _around_reasoning = ("", "")  # of a delta, where it has nothing else
 
     def __init__(self, request: TextRequest, *, fingerprint: str, created: int | None = None) -> None:
         self.request = request
@@ -73,7 +73,7 @@ class _Encoder:
         chunks: list[str] = []
         for event in batch:
             if isinstance(event, Deltas):  # nearly every one
-                chunks.append(self._chunks(event.texts))
+                chunks.append(self._chunks(event))
             elif isinstance(event, Delta):
                 chunks.append(self._chunk(event.index, self._delta(event), "null"))
             elif isinstance(event, Started):
@@ -102,15 +102,20 @@ class _Encoder:
         tail = self._usage if usage is None else usage
         return f'{self._head}{{"index":{index},{said},"finish_reason":{reason}}}]{tail}}}\n\n'
 
-    def _chunks(self, texts: Sequence[str]) -> str:
-        """Those of `Deltas`."""
-        begins, between, ends = self._around
-        return f"{begins}{between.join(map(quoted, texts))}{ends}"
+    def _chunks(self, event: Deltas) -> str:
+        begins, between, ends = self._thoughts if event.is_reasoning else self._texts
+        return f"{begins}{between.join(map(quoted, event.texts))}{ends}"
 
     @cached_property
-    def _around(self) -> tuple[str, str, str]:
+    def _texts(self) -> tuple[str, str, str]:
+        return self._between(*self._around_text)
+
+    @cached_property
+    def _thoughts(self) -> tuple[str, str, str]:
+        return self._between(*self._around_reasoning)
+
+    def _between(self, before: str, after: str) -> tuple[str, str, str]:
         """What stands before, between and behind the texts of `Deltas`."""
-        before, after = self._around_text
         begins = f'{self._head}{{"index":0,{before}'
         ends = f'{after},"finish_reason":null}}]{self._usage}}}\n\n'
         return begins, ends + begins, ends
@@ -120,12 +125,16 @@ class _Encoder:
         texts = self._echoed.copy()
         logprobs: dict[int, list[Mapping[str, Any]]] = {}
         calls: dict[int, list[Mapping[str, Any]]] = {}
+        reasoning: dict[int, str] = {}
         finished: Finished | None = None
         for event in events:
             if isinstance(event, Deltas):
-                texts[0] = texts.get(0, "") + "".join(event.texts)
+                said = reasoning if event.is_reasoning else texts
+                said[0] = said.get(0, "") + "".join(event.texts)
             elif isinstance(event, Delta):
                 texts[event.index] = texts.get(event.index, "") + event.text
+                if event.reasoning:
+                    reasoning[event.index] = reasoning.get(event.index, "") + event.reasoning
                 if event.logprobs:
                     logprobs.setdefault(event.index, []).extend(event.logprobs)
                 if event.tool_calls:
@@ -133,17 +142,31 @@ class _Encoder:
             elif isinstance(event, Finished):
                 finished = event
         assert finished is not None
-        wants_logprobs = self.request.generations[0].logprobs is not None
         choices = ",".join(
             [
-                f'{{"index":{index},{self._said(texts.get(index, ""), _gathered_calls(calls[index]) if calls else ())},'
-                f'"logprobs":{_json(self._logprobs(logprobs.get(index, ()), 0)) if wants_logprobs else "null"},'
-                f'"finish_reason":{quoted(reason)}}}'
+                self._choice(
+                    index, reason, texts.get(index), reasoning.get(index), logprobs.get(index), calls.get(index)
+                )
                 for index, reason in sorted(finished.reasons.items())
             ]
         )
         usage = usage_json(finished.usage, self.cost)
         return f'{self._frame(self.whole_object)}{choices}],"usage":{usage}}}'.encode("ascii")
+
+    def _choice(
+        self,
+        index: int,
+        reason: str,
+        text: str | None,
+        reasoning: str | None,
+        logprobs: Sequence[Mapping[str, Any]] | None,
+        calls: Sequence[Mapping[str, Any]] | None,
+    ) -> str:
+        """Of a whole answer."""
+        said = self._said(text or "", reasoning or "", _gathered_calls(calls) if calls else ())
+        wants_logprobs = self.request.generations[0].logprobs is not None
+        found = _json(self._logprobs(logprobs or (), 0)) if wants_logprobs else "null"
+        return f'{{"index":{index},{said},"logprobs":{found},"finish_reason":{quoted(reason)}}}'
 
     def _frame(self, name: str) -> str:
         """What comes before the choices, whole or in a chunk."""
@@ -172,7 +195,7 @@ class _Encoder:
     def _closing(self) -> str:
         raise NotImplementedError
 
-    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> str:
+    def _said(self, text: str, reasoning: str, calls: Sequence[Mapping[str, Any]]) -> str:
         raise NotImplementedError
 
 
@@ -180,26 +203,28 @@ class ChatEncoder(_Encoder):
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
     _around_text = ('"delta":{"content":', '},"logprobs":null')
+    _around_reasoning = ('"delta":{"content":"","reasoning_content":', '},"logprobs":null')
 
     def _opening(self, index: int) -> str:
         return '"delta":{"role":"assistant","content":""},"logprobs":null'
 
     def _delta(self, event: Delta) -> str:
+        thought = _reasoning(event.reasoning)
         calls = f',"tool_calls":{_json(event.tool_calls)}' if event.tool_calls else ""
-        return f'"delta":{{"content":{quoted(event.text)}{calls}}}{self._logprobs_json(event, 0)}'
+        return f'"delta":{{"content":{quoted(event.text)}{thought}{calls}}}{self._logprobs_json(event, 0)}'
 
     def _closing(self) -> str:
         return '"delta":{"content":""},"logprobs":null'
 
-    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> str:
+    def _said(self, text: str, reasoning: str, calls: Sequence[Mapping[str, Any]]) -> str:
         called = f',"tool_calls":{_json(calls)}' if calls else ""
-        return f'"message":{{"role":"assistant","content":{quoted(text)}{called}}}'
+        return f'"message":{{"role":"assistant","content":{quoted(text)}{_reasoning(reasoning)}{called}}}'
 
 
 class CompletionEncoder(_Encoder):
     chunk_object = "text_completion"
     whole_object = "text_completion"
-    _around_text = ('"text":', ',"logprobs":null')
+    _around_text = _around_reasoning = ('"text":', ',"logprobs":null')
 
     def __init__(self, request: TextRequest, *, fingerprint: str, created: int | None = None) -> None:
         super().__init__(request, fingerprint=fingerprint, created=created)
@@ -220,7 +245,7 @@ class CompletionEncoder(_Encoder):
     def _closing(self) -> str:
         return '"text":"","logprobs":null'
 
-    def _said(self, text: str, calls: Sequence[Mapping[str, Any]]) -> str:
+    def _said(self, text: str, reasoning: str, calls: Sequence[Mapping[str, Any]]) -> str:
         return f'"text":{quoted(text)}'
 
     def _logprobs(self, entries: Sequence[Mapping[str, Any]], text_offset: int) -> dict[str, Any]:
@@ -240,6 +265,11 @@ class CompletionEncoder(_Encoder):
 
 def _echoed(request: TextRequest) -> dict[int, str]:
     return dict(enumerate(generation.text or "" for generation in request.generations for _ in range(generation.n)))
+
+
+def _reasoning(text: str) -> str:
+    """Under the name that DeepSeek, llama.cpp and most clients have for it."""
+    return f',"reasoning_content":{quoted(text)}' if text else ""
 
 
 def _gathered_calls(deltas: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -69,7 +69,10 @@ class ChatCompletionDeltaToolCall(Record):
 
 
 class ChatCompletionDelta(Record):
+    """`reasoning_content` is what the model thinks before it answers, where the service tells that from its answer."""
+
     content: Optional[str] = None
+    reasoning_content: Optional[str] = None
     role: Optional[str] = None
     tool_calls: Optional[list[ChatCompletionDeltaToolCall]] = None
 

@@ -74,7 +74,10 @@ CreateChatCompletionStreamRequestToolChoice = CreateChatCompletionRequestToolCho
 
 
 class ChatMessage(Record):
+    """`reasoning_content` is what a model thought before it answered, where the service tells that from its answer."""
+
     content: Optional[Content] = None
+    reasoning_content: Optional[str] = None
     role: str
     tool_calls: Optional[list[ToolCall]] = None
 

@@ -68,6 +68,7 @@ class MessageParam(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
     role: Required[Annotated[str, Field(min_length=1, max_length=64)]]
     content: NotRequired[Union[str, list[_ContentPart], None]]
+    reasoning_content: NotRequired[Optional[str]]
     tool_calls: NotRequired[Optional[list[_ToolCall]]]
     tool_call_id: NotRequired[Optional[str]]
     name: NotRequired[Optional[str]]

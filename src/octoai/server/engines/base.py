@@ -88,28 +88,32 @@ class Started:
 
 @dataclass(slots=True)
 class Delta:
-    """More of choice `index`. `completion_tokens` is how many it has in all so far, as the engine counts."""
+    """More of choice `index`. `completion_tokens` is how many it has in all so far, as the engine counts.
+    `reasoning` is what the model thinks before it answers, where the engine tells that from its text."""
 
     index: int
     text: str
     completion_tokens: int
     logprobs: Sequence[Mapping[str, Any]] | None = None
     tool_calls: Sequence[Mapping[str, Any]] | None = None
+    reasoning: str = ""
 
 
 @dataclass(slots=True)
 class Deltas:
-    """`Delta`s of the only choice that are text and nothing else, in an answer without logprobs: their texts, and their
-    `completion_tokens`.
+    """`Delta`s of the only choice that are text and nothing else (with `is_reasoning`: reasoning and nothing else), in
+    an answer without logprobs: their texts, and their `completion_tokens`.
 
     What comes in one read is often hundreds of them, and an object for each would be most of the work.
     """
 
     texts: Sequence[str]
     counts: Sequence[int]
+    is_reasoning: bool = False
 
     def __iter__(self) -> Iterator[Delta]:
-        return (Delta(0, text, count) for text, count in zip(self.texts, self.counts, strict=True))
+        for text, count in zip(self.texts, self.counts, strict=True):
+            yield Delta(0, "", count, reasoning=text) if self.is_reasoning else Delta(0, text, count)
 
 
 @dataclass(slots=True)

@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 from octoai.server.engines.odd import OddEvents
 
-TEXT = re.compile(rb'"(?:content|text)": ?"([^"\\]+)"')
+# With the name that it has: a text, or what the model thinks. vLLM says `reasoning`, others `reasoning_content`.
+TEXT = re.compile(rb'"(content|text|reasoning|reasoning_content)": ?"([^"\\]+)"')
 # The two counts that change, in whichever order.
 _COUNTS = re.compile(rb'"(?:total|completion)_tokens": ?([0-9]{1,9})(, ?"(total|completion)_tokens": ?)([0-9]{1,9})')
+REASONING = b"reasoning"
 _PROMPT_TOKENS = re.compile(rb'("prompt_tokens": ?)[0-9]+')
 _CHOICES = b'"choices":'
 MAX_TOKENS = 2**31
@@ -32,13 +34,15 @@ BACKSLASH = ord("\\")  # as a number: `in` takes several times as long to find b
 
 class Plain(NamedTuple):
     """A text stands between `begins` and a quote with `middle` behind it. Where the engine says what it has counted,
-    two numbers with `between` between them stand before `ends`, the tokens of the answer first or last."""
+    two numbers with `between` between them stand before `ends`, the tokens of the answer first or last. `is_reasoning`:
+    the text is what the model thinks."""
 
     begins: bytes
     middle: bytes
     between: bytes = b""
     ends: bytes = b""
     is_last: bool = False
+    is_reasoning: bool = False
 
     @property
     def has_counts(self) -> bool:
@@ -64,7 +68,7 @@ class Plain(NamedTuple):
 
     def _one_as_foreseen(self, event: bytes, count: int, prompt_tokens: int) -> tuple[list[str], list[int]]:
         """An event that came by itself, of one token."""
-        begins, middle, between, ends, is_last = self
+        begins, middle, between, ends, is_last, _ = self
         first = len(begins)
         end = event.find(b'"', first)
         text = event[first:end]
@@ -83,7 +87,7 @@ class Plain(NamedTuple):
 
     def _behind(self, counts: range, prompt_tokens: int) -> bytes:
         """What stands behind the texts of events that count so many tokens, each with a gap."""
-        _, middle, between, ends, is_last = self
+        _, middle, between, ends, is_last, _ = self
         if not between:
             return (middle + ends + _GAP) * len(counts)
         said, total = counts, range(counts.start + prompt_tokens, counts.stop + prompt_tokens)
@@ -167,25 +171,25 @@ class Habits:
 
     def __init__(self) -> None:
         self.odd = OddEvents()
-        self._shape: Plain | None = None  # without what comes before the choices
-        self._prompt_tokens: re.Match[bytes] | None = None
+        # Without what comes before the choices, each with where it says the prompt's tokens; also that of reasoning.
+        self._shapes: dict[bool, tuple[Plain, re.Match[bytes] | None]] = {}
 
     def remember(self, event: bytes, shape: Plain) -> None:
         frame = _frame(event)
         if frame and shape.begins.startswith(frame):
-            self._shape = shape._replace(begins=shape.begins[len(frame) :])
-            self._prompt_tokens = _PROMPT_TOKENS.search(shape.middle + b"\0" + shape.ends)
+            told = _PROMPT_TOKENS.search(shape.middle + b"\0" + shape.ends)
+            self._shapes[shape.is_reasoning] = shape._replace(begins=shape.begins[len(frame) :]), told
 
-    def guess(self, event: bytes, prompt_tokens: int) -> Plain | None:
+    def guess(self, event: bytes, prompt_tokens: int, *, is_reasoning: bool = False) -> Plain | None:
         """The shape of plain events in the answer that an event is of."""
-        shape, frame = self._shape, _frame(event)
-        if shape is None or not frame:
+        known, frame = self._shapes.get(is_reasoning), _frame(event)
+        if known is None or not frame:
             return None
-        middle, ends = shape.middle, shape.ends
-        if self._prompt_tokens is not None:
-            before, now = self._prompt_tokens[0], b"%b%d" % (self._prompt_tokens[1], prompt_tokens)
+        (begins, middle, between, ends, is_last, _), told = known
+        if told is not None:
+            before, now = told[0], b"%b%d" % (told[1], prompt_tokens)
             middle, ends = middle.replace(before, now), ends.replace(before, now)
-        return Plain(frame + shape.begins, middle, shape.between, ends, shape.is_last)
+        return Plain(frame + begins, middle, between, ends, is_last, is_reasoning)
 
 
 def _frame(event: bytes) -> bytes:
@@ -199,9 +203,9 @@ def plain(event: bytes) -> Plain | None:
     text = TEXT.search(event)
     if text is None or TEXT.search(event, text.end()) is not None:
         return None
-    begins, rest = event[: text.start(1)], event[text.end() :]
+    begins, rest, is_reasoning = event[: text.start(2)], event[text.end() :], text[1].startswith(REASONING)
     counted = _COUNTS.search(rest)
     if counted is None:
-        return Plain(begins, rest)
+        return Plain(begins, rest, is_reasoning=is_reasoning)
     is_last = counted[3] == b"completion"
-    return Plain(begins, rest[: counted.start(1)], counted[2], rest[counted.end() :], is_last)
+    return Plain(begins, rest[: counted.start(1)], counted[2], rest[counted.end() :], is_last, is_reasoning)

@@ -72,7 +72,7 @@ class Reader:
         self._is_guess = False
         if not self._started:
             self._start(events)
-        events.append(Deltas(said, counts))
+        events.append(Deltas(said, counts, shape.is_reasoning))
         return len(said)
 
     def _read_text(self, text: bytes, events: list[Event]) -> None:
@@ -130,14 +130,18 @@ class Reader:
 
     def _expect_after(self, text: bytes, chunk: Mapping[str, Any] | None, event: Event | None) -> None:
         """What the events to come will look like, now that one was read of which `chunk` and `event` were made."""
-        if self._plain is not None and (self._is_guess or self._said() != self._said_when_plain):
+        is_other = isinstance(event, Delta) and self._plain is not None and self._plain.is_reasoning != _thinks(event)
+        if self._plain is not None and (self._is_guess or is_other or self._said() != self._said_when_plain):
             self._plain = None  # it was guessed wrong, or would not say again what was said now
         if self._plain is None and self._num_tries:
             self._expect(text, chunk, event)
 
     def _expect(self, text: bytes, chunk: Mapping[str, Any] | None, event: Event | None) -> None:
         """As in an earlier answer, or as one that was more of the only choice's text and nothing else."""
-        shape: Plain | Timed | None = None if self._is_guess else self._habits.guess(text, self._prompt_tokens)
+        shape: Plain | Timed | None = None
+        if not self._is_guess:
+            is_reasoning = isinstance(event, Delta) and _thinks(event)
+            shape = self._habits.guess(text, self._prompt_tokens, is_reasoning=is_reasoning)
         self._is_guess = shape is not None
         if shape is None and chunk is not None and isinstance(event, Delta):
             self._num_tries -= 1
@@ -146,12 +150,14 @@ class Reader:
             self._plain, self._said_when_plain = shape, self._said()
 
     def _learnt(self, text: bytes, chunk: Mapping[str, Any], event: Delta) -> Plain | Timed | None:
-        if event.index or not event.text or event.tool_calls or event.logprobs:
+        if event.index or bool(event.text) == bool(event.reasoning) or event.tool_calls or event.logprobs:
             return None
-        if chunk.get("timings"):
-            return None if chunk.get("usage") else timed(text)
-        shape = plain(text)
-        if shape is None or shape.has_counts != bool(chunk.get("usage")):
+        shape = timed(text) if chunk.get("timings") else plain(text)
+        if shape is None or shape.is_reasoning != _thinks(event):
+            return None
+        if isinstance(shape, Timed):
+            return None if chunk.get("usage") else shape
+        if shape.has_counts != bool(chunk.get("usage")):
             return None
         self._habits.remember(text, shape)
         return shape
@@ -238,15 +244,17 @@ class Reader:
         said = choice.get("delta")
         text = (choice.get("text") if said is None else said.get("content")) or ""
         calls = None if said is None else said.get("tool_calls")
-        if not isinstance(text, str):
+        reasoning = "" if said is None else _reasoning(said)
+        if not isinstance(text, str) or not isinstance(reasoning, str):
             raise TypeError(text)
         logprobs = entries(choice["logprobs"]) if choice.get("logprobs") else None
-        if not text and not calls and not logprobs:  # a token that only begins a character has a logprob, but no text
+        # A token that only begins a character has a logprob, but no text.
+        if not text and not calls and not logprobs and not reasoning:
             return None
         index = choice.get("index", 0)
         if self._generation is not None and not 0 <= index < self._generation.n:
             raise ValueError(f"choice {index} was not asked for")
-        return Delta(index, text, self._counted.get(index, 0), logprobs, calls)
+        return Delta(index, text, self._counted.get(index, 0), logprobs, calls, reasoning)
 
     def _finished(self) -> Finished:
         if not self._reasons:
@@ -276,4 +284,13 @@ def _count(value: Any) -> int | None:
 
 def _has_text(choice: Mapping[str, Any]) -> bool:
     said = choice.get("delta") or choice
-    return bool(said.get("content") or said.get("text") or said.get("tool_calls"))
+    return bool(said.get("content") or said.get("text") or said.get("tool_calls") or _reasoning(said))
+
+
+def _reasoning(delta: Mapping[str, Any]) -> Any:
+    """Some servers say it under both names."""
+    return delta.get("reasoning_content") or delta.get("reasoning") or ""
+
+
+def _thinks(event: Delta) -> bool:
+    return bool(event.reasoning) and not event.text

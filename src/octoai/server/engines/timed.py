@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from octoai.server.engines.plain import BACKSLASH, MAX_RUN, TEXT
+from octoai.server.engines.plain import BACKSLASH, MAX_RUN, REASONING, TEXT
 
 _CREATED = re.compile(rb'"created": ?([0-9]+)')
 _COUNT = re.compile(rb'"timings": ?\{[^{}]*"predicted_n": ?([0-9]{1,9})(?=[,}])')
@@ -20,17 +20,21 @@ _OF_NUMBERS = b"0123456789.+-eE"
 class Timed:
     """A text stands between `begins` and `middle`, then the number of the answer's tokens.
 
-    When the event was made is in `middle`, in `num_created` digits at `created`, others every second: it is kept as
-    last seen. `ends` is what follows the number of tokens, without all that numbers are made of.
+    When the event was made is in `middle`, at `created`, and another every second: it is kept as last seen. `ends` is
+    what follows the number of tokens, without all that numbers are made of. `is_reasoning`: the text is what the model
+    thinks.
     """
 
     has_counts = True
 
-    def __init__(self, begins: bytes, middle: bytes, ends: bytes, created: int = 0, num_created: int = 0) -> None:
+    def __init__(
+        self, begins: bytes, middle: bytes, ends: bytes, created: slice = slice(0, 0), *, is_reasoning: bool = False
+    ) -> None:
+        self.is_reasoning = is_reasoning
         self._begins = begins
         self._middle = middle
         self._ends = ends
-        self._created = slice(created, created + num_created)
+        self._created = created
 
     def read(
         self, events: Sequence[bytes], start: int, num_counted: int = 0, prompt_tokens: int = 0
@@ -77,10 +81,12 @@ def timed(event: bytes) -> Timed | None:
     text, counted, created = TEXT.search(event), _COUNT.search(event), _CREATED.search(event)
     if text is None or counted is None or TEXT.search(event, text.end()) or _COUNT.search(event, counted.end()):
         return None
-    begins, ends = event[: text.start(1)], event[counted.end() :].translate(None, _OF_NUMBERS)
+    begins, ends = event[: text.start(2)], event[counted.end() :].translate(None, _OF_NUMBERS)
     if not ends.startswith(b",") or counted.start() < text.end():
         return None
-    middle = event[text.end() - 1 : counted.start(1)]  # from the quote on that ends the text
+    quote, is_reasoning = text.end() - 1, text[1].startswith(REASONING)  # the quote that ends the text
+    middle = event[quote : counted.start(1)]
     if created is None or not text.end() < created.start() < created.end() < counted.start(1):
-        return Timed(begins, middle, ends)
-    return Timed(begins, middle, ends, created.start(1) - text.end() + 1, len(created[1]))
+        return Timed(begins, middle, ends, is_reasoning=is_reasoning)
+    when = slice(created.start(1) - quote, created.end(1) - quote)
+    return Timed(begins, middle, ends, when, is_reasoning=is_reasoning)
