@@ -95,9 +95,11 @@ def vllm(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     except vllm_env.CannotBuild as error:
         pytest.skip(f"no vLLM here: {error}")
     running = Vllm(command, vllm_env.weights(CACHE, embedded_model), tmp_path_factory.mktemp("vllm"))
-    running.wait()
-    yield running
-    running.kill()
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.kill()
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,14 @@ def test_usage_is_on_the_last_chunk_with_a_choice_and_only_when_asked_for() -> N
     assert last["choices"][0]["finish_reason"] == "stop"
 
 
+def test_what_was_thought_is_part_of_the_usage() -> None:
+    usage = Usage(prompt_tokens=3, completion_tokens=9, reasoning_tokens=7)
+    body = json.loads(chat().whole([Started(3), Delta(0, "", 7, reasoning="hm"), Finished({0: "stop"}, usage)]))
+    assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 7}
+    assert (body["usage"]["completion_tokens"], body["usage"]["total_tokens"]) == (9, 12)
+    assert "completion_tokens_details" not in json.loads(chat().whole([Started(3), finished("stop")]))["usage"]
+
+
 def test_each_choice_opens_once_and_closes_once() -> None:
     # Two requests to the engine make this answer: each of them starts.
     batches = [[Started(3), Delta(0, "a", 1)], [Started(3), Delta(1, "b", 1)], [finished("stop", "length")]]

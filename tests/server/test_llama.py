@@ -100,7 +100,7 @@ def test_what_a_model_thinks_goes_on_as_that(
         weights.unlink()
     assert "".join(delta.reasoning for delta in deltas).strip() == text.strip() != ""
     assert not any(delta.text for delta in deltas)
-    assert deltas[-1].completion_tokens == finished.usage.completion_tokens == 12
+    assert deltas[-1].completion_tokens == finished.usage.completion_tokens == finished.usage.reasoning_tokens == 12
 
 
 async def told(engine: LlamaEngine) -> int:

@@ -166,17 +166,19 @@ def test_what_a_model_thinks_is_told_from_what_it_says_and_read_as_quickly() -> 
             said = "reasoning_content" if number <= 20 else "content"
             counts = BOTH.replace("3", f"{num_prompt}") % (num_prompt + number, number)
             parts.append(saying(f"w{number}", counts).replace(b"content", said.encode()))
-        return b"".join(parts)
+        end = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}'
+        return b"".join([*parts, end, b"\n\ndata: [DONE]\n\n"])
 
     def expected(num_prompt: int) -> list[Event]:
         thoughts = [Delta(0, "", number, reasoning=f"w{number}") for number in range(1, 21)]
-        return [Started(num_prompt), *thoughts, *(Delta(0, f"w{number}", number) for number in range(21, 41))]
+        said = [Delta(0, f"w{number}", number) for number in range(21, 41)]
+        return [Started(num_prompt), *thoughts, *said, Finished({0: "stop"}, Usage(num_prompt, 0, 40, 20))]
 
     habits = Habits()
     first, second = Answer(ONE, habits).events(block(3)), Answer(ONE, habits).events(block(5))
     assert [*singly(first)] == expected(3)
     assert [*singly(second)] == expected(5)
-    kinds = [Started, Delta, Deltas, Delta, Deltas]
+    kinds = [Started, Delta, Deltas, Delta, Deltas, Finished]
     assert [type(event) for event in first] == [type(event) for event in second] == kinds
 
 
@@ -193,6 +195,23 @@ def test_llama_cpps_thoughts_are_known_by_their_shape_too(monkeypatch: pytest.Mo
     assert [event.reasoning or event.text for event in events[1:] if isinstance(event, Delta)] == ["a"] * 20
     assert [bool(event.reasoning) for event in events[1:] if isinstance(event, Delta)] == [True] * 10 + [False] * 10
     assert len(parsed) == 2
+
+
+def test_how_much_was_thought_is_as_the_engine_says_where_it_does() -> None:
+    def answer(thought: int) -> bytes:
+        usage = {"prompt_tokens": 3, "completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": thought}}
+        events = [
+            {"choices": [{"index": 0, "delta": {"reasoning_content": "a"}}]},
+            {"choices": [{"index": 0, "delta": {"content": "b"}, "finish_reason": "stop"}]},
+            {"choices": [], "usage": usage},
+        ]
+        texts = [json.dumps(event, separators=(",", ":")) for event in events]
+        return "".join(f"data: {text}\n\n" for text in [*texts, "[DONE]"]).encode()
+
+    habits = Habits()
+    for thought, wanted in ((7, 7), (5, 5), (0, 1), (99, 9)):  # the last two are known by the first's shape
+        *_, finished = Answer(ONE, habits).events(answer(thought))
+        assert finished == Finished({0: "stop"}, Usage(3, 0, 9, wanted))
 
 
 def test_thoughts_are_counted_also_where_the_engine_does_not_count() -> None:
@@ -371,7 +390,7 @@ def test_an_event_without_text_that_differs_in_more_is_read_in_full(given: bytes
     learnt = OddEvents()
     event = ENDED % TOLD
     learnt.learn(event, json.loads(event))
-    assert learnt.read(event.replace(b"a1", b"b2").replace(b":9", b":8")) == (True, "stop", (31, 8, 2))
+    assert learnt.read(event.replace(b"a1", b"b2").replace(b":9", b":8")) == (True, "stop", (31, 8, 2, None))
     assert given in event
     assert learnt.read(event.replace(given, other)) is None
 

@@ -25,6 +25,8 @@ DONE = b"data: [DONE]\n\n"
 def usage_json(usage: Usage, cost: str | None = None) -> str:
     """`cost` is in US dollars, as an exact decimal."""
     said = "" if cost is None else f',"cost":"{cost}"'
+    if usage.reasoning_tokens:
+        said += f',"completion_tokens_details":{{"reasoning_tokens":{usage.reasoning_tokens}}}'
     return (
         f'{{"completion_tokens":{usage.completion_tokens},"prompt_tokens":{usage.prompt_tokens},'
         f'"total_tokens":{usage.prompt_tokens + usage.completion_tokens},'

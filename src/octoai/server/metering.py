@@ -88,4 +88,5 @@ class Meter:
             prompt_tokens=sum(usage.prompt_tokens for usage in prompts.values()),
             cached_tokens=sum(usage.cached_tokens for usage in prompts.values()),
             completion_tokens=sum(part.completion_tokens for part in self.parts),
+            reasoning_tokens=sum(part.usage.reasoning_tokens for part in self.parts),
         )

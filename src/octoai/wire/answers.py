@@ -12,9 +12,11 @@ FinishReason = Union[Literal["stop", "length", "tool_calls", "content_filter", "
 
 class UsageStats(Record):
     """Tokens, as the engine counted them. `cost` is in US dollars, as an exact decimal; `prompt_tokens_details` says
-    how many tokens of the prompt were found in a cache (`cached_tokens`)."""
+    how many tokens of the prompt were found in a cache (`cached_tokens`), `completion_tokens_details` how many of the
+    answer's are what the model thought before it (`reasoning_tokens`), where it did."""
 
     completion_tokens: int
+    completion_tokens_details: Optional[dict[str, Any]] = None
     cost: Optional[str] = None
     prompt_tokens: int
     prompt_tokens_details: Optional[dict[str, int]] = None

@@ -68,11 +68,13 @@ class Generation:
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens as the engine counted them; `cached_tokens` are those of the prompt that it did not compute again."""
+    """Tokens as the engine counted them; `cached_tokens` are those of the prompt that it did not compute again,
+    `reasoning_tokens` those of the completion that the model thought before it answered."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 NOTHING = Usage()

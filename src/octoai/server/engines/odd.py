@@ -21,8 +21,8 @@ MAX_KNOWN = 64
 MAX_LEARNT = 256  # in all: to learn one takes a millisecond, and an engine may never say the same twice
 
 # Whether it has a choice, why that ended, and the tokens that it says: of the prompt, of those found in the cache
-# (None: not said), and of the answer.
-Said = tuple[bool, str | None, tuple[int, int | None, int] | None]
+# (None: not said), of the answer, and of those that are reasoning (None: not said).
+Said = tuple[bool, str | None, tuple[int, int | None, int, int | None] | None]
 
 
 class _Shape(NamedTuple):
@@ -34,6 +34,7 @@ class _Shape(NamedTuple):
     prompt: int
     cached: int
     completion: int
+    reasoning: int
 
 
 class OddEvents:
@@ -49,13 +50,14 @@ class OddEvents:
         shape = self._shapes.get(event.translate(None, _DIGITS))
         if shape is None:
             return None
-        pattern, has_choice, reason, prompt, cached, completion = shape
+        pattern, has_choice, reason, prompt, cached, completion, reasoning = shape
         found = pattern.fullmatch(event)
         if found is None:
             return None
         if not prompt:
             return has_choice, reason, None
-        return has_choice, reason, (int(found[prompt]), int(found[cached]) if cached else None, int(found[completion]))
+        num_cached, num_thought = (int(found[place]) if place else None for place in (cached, reasoning))
+        return has_choice, reason, (int(found[prompt]), num_cached, int(found[completion]), num_thought)
 
     def learn(self, event: bytes, chunk: Mapping[str, Any]) -> None:
         """`chunk` is what is in it, which was read and had no text."""
@@ -81,8 +83,9 @@ def _shape(event: bytes, chunk: Mapping[str, Any]) -> _Shape | None:
         return None
     parts = _NUMBER.split(event)  # what is between numbers, each with the end of its key behind it
     names = [part[part.rfind(_QUOTE) + 1 :].decode("latin-1") for part in parts[:-1:2]]
-    details = usage.get("prompt_tokens_details") or {}
-    said = {"index": choice, "prompt_tokens": usage, "cached_tokens": details, "completion_tokens": usage}
+    read, made = (usage.get(f"{kind}_tokens_details") or {} for kind in ("prompt", "completion"))
+    said = {"index": choice, "prompt_tokens": usage, "cached_tokens": read, "completion_tokens": usage}
+    said["reasoning_tokens"] = made
     wanted = [name for name, among in said.items() if among.get(name) is not None]
     if any(names.count(name) != 1 for name in wanted):
         return None

@@ -32,6 +32,7 @@ class Reader:
     is_done = False
     _started = False
     _prompt_tokens = _cached_tokens = 0
+    _num_thought = _told_thought = 0  # tokens of reasoning, as counted here and as the server says in the end
     _completion_tokens: int | None = None
     _plain: Plain | Timed | None = None
     _is_guess = False
@@ -40,6 +41,7 @@ class Reader:
     def __init__(self, generation: Generation | None = None, habits: Habits | None = None) -> None:
         self._generation = generation
         self._counted: dict[int, int] = {}
+        self._counted_at_text: dict[int, int] = {}  # by the last text; tokens without one belong to what comes next
         self._reasons: dict[int, str] = {}
         self._habits = habits or Habits()
         may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
@@ -69,6 +71,9 @@ class Reader:
         else:
             counts = list(range(before + 1, before + 1 + len(said)))
         self._counted[0] = counts[-1]
+        if shape.is_reasoning:
+            self._num_thought += counts[-1] - self._counted_at_text.get(0, 0)
+        self._counted_at_text[0] = counts[-1]
         self._is_guess = False
         if not self._started:
             self._start(events)
@@ -116,11 +121,13 @@ class Reader:
         """What an event without text says."""
         has_choice, reason, usage = said
         if usage is not None:
-            prompt_tokens, cached_tokens, self._completion_tokens = usage
+            prompt_tokens, cached_tokens, self._completion_tokens, reasoning_tokens = usage
             if prompt_tokens:
                 self._prompt_tokens = prompt_tokens
             if cached_tokens:
                 self._cached_tokens = cached_tokens
+            if reasoning_tokens:
+                self._told_thought = reasoning_tokens
             self._cached_tokens = min(self._cached_tokens, self._prompt_tokens)
         if has_choice and self._completion_tokens is not None:
             self._counted[0] = max(self._counted.get(0, 0), self._completion_tokens)
@@ -196,6 +203,9 @@ class Reader:
             delta = self._delta(choice)
             if delta is not None:
                 had_text = True
+                if _thinks(delta):
+                    self._num_thought += delta.completion_tokens - self._counted_at_text.get(delta.index, 0)
+                self._counted_at_text[delta.index] = delta.completion_tokens
                 self._start(events)
                 events.append(delta)
             if choice.get("finish_reason"):
@@ -224,6 +234,8 @@ class Reader:
         if details := usage.get("prompt_tokens_details"):
             self._cached_tokens = _count(details.get("cached_tokens")) or self._cached_tokens
         self._completion_tokens = _count(usage.get("completion_tokens"))
+        if details := usage.get("completion_tokens_details"):
+            self._told_thought = _count(details.get("reasoning_tokens")) or self._told_thought
         self._cached_tokens = min(self._cached_tokens, self._prompt_tokens)
 
     def _read_timings(self, timings: Mapping[str, Any]) -> None:
@@ -260,7 +272,9 @@ class Reader:
         if not self._reasons:
             raise EngineFailed("The engine ended its answer without saying why.")
         completion_tokens = sum(self._counted.values()) if self._completion_tokens is None else self._completion_tokens
-        return Finished(self._reasons, Usage(self._prompt_tokens, self._cached_tokens, completion_tokens))
+        reasoning_tokens = min(self._told_thought or self._num_thought, completion_tokens)
+        usage = Usage(self._prompt_tokens, self._cached_tokens, completion_tokens, reasoning_tokens)
+        return Finished(self._reasons, usage)
 
 
 def _decoded(payload: bytes) -> Mapping[str, Any]:
