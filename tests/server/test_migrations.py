@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psycopg
@@ -157,7 +158,8 @@ def test_processes_that_come_at_the_same_moment_migrate_it_once(place: Place, st
     backups = list(place.data_dir.glob("*.backup.db"))
     assert bool(backups) == (start == "old" and place.url is None)
     for backup in backups:
-        assert sqlite3.connect(backup).execute("PRAGMA user_version").fetchone() == (1,)
+        with closing(sqlite3.connect(backup)) as copy:
+            assert copy.execute("PRAGMA user_version").fetchone() == (1,)
 
 
 def test_a_newer_database_is_not_touched(place: Place) -> None:

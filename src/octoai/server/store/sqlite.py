@@ -36,9 +36,13 @@ class SqliteConnection:
             self._connection = sqlite3.connect(
                 path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
-            self._write_ahead()
-            self._connection.execute("PRAGMA synchronous = FULL")
-            self._connection.execute("PRAGMA foreign_keys = ON")
+            try:
+                self._write_ahead()
+                self._connection.execute("PRAGMA synchronous = FULL")
+                self._connection.execute("PRAGMA foreign_keys = ON")
+            except BaseException:
+                self._connection.close()
+                raise
 
     def row(self, sql: str, parameters: Parameters = ()) -> Row | None:
         with self._told():
