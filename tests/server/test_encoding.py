@@ -76,12 +76,13 @@ def test_the_first_chunk_has_the_role_and_empty_content() -> None:
 
 
 @given(
-    st.lists(st.one_of(st.text(min_size=1, max_size=3), st.sampled_from(AWKWARD)), min_size=1), st.sampled_from("crt")
+    st.lists(st.one_of(st.text(min_size=1, max_size=3), st.sampled_from(AWKWARD)), min_size=1),
+    st.booleans(),
+    st.booleans(),
 )
-def test_deltas_that_came_together_are_the_same_chunks(texts: list[str], kind: str) -> None:
-    """Of a chat, of its reasoning, of a text."""
-    deltas = Deltas(texts, list(range(1, len(texts) + 1)), is_reasoning=kind == "r")
-    one, other = (text(), text()) if kind == "t" else (chat(), chat())
+def test_deltas_that_came_together_are_the_same_chunks(texts: list[str], is_chat: bool, is_reasoning: bool) -> None:
+    deltas = Deltas(texts, list(range(1, len(texts) + 1)), is_reasoning)
+    one, other = (chat(), chat()) if is_chat else (text(), text())
     other.id = one.id
     assert one.stream([Started(3), deltas]) == other.stream([Started(3), *deltas])
     assert one.whole([deltas, finished("stop")]) == other.whole([*deltas, finished("stop")])
@@ -272,20 +273,20 @@ def test_the_stream_says_what_the_whole_answer_says(
         assert isinstance(piece, str)
         assert choice["index"] not in reasons
         said[choice["index"]] += piece
-        thought[choice["index"]] += choice["delta"].get("reasoning_content", "") if is_chat else ""
+        thought[choice["index"]] += (choice["delta"] if is_chat else choice).get("reasoning_content", "")
         if choice["finish_reason"]:
             reasons[choice["index"]] = choice["finish_reason"]
     assert [choice["message"]["content"] if is_chat else choice["text"] for choice in whole["choices"]] == [
         said[index] for index in range(n)
     ]
     assert [choice["finish_reason"] for choice in whole["choices"]] == [reasons[index] for index in range(n)]
+    messages = [choice["message"] if is_chat else choice for choice in whole["choices"]]
+    assert [message.get("reasoning_content", "") for message in messages] == [thought[index] for index in range(n)]
+    events = [event for batch in batches for event in batch if isinstance(event, Delta)]
+    assert "".join(thought.values()) == "".join(
+        event.reasoning for index in range(n) for event in events if event.index == index
+    )
     if is_chat:
-        messages = [choice["message"] for choice in whole["choices"]]
-        assert [message.get("reasoning_content", "") for message in messages] == [thought[index] for index in range(n)]
-        events = [event for batch in batches for event in batch if isinstance(event, Delta)]
-        assert "".join(thought.values()) == "".join(
-            event.reasoning for index in range(n) for event in events if event.index == index
-        )
         assert read[-1]["usage"] == whole["usage"]
 
 

@@ -226,7 +226,8 @@ class ChatEncoder(_Encoder):
 class CompletionEncoder(_Encoder):
     chunk_object = "text_completion"
     whole_object = "text_completion"
-    _around_text = _around_reasoning = ('"text":', ',"logprobs":null')
+    _around_text = ('"text":', ',"logprobs":null')
+    _around_reasoning = ('"text":"","reasoning_content":', ',"logprobs":null')
 
     def __init__(self, request: TextRequest, *, fingerprint: str, created: int | None = None) -> None:
         super().__init__(request, fingerprint=fingerprint, created=created)
@@ -240,7 +241,8 @@ class CompletionEncoder(_Encoder):
         return f'"text":{quoted(text)},"logprobs":null' if text else None
 
     def _delta(self, event: Delta) -> str:
-        said = f'"text":{quoted(event.text)}{self._logprobs_json(event, self._offsets[event.index])}'
+        thought = _reasoning(event.reasoning)
+        said = f'"text":{quoted(event.text)}{thought}{self._logprobs_json(event, self._offsets[event.index])}'
         self._offsets[event.index] += len(event.text)
         return said
 
@@ -248,7 +250,7 @@ class CompletionEncoder(_Encoder):
         return '"text":"","logprobs":null'
 
     def _said(self, text: str, reasoning: str, calls: Sequence[Mapping[str, Any]]) -> str:
-        return f'"text":{quoted(text)}'
+        return f'"text":{quoted(text)}{_reasoning(reasoning)}'
 
     def _logprobs(self, entries: Sequence[Mapping[str, Any]], text_offset: int) -> dict[str, Any]:
         """OctoAI's form and, beside it, the four parallel lists that OpenAI's completions have."""

@@ -83,9 +83,16 @@ def _shape(event: bytes, chunk: Mapping[str, Any]) -> _Shape | None:
         return None
     parts = _NUMBER.split(event)  # what is between numbers, each with the end of its key behind it
     names = [part[part.rfind(_QUOTE) + 1 :].decode("latin-1") for part in parts[:-1:2]]
-    read, made = (usage.get(f"{kind}_tokens_details") or {} for kind in ("prompt", "completion"))
-    said = {"index": choice, "prompt_tokens": usage, "cached_tokens": read, "completion_tokens": usage}
-    said["reasoning_tokens"] = made
+    of_prompt, of_answer = (usage.get(f"{which}_tokens_details") or {} for which in ("prompt", "completion"))
+    if not isinstance(of_answer, Mapping):
+        return None
+    said = {
+        "index": choice,
+        "prompt_tokens": usage,
+        "cached_tokens": of_prompt,
+        "completion_tokens": usage,
+        "reasoning_tokens": of_answer,
+    }
     wanted = [name for name, among in said.items() if among.get(name) is not None]
     if any(names.count(name) != 1 for name in wanted):
         return None

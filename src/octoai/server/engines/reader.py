@@ -234,8 +234,7 @@ class Reader:
         if details := usage.get("prompt_tokens_details"):
             self._cached_tokens = _count(details.get("cached_tokens")) or self._cached_tokens
         self._completion_tokens = _count(usage.get("completion_tokens"))
-        if details := usage.get("completion_tokens_details"):
-            self._told_thought = _count(details.get("reasoning_tokens")) or self._told_thought
+        self._told_thought = _thought(usage) or self._told_thought
         self._cached_tokens = min(self._cached_tokens, self._prompt_tokens)
 
     def _read_timings(self, timings: Mapping[str, Any]) -> None:
@@ -256,7 +255,7 @@ class Reader:
         said = choice.get("delta")
         text = (choice.get("text") if said is None else said.get("content")) or ""
         calls = None if said is None else said.get("tool_calls")
-        reasoning = "" if said is None else _reasoning(said)
+        reasoning = _reasoning(choice if said is None else said)
         if not isinstance(text, str) or not isinstance(reasoning, str):
             raise TypeError(text)
         logprobs = entries(choice["logprobs"]) if choice.get("logprobs") else None
@@ -294,6 +293,13 @@ def _count(value: Any) -> int | None:
     if value is None:
         return None
     raise ValueError(value)
+
+
+def _thought(usage: Mapping[str, Any]) -> int:
+    """Nobody is billed by it: what is no number of tokens is no reason to fail an answer."""
+    details = usage.get("completion_tokens_details")
+    told = details.get("reasoning_tokens") if isinstance(details, Mapping) else None
+    return told if type(told) is int and told > 0 else 0
 
 
 def _has_text(choice: Mapping[str, Any]) -> bool:
