@@ -209,3 +209,23 @@ def test_who_has_sent_ahead_and_leaves_is_noticed_at_once(in_process: Start) -> 
         connection.sendall(asked(service) * 2)
         until(lambda: len(service.service.jobs) == 1)
     until(lambda: is_idle(service), 2)
+
+
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
+def test_who_leaves_after_a_large_body_is_noticed_at_once(in_process: Start, is_stream: bool) -> None:
+    service = in_process(ScriptedEngine(["Hello", 8.0, " world"]))
+    message = {"role": "user", "content": "h" * 200_000}
+    body = json.dumps({"model": service.model, "messages": [message], "stream": is_stream})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {service.token}\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+        until(lambda: len(service.service.jobs) == 1)
+    until(lambda: is_idle(service), 2)
+
+
+def test_who_has_sent_another_kind_of_request_ahead_and_leaves_is_noticed_at_once(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(["Hello", 8.0, " world"]))
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(asked(service) + b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+        until(lambda: len(service.service.jobs) == 1)
+    until(lambda: is_idle(service), 2)

@@ -135,9 +135,14 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if before is None or before.response_complete:
             self._start_asgi_task(incoming, None)
         else:  # sent before the answer to an earlier one
-            if self.pipeline:  # one may wait: who does not read does not notice that a client leaves
+            if self.pipeline:
                 self.flow.pause_reading()
             self.pipeline.appendleft((incoming, None))  # type: ignore[arg-type]
+
+    def _read_on(self) -> None:
+        """One request may wait behind another: who does not read does not notice that a client leaves."""
+        if len(self.pipeline) < 2:
+            self.flow.resume_reading()
 
     def _posted_to(self) -> str | None:
         """The edge's path that this is posted to, if it is one."""
@@ -154,6 +159,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self.headers += headers
         self.url, self.expect_100_continue = url, expects_continue
         super().on_headers_complete()
+        self._read_on()
 
     def on_body(self, body: bytes) -> None:
         incoming = self.cycle
@@ -171,6 +177,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             super().on_message_complete()
         elif not incoming.response_complete:
             incoming.came_whole()
+        self._read_on()  # it is paused where much of the body came before it was asked for
 
     # ---- what uvicorn calls, and requests ----
 
