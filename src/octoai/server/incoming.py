@@ -69,7 +69,7 @@ class Incoming:
         self.keep_alive = head.keep_alive
         self._connection = connection
         self._num_body_bytes = num_body_bytes
-        self._body: list[bytes] = []
+        self._body: bytes | bytearray = b""
 
     # ---- what is asked ----
 
@@ -79,9 +79,9 @@ class Incoming:
             raise TooLarge(max_bytes)
         if self.more_body:
             await self._rest_of_body(max_bytes, seconds)
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        if len(body) > max_bytes:
+        if len(self._body) > max_bytes:
             raise TooLarge(max_bytes)
+        self._body = body = bytes(self._body)
         return body
 
     async def _rest_of_body(self, max_bytes: int, seconds: float) -> None:
@@ -92,7 +92,7 @@ class Incoming:
                 while self.more_body:
                     if self.disconnected:
                         raise ClientLeft
-                    if sum(map(len, self._body)) > max_bytes:
+                    if len(self._body) > max_bytes:
                         raise TooLarge(max_bytes)
                     self._connection.flow.resume_reading()  # it was paused where nobody asked for what came
                     self._waiter = asyncio.get_running_loop().create_future()
@@ -159,8 +159,13 @@ class Incoming:
     # ---- what the connection tells ----
 
     def came(self, block: bytes) -> None:
-        """More of the body."""
-        self._body.append(block)
+        """More of the body. It may come in blocks of a byte: each by itself would take fifty."""
+        if not self._body:
+            self._body = block
+        else:
+            if isinstance(self._body, bytes):
+                self._body = bytearray(self._body)
+            self._body += block
         self._wake()
 
     def came_whole(self) -> None:
@@ -169,7 +174,7 @@ class Incoming:
 
     def came_at_once(self, body: bytes) -> None:
         """The whole body, before anybody waits for it."""
-        self._body.append(body)
+        self._body = body
         self.more_body = False
 
     def leave(self) -> None:
@@ -185,7 +190,7 @@ class Incoming:
     @property
     def num_waiting_bytes(self) -> int:
         """Of the body, that nobody waits for yet."""
-        return 0 if self._waiter is not None else sum(map(len, self._body))
+        return 0 if self._waiter is not None else len(self._body)
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
