@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from typing import Any
 
 import pytest
@@ -186,6 +187,20 @@ def test_the_place_is_the_path_in_the_body(body: Any, place: list[Any]) -> None:
     refusal = refused(params.chat, body)
     assert isinstance(refusal, InvalidBody)
     assert refusal.detail[0]["loc"] == ["body", *place]
+
+
+def test_of_a_body_with_many_wrong_values_the_first_are_told_in_no_time() -> None:
+    for wrong, decode in (({"prompt": [-1] * 2000}, params.completion), ({"messages": [{}] * 2000}, params.chat)):
+        began = time.process_time()
+        refusal = refused(decode, {"model": "m", **wrong})
+        assert time.process_time() - began < 0.15  # 0.01 s where it is as it should be, 0.3 s and more where it is not
+        assert 1 <= len(refusal.detail) <= params.MAX_PROBLEMS
+        assert len(json.dumps(refusal.body())) < 50_000
+
+
+def test_more_wrong_values_than_anybody_could_list_are_one_refusal() -> None:
+    refusal = refused(params.completion, {"model": "m", "prompt": [-1] * (params.MAX_LISTED_PROBLEMS + 1)})
+    assert [row["loc"] for row in refusal.detail] == [["body"]]
 
 
 # Types

@@ -21,6 +21,8 @@ from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, Messag
 
 DEFAULT_MAX_TOKENS = 512
 MAX_PROMPTS = 128
+MAX_PROBLEMS = 100  # that are told of one body: who has more finds out nothing by them
+MAX_LISTED_PROBLEMS = 10_000  # to list three million takes nine seconds and three gigabytes
 
 # Parameters of today's OpenAI clients that would change the answer in a way nothing here can do. The harmless rest
 # (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) is accepted and changes nothing.
@@ -281,7 +283,9 @@ def _checked(adapter: TypeAdapter[Any], body: bytes) -> dict[str, Any]:
         params: dict[str, Any] = adapter.validator.validate_json(body)
         return params
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False)
+        if error.error_count() > MAX_LISTED_PROBLEMS:
+            raise _invalid((), f"More than {MAX_LISTED_PROBLEMS} values are wrong", "value_error") from None
+        problems = error.errors(include_url=False, include_context=False, include_input=False)[:MAX_PROBLEMS]
     if problems[0]["type"] == "json_invalid":
         raise MalformedBody(f"The body is not valid JSON: {problems[0]['msg'].removeprefix('Invalid JSON: ')}")
     raise InvalidBody(_detail(problems, _lenient_json(body)))
@@ -307,12 +311,8 @@ def _detail(problems: Iterable[Mapping[str, Any]], data: Any) -> list[dict[str, 
             rows[place] = {"loc": ["body", *place], "msg": problem["msg"], "type": problem["type"]}
         elif problem["msg"].lower() not in rows[place]["msg"].lower():
             rows[place]["msg"] += f", or {problem['msg'][0].lower()}{problem['msg'][1:]}"
-    deepest = [place for place in rows if not any(_is_within(other, place) for other in rows)]
-    return [rows[place] for place in deepest]
-
-
-def _is_within(place: tuple[str | int, ...], outer: tuple[str | int, ...]) -> bool:
-    return len(place) > len(outer) > 0 and place[: len(outer)] == outer
+    outer = {place[:length] for place in rows for length in range(1, len(place))}
+    return [row for place, row in rows.items() if place not in outer]
 
 
 def _place(location: Sequence[str | int], data: Any, *, missing: bool) -> tuple[str | int, ...]:
