@@ -229,3 +229,58 @@ def test_who_has_sent_another_kind_of_request_ahead_and_leaves_is_noticed_at_onc
         connection.sendall(asked(service) + b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
         until(lambda: len(service.service.jobs) == 1)
     until(lambda: is_idle(service), 2)
+
+
+UPGRADE = "connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAA\r\n"  # as Java's client sends it
+
+
+@pytest.mark.parametrize("place", [0, 1, 30, None], ids=["with its head", "later", "in two", "at once"])
+def test_who_offers_another_protocol_is_answered_in_this_one(in_process: Start, place: int | None) -> None:
+    service = in_process(ScriptedEngine())
+    message = asked(service, head=UPGRADE)
+    start = message.index(b"\r\n\r\n") + 4
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        for _ in range(2):
+            if place is None:
+                connection.sendall(message * 3 + asked(service))
+                assert statuses(connection, 4) == [b"200"] * 4
+            else:
+                connection.sendall(message[: start + place])
+                time.sleep(0.05)
+                connection.sendall(message[start + place :])
+                assert statuses(connection, 1) == [b"200"]
+
+
+def test_a_body_behind_the_offer_of_another_protocol_is_never_a_request(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    inner = asked(service)
+    for path in ("/v1/chat/completions", "/v1/admin/accounts", "/nowhere"):
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{UPGRADE}content-length: {len(inner)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+            connection.sendall(head.encode())
+            time.sleep(0.05)
+            connection.sendall(inner + b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+            first, second = statuses(connection, 2)
+            assert first in (b"401", b"404")
+            assert second == b"200"
+    assert not service.engine.seen
+
+
+@pytest.mark.parametrize("line", ["POST /v1/chat/completions", "CONNECT x:80"])
+def test_a_body_of_unknown_length_behind_the_offer_of_another_protocol_is_refused(in_process: Start, line: str) -> None:
+    service = in_process(ScriptedEngine())
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        head = f"{line} HTTP/1.1\r\nhost: x\r\n{UPGRADE}transfer-encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode() + b"0\r\n\r\n" + asked(service))
+        received = b""
+        while block := connection.recv(65536):
+            received += block
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert received.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_get_that_offers_another_protocol_is_answered(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(f"GET /health/live HTTP/1.1\r\nhost: x\r\n{UPGRADE}\r\n".encode() * 1000 + asked(service))
+        assert statuses(connection, 1001) == [b"200"] * 1001

@@ -41,7 +41,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     _reads_head = True
     _is_between = True  # nothing of the next request has come
     _known: KnownHead | None = None
-    _num_missing = 0  # bytes of the body of a request whose head was known: the parser does not see either
+    _num_missing = 0  # bytes of a body that the parser does not see: that of a head that was known, or asks for more
     _rests_since: float | None = None  # where the next request is waited for
     _resting: asyncio.TimerHandle | None = None
 
@@ -58,20 +58,32 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._num_missing:
-            data = self._rest_of_body(data)
-        if self._is_between and self._known is not None:
-            data = self._as_before(self._known, data)
-        if not data:
-            return
-        is_whole_head, before = self._is_between, self.cycle
+        while data:
+            if self._num_missing:
+                data = self._rest_of_body(data)
+            if self._is_between and self._known is not None:
+                data = self._as_before(self._known, data)
+            if data:
+                data = self._parse(data)
+
+    def _parse(self, data: bytes) -> bytes:
+        """Returns what the parser has left: what follows a head that asks for another protocol."""
+        is_whole_head, before, rest = self._is_between, self.cycle, b""
         if self._reads_head:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
+            return b""
+        except httptools.HttpParserUpgrade as upgrade:
+            rest = data[upgrade.args[0] :]
         if self._reads_head and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge(MAX_HEAD_BYTES))
         elif is_whole_head and self.cycle is not before and isinstance(self.cycle, Incoming):
             self._known = heads.known(self.cycle.head, len(self.headers), data)
+        return rest
 
     def _as_before(self, known: KnownHead, data: bytes) -> bytes:
         """Begin requests whose heads are as one was before; returns what is left."""
@@ -121,6 +133,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
     def on_headers_complete(self) -> None:
         self._reads_head, self._head_bytes = False, 0
+        if self.parser.should_upgrade():
+            self._stay_with_http()
         path = self._posted_to()
         if path is None:
             self._go_through_asgi()
@@ -129,6 +143,15 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         head = Head(path, dict(reversed(self.headers)), keep_alive, self.expect_100_continue)
         length = head.header(b"content-length") or ""
         self._begin(Incoming(self, head, int(length) if length.isdigit() else None))
+
+    def _stay_with_http(self) -> None:
+        """Who offers another protocol (Java's client does so by itself) is answered in this one. The parser takes the
+        message to end with its head then: what there is of a body is taken as that of a head that was known."""
+        lengths = [value for name, value in self.headers if name == b"content-length"] or [b"0"]
+        is_chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
+        if is_chunked or not lengths[0].isdigit() or self.parser.get_method() == b"CONNECT":
+            raise ValueError("what follows cannot be told from a body")
+        self._num_missing = int(lengths[0])
 
     def _begin(self, incoming: Incoming) -> None:
         before, self.cycle = self.cycle, incoming
@@ -171,6 +194,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
                 self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
+        if self._num_missing:  # says the parser, at the end of a head
+            return
         self._reads_head = self._is_between = True
         incoming = self.cycle
         if not isinstance(incoming, Incoming):
