@@ -37,11 +37,14 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
     _fixed: tuple[Any, bytes] = (None, b"")  # header lines, and of which headers; for all connections
     _answering: Incoming | None = None
-    _head_bytes = 0
+    _head_bytes = (
+        0  # of what is read now and is no body: a head, what stands between chunks, or behind the last of them
+    )
     _reads_head = True
     _is_between = True  # nothing of the next request has come
     _known: KnownHead | None = None
     _num_missing = 0  # bytes of a body that the parser does not see: that of a head that was known, or asks for more
+    _is_behind = False  # between two answers its client does not read
     _rests_since: float | None = None  # where the next request is waited for
     _resting: asyncio.TimerHandle | None = None
 
@@ -69,8 +72,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     def _parse(self, data: bytes) -> bytes:
         """Returns what the parser has left: what follows a head that asks for another protocol."""
         is_whole_head, before, rest = self._is_between, self.cycle, b""
-        if self._reads_head:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
@@ -79,7 +81,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             return b""
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
-        if self._reads_head and self._head_bytes > MAX_HEAD_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge(MAX_HEAD_BYTES))
         elif is_whole_head and self.cycle is not before and isinstance(self.cycle, Incoming):
             self._known = heads.known(self.cycle.head, len(self.headers), data)
@@ -130,6 +132,14 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self.headers = []
         self.expect_100_continue = False
         self._is_between = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._reads_head:
+            return  # behind the last chunk: nobody asks for those
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._reads_head, self._head_bytes = False, 0
@@ -185,7 +195,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self._read_on()
 
     def on_body(self, body: bytes) -> None:
-        incoming = self.cycle
+        incoming, self._head_bytes = self.cycle, 0
         if not isinstance(incoming, Incoming):
             super().on_body(body)
         elif not incoming.response_complete:
@@ -196,7 +206,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     def on_message_complete(self) -> None:
         if self._num_missing:  # says the parser, at the end of a head
             return
-        self._reads_head = self._is_between = True
+        self._reads_head, self._is_between, self._head_bytes = True, True, 0
         incoming = self.cycle
         if not isinstance(incoming, Incoming):
             super().on_message_complete()
@@ -237,13 +247,26 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-            return
         self._rests_since = self.loop.time()
         if self._resting is None:
             self._resting = self.loop.call_later(self.timeout_keep_alive, self._close_if_resting)
+        if self.flow.write_paused:  # who does not read its answers is given no more of them
+            self._is_behind = True
+            self.flow.pause_reading()
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self.pipeline:
+            self._rests_since = None
+            self._start_asgi_task(*self.pipeline.pop())
+        self._read_on()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._is_behind and not self.transport.is_closing():
+            self._is_behind = False
+            self._go_on()
 
     def _unset_keepalive_if_required(self) -> None:
         self._rests_since = None

@@ -1,0 +1,145 @@
+"""What a client without a token can make its connection keep is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from octoai.server.incoming import ClientLeft, Incoming
+from octoai.server.protocol import MAX_HEAD_BYTES, protocol_for
+from tests.server.test_heads import LINE, Pipe, Recording, request
+
+CHUNKED = LINE + b"host: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"
+
+
+class Held(Pipe):
+    """Knows whether it reads."""
+
+    is_paused = False
+
+    def pause_reading(self) -> None:
+        self.is_paused = True
+
+    def resume_reading(self) -> None:
+        self.is_paused = False
+
+
+class Edge(Recording):
+    """Takes large bodies, and says of each how large it is."""
+
+    async def answer(self, incoming: Incoming) -> None:
+        with suppress(ClientLeft):
+            size = len(await incoming.body(10**6, 5))
+            incoming.request_id = "x"
+            incoming.begin(200, [(b"content-length", b"%d" % len(str(size)))])
+            incoming.end(b"%d" % size)
+
+
+def connected() -> tuple[Any, Held]:
+    config = uvicorn.Config(lambda *_: None, log_config=None, lifespan="off", ws="none")  # type: ignore[arg-type]
+    config.load()
+    pipe = Held()
+    protocol: Any = protocol_for(Edge())(config, ServerState(), {})  # type: ignore[arg-type]
+    protocol.connection_made(pipe)
+    return protocol, pipe
+
+
+async def settle() -> None:
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+def test_who_does_not_read_its_answers_is_given_no_more_of_them() -> None:
+    async def main() -> None:
+        protocol, pipe = connected()
+        protocol.pause_writing()
+        protocol.data_received(request("a", b"1", "") * 5)
+        await settle()
+        assert pipe.written.count(b"HTTP/1.1 200 OK") == 1
+        assert pipe.is_paused
+        protocol.resume_writing()
+        await settle()
+        assert pipe.written.count(b"HTTP/1.1 200 OK") == 5
+        assert not pipe.is_paused
+        protocol.connection_lost(None)
+
+    asyncio.run(main())
+
+
+def test_who_sends_one_at_a_time_and_does_not_read_is_not_read_either() -> None:
+    async def main() -> None:
+        protocol, pipe = connected()
+        protocol.pause_writing()
+        protocol.data_received(request("a", b"1", ""))
+        await settle()
+        assert pipe.is_paused
+        protocol.resume_writing()
+        assert not pipe.is_paused
+        protocol.connection_lost(None)
+
+    asyncio.run(main())
+
+
+def test_requests_sent_ahead_are_read_as_they_are_answered_and_no_faster() -> None:
+    async def main() -> None:
+        protocol, pipe = connected()
+        protocol.data_received(request("a", b"1", "") * 50)
+        assert pipe.is_paused
+        while pipe.written.count(b"HTTP/1.1 200 OK") < 40:
+            await asyncio.sleep(0)
+            assert pipe.is_paused
+        await settle()
+        await settle()
+        assert pipe.written.count(b"HTTP/1.1 200 OK") == 50
+        assert not pipe.is_paused
+        protocol.connection_lost(None)
+
+    asyncio.run(main())
+
+
+LINES: dict[str, Callable[[int], bytes]] = {
+    "many lines": lambda _: b"a: " + b"b" * 1000 + b"\r\n",
+    "one line": lambda number: b"b" * 1000 if number else b"a: ",
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_what_comes_behind_the_last_chunk_is_not_kept_and_bounded(kind: str) -> None:
+    async def main() -> None:
+        protocol, pipe = connected()
+        protocol.data_received(CHUNKED + b"0\r\n")
+        num_headers, num_bytes = len(protocol.headers), 0
+        while not pipe.is_closed:
+            line = LINES[kind](num_bytes)
+            protocol.data_received(line)
+            num_bytes += len(line)
+            assert len(protocol.headers) == num_headers
+            assert num_bytes < 2 * MAX_HEAD_BYTES
+        assert pipe.written.startswith(b"HTTP/1.1 431 ")
+        protocol.connection_lost(None)
+        await settle()
+
+    asyncio.run(main())
+
+
+def test_a_little_behind_the_last_chunk_does_no_harm_nor_does_a_large_body() -> None:
+    async def main() -> None:
+        protocol, pipe = connected()
+        for _ in range(3):
+            protocol.data_received(CHUNKED)
+            for _ in range(100):
+                protocol.data_received(b"3e8\r\n" + b"x" * 50)
+                await asyncio.sleep(0)
+                protocol.data_received(b"x" * 950 + b"\r\n")
+            protocol.data_received(b"0\r\nexpect: 100-continue\r\n\r\n")
+            await settle()
+        assert pipe.written.count(b"HTTP/1.1 200 OK") == pipe.written.count(b"\r\n\r\n100003") == 3
+        protocol.connection_lost(None)
+
+    asyncio.run(main())
