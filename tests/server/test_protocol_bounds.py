@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from octoai.server import protocol as protocol_module
 from octoai.server.incoming import ClientLeft, Incoming
 from octoai.server.protocol import MAX_HEAD_BYTES, protocol_for
 from tests.server.test_heads import LINE, Pipe, Recording, request
@@ -21,7 +22,14 @@ CHUNKED = LINE + b"host: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"
 class Held(Pipe):
     """Knows whether it reads."""
 
-    is_paused = False
+    is_paused = is_aborted = False
+    num_unread = 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_unread
+
+    def abort(self) -> None:
+        self.is_aborted = True
 
     def pause_reading(self) -> None:
         self.is_paused = True
@@ -140,6 +148,31 @@ def test_a_little_behind_the_last_chunk_does_no_harm_nor_does_a_large_body() -> 
             protocol.data_received(b"0\r\nexpect: 100-continue\r\n\r\n")
             await settle()
         assert pipe.written.count(b"HTTP/1.1 200 OK") == pipe.written.count(b"\r\n\r\n100003") == 3
+        protocol.connection_lost(None)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["rests", "says that it closes", "is refused", "closes its half"])
+def test_a_connection_that_is_closed_does_not_wait_for_its_client_for_ever(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(protocol_module, "LINGER_SECONDS", 0.05)
+
+    async def main() -> None:
+        protocol, pipe = connected()
+        protocol.timeout_keep_alive, pipe.num_unread = 0.01, 1000
+        if how == "is refused":
+            protocol.data_received(b"nonsense\r\n\r\n")
+        else:
+            protocol.data_received(request("a", b"1", "close" if how == "says that it closes" else ""))
+        if how == "closes its half":
+            protocol.eof_received()
+        await settle()
+        assert not pipe.is_aborted
+        await asyncio.sleep(0.2)
+        assert pipe.is_closed
+        assert pipe.is_aborted
         protocol.connection_lost(None)
 
     asyncio.run(main())

@@ -483,6 +483,7 @@ def test_a_client_that_never_reads_again_is_given_up(
     slow.until(b"xxxx")
     until(lambda: service.engine.abandoned == 1, 3)
     until(lambda: is_idle(service))
+    until(lambda: not service._server.server_state.connections)
 
 
 # Connections

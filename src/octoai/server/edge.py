@@ -45,7 +45,9 @@ class Edge:
         incoming.request_id, incoming.is_given_id = given or new_request_id(), given is not None
         try:
             await endpoint(incoming, self.service)
-        except (BrokenOff, SlowReader, ClientLeft):
+        except SlowReader:
+            incoming.give_up()
+        except (BrokenOff, ClientLeft):
             pass  # without the end of its body, the answer makes the server close the connection
         except Exception as error:  # noqa: BLE001  # each is answered, and those that are our fault are logged
             await self._answer_refusal(_refusal_of(error, incoming.request_id), incoming)

@@ -43,6 +43,10 @@ class Connection:
         """The answer is whole."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Once the client has read what was sent, or has had some time to."""
+        raise NotImplementedError
+
 
 class Incoming:
     """`caller` and `limit_headers` are known when it has been admitted, `status` when its answer has begun.
@@ -138,7 +142,7 @@ class Incoming:
         self._write(self._begun + self._framed(block) + (b"0\r\n\r\n" if self._is_chunked else b""))
         self.response_complete = True
         if not self.keep_alive:
-            self._connection.transport.close()
+            self._connection.close()
         self._connection.answered()
 
     def cut(self) -> None:
@@ -146,7 +150,11 @@ class Incoming:
         if not self.response_complete:
             if self._begun and not self.disconnected:
                 self._write(self._begun)
-            self._connection.transport.close()
+            self._connection.close()
+
+    def give_up(self) -> None:
+        """What was sent is not waited for either."""
+        self._connection.transport.abort()
 
     def _framed(self, block: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(block), block) if self._is_chunked and block else block

@@ -25,6 +25,7 @@ from octoai.server.ids import new_request_id
 from octoai.server.incoming import Connection, Incoming
 
 MAX_HEAD_BYTES = 64 * 1024
+LINGER_SECONDS = 30.0  # for a client to read what it was sent before its connection was closed
 
 
 class ServiceProtocol(HttpToolsProtocol, Connection):
@@ -47,6 +48,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     _is_behind = False  # between two answers its client does not read
     _rests_since: float | None = None  # where the next request is waited for
     _resting: asyncio.TimerHandle | None = None
+    _lingering: asyncio.TimerHandle | None = None
 
     # ---- what the loop calls ----
 
@@ -58,7 +60,13 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if self._resting is not None:
             self._resting.cancel()
             self._resting = None
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
         super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        self._linger()  # the transport closes itself
 
     def data_received(self, data: bytes) -> None:
         while data:
@@ -123,7 +131,16 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             f"content-length: {len(body)}\r\nx-request-id: {new_request_id()}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
+        self.close()
+
+    def close(self) -> None:
         self.transport.close()
+        self._linger()
+
+    def _linger(self) -> None:
+        """A transport that closes waits until all is written, to who does not read for ever."""
+        if self._lingering is None and self.transport.get_write_buffer_size():
+            self._lingering = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
     # ---- what the parser calls ----
 
@@ -246,6 +263,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
         if self.transport.is_closing():
+            self._linger()
             return
         self._rests_since = self.loop.time()
         if self._resting is None:
@@ -278,7 +296,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             return
         left = self._rests_since + self.timeout_keep_alive - self.loop.time()
         if left <= 0:
-            self.transport.close()
+            self.close()
         else:
             self._resting = self.loop.call_later(left, self._close_if_resting)
 
