@@ -98,8 +98,10 @@ def test_what_is_no_http_is_refused_in_the_one_shape_with_an_id(in_process: Star
         assert said["code"] == said["error"]["code"] == "invalid_http"
 
 
-def asked(service: InProcess, line: str = "POST /v1/chat/completions HTTP/1.1", head: str = "") -> bytes:
-    body = json.dumps({"model": service.model, "messages": [{"role": "user", "content": "hi"}]})
+def asked(
+    service: InProcess, line: str = "POST /v1/chat/completions HTTP/1.1", head: str = "", **params: object
+) -> bytes:
+    body = json.dumps({"model": service.model, "messages": [{"role": "user", "content": "hi"}], **params})
     lines = f"{line}\r\nhost: x\r\nauthorization: Bearer {service.token}\r\n{head}content-length: {len(body)}\r\n\r\n"
     return f"{lines}{body}".encode()
 
@@ -130,7 +132,9 @@ def test_requests_sent_ahead_are_answered_in_their_order_whichever_way_they_go(i
         assert statuses(connection, 1) == [b"200"]
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions?api-version=1", "/v1/chat%2Fcompletions"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions?api-version=1", "/v1/chat%2Fcompletions", "http://x/v1/chat/completions"]
+)
 def test_a_path_may_be_written_in_other_ways(in_process: Start, path: str) -> None:
     service = in_process(ScriptedEngine())
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
@@ -188,6 +192,19 @@ def test_who_says_that_it_closes_is_closed(in_process: Start) -> None:
                 received += block
         assert received.startswith(b"HTTP/1.1 200 OK\r\n")
         assert b"\r\nconnection: close\r\n" in received
+
+
+def test_an_older_client_is_sent_no_chunks(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(asked(service, "POST /v1/chat/completions HTTP/1.0", stream=True))
+        received = b""
+        while block := connection.recv(65536):
+            received += block
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"data: [DONE]\n\n")
 
 
 def test_a_connection_that_rests_is_closed_after_a_while_and_not_before(in_process: Start) -> None:

@@ -23,6 +23,7 @@ class Head:
     headers: Mapping[bytes, bytes]
     keep_alive: bool
     expects_continue: bool
+    takes_chunks: bool = True  # HTTP/1.0 does not know them: there a body ends with its connection
     token_hash: bytes | None = None  # once that token has been found to be good
 
     def header(self, name: bytes) -> str | None:

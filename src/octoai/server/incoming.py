@@ -116,12 +116,13 @@ class Incoming:
         await self._connection.flow.drain()
 
     def begin(self, status: int, headers: Headers) -> None:
-        """The head: it leaves with what follows. A body whose length is not among the headers is sent in chunks."""
+        """The head: it leaves with what follows. A body whose length is not among the headers is sent in chunks,
+        where the client knows them."""
         self.status = status
         if self.limit_headers:
             headers = [*headers, *self.limit_headers]
         given = b"\r\n".join([*map(b": ".join, headers), b""])
-        self._is_chunked = b"\r\ncontent-length: " not in b"\r\n" + given
+        self._is_chunked = self.head.takes_chunks and b"\r\ncontent-length: " not in b"\r\n" + given
         if given.count(b"\n") != len(headers):
             raise ValueError("a header with a line break")
         elapsed = int((time.perf_counter() - self.began) * 1000)

@@ -166,8 +166,9 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if path is None:
             self._go_through_asgi()
             return
-        keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
-        head = Head(path, dict(reversed(self.headers)), keep_alive, self.expect_100_continue)
+        is_1_1 = self.parser.get_http_version() == "1.1"
+        keep_alive = is_1_1 and self.parser.should_keep_alive()
+        head = Head(path, dict(reversed(self.headers)), keep_alive, is_1_1 and self.expect_100_continue, is_1_1)
         length = head.header(b"content-length") or ""
         self._begin(Incoming(self, head, int(length) if length.isdigit() else None))
 
@@ -199,8 +200,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if self.parser.get_method() != b"POST":
             return None
         path = self.edge.posts_by_url.get(self.url)
-        if path is None and (b"%" in self.url or b"?" in self.url):
-            path = unquote(httptools.parse_url(self.url).path.decode("ascii"))
+        if path is None and (b"%" in self.url or b"?" in self.url or not self.url.startswith(b"/")):
+            path = unquote((httptools.parse_url(self.url).path or b"/").decode("ascii"))
         return path if path in self.edge.posts else None
 
     def _go_through_asgi(self) -> None:
