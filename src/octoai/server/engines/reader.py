@@ -51,7 +51,7 @@ class Reader:
     def read_events(self, texts: Sequence[bytes], events: list[Event]) -> None:
         """Add what server-sent events mean, which are given as they were received."""
         number, end = 0, len(texts)
-        while number < end:
+        while number < end and not self.is_done:
             if self._plain is not None and not self._reasons:
                 number += self._read_plain(self._plain, texts, number, events)
             if number < end:
@@ -129,8 +129,8 @@ class Reader:
             if reasoning_tokens:
                 self._told_thought = reasoning_tokens
             self._cached_tokens = min(self._cached_tokens, self._prompt_tokens)
-        if has_choice and self._completion_tokens is not None:
-            self._counted[0] = max(self._counted.get(0, 0), self._completion_tokens)
+            if has_choice:
+                self._counted[0] = max(self._counted.get(0, 0), self._completion_tokens)
         if reason is not None:
             self._start(events)
             self._reasons[0] = reason
@@ -196,8 +196,9 @@ class Reader:
             self._read_usage(usage)
         elif timings := chunk.get("timings"):
             self._read_timings(timings)
+        is_told = self._completion_tokens is not None and bool(usage or chunk.get("timings"))
         for choice in choices:
-            self._count(choice, is_only=len(choices) == 1)
+            self._count(choice, is_told=is_told, is_only=len(choices) == 1)
         had_text = False
         for choice in choices:
             delta = self._delta(choice)
@@ -226,8 +227,9 @@ class Reader:
             self._started = True
             events.append(Started(self._prompt_tokens, self._cached_tokens))
 
-    # Tokens so far: llama.cpp says them in `timings`, vLLM in `usage`; otherwise one a delta is counted. It is billed
-    # as it is said here: a part is never more than the whole.
+    # Tokens so far: llama.cpp says them in `timings`, vLLM in `usage`; otherwise one a delta is counted, also where a
+    # sum was said before it. It is billed as it is said here: a part is never more than the whole. A sum of none is
+    # not believed where there was text.
 
     def _read_usage(self, usage: Mapping[str, Any]) -> None:
         self._prompt_tokens = _count(usage.get("prompt_tokens")) or self._prompt_tokens
@@ -242,13 +244,17 @@ class Reader:
         self._prompt_tokens = self._cached_tokens + (_count(timings["prompt_n"]) or 0)
         self._completion_tokens = _count(timings["predicted_n"])
 
-    def _count(self, choice: Mapping[str, Any], *, is_only: bool) -> None:
+    def _count(self, choice: Mapping[str, Any], *, is_told: bool, is_only: bool) -> None:
+        """`is_told`: by the event that the choice is of. What another said holds until there is text after it."""
         index, counted, all_tokens = choice.get("index", 0), self._counted, self._completion_tokens
-        if is_only and all_tokens is not None:
+        if is_only and is_told and all_tokens is not None:
             before = counted.get(index, 0)
             others = 0 if len(counted) <= 1 and index in counted else sum(counted.values()) - before
             counted[index] = max(before, all_tokens - others)
         elif _has_text(choice):
+            if all_tokens is not None and not is_told:
+                counted[index] = counted.get(index, 0) + max(0, all_tokens - sum(counted.values()))
+                self._completion_tokens = None
             counted[index] = counted.get(index, 0) + 1
 
     def _delta(self, choice: Mapping[str, Any]) -> Delta | None:
@@ -270,7 +276,7 @@ class Reader:
     def _finished(self) -> Finished:
         if not self._reasons:
             raise EngineFailed("The engine ended its answer without saying why.")
-        completion_tokens = sum(self._counted.values()) if self._completion_tokens is None else self._completion_tokens
+        completion_tokens = self._completion_tokens or sum(self._counted.values())
         reasoning_tokens = min(self._told_thought or self._num_thought, completion_tokens)
         usage = Usage(self._prompt_tokens, self._cached_tokens, completion_tokens, reasoning_tokens)
         return Finished(self._reasons, usage)
