@@ -11,6 +11,7 @@ import pytest
 from octoai.server.engines.answer import Answer
 from octoai.server.engines.base import Delta, Event, Finished, Started, Usage
 from octoai.server.engines.plain import Habits
+from octoai.server.errors import EngineFailed
 from tests.server.misbehaving import DONE, GENERATION, event
 from tests.server.singly import singly
 
@@ -77,3 +78,96 @@ def test_nothing_after_the_end_is_read(after: bytes) -> None:
         events = [each for block in blocks for each in answer.events(block)]
         assert events == [Started(0), Delta(0, "a", 1), Finished({0: "stop"}, Usage(4, 0, 1))]
         assert answer.is_whole
+
+
+# Choices
+
+
+def said(**choice: Any) -> bytes:
+    return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        said(index=0, delta={}, finish_reason=7),
+        said(index=0, delta={}, finish_reason=["stop"]),
+        said(index=1, delta={}, finish_reason="stop"),
+        said(index=-1, delta={"content": "a"}),
+        said(index="0", delta={"content": "a"}),
+        said(index=0, delta={"content": ["a"]}),
+        said(index=0, delta={"tool_calls": {"a": 1}}),
+        said(index=0, delta={"tool_calls": ["a"]}),
+        said(index=0, delta={"tool_calls": [{"index": "0", "id": "a"}]}),
+        said(index=0, delta={"tool_calls": [{"index": 0, "id": 7}]}),
+        said(index=0, delta={"tool_calls": [{"index": 0, "function": "a"}]}),
+        said(index=0, delta={"tool_calls": [{"index": 0, "function": {"name": 7}}]}),
+    ],
+)
+def test_what_no_choice_can_say_is_the_engines_failure(wrong: bytes) -> None:
+    answer = Answer(GENERATION)
+    answer.events(event("a"))
+    with pytest.raises(EngineFailed):
+        answer.events(wrong)
+
+
+def test_a_choice_without_a_number_is_the_first() -> None:
+    text, ended = said(index=None, delta={"content": "a"}), said(index=None, delta={}, finish_reason="stop")
+    events = Answer(GENERATION).events(text + text + ended + DONE)
+    assert [*singly(events)] == [Started(0), Delta(0, "a", 1), Delta(0, "a", 2), Finished({0: "stop"}, Usage(0, 0, 2))]
+
+
+def test_an_answer_ends_when_each_of_its_choices_has() -> None:
+    second = said(index=1, delta={"content": "b"})
+    answer = Answer(TWO)
+    answer.events(event("a") + second + STOP)
+    with pytest.raises(EngineFailed):
+        answer.events(DONE)
+    answer = Answer(TWO)
+    ended = said(index=1, delta={}, finish_reason="length")
+    assert end(answer.events(event("a") + second + STOP + ended + DONE)).reasons == {0: "stop", 1: "length"}
+
+
+def test_why_a_model_declines_is_its_text() -> None:
+    first = said(index=0, delta={"role": "assistant", "content": None, "refusal": "I can"})
+    second = said(index=0, delta={"refusal": "not"})
+    both = said(index=0, delta={"content": ".", "refusal": None})
+    events = Answer(GENERATION).events(first + second + both + STOP + DONE)
+    assert [each.text for each in singly(events) if isinstance(each, Delta)] == ["I can", "not", "."]
+    assert end(events).usage.completion_tokens == 3
+
+
+# Tools
+
+
+def calls(*blocks: bytes) -> list[tuple[int, str | None, Any]]:
+    found = [each for each in Answer(TWO).events(b"".join(blocks)) if isinstance(each, Delta)]
+    return [(call["index"], call.get("id"), call.get("function")) for each in found for call in each.tool_calls or ()]
+
+
+def calling(*said_of: dict[str, Any], choice: int = 0) -> bytes:
+    return said(index=choice, delta={"tool_calls": said_of})
+
+
+def test_calls_without_a_number_are_told_apart_by_their_ids() -> None:
+    a, b = {"id": "a", "function": {"name": "f"}}, {"id": "b", "index": None, "function": {"name": "g"}}
+    more = {"function": {"arguments": "{}"}}
+    numbers = [(number, name) for number, name, _ in calls(calling(a, b), calling(more), calling(a | {"id": "c"}))]
+    assert numbers == [(0, "a"), (1, "b"), (1, None), (2, "c")]
+    assert [number for number, *_ in calls(calling(a), calling(a), calling(a, choice=1), calling(more))] == [0, 0, 0, 0]
+
+
+def test_calls_with_numbers_keep_them() -> None:
+    first, second = {"index": 0, "id": "a", "function": {"name": "f", "arguments": ""}}, {"index": 1, "id": "b"}
+    assert calls(calling(first), calling(second), calling({"index": 0, "function": {"arguments": "{}"}})) == [
+        (0, "a", {"name": "f", "arguments": ""}),
+        (1, "b", None),
+        (0, None, {"arguments": "{}"}),
+    ]
+
+
+@pytest.mark.parametrize(("given", "told"), [({"x": 1}, '{"x":1}'), ([], "[]"), ("{}", "{}"), (None, None)])
+def test_arguments_are_json_in_a_string(given: Any, told: str | None) -> None:
+    assert calls(calling({"index": 0, "id": "a", "function": {"name": "f", "arguments": given}})) == [
+        (0, "a", {"name": "f", "arguments": told})
+    ]

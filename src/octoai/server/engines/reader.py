@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.choices import Calls, number_of, reason_of, reasoning_of, text_of, thought_of, tokens_of
 from octoai.server.engines.logprobs import entries
 from octoai.server.engines.odd import Said
 from octoai.server.engines.plain import MAX_TOKENS, Habits, Plain, plain
@@ -36,10 +37,12 @@ class Reader:
     _completion_tokens: int | None = None
     _plain: Plain | Timed | None = None
     _is_guess = False
+    _calls: Calls | None = None
     _said_when_plain = (0, 0, False)
 
     def __init__(self, generation: Generation | None = None, habits: Habits | None = None) -> None:
         self._generation = generation
+        self._num_choices = MAX_TOKENS if generation is None else generation.n
         self._counted: dict[int, int] = {}
         self._counted_at_text: dict[int, int] = {}  # by the last text; tokens without one belong to what comes next
         self._reasons: dict[int, str] = {}
@@ -196,22 +199,20 @@ class Reader:
             self._read_usage(usage)
         elif timings := chunk.get("timings"):
             self._read_timings(timings)
-        is_told = self._completion_tokens is not None and bool(usage or chunk.get("timings"))
+        is_told, had_text = self._completion_tokens is not None and bool(usage or chunk.get("timings")), False
         for choice in choices:
-            self._count(choice, is_told=is_told, is_only=len(choices) == 1)
-        had_text = False
-        for choice in choices:
-            delta = self._delta(choice)
+            number = number_of(choice, self._num_choices)
+            delta = self._delta(number, choice, is_told=is_told, is_only=len(choices) == 1)
             if delta is not None:
                 had_text = True
                 if _thinks(delta):
-                    self._num_thought += delta.completion_tokens - self._counted_at_text.get(delta.index, 0)
-                self._counted_at_text[delta.index] = delta.completion_tokens
+                    self._num_thought += delta.completion_tokens - self._counted_at_text.get(number, 0)
+                self._counted_at_text[number] = delta.completion_tokens
                 self._start(events)
                 events.append(delta)
-            if choice.get("finish_reason"):
+            if reason := reason_of(choice):
                 self._start(events)
-                self._reasons[choice.get("index", 0)] = choice["finish_reason"]
+                self._reasons[number] = reason
         return had_text
 
     def _broken(self, chunk: Mapping[str, Any]) -> Refusal:
@@ -232,49 +233,48 @@ class Reader:
     # not believed where there was text.
 
     def _read_usage(self, usage: Mapping[str, Any]) -> None:
-        self._prompt_tokens = _count(usage.get("prompt_tokens")) or self._prompt_tokens
+        self._prompt_tokens = tokens_of(usage.get("prompt_tokens")) or self._prompt_tokens
         if details := usage.get("prompt_tokens_details"):
-            self._cached_tokens = _count(details.get("cached_tokens")) or self._cached_tokens
-        self._completion_tokens = _count(usage.get("completion_tokens"))
-        self._told_thought = _thought(usage) or self._told_thought
+            self._cached_tokens = tokens_of(details.get("cached_tokens")) or self._cached_tokens
+        self._completion_tokens = tokens_of(usage.get("completion_tokens"))
+        self._told_thought = thought_of(usage) or self._told_thought
         self._cached_tokens = min(self._cached_tokens, self._prompt_tokens)
 
     def _read_timings(self, timings: Mapping[str, Any]) -> None:
-        self._cached_tokens = _count(timings["cache_n"]) or 0
-        self._prompt_tokens = self._cached_tokens + (_count(timings["prompt_n"]) or 0)
-        self._completion_tokens = _count(timings["predicted_n"])
+        self._cached_tokens = tokens_of(timings["cache_n"]) or 0
+        self._prompt_tokens = self._cached_tokens + (tokens_of(timings["prompt_n"]) or 0)
+        self._completion_tokens = tokens_of(timings["predicted_n"])
 
-    def _count(self, choice: Mapping[str, Any], *, is_told: bool, is_only: bool) -> None:
-        """`is_told`: by the event that the choice is of. What another said holds until there is text after it."""
-        index, counted, all_tokens = choice.get("index", 0), self._counted, self._completion_tokens
-        if is_only and is_told and all_tokens is not None:
-            before = counted.get(index, 0)
-            others = 0 if len(counted) <= 1 and index in counted else sum(counted.values()) - before
-            counted[index] = max(before, all_tokens - others)
-        elif _has_text(choice):
-            if all_tokens is not None and not is_told:
-                counted[index] = counted.get(index, 0) + max(0, all_tokens - sum(counted.values()))
-                self._completion_tokens = None
-            counted[index] = counted.get(index, 0) + 1
-
-    def _delta(self, choice: Mapping[str, Any]) -> Delta | None:
-        said = choice.get("delta")
-        text = (choice.get("text") if said is None else said.get("content")) or ""
-        calls = None if said is None else said.get("tool_calls")
-        reasoning = _reasoning(choice if said is None else said)
-        if not isinstance(text, str) or not isinstance(reasoning, str):
-            raise TypeError(text)
+    def _delta(self, number: int, choice: Mapping[str, Any], *, is_told: bool, is_only: bool) -> Delta | None:
+        """Counts what it says. `is_told`, `is_only`: as below."""
+        text, reasoning, calls = text_of(choice), reasoning_of(choice), None
+        if choice.get("delta") and (said := choice["delta"].get("tool_calls")):
+            self._calls = self._calls or Calls()
+            calls = self._calls.numbered(number, said)
+        has_text = bool(text or reasoning or calls)
+        self._count(number, has_text, is_told=is_told, is_only=is_only)
         logprobs = entries(choice["logprobs"]) if choice.get("logprobs") else None
         # A token that only begins a character has a logprob, but no text.
-        if not text and not calls and not logprobs and not reasoning:
+        if not has_text and not logprobs:
             return None
-        index = choice.get("index", 0)
-        if self._generation is not None and not 0 <= index < self._generation.n:
-            raise ValueError(f"choice {index} was not asked for")
-        return Delta(index, text, self._counted.get(index, 0), logprobs, calls, reasoning)
+        return Delta(number, text, self._counted.get(number, 0), logprobs, calls, reasoning)
+
+    def _count(self, number: int, has_text: bool, *, is_told: bool, is_only: bool) -> None:
+        """`is_told`: the sum, by the event of the choice, which has no other if it `is_only`. What an earlier event
+        said holds until there is text after it."""
+        counted, all_tokens = self._counted, self._completion_tokens
+        if is_only and is_told and all_tokens is not None:
+            before = counted.get(number, 0)
+            others = 0 if len(counted) <= 1 and number in counted else sum(counted.values()) - before
+            counted[number] = max(before, all_tokens - others)
+        elif has_text:
+            if all_tokens is not None and not is_told:
+                counted[number] = counted.get(number, 0) + max(0, all_tokens - sum(counted.values()))
+                self._completion_tokens = None
+            counted[number] = counted.get(number, 0) + 1
 
     def _finished(self) -> Finished:
-        if not self._reasons:
+        if len(self._reasons) < (1 if self._generation is None else self._num_choices):
             raise EngineFailed("The engine ended its answer without saying why.")
         completion_tokens = self._completion_tokens or sum(self._counted.values())
         reasoning_tokens = min(self._told_thought or self._num_thought, completion_tokens)
@@ -290,32 +290,6 @@ def _decoded(payload: bytes) -> Mapping[str, Any]:
     if not isinstance(chunk, dict):
         raise EngineFailed("The engine sent an event that is not an object.")
     return chunk
-
-
-def _count(value: Any) -> int | None:
-    """A number of tokens. Raises ValueError for what is none: it will be billed."""
-    if type(value) is int and 0 <= value < MAX_TOKENS:
-        return value
-    if value is None:
-        return None
-    raise ValueError(value)
-
-
-def _thought(usage: Mapping[str, Any]) -> int:
-    """Nobody is billed by it: what is no number of tokens is no reason to fail an answer."""
-    details = usage.get("completion_tokens_details")
-    told = details.get("reasoning_tokens") if isinstance(details, Mapping) else None
-    return told if type(told) is int and told > 0 else 0
-
-
-def _has_text(choice: Mapping[str, Any]) -> bool:
-    said = choice.get("delta") or choice
-    return bool(said.get("content") or said.get("text") or said.get("tool_calls") or _reasoning(said))
-
-
-def _reasoning(delta: Mapping[str, Any]) -> Any:
-    """Some servers say it under both names."""
-    return delta.get("reasoning_content") or delta.get("reasoning") or ""
 
 
 def _thinks(event: Delta) -> bool:
