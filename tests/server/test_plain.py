@@ -78,6 +78,9 @@ def streams(draw: st.DrawFn) -> bytes:
     is_timed = draw(st.booleans())
     spaced = draw(st.sampled_from([(",", ":"), (", ", ": ")]))
     escapes = draw(st.booleans())
+    cached: dict[str, Any] = draw(
+        st.sampled_from([{}, {}, *({"prompt_tokens_details": {"cached_tokens": number}} for number in (0, 1, 2))])
+    )
     events: list[dict[str, Any]] = []
     total = 0
     if draw(st.booleans()):
@@ -98,7 +101,7 @@ def streams(draw: st.DrawFn) -> bytes:
         if has_role and number == 0 and not is_completion:
             choice["delta"]["role"] = "assistant"
         counts = [("total_tokens", 3 + total), ("completion_tokens", total)]
-        usage = {"prompt_tokens": 3, **dict(counts[::-1] if is_completion else counts)}
+        usage = {"prompt_tokens": 3, **dict(counts[::-1] if is_completion else counts), **cached}
         if draw(st.integers(0, 9)) == 0:
             usage = draw(
                 st.sampled_from([{}, {**usage, "prompt_tokens": 4}, {"completion_tokens": total}, {**usage, "x": 1}])
@@ -159,6 +162,22 @@ def test_of_a_second_answer_all_plain_events_are_one_batch() -> None:
     habits = Habits()
     assert [type(event) for event in Answer(ONE, habits).events(told(3))] == [Started, Delta, Deltas]
     assert [type(event) for event in Answer(ONE, habits).events(told(77))] == [Started, Deltas]
+
+
+CACHED = '{"prompt_tokens":20,"total_tokens":%d,"completion_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}'
+
+
+@pytest.mark.parametrize("opening", ["", "a"])
+def test_what_was_found_in_the_cache_is_no_earlier_answers(opening: str) -> None:
+    def told(cached: int) -> bytes:
+        texts = [saying(f" w{each}", CACHED % (20 + each, each, cached)) for each in range(1, 4)]
+        return b"".join([saying(opening, '{"prompt_tokens":20,"total_tokens":20,"completion_tokens":0}'), *texts])
+
+    habits = Habits()
+    for cached in (16, 16, 8, 0, 16):
+        answer = Answer(ONE, habits)
+        answer.events(told(cached))
+        assert answer.so_far() == [Started(20, cached), Delta(0, "", 3)]
 
 
 TIMED = (

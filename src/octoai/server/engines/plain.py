@@ -23,6 +23,7 @@ TEXT = re.compile(rb'"(content|text|reasoning|reasoning_content)": ?"([^"\\]+)"'
 _COUNTS = re.compile(rb'"(?:total|completion)_tokens": ?([0-9]{1,9})(, ?"(total|completion)_tokens": ?)([0-9]{1,9})')
 REASONING = b"reasoning"
 _PROMPT_TOKENS = re.compile(rb'("prompt_tokens": ?)[0-9]+')
+_CACHED_TOKENS = re.compile(rb'("cached_tokens": ?)[0-9]+')
 _CHOICES = b'"choices":'
 MAX_TOKENS = 2**31
 MAX_RUN = 256
@@ -167,28 +168,37 @@ def _num_same(parts: list[bytes], wanted: bytes) -> int:
 
 class Habits:
     """How an engine writes its events, as last learnt: what to try in an answer of which only the beginning is known.
-    Answers differ in what comes before the choices, and in the tokens of their prompts."""
+    Answers differ in what comes before the choices, in the tokens of their prompts, and in how many of these were found
+    in the cache."""
 
     def __init__(self) -> None:
         self.odd = OddEvents()
-        # Without what comes before the choices, each with where it says the prompt's tokens; also that of reasoning.
-        self._shapes: dict[bool, tuple[Plain, re.Match[bytes] | None]] = {}
+        # Without what comes before the choices, each with where it says the prompt's tokens, and whether it says those
+        # found in the cache; also that of reasoning.
+        self._shapes: dict[bool, tuple[Plain, re.Match[bytes] | None, bool]] = {}
 
     def remember(self, event: bytes, shape: Plain) -> None:
         frame = _frame(event)
         if frame and shape.begins.startswith(frame):
-            told = _PROMPT_TOKENS.search(shape.middle + b"\0" + shape.ends)
-            self._shapes[shape.is_reasoning] = shape._replace(begins=shape.begins[len(frame) :]), told
+            rest = shape.middle + b"\0" + shape.ends
+            told, says_cached = _PROMPT_TOKENS.search(rest), _CACHED_TOKENS.search(rest) is not None
+            self._shapes[shape.is_reasoning] = shape._replace(begins=shape.begins[len(frame) :]), told, says_cached
 
-    def guess(self, event: bytes, prompt_tokens: int, *, is_reasoning: bool = False) -> Plain | None:
-        """The shape of plain events in the answer that an event is of."""
+    def guess(
+        self, event: bytes, prompt_tokens: int, cached_tokens: int, *, is_reasoning: bool = False
+    ) -> Plain | None:
+        """The shape of plain events in the answer that an event is of, of which so much is known. An event that says
+        another number is not of that shape: it has to be read, or nobody would learn of it."""
         known, frame = self._shapes.get(is_reasoning), _frame(event)
         if known is None or not frame:
             return None
-        (begins, middle, between, ends, is_last, _), told = known
+        (begins, middle, between, ends, is_last, _), told, says_cached = known
         if told is not None:
             before, now = told[0], b"%b%d" % (told[1], prompt_tokens)
             middle, ends = middle.replace(before, now), ends.replace(before, now)
+        if says_cached:
+            now = b"\\g<1>%d" % cached_tokens
+            middle, ends = _CACHED_TOKENS.sub(now, middle), _CACHED_TOKENS.sub(now, ends)
         return Plain(frame + begins, middle, between, ends, is_last, is_reasoning)
 
 

@@ -151,7 +151,8 @@ class Reader:
         shape: Plain | Timed | None = None
         if not self._is_guess:
             is_reasoning = isinstance(event, Delta) and _thinks(event)
-            shape = self._habits.guess(text, self._prompt_tokens, is_reasoning=is_reasoning)
+            known = self._prompt_tokens, self._cached_tokens
+            shape = self._habits.guess(text, *known, is_reasoning=is_reasoning)
         self._is_guess = shape is not None
         if shape is None and chunk is not None and isinstance(event, Delta):
             self._num_tries -= 1
