@@ -8,7 +8,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,10 @@ import openai
 import pytest
 
 from octoai.server import streaming, tokens
-from octoai.server.engines.base import Generation
+from octoai.server.engines.base import Event, Generation
 from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Unavailable
+from octoai.server.ledger import Tab
 from octoai.server.store import requests
 from tests.running import InProcess
 from tests.talking import MESSAGES, Talk, ask, chat, events, is_idle, metric, request, until
@@ -380,6 +381,35 @@ def test_three_streamed_choices_open_and_close_once_each(in_process: Start) -> N
     assert sorted(choice["index"] for choice in read if choice["finish_reason"]) == [0, 1, 2]
     assert sorted(generation.seed for generation in service.engine.seen) == [5, 6, 7]
     until(lambda: is_idle(service))
+
+
+class AtOnce(ScriptedEngine):
+    """Gives a whole answer in one batch."""
+
+    async def generate(self, generation: Generation, *others: Any) -> AsyncGenerator[Sequence[Event]]:
+        yield [event async for batch in super().generate(generation, *others) for event in batch]
+
+
+def test_no_text_leaves_before_the_request_is_on_disk_however_it_comes(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch, talk: Any
+) -> None:
+    synced = threading.Event()
+
+    async def durable(_: Tab) -> None:
+        while not synced.is_set():
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(Tab, "is_durable", False)
+    monkeypatch.setattr(Tab, "durable", durable)
+    service = in_process(AtOnce())
+    client = talk(service)
+    client.send("/v1/chat/completions", request(service, stream=True, n=2))
+    client.socket.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        client.socket.recv(1)
+    synced.set()
+    client.socket.settimeout(5)
+    client.until(b"[DONE]")
 
 
 def test_one_failing_choice_ends_them_all(in_process: Start) -> None:

@@ -218,9 +218,10 @@ class Job:
             try:
                 async for batch in batches:
                     self._observe(batch, part.count(batch), metrics)
-                    if part.is_finished:  # an end waits to be settled
+                    if part.is_finished:
                         ended()
-                    elif self.request.stream and not is_durable:
+                    # The end of the only part waits to be settled; that of one among others does not.
+                    if self.request.stream and not is_durable and (self._num_parts > 1 or not part.is_finished):
                         if not self.tab.is_durable:
                             await self.tab.durable()
                         is_durable = True
