@@ -356,3 +356,41 @@ def test_a_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch)
             assert isinstance((await generated(engine))[-1], Finished)
 
     run(main())
+
+
+BODY = b"".join(chunk(block) for block in WHOLE) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [b"HTTP/1.1 400 Bad\r\ncontent-length: 5\r\n\r\nhello", HEAD + chunk(event("more")), b"nonsense\r\n\r\n"],
+    ids=["another answer", "a part of one", "no answer"],
+)
+@pytest.mark.parametrize("generation", [GENERATION, UNSEEN], ids=["stream", "unseen"])
+def test_what_an_engine_says_behind_its_answer_is_no_part_of_it(more: bytes, generation: Generation) -> None:
+    async def main() -> None:
+        upstream = Upstream(raw(HEAD + BODY + more))
+        upstream.is_last = lambda _: False  # type: ignore[method-assign]
+        async with up(upstream) as engine:
+            for _ in range(2):  # and its connection is not used again
+                events = [*singly(await generated(engine, generation))]
+                assert [each.text for each in events if isinstance(each, Delta)] == ["Hel", "lo"]
+                assert events[-1] == Finished({0: "stop"}, Usage(4, 0, 2))
+                assert not engine._pool._idle
+
+    run(main())
+
+
+def test_what_an_engine_says_behind_a_refusal_is_no_part_of_it() -> None:
+    first, second = (b"HTTP/1.1 %d X\r\ncontent-length: 2\r\n\r\n{}" % status for status in (400, 503))
+    assert refused(raw(first + second), BadRequest).status == 400
+
+
+def test_an_engine_that_changes_the_protocol_is_a_failure_and_no_error_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    head = b"HTTP/1.1 101 Switching Protocols\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n"
+    began = time.monotonic()
+    refused(raw(head, 5), EngineFailed)
+    assert time.monotonic() - began < 2
+    assert not [record for record in caplog.records if record.name == "asyncio"]

@@ -151,7 +151,7 @@ class Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:  # an upgrade is none of ours
             self._fail(ConnectionResetError(f"not HTTP: {error}"))
             return
         if not self.status:
@@ -215,6 +215,10 @@ class Connection(asyncio.Protocol):
         self._parser = None  # each knows the other: we would be left to the garbage collector
 
     # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        if self._is_over:  # in the same read: it would be taken for a part of the answer
+            raise ConnectionResetError("it said something unasked")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() in (b"content-length", b"transfer-encoding"):
