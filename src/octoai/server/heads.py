@@ -7,7 +7,7 @@ that byte for byte means what it meant when it was parsed. Knows nothing of conn
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hmac import compare_digest
 
@@ -54,6 +54,16 @@ class KnownHead:
         ):
             return None
         return int(length), end
+
+
+def length_of_offer(method: bytes, headers: Sequence[tuple[bytes, bytes]]) -> int:
+    """The length of the body behind a head that offers another protocol, as Java's client does by itself. It is
+    answered in this one. Raises ValueError where no length is said: what follows cannot be told from a request then."""
+    lengths = [value for name, value in headers if name == b"content-length"] or [b"0"]
+    is_chunked = any(name == b"transfer-encoding" for name, _ in headers)
+    if is_chunked or method == b"CONNECT" or not lengths[0].isdigit():
+        raise ValueError("a body of unknown length")
+    return int(lengths[0])
 
 
 def known(head: Head, num_lines: int, data: bytes) -> KnownHead | None:

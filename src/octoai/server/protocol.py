@@ -38,13 +38,11 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
     _fixed: tuple[Any, bytes] = (None, b"")  # header lines, and of which headers; for all connections
     _answering: Incoming | None = None
-    _head_bytes = (
-        0  # of what is read now and is no body: a head, what stands between chunks, or behind the last of them
-    )
+    _head_bytes = 0  # of a head, or of what stands between the chunks of a body and behind them
     _reads_head = True
     _is_between = True  # nothing of the next request has come
     _known: KnownHead | None = None
-    _num_missing = 0  # bytes of a body that the parser does not see: that of a head that was known, or asks for more
+    _num_missing = 0  # bytes of a body that the parser does not see: its head was known, or offers an upgrade
     _is_behind = False  # between two answers its client does not read
     _rests_since: float | None = None  # where the next request is waited for
     _resting: asyncio.TimerHandle | None = None
@@ -160,8 +158,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
     def on_headers_complete(self) -> None:
         self._reads_head, self._head_bytes = False, 0
-        if self.parser.should_upgrade():
-            self._stay_with_http()
+        if self.parser.should_upgrade():  # to the parser such a message ends with its head
+            self._num_missing = heads.length_of_offer(self.parser.get_method(), self.headers)
         path = self._posted_to()
         if path is None:
             self._go_through_asgi()
@@ -171,15 +169,6 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         head = Head(path, dict(reversed(self.headers)), keep_alive, is_1_1 and self.expect_100_continue, is_1_1)
         length = head.header(b"content-length") or ""
         self._begin(Incoming(self, head, int(length) if length.isdigit() else None))
-
-    def _stay_with_http(self) -> None:
-        """Who offers another protocol (Java's client does so by itself) is answered in this one. The parser takes the
-        message to end with its head then: what there is of a body is taken as that of a head that was known."""
-        lengths = [value for name, value in self.headers if name == b"content-length"] or [b"0"]
-        is_chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
-        if is_chunked or not lengths[0].isdigit() or self.parser.get_method() == b"CONNECT":
-            raise ValueError("what follows cannot be told from a body")
-        self._num_missing = int(lengths[0])
 
     def _begin(self, incoming: Incoming) -> None:
         before, self.cycle = self.cycle, incoming
