@@ -9,7 +9,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,7 +46,19 @@ class _DiedError(Exception):
 
 
 def _headers(response: Any) -> dict[str, str]:
-    return {name.lower(): value for name, value in response.headers.items()}
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    if response.is_stream_consumed:
+        headers.pop("content-encoding", None)  # what it has read, the library has decoded
+    return headers
+
+
+def _whole(response: Any) -> Iterator[bytes]:
+    """The body of an answer that was read before we had it: by a user's hook, or a transport without a network."""
+    yield response.content
+
+
+async def _async_whole(response: Any) -> AsyncIterator[bytes]:
+    yield response.content
 
 
 def _classes(client: Any, *names: str) -> _Classes:
@@ -114,7 +126,7 @@ class HttpxResponse:
     def __init__(self, response: Any, failures: _Failures) -> None:
         self._response = response
         self._failures = failures
-        self._parts = response.iter_raw()
+        self._parts: Iterator[bytes] = _whole(response) if response.is_stream_consumed else response.iter_raw()
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = _headers(response)
 
@@ -223,7 +235,8 @@ class AsyncHttpxResponse:
     def __init__(self, response: Any, failures: _Failures) -> None:
         self._response = response
         self._failures = failures
-        self._parts = response.aiter_raw()
+        consumed = response.is_stream_consumed
+        self._parts: AsyncIterator[bytes] = _async_whole(response) if consumed else response.aiter_raw()
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = _headers(response)
 
