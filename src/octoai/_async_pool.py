@@ -101,6 +101,9 @@ class AsyncSocketTransport:
         loop = asyncio.get_running_loop()
         pool = self._pools.get(loop)
         if pool is None:
+            # A pool refers to its loop, and so would keep it for as long as the client lives.
+            for other in [other for other in self._pools if other.is_closed()]:
+                self._pools.pop(other).close()
             pool = self._pools[loop] = _LoopPool()
             await anext(pool.keeper)
         return pool
@@ -167,9 +170,10 @@ class _Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         self.rest()
         # After a fork, closing would say goodbye on the parent's connection.
-        if self._pid == os.getpid() and not self._loop.is_closed():
+        if self._pid == os.getpid():
             _shut_down(self._transport.get_extra_info("socket"))
-            self._transport.abort()
+            if not self._loop.is_closed():
+                self._transport.abort()
 
     def take(self) -> bytes:
         """What has arrived of the body; empty when nothing has."""
