@@ -47,6 +47,7 @@ class EventReader(Generic[T]):
         self._failure: Exception | None = None
         self._usage: Any = None
         self._ended = False
+        self._foreign = False
         self._sse = sse.EventDecoder()
         self._decompress: Callable[[bytes], bytes] | None = None
         self._open: set[int] = set()
@@ -81,7 +82,7 @@ class EventReader(Generic[T]):
             if text.startswith(b"data: {") and _LF not in text and text.find(b'"error"') < 0:
                 value = self._value(text[6:])
             else:
-                value = self._value_of_unusual(sse.parsed(text))
+                value = self._value_of_unusual(self._parsed(text))
             if value is not NOTHING:
                 return value
         return NOTHING
@@ -89,8 +90,8 @@ class EventReader(Generic[T]):
     def end(self) -> bool:
         """The body ended as bodies do. Whether nothing is left to take; what is left ends with an error, unless the
         answer is complete."""
-        rest = self._sse.rest()
-        if rest is not None and not self.done:
+        rest = None if self.done else self._parsed(self._sse.rest())
+        if rest is not None:
             try:
                 value = self._value_of_unusual(rest)
             except ResponseError:
@@ -99,8 +100,7 @@ class EventReader(Generic[T]):
             if value is not NOTHING:
                 self._ready.append(value)
         self._ended = True
-        if not self.is_complete:
-            self._failure = self.interrupted("with neither a finish_reason nor [DONE]")
+        self._failure = self._missing()
         return self._failure is None and not self._ready
 
     def has_unread(self) -> bool:
@@ -140,6 +140,10 @@ class EventReader(Generic[T]):
         """`[DONE]` came, or every choice finished and the body ended."""
         return self.done or (self._ended and bool(self._finished) and self._open <= self._finished)
 
+    def _missing(self) -> ApiError | None:
+        """At the end of the body: what the answer lacks, as an error."""
+        return None if self.is_complete else self.interrupted("with neither a finish_reason nor [DONE]")
+
     def _look_ahead(self) -> None:
         """Decode all that has come. An error in it keeps its place."""
         if not self._waiting:
@@ -152,6 +156,12 @@ class EventReader(Generic[T]):
             self._failure = error
             self._waiting.clear()
         self._ready = ready
+
+    def _parsed(self, text: bytes) -> sse.Event | None:
+        event = sse.parsed(text)
+        if event is None:
+            self._foreign = self._foreign or sse.is_foreign(text)
+        return event
 
     def _value_of_unusual(self, event: sse.Event | None) -> T | Nothing:
         """An event of any shape: a comment, the end, an error, or data after all."""
@@ -219,8 +229,12 @@ class JsonReader(EventReader[Any]):
         self._map = map_fn
         self.started = True
 
-    def end(self) -> bool:
-        return super().end() if self._open else True
+    def _missing(self) -> ApiError | None:
+        if self._open:
+            return super()._missing()
+        if self.events or self.done or not self._foreign:
+            return None
+        return ResponseError(message="the answer is not an event stream: it holds lines of other kinds, and no event")
 
     def _value(self, data: bytes) -> Any:
         try:

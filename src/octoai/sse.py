@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
+_FIELDS = frozenset({b"", b"data", b"event", b"id", b"retry"})
 _LF, _CR = b"\n\r"  # as numbers: `in` takes several times as long to find bytes in bytes
 
 
@@ -51,10 +52,10 @@ class EventDecoder:
             raise EventTooLargeError(f"an event of more than {self._max_bytes} bytes")
         return texts
 
-    def rest(self) -> Event | None:
-        """At the end of the stream: an event whose closing blank line never came. The rules discard it."""
+    def rest(self) -> bytes:
+        """At the end of the stream: the lines of an event whose closing blank line never came. The rules discard it."""
         rest, self._rest = self._rest, b""
-        return parsed(rest)
+        return rest
 
     def _without_bom(self, block: bytes) -> bytes:
         block, self._rest = self._rest + block, b""
@@ -89,3 +90,8 @@ def parsed(text: bytes) -> Event | None:
         elif field == b"event":
             name = value
     return Event(b"\n".join(lines), name.decode(errors="replace")) if lines else None
+
+
+def is_foreign(text: bytes) -> bool:
+    """Whether some lines are not of an event stream: neither comments nor one of the fields that it has."""
+    return any(line.partition(b":")[0] not in _FIELDS for line in text.split(b"\n"))

@@ -1,0 +1,53 @@
+"""`infer_stream`: the events of any endpoint, and how such a stream may end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from octoai import ResponseError, StreamError, StreamInterrupted
+from tests.sdk.misbehaving import Exchange
+
+
+def stream_of(api: Any, serve: Any, *parts: bytes, **headers: Any) -> Any:
+    def script(x: Exchange) -> None:
+        x.begin_stream(**headers)
+        for part in parts:
+            x.part(part)
+        x.end_stream(done=False)
+
+    return api.client().infer_stream(serve(script).url, {})
+
+
+def test_a_last_event_without_its_blank_line_is_given(api: Any, serve: Any) -> None:
+    assert api.all(stream_of(api, serve, b'data: {"a":1}\n\ndata: {"a":2}\n')) == [{"a": 1}, {"a": 2}]
+    assert api.all(stream_of(api, serve, b'data: {"a":1}')) == [{"a": 1}]
+
+
+def test_an_event_cut_within_itself_raises(api: Any, serve: Any) -> None:
+    stream = stream_of(api, serve, b'data: {"a":1}\n\ndata: {"a":')
+    assert api.next(stream) == {"a": 1}
+    with pytest.raises(StreamInterrupted, match="within an event"):
+        api.next(stream)
+
+
+def test_an_error_without_its_blank_line_raises(api: Any, serve: Any) -> None:
+    stream = stream_of(api, serve, b'data: {"a":1}\n\ndata: {"error":"boom"}\n')
+    assert api.next(stream) == {"a": 1}
+    with pytest.raises(StreamError, match="boom"):
+        api.next(stream)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [("text/plain", b"hello"), ("text/plain", b"one\n\ntwo\n\n"), ("application/x-ndjson", b'{"a":1}\n{"a":2}\n')],
+)
+def test_a_body_that_is_no_event_stream_raises(api: Any, serve: Any, kind: str, body: bytes) -> None:
+    with pytest.raises(ResponseError, match="not an event stream"):
+        api.all(stream_of(api, serve, body, content_type=kind))
+
+
+@pytest.mark.parametrize("body", [b": ping\n\n", b": ping\n", b"retry: 5\n\nevent: x\nid: 3\n\n"])
+def test_a_stream_without_an_event_is_empty(api: Any, serve: Any, body: bytes) -> None:
+    assert api.all(stream_of(api, serve, body)) == []
