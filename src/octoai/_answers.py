@@ -16,6 +16,7 @@ from octoai.errors import (
     ResponseError,
     status_class,
 )
+from octoai.wire import lenient
 from octoai.wire.record import Answer, RawResponse, Record
 
 R = TypeVar("R", bound=Record)
@@ -58,10 +59,23 @@ def record(model: type[R], raw: RawResponse) -> R:
     try:
         answer = model.model_validate_json(raw.body)
     except ValidationError as error:
-        raise _not_understood(raw, f"the answer is not a {model.__name__}: {first_fault(error)}") from error
+        near = nearly(model, raw.body)
+        if near is None:
+            raise _not_understood(raw, f"the answer is not a {model.__name__}: {first_fault(error)}") from error
+        answer = near
     if isinstance(answer, Answer):
         answer.attach(raw, request_id(raw.headers))
     return answer
+
+
+def nearly(model: type[R], body: bytes) -> R | None:
+    """What is wrong only in details, as the model; None where it is nothing of the kind."""
+    if "choices" not in model.model_fields:
+        return None
+    try:
+        return lenient.read(model, json.loads(body))
+    except (ValueError, RecursionError):
+        return None
 
 
 def no_stream(raw: RawResponse) -> ResponseError:
@@ -102,7 +116,7 @@ class Decompressor:
 def json_or_text(body: bytes) -> Any:
     try:
         return json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return body.decode(errors="replace")
 
 

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Optional, TypeVar
 
-from pydantic import ValidationError
-
 from octoai import _answers, _credentials, _events, _gather
 from octoai._calls import Call, Defaults, Endpoint
 from octoai.errors import ResponseError
+from octoai.wire import lenient
 from octoai.wire.answers import ChatCompletionResponse, CompletionResponse
 from octoai.wire.params import ChatParams, CompletionParams
 from octoai.wire.record import Answer, RawResponse
@@ -66,8 +65,8 @@ def _whole(
         raise reader.interrupted("before its end: it was closed, or has failed")
     body = gather(reader.events)
     try:
-        answer = model.model_validate(body)
-    except ValidationError as error:
+        answer = lenient.read(model, body)
+    except ValueError as error:
         raise ResponseError(body=body, message=f"the stream does not make a {model.__name__}: {error}") from error
     if raw is None:
         return answer

@@ -203,8 +203,10 @@ class ChunkReader(EventReader[R]):
         try:
             chunk: Any = self._validate(data)
         except ValidationError as error:
-            message = f"an event of the stream is not a {self._model.__name__}: {_answers.first_fault(error)}"
-            raise ResponseError(body=data.decode(errors="replace"), message=message) from error
+            chunk = _answers.nearly(self._model, data)
+            if chunk is None:
+                message = f"an event of the stream is not a {self._model.__name__}: {_answers.first_fault(error)}"
+                raise ResponseError(body=data.decode(errors="replace"), message=message) from error
         self.events.append(data)
         self.moved = True
         if chunk.usage is not None:
@@ -260,7 +262,8 @@ def text_of_chunk(chunk: Any) -> str:
     for choice in chunk.choices:
         if choice.index == 0:
             delta = getattr(choice, "delta", None)
-            return (choice.text if delta is None else delta.content) or ""
+            text = choice.text if delta is None else delta.content
+            return text if isinstance(text, str) else ""
     return ""
 
 

@@ -48,15 +48,17 @@ def _gathered(events: Iterable[bytes]) -> tuple[dict[str, Any], list[dict[str, A
     for data in events:
         chunk = json.loads(data)
         for part in chunk.pop("choices", None) or ():
-            choice = choices.setdefault(part.get("index") or 0, {"index": part.get("index") or 0})
-            _merge_choice(choice, part)
-        answer.update({key: value for key, value in chunk.items() if value is not None or key not in answer})
+            index = part.get("index")
+            index = index if isinstance(index, int) else 0
+            _merge_choice(choices.setdefault(index, {"index": index}), part)
+        answer.update({key: value for key, value in chunk.items() if value not in (None, {}) or key not in answer})
     return answer, [choices[index] for index in sorted(choices)]
 
 
 def _with_message(choice: dict[str, Any]) -> dict[str, Any]:
     message = choice.pop("delta", {})
-    for call in message.get("tool_calls") or ():
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
         del call["index"]
     return {**choice, "message": {"role": "assistant", "content": None, **message}}
 
@@ -66,7 +68,7 @@ def _merge_choice(choice: dict[str, Any], part: Mapping[str, Any]) -> None:
         if key == "delta":
             _merge_delta(choice.setdefault("delta", {}), value or {})
         elif key == "text":
-            choice["text"] = (choice.get("text") or "") + (value or "")
+            choice["text"] = (choice.get("text") or "") + (value if isinstance(value, str) else "")
         elif key == "logprobs" and isinstance(value, dict):
             _merge_logprobs(choice, value)
         elif key != "index" and (value is not None or key not in choice):
@@ -87,27 +89,53 @@ def _merge_logprobs(choice: dict[str, Any], part: Mapping[str, Any]) -> None:
 
 def _merge_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
     for key, value in delta.items():
-        if key == "tool_calls" and value:
+        if key == "tool_calls" and isinstance(value, list):
             _merge_tool_calls(message, value)
+        elif key == "function_call" and isinstance(value, dict):  # what tool calls were called before
+            _merge_function(_function_of(message), value)
         elif isinstance(value, str) and key != "role" and isinstance(message.get(key), str):
             message[key] += value
+        elif isinstance(value, list) and isinstance(message.get(key), list):
+            message[key].extend(value)
         elif value is not None or key not in message:
             message[key] = value
 
 
-def _merge_tool_calls(message: dict[str, Any], deltas: Iterable[Mapping[str, Any]]) -> None:
-    calls = message.setdefault("tool_calls", [])
-    if calls is None:
+def _function_of(message: dict[str, Any]) -> dict[str, Any]:
+    function = message.get("function_call")
+    if not isinstance(function, dict):
+        function = message["function_call"] = {"name": "", "arguments": ""}
+    return function
+
+
+def _merge_tool_calls(message: dict[str, Any], deltas: Iterable[Any]) -> None:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
         calls = message["tool_calls"] = []
     for delta in deltas:
-        index = delta.get("index", 0)
-        call = next((call for call in calls if call["index"] == index), None)
-        if call is None:
-            call = {"index": index, "function": {"name": "", "arguments": ""}}
-            calls.append(call)
-        call.update({k: v for k, v in delta.items() if k not in ("function", "index") and v is not None})
-        function = delta.get("function") or {}
-        name = function.get("name") or ""
-        # Some services repeat the whole name in every delta, others send it in pieces.
-        call["function"]["name"] += "" if name == call["function"]["name"] else name
-        call["function"]["arguments"] += function.get("arguments") or ""
+        if isinstance(delta, dict):
+            call = _call_of(calls, delta)
+            call.update({k: v for k, v in delta.items() if k not in ("function", "index") and v is not None})
+            if isinstance(delta.get("function"), dict):
+                _merge_function(call["function"], delta["function"])
+
+
+def _call_of(calls: list[dict[str, Any]], delta: Mapping[str, Any]) -> dict[str, Any]:
+    """The call that a delta goes on with, or a new one. Without an index its id tells, and without that it is the
+    latest."""
+    index, name = delta.get("index"), delta.get("id")
+    if index is not None:
+        same = [call for call in calls if call["index"] == index]
+    else:
+        same = [call for call in calls if not name or call.get("id") == name][-1:]
+    if not same:
+        same = [{"index": index, "function": {"name": "", "arguments": ""}}]
+        calls.extend(same)
+    return same[0]
+
+
+def _merge_function(function: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    name, arguments = delta.get("name") or "", delta.get("arguments") or ""
+    # Some services repeat the whole name in every delta, others send it in pieces.
+    function["name"] += "" if name == function["name"] else name
+    function["arguments"] += arguments if isinstance(arguments, str) else json.dumps(arguments)

@@ -184,7 +184,7 @@ class StreamError(ApiError):
 
 
 class ResponseError(ApiError):
-    """The answer is not what the API says it is: malformed JSON, a missing key, not an event stream."""
+    """The answer is not what the API says it is: not JSON, without choices, not an event stream."""
 
 
 class ConfigurationError(ApiError):

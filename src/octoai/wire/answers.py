@@ -1,8 +1,14 @@
-"""What the service answers: completions, streamed chunks, usage, log probabilities, errors."""
+"""What the service answers: completions, streamed chunks, usage, log probabilities, errors.
+
+These types are what the API promises. Of an answer that breaks the promise in a detail, what is missing is None, and
+what has another form stays as it came (`lenient`).
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union
+
+from pydantic import Field
 
 from octoai.wire.messages import ChatMessage
 from octoai.wire.record import Answer, Record
@@ -10,16 +16,20 @@ from octoai.wire.record import Answer, Record
 FinishReason = Union[Literal["stop", "length", "tool_calls", "content_filter", "function_call", "cancelled"], Any]
 
 
+Cost = Annotated[Union[str, Any], Field(union_mode="left_to_right")]
+
+
 class UsageStats(Record):
-    """Tokens, as the engine counted them. `cost` is in US dollars, as an exact decimal; `prompt_tokens_details` says
-    how many tokens of the prompt were found in a cache (`cached_tokens`), `completion_tokens_details` how many of the
-    answer's are what the model thought before it (`reasoning_tokens`), where it did."""
+    """Tokens, as the engine counted them. `cost` is in US dollars, as an exact decimal (other services say other things
+    there); `prompt_tokens_details` says how many tokens of the prompt were found in a cache (`cached_tokens`),
+    `completion_tokens_details` how many of the answer's are what the model thought before it (`reasoning_tokens`),
+    where it did."""
 
     completion_tokens: int
     completion_tokens_details: Optional[dict[str, Any]] = None
-    cost: Optional[str] = None
+    cost: Optional[Cost] = None
     prompt_tokens: int
-    prompt_tokens_details: Optional[dict[str, int]] = None
+    prompt_tokens_details: Optional[dict[str, Any]] = None
     total_tokens: int
 
 
@@ -44,7 +54,7 @@ class Logprobs(Record):
 
 class ChatCompletionChoice(Record):
     finish_reason: Optional[FinishReason] = None
-    index: int
+    index: int = 0
     logprobs: Optional[Logprobs] = None
     message: ChatMessage
 
@@ -66,8 +76,8 @@ class ChatCompletionDeltaToolCallFunction(Record):
 class ChatCompletionDeltaToolCall(Record):
     function: Optional[ChatCompletionDeltaToolCallFunction] = None
     id: Optional[str] = None
-    index: int
-    type: Optional[Literal["function"]] = None
+    index: int = 0
+    type: Optional[str] = None
 
 
 class ChatCompletionDelta(Record):
@@ -82,7 +92,7 @@ class ChatCompletionDelta(Record):
 class ChatCompletionChunkChoice(Record):
     delta: ChatCompletionDelta
     finish_reason: Optional[FinishReason] = None
-    index: int
+    index: int = 0
     logprobs: Optional[Logprobs] = None
 
 
@@ -97,7 +107,7 @@ class ChatCompletionChunk(Record):
 
 class CompletionChoice(Record):
     finish_reason: Optional[FinishReason] = None
-    index: int
+    index: int = 0
     logprobs: Optional[Logprobs] = None
     text: str
 

@@ -44,9 +44,11 @@ class FunctionCall(Record):
 
 
 class ToolCall(Record):
+    """`type` is "function"; some services leave it empty, or have kinds of their own."""
+
     function: FunctionCall
     id: Optional[str] = None
-    type: Optional[Literal["function"]] = None
+    type: Optional[str] = None
 
 
 class FunctionDefinition(Record):

@@ -23,6 +23,7 @@ else:
 
 
 _DUMPS = frozenset({"allow_nan", "cls", "default", "separators", "skipkeys", "sort_keys"})
+_AS_RECEIVED: dict[str, Any] = {"by_alias": True, "warnings": False}  # also what is not of its type (`lenient`)
 JsonObject = dict[str, Any]  # inside the class, `dict` is a method
 
 
@@ -56,13 +57,13 @@ class Record(BaseModel, metaclass=_RecordType):
 
     def dict(self, **kwargs: Any) -> JsonObject:
         """Keys as on the wire: what was received or set (null included), and every value that is not null."""
-        received = self.model_dump(**{"by_alias": True, "exclude_unset": True, **kwargs})
-        present = self.model_dump(**{"by_alias": True, "exclude_none": True, **kwargs})
+        received = self.model_dump(**{**_AS_RECEIVED, "exclude_unset": True, **kwargs})
+        present = self.model_dump(**{**_AS_RECEIVED, "exclude_none": True, **kwargs})
         return cast("JsonObject", _union(received, present))
 
     def json(self, **kwargs: Any) -> str:
         """Takes pydantic's arguments and, as v1 did, those of `json.dumps`."""
-        options = {"by_alias": True, "exclude_unset": True, **kwargs}
+        options = {**_AS_RECEIVED, "exclude_unset": True, **kwargs}
         if _DUMPS.isdisjoint(options):
             return self.model_dump_json(**options)
         import json
