@@ -16,7 +16,7 @@ from octoai._deadlines import Deadlines
 from octoai._events import NOTHING, Nothing
 from octoai._network import async_transport
 from octoai._settings import Settings
-from octoai._transport import AsyncResponse, Request
+from octoai._transport import AsyncResponse, Request, is_timeout
 from octoai.core.request_options import RequestOptions
 from octoai.errors import ApiConnectionError, ApiError, ServerError
 from octoai.wire.answers import ChatCompletionChunk, ChatCompletionResponse, CompletionResponse, UsageStats
@@ -134,12 +134,10 @@ async def _body(response: AsyncResponse, deadlines: Deadlines, *, whole: bool = 
         decompressor = _answers.Decompressor(response.headers)
         while block := await response.receive(deadlines.waiting()):
             blocks.append(decompressor.feed(block))
-    except TimeoutError as error:
-        await response.close()
-        if whole:
-            raise deadlines.passed() from error
     except (OSError, ValueError) as error:
         await response.close()
+        if whole and is_timeout(error):
+            raise deadlines.passed() from error
         if whole:
             raise ApiConnectionError(message=f"the answer was cut off: {error}", headers=response.headers) from error
     except BaseException:
@@ -258,9 +256,9 @@ class AsyncEventStream(Generic[T]):
         while not reader.done:
             try:
                 block = await response.receive(deadlines.waiting())
-            except TimeoutError as error:
-                raise deadlines.passed() from error
             except (OSError, ValueError) as error:
+                if is_timeout(error):
+                    raise deadlines.passed() from error
                 raise reader.interrupted(f"too early: {error}") from error
             if not block:
                 self._over = reader.end()

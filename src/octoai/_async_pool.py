@@ -19,8 +19,18 @@ from weakref import WeakKeyDictionary
 from octoai._deadlines import Deadlines
 from octoai._happy_eyeballs import connected
 from octoai._http1 import ProtocolError, ResponseParser
-from octoai._pool import MAX_IDLE, MAX_IDLE_SECONDS, Origin, head_of, tls_context, tune
-from octoai._transport import DRAIN_BYTES, DRAIN_SECONDS, AsyncResponse, Request, connection_error
+from octoai._pool import MAX_IDLE, MAX_IDLE_SECONDS, tls_context, tune
+from octoai._transport import (
+    DRAIN_BYTES,
+    DRAIN_SECONDS,
+    AsyncResponse,
+    Origin,
+    Request,
+    connection_error,
+    failure,
+    head_of,
+    is_timeout,
+)
 from octoai.errors import ApiConnectionError
 
 _BLOCK_BYTES = 32 * 1024
@@ -121,9 +131,9 @@ class AsyncSocketTransport:
                 if isinstance(loop, asyncio.BaseEventLoop) and not _is_number(host):
                     options.update(host=None, port=None, sock=await connected(host, port))
                 _, connection = await loop.create_connection(lambda: _Connection(origin, loop), **options)
-        except TimeoutError as error:
-            raise deadlines.passed("connect") from error
         except (OSError, UnicodeError, ValueError) as error:
+            if is_timeout(error):
+                raise deadlines.passed("connect") from error
             certificate = type(error).__name__ == "SSLCertVerificationError"
             raise connection_error(error, request, retryable=not certificate) from error
         return connection
@@ -285,12 +295,9 @@ class AsyncSocketResponse:
                 if connection.failure is not None:
                     raise connection.failure
                 await connection.wait(deadlines.waiting())
-        except TimeoutError as error:
-            await self.close()
-            raise deadlines.passed() from error
         except (OSError, ProtocolError) as error:
             await self.close()
-            raise connection_error(error, request, retryable=not self._parser.begun) from error
+            raise failure(error, request, deadlines, retryable=not self._parser.begun) from error
         except BaseException:
             await self.close()
             raise

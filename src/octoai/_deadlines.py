@@ -162,7 +162,8 @@ class Deadlines:
         elif self._content_at is not None and now >= self._content_at:
             otherwise = "idle" if self._started else "first_token"
         seconds = getattr(self._timeout, otherwise)
-        message = f"{_MEANING[otherwise]} within {seconds:g} s (the `{otherwise}` deadline of octoai.Timeout)"
+        within = "in time" if seconds is None else f"within {seconds:g} s"
+        message = f"{_MEANING[otherwise]} {within} (the `{otherwise}` deadline of octoai.Timeout)"
         return ApiTimeoutError(deadline=otherwise, seconds=seconds, message=message, retryable=otherwise == "connect")
 
     def _next_content(self, now: float) -> float:

@@ -1,4 +1,4 @@
-"""Happy Eyeballs (RFC 8305) for asyncio: the first of a host's addresses that answers.
+"""The first of a host's addresses that answers; for asyncio by Happy Eyeballs (RFC 8305).
 
 asyncio has it too, but forgets a socket when it is cancelled in the moment in which that was connected, or when two are
 connected in the same moment.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain, zip_longest
@@ -74,3 +75,37 @@ def _by_turns(addresses: Sequence[Address]) -> list[Address]:
     first = [each for each in addresses if each[0] == addresses[0][0]]
     others = [each for each in addresses if each[0] != addresses[0][0]]
     return [each for each in chain.from_iterable(zip_longest(first, others)) if each is not None]
+
+
+def connected_by(ends: float | None, host: str, port: int) -> socket.socket:
+    """Without asyncio: the first of the host's addresses that answers, one after the other.
+
+    All of them have one end. What is left until then is shared by those that are left, so that a silent one does not
+    take the time of the next.
+    """
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failed: Exception = OSError(f"{host} has no address")
+    for number, (family, kind, protocol, _, place) in enumerate(addresses):
+        left = seconds_until(ends)
+        raw = socket.socket(family, kind, protocol)
+        try:
+            raw.settimeout(None if left is None else left / (len(addresses) - number))
+            raw.connect(place)
+            return raw
+        except OSError as error:
+            raw.close()
+            failed = error
+        except BaseException:
+            raw.close()
+            raise
+    raise failed
+
+
+def seconds_until(ends: float | None) -> float | None:
+    """None where there is no end. `TimeoutError` once it has passed."""
+    if ends is None:
+        return None
+    left = ends - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

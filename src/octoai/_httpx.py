@@ -6,6 +6,7 @@ Used for asynchronous calls and for proxies. Imports neither library at import.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sys
 import time
@@ -79,13 +80,24 @@ class _Failures:
         self.all: _Classes = (*self.timeouts, *self.network, *self.requests, *_classes(client, "HTTPError"))
 
     def mapped(self, error: BaseException, request: Request, deadlines: Deadlines) -> ApiError:
-        if isinstance(error, self.connect_timeouts):
-            return deadlines.passed("connect")
-        if isinstance(error, self.timeouts):
-            return deadlines.passed()
+        if self.is_timeout(error):
+            return deadlines.passed("connect" if isinstance(error, self.connect_timeouts) else "read")
         if isinstance(error, self.requests):
             return ConfigurationError(message=f"the request cannot be sent: {error}")
         return connection_error(error, request)
+
+    def is_timeout(self, error: BaseException) -> bool:
+        """Not where the kernel gave the connection up, which the libraries take for a timeout of theirs."""
+        if not isinstance(error, self.timeouts):
+            return False
+        cause: BaseException | None = error
+        while cause is not None and getattr(cause, "errno", None) != errno.ETIMEDOUT:
+            cause = cause.__cause__ or cause.__context__
+        return cause is None
+
+    def unread(self, error: BaseException) -> OSError:
+        """The failure of a wait for the body, as our own connections have it."""
+        return (TimeoutError if self.is_timeout(error) else OSError)(str(error) or type(error).__name__)
 
 
 class HttpxTransport:
@@ -133,10 +145,8 @@ class HttpxResponse:
     def receive(self, seconds: float | None) -> bytes:
         try:
             return next(self._parts, b"")
-        except self._failures.timeouts as error:
-            raise TimeoutError(str(error)) from error
         except self._failures.all as error:
-            raise OSError(str(error) or type(error).__name__) from error
+            raise self._failures.unread(error) from error
 
     def finish(self) -> None:
         ends, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
@@ -244,10 +254,8 @@ class AsyncHttpxResponse:
         try:
             async with asyncio.timeout(seconds):
                 return await anext(self._parts, b"")
-        except self._failures.timeouts as error:
-            raise TimeoutError(str(error)) from error
         except self._failures.all as error:
-            raise OSError(str(error) or type(error).__name__) from error
+            raise self._failures.unread(error) from error
 
     async def finish(self) -> None:
         left = DRAIN_BYTES

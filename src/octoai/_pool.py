@@ -13,17 +13,26 @@ import time
 from collections import deque
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 from octoai._deadlines import Deadlines
+from octoai._happy_eyeballs import connected_by, seconds_until
 from octoai._http1 import ProtocolError, ResponseParser
-from octoai._transport import DRAIN_BYTES, DRAIN_SECONDS, Request, Response, connection_error
-from octoai.errors import ApiConnectionError, ConfigurationError
+from octoai._transport import (
+    DRAIN_BYTES,
+    DRAIN_SECONDS,
+    Origin,
+    Request,
+    Response,
+    connection_error,
+    failure,
+    head_of,
+    is_timeout,
+)
+from octoai.errors import ApiConnectionError
 
 MAX_IDLE = 32
 MAX_IDLE_SECONDS = 30.0
 _BLOCK_BYTES = 64 * 1024
-Origin = tuple[str, str, int]
 
 
 class SocketTransport:
@@ -98,23 +107,21 @@ class SocketTransport:
 
     def _connect(self, origin: Origin, request: Request, deadlines: Deadlines) -> _Connection:
         scheme, host, port = origin
+        seconds = deadlines.connecting()
+        ends = None if seconds is None else time.monotonic() + seconds
+        raw = None
         try:
-            raw = socket.create_connection((host, port), deadlines.connecting())
-        except TimeoutError as error:
-            raise deadlines.passed("connect") from error
-        except (OSError, UnicodeError) as error:
-            raise connection_error(error, request) from error
-        try:
+            raw = connected_by(ends, host, port)
             tune(raw)
             if scheme == "https":
-                raw.settimeout(deadlines.connecting())
+                raw.settimeout(seconds_until(ends))
                 self._tls = self._tls or tls_context()
                 raw = self._tls.wrap_socket(raw, server_hostname=host)
-        except TimeoutError as error:
-            raw.close()
-            raise deadlines.passed("connect") from error
-        except (OSError, ValueError) as error:
-            raw.close()
+        except (OSError, UnicodeError, ValueError) as error:
+            if raw is not None:
+                raw.close()
+            if is_timeout(error):
+                raise deadlines.passed("connect") from error
             certificate = type(error).__name__ == "SSLCertVerificationError"
             raise connection_error(error, request, retryable=not certificate) from error
         return _Connection(raw, origin)
@@ -179,12 +186,9 @@ class SocketResponse:
                 if not block:
                     self._parser.end()
                 self._first = self._parser.feed(block)
-        except TimeoutError as error:
-            self.close()
-            raise deadlines.passed() from error
         except (OSError, ProtocolError) as error:
             self.close()
-            raise connection_error(error, request, retryable=not self._parser.begun) from error
+            raise failure(error, request, deadlines, retryable=not self._parser.begun) from error
         except BaseException:
             self.close()
             raise
@@ -252,28 +256,6 @@ class SocketResponse:
             self._pool.give_back(connection)
         else:
             self.close()
-
-
-def head_of(request: Request) -> tuple[Origin, bytes]:
-    """Where to connect, and the bytes before the body."""
-    try:
-        parts = urlsplit(request.url)
-        scheme, host, port = parts.scheme, parts.hostname or "", parts.port
-    except ValueError as error:
-        raise ConfigurationError(message=f"not a valid address: {request.url!r}") from error
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    lines = [f"{request.method} {_ascii(target)} HTTP/1.1"]
-    lines.extend(f"{name}: {value}" for name, value in {"host": _ascii(parts.netloc), **request.headers}.items())
-    if request.body is not None:
-        lines.append(f"content-length: {len(request.body)}")
-    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-    return (scheme, host, port or (443 if scheme == "https" else 80)), head
-
-
-def _ascii(text: str) -> str:
-    from urllib.parse import quote
-
-    return text if text.isascii() else quote(text, safe="/?&=%:[]@!$'()*+,;~")
 
 
 def tune(raw: socket.socket) -> None:

@@ -15,7 +15,7 @@ from octoai._deadlines import Deadlines
 from octoai._events import NOTHING, Nothing
 from octoai._network import sync_transport
 from octoai._settings import Settings
-from octoai._transport import Request, Response
+from octoai._transport import Request, Response, is_timeout
 from octoai.core.request_options import RequestOptions
 from octoai.errors import ApiConnectionError, ApiError, ServerError
 from octoai.wire.answers import ChatCompletionChunk, ChatCompletionResponse, CompletionResponse, UsageStats
@@ -130,12 +130,10 @@ def _body(response: Response, deadlines: Deadlines, *, whole: bool = True) -> by
         decompressor = _answers.Decompressor(response.headers)
         while block := response.receive(deadlines.waiting()):
             blocks.append(decompressor.feed(block))
-    except TimeoutError as error:
-        response.close()
-        if whole:
-            raise deadlines.passed() from error
     except (OSError, ValueError) as error:
         response.close()
+        if whole and is_timeout(error):
+            raise deadlines.passed() from error
         if whole:
             raise ApiConnectionError(message=f"the answer was cut off: {error}", headers=response.headers) from error
     except BaseException:
@@ -242,9 +240,9 @@ class EventStream(Generic[T]):
         while not reader.done:
             try:
                 block = response.receive(deadlines.waiting())
-            except TimeoutError as error:
-                raise deadlines.passed() from error
             except (OSError, ValueError) as error:
+                if is_timeout(error):
+                    raise deadlines.passed() from error
                 raise reader.interrupted(f"too early: {error}") from error
             if not block:
                 self._over = reader.end()

@@ -7,12 +7,16 @@ asked or answered.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
+from urllib.parse import quote, urlsplit
 
 from octoai._deadlines import Deadlines
-from octoai.errors import ApiConnectionError, ApiError
+from octoai.errors import ApiConnectionError, ApiError, ConfigurationError
+
+Origin = tuple[str, str, int]
 
 DRAIN_BYTES = 64 * 1024
 DRAIN_SECONDS = 0.1
@@ -73,6 +77,16 @@ class AsyncTransport(Protocol):
     async def close(self) -> None: ...
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Whether a wait of ours was over. Where the kernel gives a connection up, that is a TimeoutError, too."""
+    return isinstance(error, TimeoutError) and error.errno != errno.ETIMEDOUT
+
+
+def failure(error: BaseException, request: Request, deadlines: Deadlines, *, retryable: bool = True) -> ApiError:
+    """Of a wait for an answer: the deadline that passed, or why the network failed."""
+    return deadlines.passed() if is_timeout(error) else connection_error(error, request, retryable=retryable)
+
+
 def connection_error(error: BaseException, request: Request, *, retryable: bool = True) -> ApiError:
     """A failure of the network, in the user's words. `retryable`: no byte of an answer has come."""
     reason = str(error) or type(error).__name__
@@ -80,3 +94,23 @@ def connection_error(error: BaseException, request: Request, *, retryable: bool 
     hint = " Is the service running? `octoai serve` starts one; OCTOAI_BASE_URL says where it is." if refused else ""
     where = "/".join(request.url.split("/", 3)[:3])
     return ApiConnectionError(message=f"no answer from {where}: {reason}.{hint}", retryable=retryable)
+
+
+def head_of(request: Request) -> tuple[Origin, bytes]:
+    """Where to connect, and the bytes before the body."""
+    try:
+        parts = urlsplit(request.url)
+        scheme, host, port = parts.scheme, parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ConfigurationError(message=f"not a valid address: {request.url!r}") from error
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    lines = [f"{request.method} {_ascii(target)} HTTP/1.1"]
+    lines.extend(f"{name}: {value}" for name, value in {"host": _ascii(parts.netloc), **request.headers}.items())
+    if request.body is not None:
+        lines.append(f"content-length: {len(request.body)}")
+    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return (scheme, host, port or (443 if scheme == "https" else 80)), head
+
+
+def _ascii(text: str) -> str:
+    return text if text.isascii() else quote(text, safe="/?&=%:[]@!$'()*+,;~")

@@ -1,9 +1,10 @@
-"""Connecting, for asyncio: whichever moment it is left in, and whichever of a host's addresses answers."""
+"""Connecting: whichever moment it is left in, and whichever of a host's addresses answers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import socket
 import time
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from octoai import ApiConnectionError, ApiTimeoutError, AsyncOctoAI, Timeout
+from octoai import ApiConnectionError, ApiTimeoutError, AsyncOctoAI, OctoAI, StreamInterrupted, Timeout
+from octoai._deadlines import Deadlines
+from octoai._transport import Request, failure
 from tests.sdk.conftest import MESSAGES
 from tests.sdk.misbehaving import answer
 
@@ -127,3 +130,76 @@ def test_where_no_address_answers_in_time_it_is_given_up(
         ask("http://many.test:9", timeout=Timeout(connect=0.4, read=5))
     gc.collect()
     assert not forgotten
+
+
+KERNELS = OSError(errno.ETIMEDOUT, "Connection timed out")  # a TimeoutError by its class
+
+
+@pytest.mark.parametrize("timeout", [None, Timeout()])
+def test_a_connection_that_the_kernel_gives_up_is_no_deadline(timeout: Any) -> None:
+    deadlines = Deadlines(Timeout.of(timeout), streams=False)
+    lost = failure(KERNELS, Request("GET", "http://x", {}), deadlines)
+    assert isinstance(lost, ApiConnectionError)
+    assert lost.retryable
+    assert isinstance(failure(TimeoutError(), Request("GET", "http://x", {}), deadlines), ApiTimeoutError)
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
+def test_a_connection_that_the_kernel_gives_up_is_none_for_a_library(library: str) -> None:
+    module = pytest.importorskip(library)
+
+    def lost(_request: Any) -> Any:
+        raise module.ReadTimeout("timed out") from KERNELS
+
+    with module.Client(transport=module.MockTransport(lost)) as own:
+        client = OctoAI(base_url="http://127.0.0.1:9", httpx_client=own, timeout=None, max_retries=0)
+        with pytest.raises(ApiConnectionError):
+            client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+
+
+def test_an_answer_that_the_kernel_gives_up_is_cut_off() -> None:
+    class Lost:
+        status, headers = 200, {"content-type": "text/event-stream"}
+
+        def send(self, *_: Any) -> Any:
+            return self
+
+        def receive(self, _seconds: Any) -> bytes:
+            raise KERNELS
+
+        def close(self) -> None: ...
+
+    client = OctoAI(transport=Lost(), timeout=None, max_retries=0)  # type: ignore[arg-type]
+    with pytest.raises(ApiConnectionError, match="cut off"):
+        client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+    with pytest.raises(StreamInterrupted, match="too early"):
+        list(client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES))
+
+
+def test_all_addresses_together_have_one_time_to_connect(resolve: Resolve, silent: tuple[str, int]) -> None:
+    resolve([silent, silent, silent])
+    for timeout in (Timeout(connect=0.6, read=5), Timeout(total=0.6)):
+        began = time.monotonic()
+        with pytest.raises(ApiTimeoutError) as caught:
+            OctoAI(base_url="http://many.test:9", max_retries=0, timeout=timeout).infer("http://many.test:9", {})
+        assert caught.value.deadline == ("total" if timeout.total else "connect")
+        assert time.monotonic() - began < 1.1
+
+
+def test_the_handshake_has_no_time_of_its_own() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"https://127.0.0.1:{mute.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(ApiTimeoutError, match="connect"):
+            OctoAI(max_retries=0, timeout=Timeout(connect=0.5)).infer(url, {})
+        assert time.monotonic() - began < 1.5
+
+
+def test_an_address_that_is_silent_leaves_time_for_the_next(
+    serve: Any, resolve: Resolve, silent: tuple[str, int]
+) -> None:
+    server = serve(lambda x: x.reply(200, answer()))
+    resolve([silent, ("127.0.0.1", server.port)])
+    assert OctoAI(max_retries=0, timeout=Timeout(connect=1)).infer(f"http://many.test:{server.port}", {})
+    resolve([NOBODY, ("127.0.0.1", server.port)])
+    assert OctoAI(max_retries=0, timeout=Timeout(connect=1)).infer(f"http://many.test:{server.port}", {})
