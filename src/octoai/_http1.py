@@ -11,7 +11,9 @@ from collections.abc import Mapping
 
 _MAX_HEAD_BYTES = 256 * 1024
 _MAX_LINE_BYTES = 16 * 1024
-_CONTINUED = re.compile(r"\r\n[ \t]+")
+_HEAD_END = re.compile(rb"\r?\n\r?\n")  # a lone LF ends a line as well (RFC 9112, 2.2)
+_LINE_END = re.compile(r"\r?\n")
+_CONTINUED = re.compile(r"\r?\n[ \t]+")
 _DIGITS = frozenset(b"0123456789abcdefABCDEF")
 
 
@@ -33,6 +35,7 @@ class ResponseParser:
         self._in_body = False
         self._after_chunk = False
         self._in_trailer = False
+        self._trailer_bytes = 0
         self._before_chunk = False  # with nothing buffered
         self._buffer = b""
 
@@ -71,13 +74,13 @@ class ResponseParser:
 
     def _read_head(self) -> bool:
         while True:
-            end = self._buffer.find(b"\r\n\r\n")
-            if end < 0:
+            end = _HEAD_END.search(self._buffer)
+            if end is None:
                 self._refuse_nonsense()
                 return False
-            head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
+            head, self._buffer = self._buffer[: end.start()], self._buffer[end.end() :]
             self._parse_head(head)
-            if not 100 <= self.status < 200:
+            if self.status >= 200:
                 return True
             self.status = 0
 
@@ -87,10 +90,12 @@ class ResponseParser:
             raise ProtocolError("the answer is not HTTP/1.1")
 
     def _parse_head(self, head: bytes) -> None:
-        first, *lines = _CONTINUED.sub(" ", head.decode("latin-1")).split("\r\n")
+        first, *lines = _LINE_END.split(_CONTINUED.sub(" ", head.decode("latin-1")))
         version, _, rest = first.partition(" ")
         code = rest.lstrip()[:3]
-        if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
+        if version not in ("HTTP/1.1", "HTTP/1.0") or not (
+            code.isascii() and code.isdigit() and len(code) == 3 and code >= "100"
+        ):
             raise ProtocolError("the answer is not HTTP/1.1")
         headers: dict[str, str] = {}
         for line in lines:
@@ -104,9 +109,11 @@ class ResponseParser:
 
     def _frame(self, version: str, headers: Mapping[str, str]) -> None:
         """How the body ends (RFC 9112, 6.3)."""
+        if self.status < 200:  # an answer before the answer: it has no body, whatever it says
+            return
         connection = headers.get("connection", "").lower()
         self._keep_alive = "close" not in connection and (version == "HTTP/1.1" or "keep-alive" in connection)
-        self._in_body = not 100 <= self.status < 200
+        self._in_body = True
         self._chunked = False
         length = headers.get("content-length")
         if self.status in (204, 304):
@@ -142,7 +149,7 @@ class ResponseParser:
             if not left:
                 end = block.find(b"\r\n", at)
                 if end < 0:
-                    if size - at > _MAX_LINE_BYTES:
+                    if size - at > _MAX_LINE_BYTES or block.find(b"\n", at) >= 0:
                         raise ProtocolError("a chunk of the answer has no size")
                     break
                 left = self._chunk_line(block[at:end])
@@ -165,6 +172,9 @@ class ResponseParser:
     def _chunk_line(self, line: bytes) -> int:
         """The line before a chunk, after one, or after the last."""
         if self._in_trailer:
+            self._trailer_bytes += len(line)
+            if self._trailer_bytes > _MAX_LINE_BYTES or b"\n" in line:
+                raise ProtocolError("what follows the last chunk of the answer is malformed")
             self.done = not line
             return 0
         if self._after_chunk:
@@ -172,12 +182,16 @@ class ResponseParser:
                 raise ProtocolError("a chunk of the answer is longer than its size")
             self._after_chunk = False
             return 0
-        digits = line if line.isalnum() else line.partition(b";")[0].strip()
+        digits = line if line.isalnum() else _before_extensions(line)
         if not digits or len(digits) > 15:
             raise ProtocolError("the size of a chunk of the answer is malformed")
         left = _number(digits)
         self._in_trailer = left == 0
         return left
+
+
+def _before_extensions(line: bytes) -> bytes:
+    return b"" if b"\n" in line else line.partition(b";")[0].strip()
 
 
 @functools.lru_cache(maxsize=512)  # the events of a stream are nearly all of a few sizes

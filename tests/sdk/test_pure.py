@@ -80,6 +80,8 @@ ANSWERS = {
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello": b"hello",
     CHUNKED + b"3;ext=1\r\nhel\r\n2\r\nlo\r\n0\r\nTrailer: x\r\n\r\n": b"hello",
     b"HTTP/1.1 204 No\r\n\r\n": b"",
+    b"HTTP/1.1 103 Early\r\ncontent-length: 0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello": b"hello",
+    b"HTTP/1.1 100 C\ncontent-length: 0\n\nHTTP/1.1 200 OK\nx: y\r\n z\ncontent-length: 5\n\r\nhello": b"hello",
 }
 
 
@@ -108,7 +110,21 @@ def test_repeated_headers_are_joined() -> None:
 
 
 @pytest.mark.parametrize(
-    "tail", [b"-3\r\n", b"+3\r\n", b"0x3\r\n", b"1_0\r\n", b"\r\n", b"3\r\nhelp\r\n", b"g\r\n", b"f" * 17000]
+    "tail",
+    [
+        b"5\nhello\n",
+        b"3;a\nb\r\nhel",
+        b"0\r\nx: y\n\n",
+        b"0\r\n" + b"x: y\r\n" * 9999,
+        b"-3\r\n",
+        b"+3\r\n",
+        b"0x3\r\n",
+        b"1_0\r\n",
+        b"\r\n",
+        b"3\r\nhelp\r\n",
+        b"g\r\n",
+        b"f" * 17000,
+    ],
 )
 def test_malformed_chunks_are_refused(tail: bytes) -> None:
     with pytest.raises(ProtocolError):
@@ -127,6 +143,12 @@ def test_a_chunk_that_comes_alone_is_read_as_one_among_others() -> None:
     assert not parser.done
     assert parser.feed(b"\r\n") == b""
     assert parser.reusable
+
+
+@pytest.mark.parametrize("status", [b"000", b"099", b"99"])
+def test_a_status_that_is_none_is_refused(status: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        ResponseParser().feed(b"HTTP/1.1 " + status + b" X\r\ncontent-length: 0\r\n\r\n")
 
 
 @given(st.binary(max_size=100))
