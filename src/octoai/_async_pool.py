@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from octoai._deadlines import Deadlines
 from octoai._happy_eyeballs import connected
 from octoai._http1 import ProtocolError, ResponseParser
-from octoai._pool import MAX_IDLE, MAX_IDLE_SECONDS, tls_context, tune
+from octoai._pool import MAX_IDLE, MAX_IDLE_SECONDS, is_silent, tls_context, tune
 from octoai._transport import (
     DRAIN_BYTES,
     DRAIN_SECONDS,
@@ -162,9 +162,11 @@ class _Connection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def is_usable(self) -> bool:
-        """Not too old, open, and silent: bytes that nobody asked for mean that the service has given it up."""
+        """Not too old, open, and silent: bytes that nobody asked for mean that the service has given it up. A loop that
+        was busy may not have read them yet."""
         is_young = time.monotonic() - self.idle_since < MAX_IDLE_SECONDS
-        return is_young and self.failure is None and self._pid == os.getpid() and not self._transport.is_closing()
+        is_open = self.failure is None and self._pid == os.getpid() and not self._transport.is_closing()
+        return is_young and is_open and is_silent(self._transport.get_extra_info("socket"))
 
     def start(self, parser: ResponseParser, message: bytes) -> None:
         self.parser = parser

@@ -138,16 +138,8 @@ class _Connection:
 
     def is_usable(self) -> bool:
         """Not too old, and silent: bytes that nobody asked for mean that the service has closed it."""
-        if self.pid != os.getpid() or time.monotonic() - self.idle_since > MAX_IDLE_SECONDS:
-            return False
-        try:
-            if hasattr(select, "poll"):
-                poll = select.poll()
-                poll.register(self.socket, select.POLLIN)
-                return not poll.poll(0)
-            return not select.select([self.socket], [], [], 0)[0]
-        except (OSError, ValueError):
-            return False
+        is_young = time.monotonic() - self.idle_since < MAX_IDLE_SECONDS
+        return is_young and self.pid == os.getpid() and is_silent(self.socket)
 
     def close(self) -> None:
         """The peer sees it at once, even where a forked child has a copy of the descriptor, and so does a thread that
@@ -256,6 +248,18 @@ class SocketResponse:
             self._pool.give_back(connection)
         else:
             self.close()
+
+
+def is_silent(raw: Any) -> bool:
+    """Whether the socket is open and has nothing to read."""
+    try:
+        if hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(raw, select.POLLIN)
+            return not poll.poll(0)
+        return not select.select([raw], [], [], 0)[0]
+    except (OSError, ValueError):
+        return False
 
 
 def tune(raw: socket.socket) -> None:

@@ -59,3 +59,34 @@ def test_loops_of_asyncio_run_are_forgotten(serve: Any) -> None:
         asyncio.run(work())
     gc.collect()
     assert sum(each() is not None for each in loops) <= 1
+
+
+def _loops() -> list[Any]:
+    try:
+        import uvloop
+    except ImportError:
+        return [asyncio.new_event_loop]
+    return [asyncio.new_event_loop, uvloop.new_event_loop]
+
+
+@pytest.mark.parametrize("loop_factory", _loops())
+def test_a_connection_is_not_used_whose_unasked_bytes_a_busy_loop_has_not_read(serve: Any, loop_factory: Any) -> None:
+    stray = b'{"choices": [{"index": 0, "message": {"role": "assistant", "content": "stray"}}]}'
+
+    def script(x: Exchange) -> None:
+        x.reply(200, answer())
+        if x.number == 1:
+            time.sleep(0.05)
+            x.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(stray), stray))
+
+    server = serve(script)
+
+    async def work() -> list[str]:
+        async with AsyncOctoAI(base_url=server.url, api_key="k", max_retries=0) as client:
+            first = await chat(client)
+            time.sleep(0.3)  # noqa: ASYNC251  # busy
+            return [first, await chat(client), await chat(client)]
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        assert runner.run(work()) == ["hello", "hello", "hello"]
+    assert server.connections == 2
