@@ -62,11 +62,16 @@ class SocketTransport:
         return SocketResponse(self, self._connect(origin, request, deadlines)).open(request, head, deadlines)
 
     def give_back(self, connection: _Connection) -> None:
-        idle = self._own_idle().setdefault(connection.origin, deque())
+        everywhere = self._own_idle()
+        idle = everywhere.setdefault(connection.origin, deque())
         connection.idle_since = time.monotonic()
         idle.append(connection)
         if len(idle) > MAX_IDLE:
             self._drop_one(idle)
+        # Nobody may ask for another origin again, to see that its connections are over.
+        for other in list(everywhere.values()):
+            if other is not idle:
+                self._drop_unusable(other)
 
     def close(self) -> None:
         idle, self._idle = self._own_idle(), {}
@@ -96,6 +101,14 @@ class SocketTransport:
                 return connection
             connection.close()
         return None
+
+    @staticmethod
+    def _drop_unusable(idle: deque[_Connection]) -> None:
+        """Those at the end where the oldest are."""
+        with suppress(IndexError):  # another thread has taken the last
+            while not (connection := idle.popleft()).is_usable():
+                connection.close()
+            idle.appendleft(connection)
 
     @staticmethod
     def _drop_one(idle: deque[_Connection]) -> bool:
