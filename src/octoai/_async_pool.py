@@ -17,9 +17,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from octoai._deadlines import Deadlines
-from octoai._happy_eyeballs import connected
+from octoai._happy_eyeballs import connected, end_of, seconds_until, tune
 from octoai._http1 import ProtocolError, ResponseParser
-from octoai._pool import MAX_IDLE, MAX_IDLE_SECONDS, is_silent, tls_context, tune
+from octoai._pool import MAX_IDLE, MAX_IDLE_SECONDS, is_silent, tls_context
 from octoai._transport import (
     DRAIN_BYTES,
     DRAIN_SECONDS,
@@ -307,6 +307,7 @@ class AsyncSocketResponse:
 
     async def receive(self, seconds: float | None) -> bytes:
         connection = self._connection
+        ends, has_waited = None, False
         while connection is not None:
             part = connection.take()
             if part:
@@ -316,7 +317,11 @@ class AsyncSocketResponse:
                 break
             if connection.failure is not None:
                 raise connection.failure
+            if has_waited:  # bytes that are no body, as the head of a chunk, do not begin the wait anew
+                ends = ends or end_of(seconds)
+                seconds = seconds_until(ends)
             await connection.wait(seconds)
+            has_waited = True
         return b""
 
     async def finish(self) -> None:

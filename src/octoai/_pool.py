@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from octoai._deadlines import Deadlines
-from octoai._happy_eyeballs import connected_by, seconds_until
+from octoai._happy_eyeballs import connected_by, end_of, seconds_until, tune
 from octoai._http1 import ProtocolError, ResponseParser
 from octoai._transport import (
     DRAIN_BYTES,
@@ -120,8 +120,7 @@ class SocketTransport:
 
     def _connect(self, origin: Origin, request: Request, deadlines: Deadlines) -> _Connection:
         scheme, host, port = origin
-        seconds = deadlines.connecting()
-        ends = None if seconds is None else time.monotonic() + seconds
+        ends = end_of(deadlines.connecting())
         raw = None
         try:
             raw = connected_by(ends, host, port)
@@ -205,7 +204,11 @@ class SocketResponse:
             return first
         if self._pid != os.getpid():
             raise OSError("this stream belongs to the process that opened it")
+        ends, has_waited = None, False
         while not self._parser.done:
+            if has_waited:  # bytes that are no body, as the head of a chunk, do not begin the wait anew
+                ends = ends or end_of(seconds)
+                seconds = seconds_until(ends)
             block = self._received(seconds)
             if not block:
                 self._parser.end()
@@ -213,6 +216,7 @@ class SocketResponse:
             part = self._parser.feed(block)
             if part:
                 return part
+            has_waited = True
         self._release()
         return b""
 
@@ -273,15 +277,6 @@ def is_silent(raw: Any) -> bool:
         return not select.select([raw], [], [], 0)[0]
     except (OSError, ValueError):
         return False
-
-
-def tune(raw: socket.socket) -> None:
-    """No delay for small writes; and a peer that vanished behind a NAT is noticed in minutes, not hours."""
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def tls_context() -> Any:
