@@ -160,6 +160,7 @@ class AsyncEventStream(Generic[T]):
         self._response: AsyncResponse | None = None
         self._raw: RawResponse | None = None
         self._attempts = 1
+        self._opening = False
         self._over = False
         self._cut = False
 
@@ -224,8 +225,13 @@ class AsyncEventStream(Generic[T]):
 
     async def _begin(self) -> AsyncResponse:
         if self._response is None:
+            self._refuse_if_closed()
+            if self._opening:
+                raise RuntimeError("another task is reading this stream")
+            self._opening = True
             self._deadlines = Deadlines(self._call.timeout, streams=True)
             self._response, self._attempts = await self._shell.open(self._call, self._deadlines)
+            self._refuse_if_closed()  # meanwhile: the error closes what has come
             self._raw = RawResponse(self._response.status, self._response.headers, b"")
             if not self._reader.accepts(self._raw.headers):
                 body = await _body(self._response, self._deadlines, whole=False)
@@ -244,8 +250,12 @@ class AsyncEventStream(Generic[T]):
             await self.close()
             raise
         if value is NOTHING and self._cut:
-            raise self._reader.interrupted("early: it was closed before all of it was read")
+            raise self._reader.interrupted(_events.CLOSED)
         return value
+
+    def _refuse_if_closed(self) -> None:
+        if self._over:
+            raise self._reader.interrupted(_events.CLOSED)
 
     async def _read(self, response: AsyncResponse) -> None:
         """Until something has come, or the end."""

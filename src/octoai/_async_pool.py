@@ -200,6 +200,8 @@ class _Connection(asyncio.BufferedProtocol):
 
     def wait(self, seconds: float | None) -> asyncio.Future[None]:
         """To be awaited: until something happens. `TimeoutError` after so many seconds."""
+        if self._waiter is not None and not self._waiter.done():
+            raise RuntimeError("another task is reading this answer")  # nothing would ever wake it
         self._waiter = waiter = self._loop.create_future()
         if seconds is None:
             self._due = _NEVER

@@ -16,6 +16,7 @@ from octoai.wire.record import RawResponse, Record
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
+CLOSED = "early: it was closed before all of it was read"
 _DONE = b"[DONE]"
 _LF = ord("\n")  # `in` takes several times as long to find bytes in bytes
 

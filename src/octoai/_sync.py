@@ -208,6 +208,8 @@ class EventStream(Generic[T]):
 
     def _begin(self) -> Response:
         if self._response is None:
+            if self._over:
+                raise self._reader.interrupted(_events.CLOSED)
             self._deadlines = Deadlines(self._call.timeout, streams=True)
             self._response, self._attempts = self._shell.open(self._call, self._deadlines)
             self._raw = RawResponse(self._response.status, self._response.headers, b"")
@@ -228,7 +230,7 @@ class EventStream(Generic[T]):
             self.close()
             raise
         if value is NOTHING and self._cut:
-            raise self._reader.interrupted("early: it was closed before all of it was read")
+            raise self._reader.interrupted(_events.CLOSED)
         return value
 
     def _read(self, response: Response) -> None:

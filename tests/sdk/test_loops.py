@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from octoai import AsyncOctoAI
+from octoai import AsyncOctoAI, StreamInterrupted, Timeout
 from tests.sdk.conftest import MESSAGES
-from tests.sdk.misbehaving import Exchange, answer
+from tests.sdk.misbehaving import Exchange, answer, chunk
 
 
 async def chat(client: AsyncOctoAI) -> str:
@@ -90,3 +90,24 @@ def test_a_connection_is_not_used_whose_unasked_bytes_a_busy_loop_has_not_read(s
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         assert runner.run(work()) == ["hello", "hello", "hello"]
     assert server.connections == 2
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_two_tasks_cannot_read_one_stream(serve: Any, begun: bool) -> None:
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.event(chunk("a"))
+        x.seconds_until_closed()
+
+    server = serve(script)
+
+    async def work() -> list[Any]:
+        async with AsyncOctoAI(base_url=server.url, api_key="k", max_retries=0, timeout=Timeout(idle=20)) as client:
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            if begun:
+                await anext(stream)
+            reading = asyncio.gather(stream.final(), stream.final(), return_exceptions=True)
+            return await asyncio.wait_for(reading, 5)
+
+    assert {type(error) for error in asyncio.run(work())} == {RuntimeError, StreamInterrupted}
+    assert len(server.requests) == 1

@@ -404,6 +404,15 @@ def test_what_was_not_read_of_a_closed_stream_is_not_silently_missing(api: Any, 
     assert api.final(whole).choices[0].message.content == "w0 w1 w2 "
 
 
+def test_a_stream_that_was_closed_before_it_began_sends_nothing(api: Any, serve: Any) -> None:
+    server = serve(lambda x: x.stream(words()))
+    stream = api.stream(api.client(base_url=server.url))
+    api.close_stream(stream)
+    with pytest.raises(StreamInterrupted, match="closed"):
+        api.entered(stream)
+    assert not server.requests
+
+
 def test_a_loop_left_at_the_last_chunk_has_all_of_it(api: Any, serve: Any) -> None:
     def script(x: Exchange) -> None:
         x.begin_stream()
