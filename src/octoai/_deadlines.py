@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 _UNSET: Any = ...
 _FIELDS = ("connect", "read", "total", "first_token", "idle")
 _NEVER = float("inf")
+_FOR_EVER = 1e9  # 31 years. What infinity means, and more than the clocks of sockets can count
 
 
 class Timeout:
-    """The deadlines of a call, in seconds; None is no limit.
+    """The deadlines of a call, in seconds; None, or infinity, is no limit.
 
     - `connect`: until the connection stands. Default 10.
     - `read`: the longest silence on the connection, also while a whole answer is being generated. Default 600.
@@ -62,8 +63,7 @@ class Timeout:
         if hasattr(value, "connect") and hasattr(value, "read"):
             return cls(value.connect, value.read, None, value.read, value.read)
         seconds = _checked("timeout", value)
-        assert seconds is not None
-        return cls(min(seconds, 10), seconds, None, seconds, seconds)
+        return cls(10 if seconds is None else min(seconds, 10), seconds, None, seconds, seconds)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a Timeout is immutable")
@@ -195,7 +195,7 @@ def _checked(name: str, value: Any) -> float | None:
         raise TypeError(f"{name} must be a number of seconds, a Timeout or None, not {type(value).__name__}")
     if not value > 0:
         raise ValueError(f"{name} must be more than 0 seconds")
-    return value
+    return None if value >= _FOR_EVER else value
 
 
 DEFAULT_TIMEOUT = Timeout()

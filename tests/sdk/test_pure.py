@@ -183,6 +183,8 @@ def test_a_number_is_a_timeout_for_every_single_wait() -> None:
     assert Timeout() == DEFAULT_TIMEOUT
     assert Timeout(idle=3).first_token == 3
     assert pickle.loads(pickle.dumps(Timeout(idle=3))) == Timeout(idle=3)
+    assert Timeout.of(float("inf")) == Timeout(10, None, None, None, None)
+    assert Timeout(float("inf"), 1e300, 1e9) == Timeout(None, None, None)
     for wrong in 0, -1, float("nan"):
         with pytest.raises(ValueError, match="more than 0"):
             Timeout(read=wrong)
