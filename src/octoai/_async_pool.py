@@ -24,12 +24,13 @@ from octoai._transport import (
     DRAIN_BYTES,
     DRAIN_SECONDS,
     AsyncResponse,
+    Message,
     Origin,
     Request,
     connection_error,
     failure,
-    head_of,
     is_timeout,
+    message_of,
 )
 from octoai.errors import ApiConnectionError
 
@@ -85,18 +86,18 @@ class AsyncSocketTransport:
         self._tls: Any = None
 
     async def send(self, request: Request, deadlines: Deadlines) -> AsyncResponse:
-        origin, head = head_of(request)
+        origin, message = message_of(request)
         pool = await self._own_pool()
         connection = pool.take(origin)
         if connection is not None:
             try:
-                return await AsyncSocketResponse(pool, connection).open(request, head, deadlines)
+                return await AsyncSocketResponse(pool, connection).open(request, message, deadlines)
             except ApiConnectionError as error:
                 # A kept connection may have died while nobody looked. Nothing came back on it: once more, on a new one.
                 if not error.retryable:
                     raise
         connection = await self._connect(origin, request, deadlines)
-        return await AsyncSocketResponse(pool, connection).open(request, head, deadlines)
+        return await AsyncSocketResponse(pool, connection).open(request, message, deadlines)
 
     async def close(self) -> None:
         """Those of the running loop; other loops close their own."""
@@ -168,7 +169,7 @@ class _Connection(asyncio.BufferedProtocol):
         is_open = self.failure is None and self._pid == os.getpid() and not self._transport.is_closing()
         return is_young and is_open and is_silent(self._transport.get_extra_info("socket"))
 
-    def start(self, parser: ResponseParser, message: bytes) -> None:
+    def start(self, parser: ResponseParser, message: Message) -> None:
         self.parser = parser
         self._transport.write(message)
 
@@ -290,11 +291,11 @@ class AsyncSocketResponse:
     def headers(self) -> dict[str, str]:
         return self._parser.headers
 
-    async def open(self, request: Request, head: bytes, deadlines: Deadlines) -> AsyncSocketResponse:
+    async def open(self, request: Request, message: Message, deadlines: Deadlines) -> AsyncSocketResponse:
         connection = self._connection
         assert connection is not None
         try:
-            connection.start(self._parser, head + (request.body or b""))
+            connection.start(self._parser, message)
             while not self.status:
                 if connection.failure is not None:
                     raise connection.failure

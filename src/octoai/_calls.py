@@ -247,13 +247,19 @@ def _text(value: Any) -> str:
 
 
 def _with_query(url: str, query: Mapping[str, Any] | None) -> str:
-    pairs = [
-        f"{quote(str(name), safe='')}={quote(_query_text(one), safe='')}"
-        for name, value in (query or {}).items()
-        if value is not None
-        for one in (value if isinstance(value, list | tuple) else (value,))
-    ]
-    return url + ("&" if "?" in url else "?") + "&".join(pairs) if pairs else url
+    try:
+        pairs = [
+            f"{quote(str(name), safe='')}={quote(_query_text(one), safe='')}"
+            for name, value in (query or {}).items()
+            if value is not None
+            for one in (value if isinstance(value, list | tuple) else (value,))
+        ]
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(message=f"a query parameter holds what is not text: {error}") from error
+    if not pairs:
+        return url
+    url = url.partition("#")[0]  # a fragment is never sent
+    return url + ("&" if "?" in url else "?") + "&".join(pairs)
 
 
 def _query_text(value: Any) -> str:

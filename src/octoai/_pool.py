@@ -20,13 +20,14 @@ from octoai._http1 import ProtocolError, ResponseParser
 from octoai._transport import (
     DRAIN_BYTES,
     DRAIN_SECONDS,
+    Message,
     Origin,
     Request,
     Response,
     connection_error,
     failure,
-    head_of,
     is_timeout,
+    message_of,
 )
 from octoai.errors import ApiConnectionError
 
@@ -49,17 +50,17 @@ class SocketTransport:
         self._tls: Any = None
 
     def send(self, request: Request, deadlines: Deadlines) -> Response:
-        origin, head = head_of(request)
+        origin, message = message_of(request)
         connection = self._take(origin)
         if connection is not None:
             response = SocketResponse(self, connection)
             try:
-                return response.open(request, head, deadlines)
+                return response.open(request, message, deadlines)
             except ApiConnectionError as error:
                 # A kept connection may have died while nobody looked. Nothing came back on it: once more, on a new one.
                 if not error.retryable:
                     raise
-        return SocketResponse(self, self._connect(origin, request, deadlines)).open(request, head, deadlines)
+        return SocketResponse(self, self._connect(origin, request, deadlines)).open(request, message, deadlines)
 
     def give_back(self, connection: _Connection) -> None:
         everywhere = self._own_idle()
@@ -182,9 +183,9 @@ class SocketResponse:
     def headers(self) -> dict[str, str]:
         return self._parser.headers
 
-    def open(self, request: Request, head: bytes, deadlines: Deadlines) -> SocketResponse:
+    def open(self, request: Request, message: Message, deadlines: Deadlines) -> SocketResponse:
         try:
-            self._send(head + (request.body or b""), deadlines)
+            self._send(message, deadlines)
             while not self.status:
                 block = self._received(deadlines.waiting())
                 if not block:
@@ -246,7 +247,7 @@ class SocketResponse:
             self._patience = seconds
         return self._socket.recv(_BLOCK_BYTES)
 
-    def _send(self, message: bytes, deadlines: Deadlines) -> None:
+    def _send(self, message: Message, deadlines: Deadlines) -> None:
         self._socket.settimeout(deadlines.waiting())
         try:
             self._socket.sendall(message)

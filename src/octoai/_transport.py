@@ -96,20 +96,40 @@ def connection_error(error: BaseException, request: Request, *, retryable: bool 
     return ApiConnectionError(message=f"no answer from {where}: {reason}.{hint}", retryable=retryable)
 
 
-def head_of(request: Request) -> tuple[Origin, bytes]:
-    """Where to connect, and the bytes before the body."""
+class Message(bytes):
+    """A request as it is sent. Not shown, where a traceback shows what its functions held: the token is in it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<a request of {len(self)} bytes>"
+
+
+def message_of(request: Request) -> tuple[Origin, Message]:
+    """Where to connect, and what to send there."""
     try:
         parts = urlsplit(request.url)
         scheme, host, port = parts.scheme, parts.hostname or "", parts.port
+        netloc = parts.netloc if parts.netloc.isascii() else _international(host, port)
+        target = _ascii((parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
     except ValueError as error:
         raise ConfigurationError(message=f"not a valid address: {request.url!r}") from error
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    lines = [f"{request.method} {_ascii(target)} HTTP/1.1"]
-    lines.extend(f"{name}: {value}" for name, value in {"host": _ascii(parts.netloc), **request.headers}.items())
+    headers: dict[str, object] = {"host": netloc, **request.headers}
     if request.body is not None:
-        lines.append(f"content-length: {len(request.body)}")
-    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-    return (scheme, host, port or (443 if scheme == "https" else 80)), head
+        headers["content-length"] = len(request.body)
+    message = _message(f"{request.method} {target} HTTP/1.1", headers, request.body or b"")
+    return (scheme, host, port or (443 if scheme == "https" else 80)), message
+
+
+def _message(first: str, headers: Mapping[str, object], body: bytes) -> Message:
+    lines = [first, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return Message("\r\n".join(lines).encode("latin-1") + body)
+
+
+def _international(host: str, port: int | None) -> str:
+    """The name as the network knows it, and as it is looked up."""
+    name = host.encode("idna").decode()
+    return name if port is None else f"{name}:{port}"
 
 
 def _ascii(text: str) -> str:
