@@ -26,7 +26,10 @@ def _new_client(name: str) -> Any:
     import httpx2
 
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=30.0)
-    return getattr(httpx2, name)(limits=limits, timeout=None)
+    try:
+        return getattr(httpx2, name)(limits=limits, timeout=None)
+    except (ImportError, ValueError, httpx2.InvalidURL) as error:
+        raise ConfigurationError(message=f"the proxy of the environment cannot be used: {error}") from error
 
 
 def _request(client: Any, request: Request, timeout: tuple[float | None, ...]) -> Any:
@@ -105,8 +108,7 @@ class HttpxTransport:
 
     def __init__(self, client: Any) -> None:
         self._given = client
-        self._own: Any = None
-        self._pid = 0
+        self._own: dict[int, Any] = {}  # for the process with this id
 
     def send(self, request: Request, deadlines: Deadlines) -> Response:
         client = self._client()
@@ -121,17 +123,21 @@ class HttpxTransport:
         return HttpxResponse(response, failures)
 
     def close(self) -> None:
-        if self._own is not None and self._pid == os.getpid():
-            self._own.close()
-        self._own = None
+        own = self._own.pop(os.getpid(), None)
+        if own is not None:
+            own.close()
 
     def _client(self) -> Any:
         if self._given is not None:
             return self._given
-        if self._own is None or self._pid != os.getpid():
-            _INHERITED.append(self._own)
-            self._own, self._pid = _new_client("Client"), os.getpid()
-        return self._own
+        own = self._own.get(os.getpid())
+        if own is None:
+            _INHERITED.extend(list(self._own.values()))
+            made = _new_client("Client")
+            own = self._own.setdefault(os.getpid(), made)
+            if own is not made:
+                made.close()  # another thread was faster
+        return own
 
 
 class HttpxResponse:

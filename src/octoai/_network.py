@@ -36,21 +36,21 @@ class _DirectOrProxied:
         from octoai._pool import SocketTransport
 
         self._direct = SocketTransport()
-        self._proxied: Transport | None = None
+        self._proxied: list[Transport] = []  # the first, whatever several threads have added
 
     def send(self, request: Request, deadlines: Deadlines) -> Response:
         if not _goes_through_proxy(request.url):
             return self._direct.send(request, deadlines)
-        if self._proxied is None:
+        if not self._proxied:
             from octoai._httpx import HttpxTransport
 
-            self._proxied = HttpxTransport(None)
-        return self._proxied.send(request, deadlines)
+            self._proxied.append(HttpxTransport(None))
+        return self._proxied[0].send(request, deadlines)
 
     def close(self) -> None:
         self._direct.close()
-        if self._proxied is not None:
-            self._proxied.close()
+        for proxied in self._proxied[:1]:
+            proxied.close()
 
 
 class _AsyncDirectOrProxied:
@@ -58,21 +58,21 @@ class _AsyncDirectOrProxied:
         from octoai._async_pool import AsyncSocketTransport
 
         self._direct = AsyncSocketTransport()
-        self._proxied: AsyncTransport | None = None
+        self._proxied: list[AsyncTransport] = []  # the first, whatever several threads have added
 
     async def send(self, request: Request, deadlines: Deadlines) -> AsyncResponse:
         if not _goes_through_proxy(request.url):
             return await self._direct.send(request, deadlines)
-        if self._proxied is None:
+        if not self._proxied:
             from octoai._httpx import AsyncHttpxTransport
 
-            self._proxied = AsyncHttpxTransport(None)
-        return await self._proxied.send(request, deadlines)
+            self._proxied.append(AsyncHttpxTransport(None))
+        return await self._proxied[0].send(request, deadlines)
 
     async def close(self) -> None:
         await self._direct.close()
-        if self._proxied is not None:
-            await self._proxied.close()
+        for proxied in self._proxied[:1]:
+            await proxied.close()
 
 
 def _goes_through_proxy(url: str) -> bool:
@@ -82,7 +82,11 @@ def _goes_through_proxy(url: str) -> bool:
     from urllib.parse import urlsplit
     from urllib.request import getproxies, proxy_bypass
 
-    proxies, parts = getproxies(), urlsplit(url)
+    proxies = getproxies()
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False  # no address: our own connections say so
     if not (proxies.get(parts.scheme) or proxies.get("all")):
         return False
     return not proxy_bypass(parts.netloc)

@@ -67,6 +67,7 @@ class OctoAI:
     - `default_headers`: sent with every request; None as a value leaves a header out.
     - `httpx_client`: your own `httpx.Client` or `httpx2.Client`. You close it. Such a client's patience is fixed for a
       whole request: total silence in mid-stream ends after the shorter of `read` and `first_token`, not after `idle`.
+      So it is where the environment names a proxy.
     - `transport`: for tests, anything with `send` and `close` as in `octoai._transport.Transport`.
     """
 

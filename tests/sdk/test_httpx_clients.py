@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 from typing import Any
 
 import pytest
 
-from octoai import BadRequestError
+from octoai import BadRequestError, ConfigurationError, OctoAI
+from tests.sdk.conftest import MESSAGES
 from tests.sdk.misbehaving import Exchange, answer, words
 
 
@@ -56,3 +58,43 @@ def test_an_answer_that_a_hook_has_read_is_read_again(api: Any, serve: Any, libr
         made.close()
     else:
         api.run(made.aclose())
+
+
+@pytest.mark.parametrize("proxy", ["socks5h://127.0.0.1:9", "foo://127.0.0.1:9", "http://[::1", "http://a:b:c"])
+def test_a_proxy_that_cannot_be_used_is_told(api: Any, monkeypatch: Any, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(ConfigurationError, match="the proxy of the environment cannot be used"):
+        api.chat(api.client(base_url="http://service.invalid"))
+
+
+def test_an_address_that_is_none_is_told_behind_a_proxy_too(api: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with pytest.raises(ConfigurationError, match="not a valid address"):
+        api.call(api.client(), "infer", "http://[::ffff:nobody.invalid]/", {})
+
+
+def test_threads_that_ask_at_once_share_one_client(serve: Any, monkeypatch: Any) -> None:
+    httpx2 = pytest.importorskip("httpx2")
+    made: list[Any] = []
+
+    class Noted(httpx2.Client):  # type: ignore[misc,name-defined]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            made.append(self)
+
+    monkeypatch.setattr(httpx2, "Client", Noted)
+    monkeypatch.setenv("HTTP_PROXY", serve(lambda x: x.reply(200, answer())).url)
+    client, together = OctoAI(base_url="http://service.invalid", api_key="k"), threading.Barrier(8)
+
+    def ask() -> None:
+        together.wait(5)
+        client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(not each.is_closed for each in made) == 1
+    client.close()
+    assert all(each.is_closed for each in made)
