@@ -104,13 +104,48 @@ class Decompressor:
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         coding = headers.get("content-encoding", "").strip().lower()
-        self._zlib = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
+        self._compresses = coding in ("gzip", "deflate", "x-gzip")
+        self._zlib: Any = None
+        self._start = b""
 
     def feed(self, block: bytes) -> bytes:
+        if not self._compresses:
+            return block
+        parts: list[bytes] = []
         try:
-            return block if self._zlib is None else self._zlib.decompress(block)
+            while block:
+                if self._zlib is None:
+                    block, self._start = self._start + block, b""
+                    if len(block) < len(_GZIP):
+                        self._start = block
+                        break
+                    self._zlib = zlib.decompressobj(_window_bits(block))
+                parts.append(self._zlib.decompress(block))
+                block = self._zlib.unused_data.lstrip(b"\0")
+                if not block.startswith(_GZIP[:1]):
+                    break
+                self._zlib = None  # another member follows
         except zlib.error as error:
             raise ValueError(f"its compression is damaged: {error}") from error
+        return b"".join(parts)
+
+    @property
+    def is_cut(self) -> bool:
+        """At the end of the body: whether there should have been more of it."""
+        return bool(self._start) or (self._zlib is not None and not self._zlib.eof)
+
+    def end(self) -> None:
+        if self.is_cut:
+            raise ValueError("its compression is not complete")
+
+
+_GZIP = b"\x1f\x8b"
+
+
+def _window_bits(start: bytes) -> int:
+    """What zlib is to expect: gzip or zlib, as it finds, or bare deflate, which some services mean by that name."""
+    has_head = start.startswith(_GZIP) or (start[0] & 15 == 8 and (start[0] * 256 + start[1]) % 31 == 0)
+    return 47 if has_head else -15
 
 
 def json_or_text(body: bytes) -> Any:

@@ -134,6 +134,7 @@ async def _body(response: AsyncResponse, deadlines: Deadlines, *, whole: bool = 
         decompressor = _answers.Decompressor(response.headers)
         while block := await response.receive(deadlines.waiting()):
             blocks.append(decompressor.feed(block))
+        decompressor.end()
     except (OSError, ValueError) as error:
         await response.close()
         if whole and is_timeout(error):

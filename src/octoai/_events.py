@@ -50,20 +50,20 @@ class EventReader(Generic[T]):
         self._ended = False
         self._foreign = False
         self._sse = sse.EventDecoder()
-        self._decompress: Callable[[bytes], bytes] | None = None
+        self._compression: _answers.Decompressor | None = None
         self._open: set[int] = set()
         self._finished: set[int] = set()
 
     def accepts(self, headers: Mapping[str, str]) -> bool:
         """Before any event: whether this is a stream at all."""
         if headers.get("content-encoding"):
-            self._decompress = _answers.Decompressor(headers).feed
+            self._compression = _answers.Decompressor(headers)
         return _answers.content_type(headers) not in ("application/json", "text/html")
 
     def feed(self, block: bytes) -> bool:
         """Whether the block completed an event."""
         try:
-            texts = self._sse.split(self._decompress(block) if self._decompress else block)
+            texts = self._sse.split(self._compression.feed(block) if self._compression else block)
         except ValueError as error:
             raise ResponseError(message=f"the stream cannot be read: {error}") from error
         self._waiting.extend(texts)
@@ -232,8 +232,16 @@ class JsonReader(EventReader[Any]):
         self._map = map_fn
         self.started = True
 
+    def has_unread(self) -> bool:
+        """Without calling the user's function for what nobody has asked for."""
+        function, self._map = self._map, None
+        try:
+            return super().has_unread()
+        finally:
+            self._map = function
+
     def _missing(self) -> ApiError | None:
-        if self._open:
+        if self._open or (self._compression is not None and self._compression.is_cut):
             return super()._missing()
         if self.events or self.done or not self._foreign:
             return None

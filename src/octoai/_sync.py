@@ -130,6 +130,7 @@ def _body(response: Response, deadlines: Deadlines, *, whole: bool = True) -> by
         decompressor = _answers.Decompressor(response.headers)
         while block := response.receive(deadlines.waiting()):
             blocks.append(decompressor.feed(block))
+        decompressor.end()
     except (OSError, ValueError) as error:
         response.close()
         if whole and is_timeout(error):

@@ -51,3 +51,20 @@ def test_a_body_that_is_no_event_stream_raises(api: Any, serve: Any, kind: str, 
 @pytest.mark.parametrize("body", [b": ping\n\n", b": ping\n", b"retry: 5\n\nevent: x\nid: 3\n\n"])
 def test_a_stream_without_an_event_is_empty(api: Any, serve: Any, body: bytes) -> None:
     assert api.all(stream_of(api, serve, body)) == []
+
+
+def test_nobodys_function_is_called_for_events_that_nobody_asked_for(api: Any, serve: Any) -> None:
+    seen: list[Any] = []
+
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.part(b"".join(b'data: {"n": %d}\n\n' % number for number in range(5)))
+        x.end_stream()
+
+    url = serve(script).url
+    stream = api.client().infer_stream(url, {}, lambda value: seen.append(value) or value)
+    assert api.next(stream) == {"n": 0}
+    api.close_stream(stream)
+    assert seen == [{"n": 0}]
+    with pytest.raises(StreamInterrupted, match="closed"):
+        api.next(stream)
