@@ -61,9 +61,12 @@ def _number(text: str | None) -> float | None:
 
 
 def _until(date: str, now: float) -> float | None:
+    from datetime import UTC
     from email.utils import parsedate_to_datetime
 
     try:
-        return max(parsedate_to_datetime(date).timestamp() - now, 0.0)
+        at = parsedate_to_datetime(date)
+        # Without a zone it is not this machine's, but universal time.
+        return max((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() - now, 0.0)
     except (ValueError, TypeError, OverflowError, IndexError):
         return None

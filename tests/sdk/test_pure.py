@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+import time
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -237,6 +239,15 @@ def test_waits_double_up_to_the_cap() -> None:
     assert policy.delay(1, ApiError()) is None
 
 
+@pytest.fixture
+def far_from_greenwich() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "NYC5")
+        time.tzset()
+        yield
+    time.tzset()
+
+
 def test_what_the_service_asks_for_wins() -> None:
     policy = RetryPolicy()
     for _ in range(20):
@@ -254,13 +265,15 @@ def test_what_the_service_asks_for_wins() -> None:
         ({"retry-after": "-3"}, 0),
         ({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, 40),
         ({"retry-after": "Thu, 01 Jan 1970 00:00:40 GMT"}, 0),
+        ({"retry-after": "Thu Jan  1 00:01:40 1970"}, 40),
+        ({"retry-after": "Thu, 01 Jan 1970 00:01:40 -0000"}, 40),
         ({"retry-after": "soon"}, None),
         ({"retry-after": "nan"}, None),
         ({"retry-after-ms": "x", "retry-after": "2"}, 2),
         ({}, None),
     ],
 )
-def test_the_forms_of_retry_after(headers: Any, seconds: float | None) -> None:
+def test_the_forms_of_retry_after(far_from_greenwich: None, headers: Any, seconds: float | None) -> None:
     assert retry_after(headers, now=60) == seconds
 
 
