@@ -34,8 +34,13 @@ def _new_client(name: str) -> Any:
 
 def _request(client: Any, request: Request, timeout: tuple[float | None, ...]) -> Any:
     headers = {name: value.encode("latin-1") for name, value in request.headers.items()}
-    return client.build_request(request.method, request.url, headers=headers, content=request.body, timeout=timeout)
+    built = client.build_request(request.method, request.url, headers=headers, content=request.body, timeout=timeout)
+    for name in _LIBRARYS - headers.keys():
+        built.headers.pop(name, None)  # left out by us, and so not to be filled in
+    return built
 
+
+_LIBRARYS = frozenset({"accept", "accept-encoding", "user-agent"})  # headers that the libraries have values for
 
 # Redirects are followed by the caller, who knows what must not cross origins.
 _SEND_OPTIONS = {"stream": True, "follow_redirects": False}
@@ -72,6 +77,13 @@ def _classes(client: Any, *names: str) -> _Classes:
     return tuple(getattr(module, name) for module in modules for name in names if hasattr(module, name))
 
 
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 class _Failures:
     """What one library raises, mapped."""
 
@@ -79,6 +91,7 @@ class _Failures:
         self.connect_timeouts: _Classes = _classes(client, "ConnectTimeout", "PoolTimeout")
         self.timeouts: _Classes = (*_classes(client, "TimeoutException"), TimeoutError)
         self.network: _Classes = (*_classes(client, "TransportError", "StreamError", "DecodingError"), OSError)
+        self.protocol: _Classes = _classes(client, "ProtocolError")
         self.requests: _Classes = (*_classes(client, "InvalidURL", "UnsupportedProtocol"), UnicodeEncodeError)
         self.all: _Classes = (*self.timeouts, *self.network, *self.requests, *_classes(client, "HTTPError"))
 
@@ -87,16 +100,18 @@ class _Failures:
             return deadlines.passed("connect" if isinstance(error, self.connect_timeouts) else "read")
         if isinstance(error, self.requests):
             return ConfigurationError(message=f"the request cannot be sent: {error}")
-        return connection_error(error, request)
+        return connection_error(error, request, retryable=self._may_pass(error))
 
     def is_timeout(self, error: BaseException) -> bool:
         """Not where the kernel gave the connection up, which the libraries take for a timeout of theirs."""
-        if not isinstance(error, self.timeouts):
-            return False
-        cause: BaseException | None = error
-        while cause is not None and getattr(cause, "errno", None) != errno.ETIMEDOUT:
-            cause = cause.__cause__ or cause.__context__
-        return cause is None
+        given_up = any(getattr(cause, "errno", None) == errno.ETIMEDOUT for cause in _causes(error))
+        return isinstance(error, self.timeouts) and not given_up
+
+    def _may_pass(self, error: BaseException) -> bool:
+        """Not where a service has said what is no HTTP, nor where its certificate is not to be trusted."""
+        if isinstance(error, self.protocol):
+            return "without sending a response" in str(error)
+        return not any(type(cause).__name__ == "SSLCertVerificationError" for cause in _causes(error))
 
     def unread(self, error: BaseException) -> OSError:
         """The failure of a wait for the body, as our own connections have it."""
@@ -212,7 +227,8 @@ class AsyncHttpxTransport:
                 response = await client.send(prepared, **_SEND_OPTIONS)
         except failures.all as error:
             mapped = failures.mapped(error, request, deadlines)
-            if isinstance(mapped, ApiConnectionError) and not any("connect_" in event for event in seen):
+            is_kept = not any("connect_" in event for event in seen)
+            if is_kept and isinstance(mapped, ApiConnectionError) and mapped.retryable:
                 raise _DiedError(mapped) from error
             raise mapped from error
         # From here on each wait has its own limit, which is ours.

@@ -6,7 +6,7 @@ The two have the same methods. What a call does is in `_sync` and `_async`.
 from __future__ import annotations
 
 from octoai._deadlines import DEFAULT_TIMEOUT, Timeout
-from octoai._settings import Settings
+from octoai._settings import Settings, checked_client
 from octoai.environment import OctoAIEnvironment
 
 TYPE_CHECKING = False
@@ -87,7 +87,7 @@ class OctoAI:
             environment=environment,
             api_key=api_key,
             timeout=timeout,
-            httpx_client=httpx_client,
+            httpx_client=checked_client(httpx_client, is_async=False),
             base_url=base_url,
             max_retries=max_retries,
             default_headers=default_headers,
@@ -187,7 +187,7 @@ class AsyncOctoAI:
             environment=environment,
             api_key=api_key,
             timeout=timeout,
-            httpx_client=httpx_client,
+            httpx_client=checked_client(httpx_client, is_async=True),
             base_url=base_url,
             max_retries=max_retries,
             default_headers=default_headers,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import ssl
 import threading
 from typing import Any
 
 import pytest
 
-from octoai import BadRequestError, ConfigurationError, OctoAI
+from octoai import ApiConnectionError, BadRequestError, ConfigurationError, OctoAI
 from tests.sdk.conftest import MESSAGES
 from tests.sdk.misbehaving import Exchange, answer, words
 
@@ -98,3 +99,44 @@ def test_threads_that_ask_at_once_share_one_client(serve: Any, monkeypatch: Any)
     assert sum(not each.is_closed for each in made) == 1
     client.close()
     assert all(each.is_closed for each in made)
+
+
+def test_a_client_of_the_other_kind_is_refused_at_once(api: Any) -> None:
+    for library in ("httpx", "httpx2"):
+        module = pytest.importorskip(library)
+        wrong = module.AsyncClient() if api.kind == "sync" else module.Client()
+        with pytest.raises(TypeError, match=r"takes an httpx\.(Async)?Client, not (Async)?Client"):
+            api.client(httpx_client=wrong)
+
+
+def test_headers_that_are_left_out_are_not_filled_in(api: Any) -> None:
+    def handler(module: Any, request: Any) -> Any:
+        return module.Response(200, json=answer(id=request.headers.get("user-agent", "none")))
+
+    for library in ("httpx", "httpx2"):
+        client = mocked(api, handler, library)
+        assert api.chat(client, request_options={"additional_headers": {"user-agent": None}}).id == "none"
+        assert api.chat(client).id.startswith("octoai-python")
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
+def test_what_no_retry_helps_against_is_not_sent_again(api: Any, library: str) -> None:
+    sent: list[Any] = []
+
+    def handler(module: Any, request: Any) -> Any:
+        sent.append(request)
+        if len(sent) == 1:
+            raise module.RemoteProtocolError("illegal status line")
+        if len(sent) == 2:
+            raise module.ConnectError("failed") from ssl.SSLCertVerificationError("unknown authority")
+        if len(sent) == 3:
+            raise module.RemoteProtocolError("Server disconnected without sending a response.")
+        return module.Response(200, json=answer())
+
+    client = mocked(api, handler, library)
+    for _ in range(2):
+        with pytest.raises(ApiConnectionError) as caught:
+            api.chat(client)
+        assert caught.value.attempts == 1
+    assert api.chat(client)
+    assert len(sent) == 4
