@@ -161,6 +161,11 @@ def test_files_and_retries_of_the_old_helpers(tmp_path: Any) -> None:
     to_file("aGVsbG8=", tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == b"hello"
     assert from_file(tmp_path / "f") == "aGVsbG8="
+    for folded in ("aGVs\nbG8=\r\n", b"aGVs\nbG8="):
+        to_file(folded, tmp_path / "g")
+        assert (tmp_path / "g").read_bytes() == b"hello"
+    with pytest.raises(ValueError, match="base64"):
+        to_file("aGVs*bG8=", tmp_path / "h")
     answers = iter([503, 429, 200])
     assert retry(lambda: SimpleNamespace(status_code=next(answers)), interval=0, jitter=0).status_code == 200
 
