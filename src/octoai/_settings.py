@@ -46,7 +46,8 @@ class Settings:
 
 def checked_client(httpx_client: Any, *, is_async: bool) -> Any:
     """The user's own HTTP client, if it is of the right kind."""
-    if hasattr(httpx_client, "send") and hasattr(httpx_client, "aclose") != is_async:
+    kind = type(httpx_client)
+    if hasattr(kind, "send") and hasattr(kind, "aclose") != is_async:
         ours, right = ("AsyncOctoAI", "AsyncClient") if is_async else ("OctoAI", "Client")
-        raise TypeError(f"httpx_client: {ours} takes an httpx.{right}, not {type(httpx_client).__name__}")
+        raise TypeError(f"httpx_client: {ours} takes an httpx.{right}, not {kind.__name__}")
     return httpx_client
