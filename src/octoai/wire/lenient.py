@@ -52,16 +52,18 @@ def _part(kind: Any, value: Any) -> Any:
     if value is None and kinds == tuple(records):
         return read(records[0], {})
     if isinstance(value, dict) and records:
-        return _record(records, value)
+        return _record(records, value, may_be_none=type(None) in kinds)
     items = next((get_args(each)[0] for each in kinds if get_origin(each) is list), None)
     if isinstance(value, list) and items is not None:
         return [_part(items, item) for item in value]
     return value
 
 
-def _record(records: list[type[Record]], value: dict[str, Any]) -> Any:
+def _record(records: list[type[Record]], value: dict[str, Any], *, may_be_none: bool) -> Any:
     for record in records:
         with suppress(ValidationError):
             return record.model_validate(value)
+    if not value and may_be_none:  # it says nothing, and must not stand in the way of what was said before
+        return None
     # Of several, which is meant cannot be known.
     return read(records[0], value) if len(records) == 1 else value
