@@ -81,8 +81,10 @@ def _merge_logprobs(choice: dict[str, Any], part: Mapping[str, Any]) -> None:
         logprobs = choice["logprobs"] = {}
     for key, value in part.items():
         if isinstance(value, list):
-            logprobs[key] = [] if logprobs.get(key) is None else logprobs[key]
-            logprobs[key].extend(value)
+            if isinstance(logprobs.get(key), list):
+                logprobs[key].extend(value)
+            else:
+                logprobs[key] = value
         elif value is not None or key not in logprobs:
             logprobs[key] = value
 
@@ -135,7 +137,14 @@ def _call_of(calls: list[dict[str, Any]], delta: Mapping[str, Any]) -> dict[str,
 
 
 def _merge_function(function: dict[str, Any], delta: Mapping[str, Any]) -> None:
-    name, arguments = delta.get("name") or "", delta.get("arguments") or ""
+    name, arguments = (_written(delta.get(key)) for key in ("name", "arguments"))
     # Some services repeat the whole name in every delta, others send it in pieces.
     function["name"] += "" if name == function["name"] else name
-    function["arguments"] += arguments if isinstance(arguments, str) else json.dumps(arguments)
+    function["arguments"] += arguments
+
+
+def _written(value: Any) -> str:
+    """Arguments are JSON in a text; some services send the object."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)

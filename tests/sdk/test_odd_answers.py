@@ -126,6 +126,8 @@ def test_half_a_character_loses_no_answer(api: Any, serve: Any) -> None:
         chunk("", usage={}),
         chunk("", delta={"content": [{"type": "thinking"}]}),
         chunk("", delta={"tool_calls": "none"}),
+        chunk("", delta={"tool_calls": [{"index": 0, "function": {"name": 5, "arguments": {"a": 1}}}]}),
+        {**chunk(), "choices": [{"index": 0, "delta": {}, "logprobs": {"content": "none"}}]},
     ],
 )
 def test_a_chunk_that_is_wrong_in_a_detail_ends_no_stream(api: Any, serve: Any, odd: Any) -> None:
