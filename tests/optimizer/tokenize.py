@@ -75,11 +75,15 @@ class Tokenizers:
 
 
 def a_text(chosen: random.Random, specials: list[str], before: list[str]) -> str:
-    """Most begin as an earlier one, cut anywhere."""
+    """Most begin as an earlier one, cut anywhere or behind a special token; some are no more than that."""
     text = ""
     if before and chosen.random() < 0.8:
         text = chosen.choice(before[-20:])
-        text = text[: chosen.randrange(len(text) + 1)]
+        end = chosen.randrange(len(text) + 1)
+        behind = max(text.rfind(each, 0, end) + len(each) for each in specials)
+        text = text[: behind if chosen.random() < 0.4 else end]
+        if chosen.random() < 0.3:
+            return text
     for _ in range(chosen.randrange(0, 120)):
         text += chosen.choice(specials) if chosen.random() < 0.15 else chosen.choice(WORDS)
     return text

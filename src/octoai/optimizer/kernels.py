@@ -34,7 +34,7 @@ _DEFINED = (
     *("_GNU_SOURCE", "NDEBUG"),
 )
 # Everything else stays inside: the wheel has functions of the same names.
-_EXPORTED = "{ global: ggml_backend_init; replace_calls; fast_*; shared_*; local: *; };"
+_EXPORTED = "{ global: ggml_backend_init; calls_version; replace_calls; fast_*; shared_*; local: *; };"
 _ADDED = (
     ("ggml-cpu.c", "nchunk0 * nchunk1 < nth * 4 || ggml_is_numa()", " || nr1 == 1"),
     ("repack.cpp", "const bool disable_chunking = ggml_is_numa()", " || ne1 == 1"),

@@ -187,11 +187,13 @@ extern "C" int32_t shared_tokenize(const llama_vocab * vocab, const char * text,
     auto wanted = std::make_shared<tokenized>(tokenized{ vocab, adds_special, parses_special, std::string(text, size), {}, {} });
     std::pair<size_t, size_t> end;
     std::shared_ptr<const tokenized> found = most_alike(*wanted, end);
-    if (found == nullptr || end.first < wanted->text.size()) {
+    // A longer text may have a boundary just where this one ends: of its tokens, those up to there are this one's.
+    const bool is_known = found != nullptr && end.first == wanted->text.size() && found->text.size() == end.first;
+    if (!is_known) {
         if (found != nullptr) {
             wanted->tokens.assign(found->tokens.begin(), found->tokens.begin() + end.second);
         }
-        if (!add_tokens(*wanted, end.first)) {
+        if (end.first < wanted->text.size() && !add_tokens(*wanted, end.first)) {
             return llama_tokenize(vocab, text, size, tokens, room, adds_special, parses_special);
         }
         if (parses_special) {

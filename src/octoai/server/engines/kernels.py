@@ -12,6 +12,9 @@ import ctypes
 import importlib.util
 from pathlib import Path
 
+_CALLS_VERSION = 2
+"""Of the calls in kernels that may take the place of the wheel's, at least."""
+
 
 class CannotLoadKernels(Exception):
     """The text is one line that says why."""
@@ -33,5 +36,7 @@ def load(path: Path) -> None:
         raise CannotLoadKernels(f"{path} is not a library of kernels for this llama.cpp")
     ggml.ggml_backend_unload(shipped)  # what is left is what is used
     kernels = ctypes.CDLL(str(path))
-    if hasattr(kernels, "replace_calls"):  # kernels that an earlier version made have none
+    # A profile may name kernels that an earlier version made: they compute what they should, but took a text apart
+    # as the longer one that it begins.
+    if hasattr(kernels, "calls_version") and kernels.calls_version() >= _CALLS_VERSION:
         kernels.replace_calls()
