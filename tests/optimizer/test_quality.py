@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given as whenever
+from hypothesis.extra.numpy import arrays
+from hypothesis.strategies import floats, just
 
 from octoai.optimizer import quality
 from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference, compared, exact, shipped_text
@@ -46,6 +50,41 @@ def test_many_positions_are_compared_in_steps_as_well_as_at_once() -> None:
     quality = compared(logs(*given), logs(*found))
     assert quality.kl_nats == pytest.approx(expected.mean(), rel=1e-4)
     assert quality.kl_error == pytest.approx(expected.std(ddof=1) / 10, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("is_given", [False, True])
+def test_where_probabilities_are_not_numbers_nothing_is_said_of_what_is_lost(wrong: float, is_given: bool) -> None:
+    both = logs([0.5, 0.5], [0.9, 0.1]), logs([0.5, 0.5], [0.9, 0.1])
+    both[0 if is_given else 1][1, 0] = wrong
+    with pytest.raises(UnusableWeights, match="not numbers"):
+        compared(*both)
+
+
+def test_what_is_never_said_counts_only_where_it_should_be() -> None:
+    never, rarely = logs([0.5, 0.5]), logs([0.5, 0.5])
+    never = np.append(never, np.float32([[-np.inf]]), axis=1)
+    rarely = np.append(rarely, np.float32([[-20.0]]), axis=1)
+    assert compared(never, rarely).kl_nats == pytest.approx(0, abs=1e-6)
+    assert compared(never, never).kl_nats == pytest.approx(0, abs=1e-6)
+    with pytest.raises(UnusableWeights, match="0 where they were not"):
+        compared(rarely, never)
+
+
+ROWS = arrays(np.float32, (3, 4), elements=floats(max_value=0, width=32) | just(np.nan))
+
+
+@whenever(ROWS, ROWS)
+def test_whatever_is_compared_a_loss_is_a_number_and_known_to_be_one(
+    ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]
+) -> None:
+    try:
+        quality = compared(ours, theirs)
+    except UnusableWeights:
+        return
+    assert 0 <= quality.kl_nats < np.inf
+    assert not np.isnan(ours).any()
+    assert np.isfinite(theirs[np.exp(ours.astype(np.float64)) > 0]).all()
 
 
 def test_the_shipped_text_has_several_kinds_of_text() -> None:

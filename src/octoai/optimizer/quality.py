@@ -126,17 +126,30 @@ class Reference:
 
 
 def compared(given: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> Quality:
-    """Both are log probabilities, (positions, tokens)."""
+    """Both are log probabilities, (positions, tokens). Raises UnusableWeights where some are not numbers, in either:
+    nothing is known of what is lost then."""
     divergences: list[float] = []
     same = 0
     for first in range(0, len(given), _ROWS_A_STEP):
         ours = given[first : first + _ROWS_A_STEP].astype(np.float64)
         theirs = found[first : first + _ROWS_A_STEP].astype(np.float64)
-        divergences += (np.exp(ours) * (ours - theirs)).sum(axis=1).tolist()
+        divergences += _divergences(ours, theirs).tolist()
         same += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
     count = len(divergences)
+    if not np.isfinite(divergences).all():
+        raise UnusableWeights(
+            "what is lost cannot be told: some probabilities are not numbers, or 0 where they were not"
+        )
     error = float(np.std(divergences, ddof=1)) / count**0.5 if count > 1 else float("inf")
     return Quality(max(0.0, float(np.mean(divergences))), error, same / count, count)
+
+
+def _divergences(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Of each row. What is never said in the one counts nothing, however likely it is in the other."""
+    likely = np.exp(ours)
+    with np.errstate(invalid="ignore"):  # a difference of two infinities
+        answer: npt.NDArray[np.float64] = np.where(likely == 0, 0.0, likely * (ours - theirs)).sum(axis=1)
+    return answer
 
 
 def shipped_text() -> str:
