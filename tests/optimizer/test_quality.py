@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,21 @@ def test_the_shipped_text_has_several_kinds_of_text() -> None:
     assert len(text.split()) > 350
     kinds = ("the sea has no opinion", '"I thought you had it."', "def ", '{"name"', "1,620.00", "Question:", "2. Lift")
     assert all(each in text for each in kinds)
+
+
+def test_nothing_stays_open_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is deleted takes its room on the disk until then."""
+
+    def say(options: dict[str, Any], _weights: Path) -> dict[str, Any]:
+        logs([0.5, 0.5], [0.9, 0.1]).tofile(options["output"])
+        return {"num_positions": 2, "num_tokens": 2}
+
+    monkeypatch.setattr(quality, "_run_child", say)
+    with Reference(Path("given.gguf")) as opened:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            assert opened.measure(Path("candidate.gguf")) == Quality(0.0, 0.0, 1.0, 2)
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,7 @@ class Reference:
     ) -> None:
         self._text = shipped_text() if text is None else text
         self._num_threads = num_threads
+        self._num_read = 0
         self._directory = tempfile.TemporaryDirectory(prefix="octoai-")
         try:
             self._given = self._distributions(weights, max_positions, max_seconds)
@@ -110,7 +111,8 @@ class Reference:
         self, weights: Path, max_positions: int, max_seconds: float, kernels: Path | None = None
     ) -> npt.NDArray[np.float32]:
         """Log probabilities, (positions, tokens), mapped from a file."""
-        output = Path(tempfile.mkstemp(dir=self._directory.name)[1])
+        self._num_read += 1
+        output = Path(self._directory.name, f"{self._num_read}.f32")
         options = {
             "weights": str(weights),
             "text": self._text,
