@@ -145,6 +145,50 @@ def test_it_changes_when_nothing_runs_and_who_comes_meanwhile_waits(embedded_mod
     asyncio.run(main())
 
 
+def test_an_engine_is_started_again_also_where_its_files_were_deleted(embedded_model: Path, tmp_path: Path) -> None:
+    """A newer profile takes their place in the cache."""
+    weights = tmp_path / "made.gguf"
+    shutil.copy(embedded_model, weights)
+
+    async def main() -> None:
+        engine = LlamaEngine(weights, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        await engine.start()
+        try:
+            weights.unlink()
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(engine, False, 5)
+            await until(engine, True, 30)
+            assert await told(engine)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+    assert not [each for each in os.listdir("/proc/self/fd") if str(weights) in link(each)]
+
+
+def link(descriptor: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return ""
+
+
+def test_files_that_are_held_can_be_read_when_they_are_gone_and_others_are_let_go(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("one")
+    second.write_text("two")
+    files = llama._Files()
+    files.hold(first, None, tmp_path / "missing")
+    files.hold(first, second)
+    assert files.path(first) == first
+    first.unlink()
+    second.unlink()
+    assert (files.path(first).read_text(), files.path(second).read_text()) == ("one", "two")
+    files.hold()
+    assert not files.path(first).exists()
+
+
 @pytest.mark.parametrize("damage", ["missing", "no model"])
 def test_what_cannot_be_changed_to_changes_nothing(embedded_model: Path, tmp_path: Path, damage: str) -> None:
     weights = tmp_path / "other.gguf"
@@ -191,10 +235,12 @@ def test_where_kernels_do_not_load_those_of_the_wheel_answer(
         shutil.copy(next(Path(sys.base_prefix).rglob("_json.cpython*.so")), kernels)
 
     async def main() -> None:
-        options = LlamaOptions(context_length=512, num_slots=1, tuning=LlamaTuning(kernels=kernels))
+        tuning = LlamaTuning(kernels=kernels, is_unified=True)
+        options = LlamaOptions(context_length=512, num_slots=1, tuning=tuning)
         engine = LlamaEngine(embedded_model, model="m", options=options)
         await engine.start()
         try:
+            assert engine.options.tuning == LlamaTuning()  # the wheel's attention is slower over one cache for all
             events = [event async for batch in engine.generate(HELLO) for event in batch]
             assert any(isinstance(event, Delta) for event in events)
         finally:
@@ -203,3 +249,37 @@ def test_where_kernels_do_not_load_those_of_the_wheel_answer(
     asyncio.run(main())
     assert f"{kernels} is not a library of kernels" in caplog.text
     assert "trying the kernels of llama.cpp's wheel" in caplog.text
+
+
+def test_kernels_that_do_not_run_any_more_are_those_of_the_wheel_after_a_crash(
+    embedded_model: Path, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        await engine.start()
+        try:
+            kernels = tmp_path / "kernels.so"
+            engine.options = replace(engine.options, tuning=LlamaTuning(kernels=kernels, is_unified=True))
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(engine, False, 5)
+            await until(engine, True, 30)
+            assert engine.options.tuning == LlamaTuning()
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+def test_where_not_even_those_of_the_wheel_run_the_kernels_are_tried_again(tmp_path: Path) -> None:
+    options = LlamaOptions(context_length=512, tuning=LlamaTuning(kernels=tmp_path / "kernels.so", is_unified=True))
+
+    async def main() -> None:
+        (tmp_path / "model.gguf").write_bytes(b"nothing")
+        engine = LlamaEngine(tmp_path / "model.gguf", model="m", options=options)
+        with pytest.raises(EngineFailed, match="could not load"):
+            await engine.start()
+        assert engine.options == options
+        await engine.close()
+
+    asyncio.run(main())

@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
@@ -43,6 +43,30 @@ MAX_LINE_BYTES = 1024 * 1024
 TOKENIZED_BYTES_PER_SECOND = 100_000
 
 
+class _Files:
+    """What an engine may have to load again, held open: it is there until then, also when a newer profile takes its
+    place in the cache, or somebody deletes it."""
+
+    def __init__(self) -> None:
+        self._held: dict[Path, BinaryIO] = {}
+
+    def hold(self, *paths: Path | None) -> None:
+        """These, and no others any more."""
+        before = self._held
+        self._held = {}
+        for path in filter(None, paths):
+            with suppress(OSError):
+                self._held[path] = before.pop(path) if path in before else path.open("rb")
+        for file in before.values():
+            file.close()
+
+    def path(self, path: Path) -> Path:
+        """Where it can be read."""
+        if path in self._held and not path.exists():
+            return Path(f"/proc/{os.getpid()}/fd/{self._held[path].fileno()}")
+        return path
+
+
 class LlamaEngine:
     """`model` is the name the child serves the weights under; it is never shown to a client."""
 
@@ -51,6 +75,7 @@ class LlamaEngine:
     def __init__(self, weights: Path, *, model: str, options: LlamaOptions) -> None:
         self.model = model
         self._use(weights, options)
+        self._files = _Files()
         self.num_restarts = 0
         self._num_vocabulary: int | None = None
         self._http: OpenAIEngine | None = None
@@ -112,25 +137,34 @@ class LlamaEngine:
             self._supervision = asyncio.create_task(self._supervise())
 
     async def _first_spawn(self) -> None:
-        """Kernels are only faster than those of the wheel: where they do not run, these do."""
         try:
-            self._prefixes = self.options.prefixes(self.weights)
+            await self._spawn_with_any_kernels()
         except OSError as error:
-            raise EngineFailed(f"could not load {self.weights}: {error.strerror}") from None
-        self._prefixes.open()
+            raise EngineFailed(f"could not load {self.weights}: {error.strerror or error}") from None
+        self._files.hold(self.weights, self.options.tuning.kernels)
+
+    async def _spawn_with_any_kernels(self) -> None:
+        """Kernels are only faster than those of the wheel: where they do not run, these do. Attention of the wheel's
+        is slower over one cache for all slots."""
+        options = self.options
         try:
             await self._spawn()
+            return
         except EngineFailed as error:
-            tuning = self.options.tuning
-            if tuning.kernels is None:
+            if options.tuning.kernels is None:
                 raise
-            log.warning("%s; trying the kernels of llama.cpp's wheel, not %s", error.message, tuning.kernels)
-            self.options = replace(self.options, tuning=replace(tuning, kernels=None))
+            log.warning("%s; trying the kernels of llama.cpp's wheel, not %s", error.message, options.tuning.kernels)
+        self.options = replace(options, tuning=replace(options.tuning, kernels=None, is_unified=False))
+        try:
             await self._spawn()
+        except BaseException:
+            self.options = options  # it was not for the kernels
+            raise
 
     async def close(self) -> None:
         await self._end_supervision()
         await self._stop()
+        self._files.hold()
 
     async def _end_supervision(self) -> None:
         if self._supervision is not None:
@@ -206,7 +240,7 @@ class LlamaEngine:
             )
             self.num_restarts += 1
             try:
-                await self._spawn()
+                await self._spawn_with_any_kernels()
             except (EngineFailed, OSError) as error:  # no memory, no room for a socket: it is tried again
                 log.error("engine of %s: %s", self.model, error)
 
@@ -228,10 +262,13 @@ class LlamaEngine:
             exited.cancel()
 
     async def _spawn(self) -> None:
+        weights, kernels = self._files.path(self.weights), self.options.tuning.kernels
+        self._prefixes = self.options.prefixes(weights)
+        self._prefixes.open()
         directory = tempfile.mkdtemp(prefix="octoai-")  # 0700
         key = secrets.token_urlsafe(32)
         options = {
-            "model_path": str(self.weights),
+            "model_path": str(weights),
             "model": self.model,
             "socket": f"{directory}/engine.sock",
             "key": key,
@@ -243,7 +280,7 @@ class LlamaEngine:
             "num_threads": self.options.threads,
             "cache_ram_mib": self.options.cache_ram_mib,
             **asdict(self.options.tuning),
-            "kernels": str(self.options.tuning.kernels or ""),
+            "kernels": str(self._files.path(kernels) if kernels else ""),
         }
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "octoai.server.engines.llama_child"),
