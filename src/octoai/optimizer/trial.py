@@ -18,7 +18,7 @@ from octoai.optimizer.outcome import TrialFailed
 from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference, exact
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.optimizer.weights import UnusableWeights, num_bytes, recipes, requantize
-from octoai.optimizer.workload import Passages, Speed, Workload, joint_rate, measure
+from octoai.optimizer.workload import NotMeasured, Passages, Speed, Workload, joint_rate, measure
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.errors import Refusal
 
@@ -155,7 +155,7 @@ class Bench:
                 yield engine
         except TimeoutError:
             raise TrialFailed(f"not done in {seconds:.0f} s") from None
-        except (Refusal, OSError) as error:
+        except (Refusal, NotMeasured, OSError) as error:
             raise TrialFailed(getattr(error, "message", str(error))) from None
 
 

@@ -13,10 +13,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cache
 
-from octoai.server.engines.base import Delta, Deltas, Engine, Finished, Generation
+from octoai.server.engines.base import Delta, Deltas, Engine, Event, Finished, Generation
 
 _CHARACTERS_PER_TOKEN = 4
 _STRIDE = 104_729  # a prime: passages in turn come from all over the text
+
+
+class NotMeasured(Exception):
+    """An answer that says nothing about speed; the text is one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class Passages:
 
 
 async def measure(engine: Engine, workload: Workload, passages: Passages) -> Speed:
-    """Raises Refusal where the engine does."""
+    """Raises Refusal where the engine does, and NotMeasured."""
     long_prompt = await passages.take(engine, workload.long_prompt)
     short = await passages.take(engine, 16)
     prompts = [await passages.take(engine, workload.prompt) for _ in range(workload.num_requests)]
@@ -97,40 +101,55 @@ async def measure(engine: Engine, workload: Workload, passages: Passages) -> Spe
 
 async def first_token_seconds(engine: Engine, prompt: str) -> float:
     began = time.perf_counter()
-    first, _, _ = await _generated(engine, prompt, 1)
-    return first - began
+    answer = await _generated(engine, prompt, 1)
+    return answer.first - began
 
 
 async def stream_rate(engine: Engine, prompt: str, num_tokens: int) -> float:
-    first, last, num_generated = await _generated(engine, prompt, num_tokens)
-    return (num_generated - 1) / max(1e-9, last - first)
+    """Who reads may be late, and find several tokens at once: those that were there first took time before that. Raises
+    NotMeasured where most were, as of a few left the last may come just after the first."""
+    answer = await _generated(engine, prompt, num_tokens)
+    num_later = answer.num_tokens - max(1, answer.num_first)
+    if 2 * num_later < max(1, answer.num_tokens) or answer.last <= answer.first:
+        raise NotMeasured(f"most of the {answer.num_tokens} tokens of one stream came at once")
+    return num_later / (answer.last - answer.first)
 
 
 async def joint_rate(engine: Engine, prompts: Sequence[str], num_tokens: int) -> float:
     began = time.perf_counter()
     answers = await asyncio.gather(*(_generated(engine, prompt, num_tokens) for prompt in prompts))
-    return sum(num_generated for _, _, num_generated in answers) / (time.perf_counter() - began)
+    return sum(answer.num_tokens for answer in answers) / (time.perf_counter() - began)
 
 
-async def _generated(engine: Engine, prompt: str, num_tokens: int) -> tuple[float, float, int]:
-    """When the first token came, when the last, and how many there were.
+@dataclass(slots=True)
+class _Answer:
+    """When its first token was read and when its last, how many there were, and how many of them were read first."""
 
-    Sampled, since greedy text of a small model repeats itself, which would flatter guesses from n-grams.
-    """
+    first: float = 0.0
+    last: float = 0.0
+    num_tokens: int = 0
+    num_first: int = 0
+
+    def add(self, batch: Sequence[Event], now: float) -> None:
+        is_first = not self.first and any(not isinstance(event, Finished) for event in batch)
+        self.last = now
+        for event in batch:
+            if isinstance(event, Delta):
+                self.num_tokens = event.completion_tokens
+            elif isinstance(event, Deltas):
+                self.num_tokens = event.counts[-1]
+        if is_first:
+            self.first, self.num_first = now, self.num_tokens
+
+
+async def _generated(engine: Engine, prompt: str, num_tokens: int) -> _Answer:
+    """Sampled, since greedy text of a small model repeats itself, which would flatter guesses from n-grams."""
     generation = Generation(max_tokens=num_tokens, text=prompt, seed=len(prompt), ignore_eos=True)
-    first = last = 0.0
-    num_generated = 0
+    answer = _Answer()
     async with aclosing(engine.generate(generation)) as batches:
         async for batch in batches:
-            last = time.perf_counter()
-            for event in batch:
-                if not isinstance(event, Finished):
-                    first = first or last
-                if isinstance(event, Delta):
-                    num_generated = event.completion_tokens
-                elif isinstance(event, Deltas):
-                    num_generated = event.counts[-1]
-    return first, last, num_generated
+            answer.add(batch, time.perf_counter())
+    return answer
 
 
 @cache
