@@ -15,9 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from octoai.optimizer import kernels
+from octoai.optimizer import kernels, optimization
+from octoai.optimizer.optimization import Wish
+from octoai.optimizer.profile import Profiles
 from octoai.optimizer.space import Candidate
 from octoai.optimizer.trial import Bench
+from octoai.server.places import create
 from octoai.server.sources import PullFailed, sdist
 from tests.optimizer.told import told
 
@@ -163,6 +166,39 @@ def test_slots_share_a_cache_where_attention_is_ours(monkeypatch: pytest.MonkeyP
     assert kernels.shares_cache() == (" avx2 " in Path("/proc/cpuinfo").read_text("utf-8"))
     monkeypatch.setattr(kernels.platform, "machine", lambda: "aarch64")
     assert not kernels.shares_cache()
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", None])
+def test_kernels_that_do_not_load_are_made_again(tmp_path: Path, content: bytes | None) -> None:
+    profiles = Profiles(tmp_path)
+    path = profiles.kernels_path(kernels.RECIPE)
+    if content is not None:
+        create(path.parent)
+        path.write_bytes(content)
+    steps: list[str] = []
+    wish = Wish(context_length=512, seconds=600)
+
+    def make(path: Path, *_: object, **__: object) -> None:
+        (create(path.parent) / path.name).write_text("new")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "make", make)
+        assert optimization._kernels(profiles, wish, 2, tmp_path / "work", steps.append) == (path, "")
+    assert steps == ["compiling kernels for this CPU"]
+    assert path.read_text() == "new"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here")
+def test_kernels_that_load_are_not_made_again(tmp_path: Path, made: Path) -> None:
+    profiles = Profiles(tmp_path)
+    path = profiles.kernels_path(kernels.RECIPE)
+    shutil.copy(made, create(path.parent) / path.name)
+    wish = Wish(context_length=512, seconds=600)
+    assert optimization._kernels(profiles, wish, 2, tmp_path / "work", pytest.fail) == (path, "")
+    os.truncate(path, path.stat().st_size // 2)
+    assert not kernels.can_be_loaded(path)
 
 
 @pytest.mark.slow

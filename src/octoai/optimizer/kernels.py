@@ -133,6 +133,11 @@ _OWN = [
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-w", *(f"-D{name}" for name in _DEFINED))
 RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED, [path.read_bytes() for path in _OWN])).encode()).hexdigest()[:8]
 """Of how they are made: kernels that an earlier version of this file made are others."""
+_LOADING = """
+import pathlib, sys
+from octoai.server.engines import kernels
+kernels.load(pathlib.Path(sys.argv[1]))
+"""
 _IN_VAIN = "llama.cpp's kernels are those of its wheel"
 
 
@@ -171,6 +176,8 @@ def make(path: Path, version: str, *, work: Path, num_threads: int, environ: Map
         sdist.unpack("xllamacpp", version, SOURCE_SHA256[version], source, environ)
         made = _built(source / "thirdparty" / "llama.cpp" / "ggml", work, compilers, num_threads)
         made.chmod(0o600)
+        with made.open("rb") as file:  # or what is there after a power cut may be empty, and is there all the same
+            os.fsync(file.fileno())
         made.replace(create(path.parent) / path.name)
     except PullFailed as error:
         raise NoKernels(f"{error}; {_IN_VAIN}") from None
@@ -178,6 +185,12 @@ def make(path: Path, version: str, *, work: Path, num_threads: int, environ: Map
         raise NoKernels(f"{error.filename or path}: {error.strerror or error}; {_IN_VAIN}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def can_be_loaded(path: Path) -> bool:
+    """In a process of its own, since kernels stay loaded, and a damaged file may crash who loads it."""
+    ran = subprocess.run([sys.executable, "-c", _LOADING, str(path)], capture_output=True, check=False)  # noqa: S603  # our own text
+    return ran.returncode == 0
 
 
 def _compilers(environ: Mapping[str, str]) -> _Compilers:

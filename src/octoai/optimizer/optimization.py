@@ -109,8 +109,9 @@ def _kernels(
 ) -> tuple[Path | None, str]:
     """Those for this CPU, made now if need be, or why there are none."""
     path = profiles.kernels_path(kernels.RECIPE)
-    if path.is_file():
+    if path.is_file() and kernels.can_be_loaded(path):
         return path, ""
+    path.unlink(missing_ok=True)  # damaged
     if wish.seconds < _COMPILING_SECONDS:
         return None, f"no kernels for this CPU are here, and compiling them takes more than {wish.seconds:.0f} seconds"
     on_step("compiling kernels for this CPU")
