@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from octoai.optimizer import kernels, optimization
+from octoai.optimizer.optimization import Wish
 from octoai.optimizer.outcome import Outcome, Trial
 from octoai.optimizer.plot import plotted
-from octoai.optimizer.profile import BadProfile, Profile, Profiles, sha256, this_cpu
+from octoai.optimizer.profile import BadProfile, Profile, Profiles, is_ours_alone, sha256, this_cpu
 from octoai.optimizer.space import Candidate
 from octoai.optimizer.workload import Speed
+from octoai.server.places import create
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def stored(
 ) -> tuple[Profile, Path]:
     """A profile, and the directory it is in."""
     if kernels is not None:
-        kernels_path(profiles).parent.mkdir(parents=True, exist_ok=True)
+        create(kernels_path(profiles).parent)
         kernels_path(profiles).write_bytes(kernels)
     weights = None
     if made is not None:
@@ -143,6 +147,40 @@ def test_kernels_that_are_not_those_it_was_made_with_are_not_loaded(
     if content is not None:
         kernels_path(profiles).write_bytes(content)
     with pytest.raises(BadProfile, match="octoai optimize"):
+        profiles.find(source)
+
+
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+@pytest.mark.parametrize("is_directory", [False, True])
+def test_kernels_that_others_can_write_are_not_loaded(
+    profiles: Profiles, source: Path, tmp_path: Path, mode: int, is_directory: bool
+) -> None:
+    stored(profiles, source, kernels=b"kernels")
+    path = profiles.kernels_path(kernels.RECIPE)
+    path.write_bytes(b"kernels")
+    for each in (path, kernels_path(profiles)):
+        each.chmod(0o600)
+    for each in (path.parent,) if is_directory else (path, kernels_path(profiles)):
+        each.chmod(each.stat().st_mode | mode)
+    with pytest.raises(BadProfile, match="others can write it"):
+        profiles.find(source)
+    wish = Wish(context_length=512, seconds=600)
+    own, why_not = optimization._kernels(profiles, wish, 2, tmp_path / "work", pytest.fail)
+    assert own is None
+    assert "others can write it" in why_not
+
+
+def test_kernels_of_another_user_are_not_loaded(
+    profiles: Profiles, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored(profiles, source, kernels=b"kernels")
+    path = kernels_path(profiles)
+    assert is_ours_alone(path)
+    if os.geteuid() == 0:  # what is root's may be loaded by anybody
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(BadProfile, match="others can write it"):
         profiles.find(source)
 
 

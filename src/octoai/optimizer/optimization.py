@@ -14,7 +14,7 @@ from pathlib import Path
 from octoai.optimizer import kernels
 from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed
 from octoai.optimizer.plot import plotted
-from octoai.optimizer.profile import Profile, Profiles, sha256
+from octoai.optimizer.profile import OTHERS_CODE, Profile, Profiles, is_ours_alone, sha256
 from octoai.optimizer.search import Search
 from octoai.optimizer.space import AS_GIVEN, engine_defaults, first_guesses, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
@@ -109,6 +109,8 @@ def _kernels(
 ) -> tuple[Path | None, str]:
     """Those for this CPU, made now if need be, or why there are none."""
     path = profiles.kernels_path(kernels.RECIPE)
+    if path.is_file() and not is_ours_alone(path):
+        return None, f"{path} {OTHERS_CODE}"
     if path.is_file() and kernels.can_be_loaded(path):
         return path, ""
     path.unlink(missing_ok=True)  # damaged

@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from octoai.server.cores import num_cores
 from octoai.server.places import create
 
 _FILENAME = "profile.json"
+OTHERS_CODE = "is not loaded, since others can write it or its directory: remove that one"
 _AGAIN = "the defaults are used; make it again with `octoai optimize`"
 
 
@@ -132,6 +134,8 @@ class Profiles:
         if profile.kernels_file is None:
             return None
         path = self._kernels_directory / Path(profile.kernels_file).name
+        if path.is_file() and not is_ours_alone(path):
+            raise BadProfile(f"{path} {OTHERS_CODE}; {_AGAIN}")
         if not path.is_file() or sha256(path) != profile.kernels_sha256:
             raise BadProfile(f"the kernels in {path} are not the ones the profile was made with; {_AGAIN}")
         return path
@@ -151,6 +155,14 @@ class Profiles:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_ours_alone(path: Path) -> bool:
+    """Whether nobody but us, and root, can write the file or put another in its place: a library is code of ours."""
+    return all(
+        status.st_uid in {os.geteuid(), 0} and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        for status in (path.stat(), path.parent.stat())
+    )
 
 
 def this_cpu() -> str:
