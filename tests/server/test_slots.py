@@ -137,6 +137,18 @@ def test_the_least_recently_used_of_all_models_make_room(tmp_path: Path) -> None
         other.use(other.name(LONG[:800]))
 
 
+def test_files_that_another_process_removes_meanwhile_are_no_reason_to_rest(tmp_path: Path) -> None:
+    for name in ("other-1-gone.bin", "gone.part"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")  # listed, and not there when it is looked at
+    prefixes = Prefixes(tmp_path, "owner", 1000)
+    prefixes.open()
+    write(prefixes, packed([1, 2]), 900, 1)
+    write(prefixes, packed([1, 3]), 900, 2)
+    assert prefixes.is_usable
+    assert prefixes.longest(packed([1, 2]))[1] is None  # it made room
+    assert prefixes.longest(packed([1, 3]))[1] is not None
+
+
 def test_one_that_could_never_fit_is_not_written(tmp_path: Path) -> None:
     prefixes = Prefixes(tmp_path, "owner", 1000)
     assert prefixes.has_room(LONG)  # nothing is known yet

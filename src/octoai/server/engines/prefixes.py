@@ -36,6 +36,14 @@ def fingerprint(weights: Path, shape: str) -> str:
     return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """None where another process has made room meanwhile."""
+    try:
+        return entry.stat()
+    except FileNotFoundError:
+        return None
+
+
 class Prefixes:
     """`max_bytes` bounds all files of the directory together; 0 keeps nothing."""
 
@@ -66,8 +74,9 @@ class Prefixes:
     def _open(self, entry: os.DirEntry[str]) -> None:
         parts = entry.name.removesuffix(SUFFIX).split("-")
         if entry.name.endswith(UNFINISHED):
-            if time.time() - entry.stat().st_mtime > UNFINISHED_SECONDS:
-                os.unlink(entry.path)
+            status = _status(entry)
+            if status is not None and time.time() - status.st_mtime > UNFINISHED_SECONDS:
+                Path(entry.path).unlink(missing_ok=True)
         elif entry.name.endswith(SUFFIX) and len(parts) == 3 and parts[0] == self._owner and parts[1].isdecimal():
             self._lengths[entry.name] = int(parts[1])
 
@@ -109,14 +118,14 @@ class Prefixes:
             self.failed(error.strerror or str(error))
 
     def _make_room(self) -> None:
-        files = [entry for entry in os.scandir(self.directory) if entry.name.endswith(SUFFIX)]
-        sizes = {entry.name: (entry.stat().st_mtime_ns, entry.stat().st_size) for entry in files}
-        total = sum(size for _, size in sizes.values())
-        for name, (_, size) in sorted(sizes.items(), key=lambda item: item[1]):
+        names = [entry for entry in os.scandir(self.directory) if entry.name.endswith(SUFFIX)]
+        files = [(status, entry.name) for entry in names if (status := _status(entry)) is not None]
+        total = sum(status.st_size for status, _ in files)
+        for status, name in sorted(files, key=lambda file: (file[0].st_mtime_ns, file[0].st_size)):
             if total <= self.max_bytes:
                 return
             self.drop(name)
-            total -= size
+            total -= status.st_size
 
     def use(self, name: str) -> None:
         """Its turn to go is the last again. Raises OSError where another process has made room."""
