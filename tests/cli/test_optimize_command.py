@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from octoai.cli import serve
 from octoai.optimizer.optimization import Wish
 from octoai.optimizer.profile import Profile, Profiles, sha256
 from octoai.optimizer.space import AS_GIVEN, Candidate
+from octoai.server import idle
 from octoai.server.catalogue import EMBEDDED_MODEL_ID
 from octoai.server.settings import load
 from tests.running import Serve
@@ -141,6 +143,23 @@ def test_a_short_search_ends_in_a_profile_that_serve_uses(cache: Path, tmp_path:
         assert line.startswith(f"octoai: profile of {EMBEDDED_MODEL_ID}: {result['profile']['candidate']['weights']}, ")
     finally:
         assert service.stop() == 0
+
+
+@pytest.mark.model
+def test_one_search_at_a_time_and_what_runs_while_idle_comes_again_or_finds_the_profile(
+    cache: Path, embedded_model: Path, tmp_path: Path
+) -> None:
+    (cache / "optimizing").mkdir()
+    chore = {"OCTOAI_CACHE_DIR": str(cache), "OCTOAI_CHORE_OF": str(os.getpid())}
+    with (cache / "optimizing" / f"{sha256(embedded_model)[:16]}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ran = run(tmp_path, **chore)
+        assert ran.returncode == idle.LATER
+        assert "is being optimized already" in ran.stderr
+        profiles = Profiles(cache)
+        profiles.store(embedded_model, profile_of(embedded_model, profiles, Candidate(num_slots=2)), None)
+        assert run(tmp_path, **chore).returncode == 0
+        assert run(tmp_path, OCTOAI_CACHE_DIR=str(cache)).returncode == idle.LATER  # by hand it is another search
 
 
 @pytest.mark.slow

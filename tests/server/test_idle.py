@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -109,6 +110,77 @@ def test_it_ends_with_the_service_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     asyncio.run(main())
     assert time.monotonic() - began < 15
+
+
+LATER = f"""
+import os, sys
+sys.exit({idle.LATER} if not os.path.exists(sys.argv[1]) else 0)
+"""
+
+
+def test_what_cannot_be_done_now_is_tried_again_and_others_go_first(tmp_path: Path) -> None:
+    needed = tmp_path / "needed"
+    followed = []
+
+    async def then() -> None:
+        followed.append(noted(tmp_path / "other"))
+
+    waiting = Chore([sys.executable, "-c", LATER, str(needed)], then)
+
+    async def main() -> None:
+        chores = [waiting, noting(tmp_path / "other", 0)]
+        async with idle.running(chores, lambda: False, quiet_seconds=0.1, retry_seconds=0.1):
+            await until(tmp_path / "other", "begun done ")
+            await asyncio.sleep(0.5)
+            assert not followed
+            needed.touch()
+            async with asyncio.timeout(20):
+                while not followed:
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(main())
+    assert followed == ["begun done "]
+
+
+FOLLOWING = """
+import signal, sys, time
+from octoai.cli import optimize
+def leave(*_):
+    note.write("cleaned up ")
+    sys.exit(1)
+note = open(sys.argv[1], "a")
+signal.signal(signal.SIGTERM, leave)
+note.write("begun " if optimize._follow_service() else "alone ")
+note.flush()
+if "--briefly" not in sys.argv:
+    time.sleep(60)
+"""
+SERVICE = """
+import asyncio, sys
+from octoai.server import idle
+async def nothing(): pass
+async def main():
+    chore = idle.Chore([sys.executable, "-c", *sys.argv[1:]], nothing)
+    async with idle.running([chore], lambda: False, quiet_seconds=0.1):
+        await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
+def test_it_cleans_up_and_ends_also_when_the_service_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "it"
+    with subprocess.Popen([sys.executable, "-c", SERVICE, FOLLOWING, str(path)]) as service:
+        try:
+            asyncio.run(until(path, "begun "))
+        finally:
+            service.kill()
+    asyncio.run(until(path, "begun cleaned up "))
+
+
+def test_who_runs_a_program_by_hand_is_not_followed(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FOLLOWING, str(tmp_path / "it"), "--briefly"], check=True)
+    assert noted(tmp_path / "it") == "alone "
 
 
 def test_what_fails_is_not_tried_for_ever(tmp_path: Path) -> None:

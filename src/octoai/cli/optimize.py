@@ -52,15 +52,16 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 def optimize(args: argparse.Namespace) -> int:
     """Search within the time given; `octoai serve` uses what is found."""
     from octoai.cli.models import pulled
-    from octoai.optimizer.optimization import CannotOptimize, Wish
+    from octoai.optimizer.optimization import CannotOptimize, IsOptimized, Wish
     from octoai.optimizer.optimization import optimize as optimized
     from octoai.optimizer.outcome import Bounds
-    from octoai.server import app
+    from octoai.server import app, idle
     from octoai.server.catalogue import BadCatalogue
     from octoai.server.settings import BadSettings
     from octoai.server.sources import PullFailed, WeightStore
 
     _hear_signals()
+    is_chore = _follow_service()
     try:
         settings, chosen = _chosen(args.model, args.config)
         if chosen.engine_url is not None:
@@ -68,6 +69,8 @@ def optimize(args: argparse.Namespace) -> int:
         model = app.catalogue(settings)[chosen.id]
         store = WeightStore(settings.cache_dir)
         source = store.path(model) or pulled(store, model)
+        if is_chore and _has_profile(settings, source):
+            return 0
         wish = Wish(
             context_length=chosen.context_length or model.context_length or app.DEFAULT_CONTEXT_LENGTH,
             goal=args.goal,
@@ -78,6 +81,9 @@ def optimize(args: argparse.Namespace) -> int:
             result = optimized(source, settings.cache_dir, wish, on_trial, on_step)
         if args.plot and result.plot:
             args.plot.write_bytes(result.plot.read_bytes())
+    except IsOptimized as error:
+        fail(str(error))
+        return idle.LATER
     except (BadCatalogue, BadSettings, CannotOptimize, PullFailed) as error:
         return fail(str(error))
     except OSError as error:
@@ -89,6 +95,30 @@ def optimize(args: argparse.Namespace) -> int:
     if result.profile is None:
         fail("stopped before anything better was found: nothing is stored")
     return 130 if result.outcome.is_interrupted else 0
+
+
+def _follow_service() -> bool:
+    """Whether a service has this done while nobody asks. We are asked to end then when it ends, however it does."""
+    from octoai.server.idle import PARENT
+    from octoai.server.parent import die_with_parent
+
+    service = os.environ.pop(PARENT, None)
+    if service is None:
+        return False
+    die_with_parent(signal.SIGTERM)
+    if str(os.getppid()) != service:  # it ended before we asked
+        signal.raise_signal(signal.SIGTERM)
+    return True
+
+
+def _has_profile(settings: Settings, source: Path) -> bool:
+    """By now: a service has a search made only where there was none."""
+    from octoai.optimizer.profile import BadProfile, Profiles
+
+    try:
+        return Profiles(settings.cache_dir).find(source) is not None
+    except BadProfile:
+        return False
 
 
 def _chosen(name: str | None, config: Path | None) -> tuple[Settings, ModelSettings]:

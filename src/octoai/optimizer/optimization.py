@@ -30,6 +30,10 @@ class CannotOptimize(Exception):
     """The text is one line that says why and what to do next."""
 
 
+class IsOptimized(CannotOptimize):
+    """Another search for the model runs now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What the result should be good for, and what it may cost. Times are seconds."""
@@ -167,7 +171,7 @@ def _workplace(cache_dir: Path, model_sha256: str) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CannotOptimize("this model is being optimized already: wait for that to end") from None
+            raise IsOptimized("this model is being optimized already: wait for that to end") from None
         directory = base / model_sha256[:16]
         shutil.rmtree(directory, ignore_errors=True)  # left by a search that was killed
         try:

@@ -1,13 +1,16 @@
 """Programs that run while nobody asks anything: begun after a quiet while, ended as soon as a request comes.
 
-Knows neither what they do nor what a request is.
+Knows neither what they do nor what a request is. A program sees in its environment that it was begun so, and by whom:
+it should end with us, also where we are killed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +20,11 @@ log = logging.getLogger("octoai.idle")
 QUIET_SECONDS = 30.0
 POLL_SECONDS = 0.1
 LEAVE_SECONDS = 5.0  # to clean up; then it is killed
+RETRY_SECONDS = 60.0
+LATER = os.EX_TEMPFAIL
+"""The exit status of a program that could not do it now."""
+PARENT = "OCTOAI_CHORE_OF"
+"""In the environment of a program: the process that began it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +37,15 @@ class Chore:
 
 @asynccontextmanager
 async def running(
-    chores: Sequence[Chore], is_busy: Callable[[], bool], *, quiet_seconds: float = QUIET_SECONDS
+    chores: Sequence[Chore],
+    is_busy: Callable[[], bool],
+    *,
+    quiet_seconds: float = QUIET_SECONDS,
+    retry_seconds: float = RETRY_SECONDS,
 ) -> AsyncIterator[None]:
-    """One after the other, each until it ended by itself once. Those that still run at the end are ended."""
-    task = asyncio.create_task(_run_all(chores, is_busy, quiet_seconds))
+    """One after the other, each until it ended by itself once; with `LATER`, again after a while. Those that still run
+    at the end are ended."""
+    task = asyncio.create_task(_run_all(chores, is_busy, quiet_seconds, retry_seconds))
     try:
         yield
     finally:
@@ -40,8 +53,12 @@ async def running(
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _run_all(chores: Sequence[Chore], is_busy: Callable[[], bool], quiet_seconds: float) -> None:
-    for chore in chores:
+async def _run_all(
+    chores: Sequence[Chore], is_busy: Callable[[], bool], quiet_seconds: float, retry_seconds: float
+) -> None:
+    waiting = deque(chores)
+    while waiting:
+        chore = waiting.popleft()
         command, status = chore.command, None
         while status is None:
             await _quiet(is_busy, quiet_seconds)
@@ -50,7 +67,11 @@ async def _run_all(chores: Sequence[Chore], is_busy: Callable[[], bool], quiet_s
             except OSError as error:
                 log.warning("cannot run %s: %s", command[0], error.strerror or error)
                 return
-        if status:
+        if status == LATER:
+            log.info("what should run while idle cannot now: %s", " ".join(command))
+            waiting.append(chore)
+            await asyncio.sleep(retry_seconds)
+        elif status:
             log.warning("what should run while idle ended with %d: %s", status, " ".join(command))
         else:
             log.info("done while idle: %s", " ".join(command))
@@ -77,8 +98,9 @@ async def _quiet(is_busy: Callable[[], bool], quiet_seconds: float) -> None:
 async def _run(command: Sequence[str], is_busy: Callable[[], bool]) -> int | None:
     """Its exit status; None when a request came first."""
     nothing = asyncio.subprocess.DEVNULL
+    environ = {**os.environ, PARENT: str(os.getpid())}
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+        *command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True, env=environ
     )
     try:
         while process.returncode is None:

@@ -9,7 +9,7 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """On Linux the kernel kills us with the parent, SIGKILL included; elsewhere a pipe from it ends."""
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """On Linux the kernel sends us this signal when the parent ends, of SIGKILL too; elsewhere a pipe from it ends."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
