@@ -59,10 +59,10 @@ def source(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return files
 
 
-def make(path: Path, engine: str = ENGINE, **environ: str) -> None:
-    work = path.parent.parent / "making"
+def make(path: Path, engine: str = ENGINE, seconds: float = 300, **environ: str) -> None:
+    work, given = path.parent.parent / "making", {"PATH": os.environ["PATH"], **environ}
     try:
-        kernels.make(path, engine, work=work, num_threads=2, environ={"PATH": os.environ["PATH"], **environ})
+        kernels.make(path, engine, work=work, num_threads=2, environ=given, seconds=seconds)
     finally:
         assert not work.exists()
 
@@ -138,6 +138,31 @@ def test_who_is_interrupted_leaves_no_compiler_running(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) != 0
     assert num_running(marker) == 0
+
+
+@pytest.mark.usefixtures("source")
+def test_compilers_that_take_too_long_are_ended(tmp_path: Path) -> None:
+    compiler, began = tmp_path / "compiler", time.monotonic()
+    compiler.write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/compilers\nexec sleep {int(time.time())}\n")
+    compiler.chmod(0o700)
+    with pytest.raises(kernels.NoKernels, match=r"no time to compile all: .*wheel; with a longer --seconds"):
+        make(tmp_path / "kernels" / "made.so", seconds=1.5, CC=str(compiler), CXX=str(compiler))
+    assert time.monotonic() - began < 10
+    assert len((tmp_path / "compilers").read_text().split()) == 2
+    assert not any(Path("/proc", pid).exists() for pid in (tmp_path / "compilers").read_text().split())
+
+
+def test_half_of_a_search_may_be_spent_on_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+
+    def make(*_: object, seconds: float, **__: object) -> None:
+        given.append(seconds)
+        raise kernels.NoKernels("no time")
+
+    monkeypatch.setattr(kernels, "make", make)
+    wish = Wish(context_length=512, seconds=100)
+    assert optimization._kernels(Profiles(tmp_path), wish, 2, tmp_path / "work", given.append) == (None, "no time")
+    assert given == ["compiling kernels for this CPU", 50]
 
 
 def test_a_signal_that_comes_while_a_compiler_is_started_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

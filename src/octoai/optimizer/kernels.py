@@ -8,6 +8,7 @@ and a CPU; the result lies in the cache. Decision 0012 says why, and what it giv
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -117,18 +119,10 @@ How weights are kept for a product is asked of `affine.cpp` first, which has Q4_
 
 `calls.cpp` has samplers, which need the vector functions of the file it is in, and what slots share.
 """
+_ATTENTION = ("attention", "attention_keys", "attention_vectors")
 _OWN = [
-    Path(__file__).with_name(name)
-    for name in (
-        "attention.cpp",
-        "attention_keys.cpp",
-        "attention_vectors.cpp",
-        "affine.cpp",
-        "calls.cpp",
-        "sampling.cpp",
-        "sharing.cpp",
-        "tokenization.cpp",
-    )
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in (*_ATTENTION, "affine", "calls", "sampling", "sharing", "tokenization")
 ]
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-w", *(f"-D{name}" for name in _DEFINED))
 RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED, [path.read_bytes() for path in _OWN])).encode()).hexdigest()[:8]
@@ -165,16 +159,20 @@ def shares_cache() -> bool:
     return platform.machine() == "x86_64" and {"avx2", "fma", "f16c"} <= flags
 
 
-def make(path: Path, version: str, *, work: Path, num_threads: int, environ: Mapping[str, str]) -> None:
+def make(
+    path: Path, version: str, *, work: Path, num_threads: int, environ: Mapping[str, str], seconds: float = math.inf
+) -> None:
     """Compile the kernels of that version of xllamacpp into `path`. `work` is a directory on the same file system, for
-    the source and what is made of it: gone afterwards, or left to its owner by who is killed. Raises NoKernels."""
+    the source and what is made of it: gone afterwards, or left to its owner by who is killed. Raises NoKernels, also
+    where it takes longer than it may."""
+    deadline = time.monotonic() + seconds
     compilers = _compilers(environ)
     if version not in SOURCE_SHA256:
         raise NoKernels(f"the checksum of the source of xllamacpp {version} is not known: {_IN_VAIN}")
     try:
         source = create(create(work) / "source")
         sdist.unpack("xllamacpp", version, SOURCE_SHA256[version], source, environ)
-        made = _built(source / "thirdparty" / "llama.cpp" / "ggml", work, compilers, num_threads)
+        made = _built(source / "thirdparty" / "llama.cpp" / "ggml", work, compilers, num_threads, deadline)
         made.chmod(0o600)
         with made.open("rb") as file:  # or what is there after a power cut may be empty, and is there all the same
             os.fsync(file.fileno())
@@ -207,7 +205,7 @@ def _compilers(environ: Mapping[str, str]) -> _Compilers:
     return _Compilers(c, cxx, *known)
 
 
-def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int) -> Path:
+def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int, deadline: float) -> Path:
     cpu = ggml / "src" / "ggml-cpu"
     architecture = cpu / "arch" / compilers.architecture
     directories = (cpu, cpu / "amx", cpu / "tiled", architecture)
@@ -222,11 +220,11 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int) -> P
     objects = {path: work / f"{'-'.join(path.relative_to(cpu).parts)}.o" for path in sources}
     # The largest first: who begins last should be done soon.
     ordered = sorted(sources, key=lambda path: -path.stat().st_size)
-    _run([_compiling(path, objects[path], common, compilers) for path in ordered], num_threads)
+    _run([_compiling(path, objects[path], common, compilers) for path in ordered], num_threads, deadline)
     exported, made = work / "exported.map", work / "kernels.so"
     exported.write_text(_EXPORTED)
     link = ["-shared", "-fopenmp", f"-Wl,--version-script={exported}", "-Wl,-Bsymbolic", "-o", str(made)]
-    _run([[*compilers.cxx, *link, *map(str, objects.values())]], 1)
+    _run([[*compilers.cxx, *link, *map(str, objects.values())]], 1, deadline)
     return made
 
 
@@ -242,8 +240,8 @@ def _compiling(source: Path, target: Path, common: Sequence[str], compilers: _Co
     return [*compiler, *common, "-c", str(source), "-o", str(target)]
 
 
-def _run(commands: Sequence[list[str]], num_at_once: int) -> None:
-    """All of them; none is left running, whatever happens. Raises NoKernels when one fails."""
+def _run(commands: Sequence[list[str]], num_at_once: int, deadline: float = math.inf) -> None:
+    """All of them; none is left running, whatever happens. Raises NoKernels when one fails, or time is up."""
     waiting, running = deque(commands), deque[tuple[str, subprocess.Popen[str]]]()
     try:
         while waiting or running:
@@ -252,7 +250,7 @@ def _run(commands: Sequence[list[str]], num_at_once: int) -> None:
                 with _signals_waiting():
                     running.append((command[0], _started(command)))
             compiler, process = running[0]
-            said = _ended(process)
+            said = _ended(process, deadline)
             running.popleft()
             if process.returncode:
                 words = next((line for line in said.splitlines() if "error" in line), "it said nothing")
@@ -264,11 +262,12 @@ def _run(commands: Sequence[list[str]], num_at_once: int) -> None:
             process.communicate()
 
 
-def _ended(process: subprocess.Popen[str]) -> str:
+def _ended(process: subprocess.Popen[str], deadline: float) -> str:
     """What it said. Waited for a second at a time: a signal that comes as a wait begins does not end that wait."""
-    while True:
+    while (left := deadline - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=1)[1]
+            return process.communicate(timeout=min(1.0, left))[1]
+    raise NoKernels(f"there was no time to compile all: {_IN_VAIN}; with a longer --seconds there may be")
 
 
 @contextmanager

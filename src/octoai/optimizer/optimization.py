@@ -23,7 +23,8 @@ from octoai.server.cores import num_cores
 from octoai.server.places import create
 
 _PLOT_FILENAME = "profile.svg"
-_COMPILING_SECONDS = 60.0  # of a search that is at least as long, half may be spent on kernels
+_COMPILING_SECONDS = 60.0  # of a search that is at least as long, a part may be spent on kernels
+_COMPILING_PART = 1 / 2
 
 
 class CannotOptimize(Exception):
@@ -122,7 +123,8 @@ def _kernels(
         return None, f"no kernels for this CPU are here, and compiling them takes more than {wish.seconds:.0f} seconds"
     on_step("compiling kernels for this CPU")
     try:
-        kernels.make(path, profiles.engine, work=work, num_threads=num_threads, environ=os.environ)
+        seconds = wish.seconds * _COMPILING_PART
+        kernels.make(path, profiles.engine, work=work, num_threads=num_threads, environ=os.environ, seconds=seconds)
     except kernels.NoKernels as error:
         return None, str(error)
     return path, ""
