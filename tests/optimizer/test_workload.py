@@ -7,8 +7,10 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from octoai.optimizer.workload import NotMeasured, stream_rate
+from octoai.optimizer.workload import NotMeasured, Workload, stream_rate
 from octoai.server.engines.base import Deltas, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.scripted import ScriptedEngine
 
@@ -46,3 +48,16 @@ def test_a_stream_that_is_read_nearly_all_at_once_says_nothing() -> None:
         asyncio.run(stream_rate(Steady(0.05), "once", 8))
     with pytest.raises(NotMeasured):
         asyncio.run(stream_rate(ScriptedEngine([]), "once", 8))
+
+
+@given(st.floats(1 / 32, 1), st.integers(32, 4096))
+def test_whatever_the_context_what_is_asked_fits(share: float, context_length: int) -> None:
+    part = Workload().part(share)
+    within = part.within(context_length)
+    assert max(within.long_prompt + 1, within.prompt + within.completion, within.stream + 16) < context_length - 4
+    assert min(within.long_prompt, within.prompt, within.completion, within.stream) > 0
+    assert within == part or context_length < 620
+
+
+def test_what_fits_is_asked_as_it_is() -> None:
+    assert Workload().within(2048) == Workload()

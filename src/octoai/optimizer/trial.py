@@ -91,7 +91,8 @@ class Bench:
     ) -> tuple[Speed, int]:
         weights = self.weights(candidate.weights)
         seconds = min(max_seconds or self._trial_seconds, self._trial_seconds)
-        return asyncio.run(self._measured(candidate, weights, Workload().part(share), turn, seconds))
+        workload = Workload().part(share).within(self._context_length)
+        return asyncio.run(self._measured(candidate, weights, workload, turn, seconds))
 
     def loss(self, candidate: Candidate, bound: float | None = None) -> Quality:
         path, kernels = self.weights(candidate.weights), candidate.tuning.kernels
@@ -127,7 +128,7 @@ class Bench:
             return speed, _peak_memory_bytes(engine.pid)
 
     async def _beside_another(self, candidate: Candidate, weights: Path, seconds: float) -> float:
-        workload, passages = Workload().part(COMPANY_SHARE), Passages(0)
+        workload, passages = Workload().part(COMPANY_SHARE).within(self._context_length), Passages(0)
         async with self._engine(candidate, weights, seconds) as engine:
             prompts = [await passages.take(engine, workload.prompt) for _ in range(3 * workload.num_requests)]
             groups = [prompts[first::3] for first in range(3)]

@@ -10,12 +10,14 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from octoai.server.engines.base import Delta, Deltas, Engine, Event, Finished, Generation
 
 _CHARACTERS_PER_TOKEN = 4
+_SHORT_PROMPT = 16  # of one stream
+_SPARE_TOKENS = 8
 _STRIDE = 104_729  # a prime: passages in turn come from all over the text
 
 
@@ -41,6 +43,18 @@ class Workload:
             num_requests=self.num_requests,
             prompt=max(24, round(self.prompt * share)),
             completion=max(8, round(self.completion * share)),
+        )
+
+    def within(self, context_length: int) -> Workload:
+        """As much of it as fits: prompts are cut to within a few tokens, and answers need room behind them."""
+        room = max(4, context_length - _SPARE_TOKENS)
+        completion = min(self.completion, room // 4)
+        return replace(
+            self,
+            long_prompt=min(self.long_prompt, room - 1),
+            stream=min(self.stream, max(1, room - _SHORT_PROMPT)),
+            prompt=min(self.prompt, room - completion),
+            completion=completion,
         )
 
     def seconds(self, speed: Speed) -> float:
@@ -90,7 +104,7 @@ class Passages:
 async def measure(engine: Engine, workload: Workload, passages: Passages) -> Speed:
     """Raises Refusal where the engine does, and NotMeasured."""
     long_prompt = await passages.take(engine, workload.long_prompt)
-    short = await passages.take(engine, 16)
+    short = await passages.take(engine, _SHORT_PROMPT)
     prompts = [await passages.take(engine, workload.prompt) for _ in range(workload.num_requests)]
     return Speed(
         prompt_rate=workload.long_prompt / await first_token_seconds(engine, long_prompt),
