@@ -14,7 +14,7 @@ from octoai.optimizer import kernels, optimization
 from octoai.optimizer.optimization import Wish
 from octoai.optimizer.outcome import Outcome, Trial
 from octoai.optimizer.plot import plotted
-from octoai.optimizer.profile import BadProfile, Profile, Profiles, is_ours_alone, sha256, this_cpu
+from octoai.optimizer.profile import BadProfile, Profile, Profiles, is_ours_alone, sha256, sha256_of_model, this_cpu
 from octoai.optimizer.space import Candidate
 from octoai.optimizer.workload import Speed
 from octoai.server.places import create
@@ -49,7 +49,7 @@ def stored(
         weights.write_bytes(made)
     digest = sha256(weights) if weights else None
     profile = Profile(
-        model_sha256=sha256(source),
+        model_sha256=sha256_of_model(source),
         cpu=profiles.cpu,
         engine=profiles.engine,
         candidate=Candidate("Q8_0" if made else "as given", 8, 2).tuned(
@@ -91,6 +91,17 @@ def test_it_is_not_found_for_another_model_cpu_or_engine(profiles: Profiles, sou
     assert Profiles(tmp_path / "cache", cpu="a CPU, 2 cores", engine="1.2.4").find(source) is None
     source.write_bytes(b"WEIGHTS AS GIVEN")  # as long
     assert profiles.find(source) is None
+
+
+def test_a_model_in_several_files_is_known_by_all_of_them(profiles: Profiles, tmp_path: Path) -> None:
+    first, second = (tmp_path / f"model-0000{each}-of-00002.gguf" for each in (1, 2))
+    first.write_bytes(b"names and sizes")
+    second.write_bytes(b"weights")
+    profile, _ = stored(profiles, first)
+    assert profiles.find(first) is not None
+    assert profile.model_sha256 == sha256_of_model(first) != sha256(first)
+    second.write_bytes(b"WEIGHTS")
+    assert profiles.find(first) is None
 
 
 @pytest.mark.parametrize(

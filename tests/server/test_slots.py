@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octoai.server.engines.prefixes import Prefixes, fingerprint
+from octoai.server.engines.prefixes import Prefixes, fingerprint, parts
 from octoai.server.engines.slots import Slots, num_common, packed
 
 LONG = packed(range(1000, 1400))
@@ -155,6 +155,20 @@ def test_one_that_could_never_fit_is_not_written(tmp_path: Path) -> None:
     write(prefixes, LONG[:400], 500, 1.0)
     assert prefixes.has_room(LONG[:800])
     assert not prefixes.has_room(LONG)
+
+
+def test_a_model_in_several_files_is_all_of_them(tmp_path: Path) -> None:
+    first, second, other = (tmp_path / f"model-0000{each}-of-00003.gguf" for each in (1, 2, 3))
+    for path in (first, second, other, tmp_path / "model-00004-of-00004.gguf"):
+        path.write_bytes(b"a" * 100)
+    assert parts(first) == [first, second, other]
+    assert parts(second) == [second]
+    before = fingerprint(first, "shape")
+    second.write_bytes(b"b" * 100)
+    os.utime(second, (1, 1))
+    assert fingerprint(first, "shape") != before
+    other.unlink()
+    assert parts(first) == [first, second]
 
 
 def test_weights_that_changed_are_other_weights(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from octoai.optimizer import kernels
 from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed
 from octoai.optimizer.plot import plotted
-from octoai.optimizer.profile import OTHERS_CODE, Profile, Profiles, is_ours_alone, sha256
+from octoai.optimizer.profile import OTHERS_CODE, Profile, Profiles, is_ours_alone, sha256, sha256_of_model
 from octoai.optimizer.search import Search
 from octoai.optimizer.space import AS_GIVEN, engine_defaults, first_guesses, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
@@ -74,7 +74,7 @@ def optimize(
     num_threads = num_cores()
     profiles = Profiles(cache_dir)
     try:
-        model_sha256 = sha256(source)
+        model_sha256 = sha256_of_model(source)
         with _workplace(cache_dir, model_sha256) as directory:
             kernels_path, no_kernels = _kernels(profiles, wish, num_threads, directory / "kernels", on_step)
             starts = first_guesses(num_threads, kernels_path, is_unified=kernels.shares_cache())

@@ -1,7 +1,7 @@
 """What a search found, kept for the next start: a profile, and beside it the file of weights that it needs. Kernels
 that were compiled for this CPU are no model's own, and lie apart.
 
-A profile holds for one model (by the hash of its file), one CPU and one version of the engine; for any other it is not
+A profile holds for one model (by the hash of its files), one CPU and one version of the engine; for any other it is not
 found. The directory of profiles lies in the cache: deleting it costs a search, nothing else.
 """
 
@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from octoai.optimizer.outcome import Goal
 from octoai.optimizer.space import Candidate
 from octoai.server.cores import num_cores
+from octoai.server.engines.prefixes import parts
 from octoai.server.places import create
 
 _FILENAME = "profile.json"
@@ -79,7 +80,7 @@ class Profiles:
             # The model is hashed only where a profile may be for it.
             if not any(self._directory.glob(f"{size}-*-{self._machine}")):
                 return None
-            place = self._directory / self._name(size, sha256(source))
+            place = self._directory / self._name(size, sha256_of_model(source))
             if not place.is_dir():
                 return None
             profile = _PROFILE.validate_json((place / _FILENAME).read_bytes())
@@ -152,9 +153,18 @@ class Profiles:
         return f"{size}-{model_sha256[:16]}-{self._machine}"
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(*paths: Path) -> str:
+    """Of what is in them, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+def sha256_of_model(source: Path) -> str:
+    """Of all files that the model is in."""
+    return sha256(*parts(source))
 
 
 def is_ours_alone(path: Path) -> bool:

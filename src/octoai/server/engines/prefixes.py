@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import secrets
 import time
 from pathlib import Path
@@ -23,16 +24,28 @@ SUFFIX, UNFINISHED = ".bin", ".part"
 UNFINISHED_SECONDS = 3600.0  # after which nobody is writing it any more
 RETRY_SECONDS = 60.0
 _PIECE_BYTES = 1024 * 1024
+_FIRST_OF_SEVERAL = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")
+
+
+def parts(weights: Path) -> list[Path]:
+    """The files that a model is in, of which the first is given: by their names, as llama.cpp finds them."""
+    named = _FIRST_OF_SEVERAL.fullmatch(weights.name)
+    if named is None:
+        return [weights]
+    names = (f"{named[1]}-{each:05d}-of-{named[2]}.gguf" for each in range(2, int(named[2]) + 1))
+    return [weights, *filter(Path.is_file, map(weights.with_name, names))]
 
 
 def fingerprint(weights: Path, shape: str) -> str:
-    """Of these weights in an engine of this `shape`. Not of all of a large file: its size, its time, both its ends."""
-    status = weights.stat()
+    """Of these weights in an engine of this `shape`. Not of all of a large file: its size, its time, both its ends; of
+    further ones that belong to it, sizes and times."""
+    status, *others = [part.stat() for part in parts(weights)]
     with weights.open("rb") as file:
         head = file.read(_PIECE_BYTES)
         file.seek(max(0, status.st_size - _PIECE_BYTES))
         ends = hashlib.sha256(head + file.read(_PIECE_BYTES)).hexdigest()
-    named = f"{status.st_size} {status.st_mtime_ns} {ends} {shape}"
+    further = "".join(f" {other.st_size} {other.st_mtime_ns}" for other in others)
+    named = f"{status.st_size} {status.st_mtime_ns} {ends} {shape}{further}"
     return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 
