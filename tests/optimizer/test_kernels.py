@@ -92,6 +92,37 @@ def test_a_library_is_made_that_shows_one_function_and_belongs_to_its_owner_alon
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.usefixtures("source")
+@pytest.mark.parametrize("name", ["a,b", "a b", os.fsdecode(b"caf\xe9")])
+def test_a_cache_may_have_any_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name / "kernels" / "made.so"
+    make(path)
+    assert ctypes.CDLL(str(path)).ggml_backend_init() == 42
+    assert not kernels.can_be_loaded(path)  # it says so by its exit status: the number is no backend
+
+
+def test_another_openmp_than_that_of_the_wheel_is_refused(source: dict[str, str], tmp_path: Path) -> None:
+    source["ops.cpp"] += 'extern "C" void __kmpc_fork_call(); extern "C" void threads() { __kmpc_fork_call(); }\n'
+    source["repack.cpp"] = source["repack.cpp"].replace("return 42", "void threads(); threads(); return 42")
+    said = why_not(tmp_path / "kernels" / "made.so")
+    assert "gcc or g++ has another OpenMP than GNU's" in said
+    assert "set CC and CXX" in said
+
+
+@pytest.mark.parametrize("name", ["missing.so", os.fsdecode(b"caf\xe9.so")])
+def test_what_is_no_library_of_kernels_is_one_line_whatever_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.so")).write_bytes(b"nothing")
+    program = """
+import pathlib, sys
+from octoai.server.engines import kernels
+try:
+    kernels.load(pathlib.Path(sys.argv[1]))
+except kernels.CannotLoadKernels as error:
+    sys.exit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=False).returncode == 7
+
+
 def test_source_that_does_not_compile_is_one_line(source: dict[str, str], tmp_path: Path) -> None:
     source["ops.cpp"] += "int main() { return nothing; }"
     assert "g++ failed: " in (said := why_not(tmp_path / "kernels" / "made.so"))

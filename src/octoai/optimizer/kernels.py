@@ -132,6 +132,7 @@ import pathlib, sys
 from octoai.server.engines import kernels
 kernels.load(pathlib.Path(sys.argv[1]))
 """
+_OTHER_OPENMP = b"__kmpc_"  # what code of LLVM's and Intel's compilers calls
 _IN_VAIN = "llama.cpp's kernels are those of its wheel"
 
 
@@ -223,8 +224,12 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int, dead
     _run([_compiling(path, objects[path], common, compilers) for path in ordered], num_threads, deadline)
     exported, made = work / "exported.map", work / "kernels.so"
     exported.write_text(_EXPORTED)
-    link = ["-shared", "-fopenmp", f"-Wl,--version-script={exported}", "-Wl,-Bsymbolic", "-o", str(made)]
+    # Not by -Wl, which takes a path with a comma for two options.
+    link = ["-shared", "-fopenmp", "-Xlinker", f"--version-script={exported}", "-Wl,-Bsymbolic", "-o", str(made)]
     _run([[*compilers.cxx, *link, *map(str, objects.values())]], 1, deadline)
+    if _OTHER_OPENMP in made.read_bytes():
+        names = " or ".join(dict.fromkeys((compilers.c[0], compilers.cxx[0])))
+        raise NoKernels(f"{names} has another OpenMP than GNU's: {_IN_VAIN}; set CC and CXX to GNU's compilers")
     return made
 
 

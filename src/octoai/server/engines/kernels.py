@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from pathlib import Path
 
 _CALLS_VERSION = 2
@@ -32,7 +33,7 @@ def load(path: Path) -> None:
         getattr(ggml, name).restype = ctypes.c_void_p
     ggml.ggml_backend_unload.argtypes = [ctypes.c_void_p]
     shipped = ggml.ggml_backend_reg_by_name(b"CPU")
-    if not path.is_file() or not ggml.ggml_backend_load(str(path).encode()):
+    if not path.is_file() or not ggml.ggml_backend_load(os.fsencode(path)):
         raise CannotLoadKernels(f"{path} is not a library of kernels for this llama.cpp")
     ggml.ggml_backend_unload(shipped)  # what is left is what is used
     kernels = ctypes.CDLL(str(path))
