@@ -41,6 +41,7 @@ def serve(args: argparse.Namespace) -> int:
     from octoai.cli.models import pulled
     from octoai.server import app, logs, run, shares
     from octoai.server.catalogue import BadCatalogue
+    from octoai.server.journal import JournalError
     from octoai.server.settings import BadSettings, load
     from octoai.server.sources import PullFailed, WeightStore
     from octoai.server.store import StoreError
@@ -65,6 +66,8 @@ def serve(args: argparse.Namespace) -> int:
         return run.serve(settings, weights, tuned, searches if settings.optimize_when_idle == "on" else ())
     except (BadCatalogue, BadSettings, PullFailed, StoreError, run.CannotListen, run.CannotServe) as error:
         return fail(str(error))
+    except JournalError as error:
+        return fail(f"{error} To start without what is there, move that journal's files to another directory.")
 
 
 def _profile(settings: Settings, model: str, source: Path) -> tuple[Path, LlamaOptions] | None:

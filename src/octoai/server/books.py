@@ -10,18 +10,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
 import orjson
 
 from octoai.server.idempotency import KEEP_SECONDS
-from octoai.server.journal import Journal, Orphan, is_alive, orphans
+from octoai.server.journal import Journal, JournalError, Orphan, is_alive, orphans
 from octoai.server.store import Place, connect, keys, requests, reservations
 from octoai.server.store.applier import Applier
 from octoai.server.store.database import Connection, StoreError
-from octoai.server.store.journals import forget, keep_position, position_of
+from octoai.server.store.journals import end, forget, keep_position, position_of
 from octoai.server.store.reader import Reader
 from octoai.server.store.writer import Writer
 
@@ -86,12 +86,14 @@ class Books:
         """Its files go when the database has all of it, and stay for the next start when not."""
         try:
             await self.writer.caught_up()
-            await self.writer.run(lambda db: forget(db, journal.instance))
+            await self.writer.run(lambda db: end(db, journal.instance))
         except StoreError:
             log.error("the database does not have everything yet: the journal is brought in at the next start")
             journal.close()
-        else:
-            journal.remove()
+            return
+        journal.remove()
+        with suppress(StoreError):  # a line that says nothing more
+            await self.writer.run(lambda db: forget(db, journal.instance))
 
     async def _keep_order(self) -> None:
         while True:
@@ -119,28 +121,41 @@ class Books:
 
 
 def recover(place: Place) -> int:
-    """Bring in the journals of processes that are no more. Returns how many requests they had left open."""
+    """Bring in the journals of processes that are no more. Returns how many requests they had left open.
+
+    Raises StoreError, and JournalError of the first that is damaged, once the others are in.
+    """
     found = orphans(journal_dir(place))
     if not found:
         return 0
-    with closing(connect(place)) as db:
-        return sum(_recovered(db, orphan) for orphan in found)
+    num_left, damage = 0, None
+    try:
+        with closing(connect(place)) as db:
+            for orphan in found:
+                try:
+                    num_left += _recovered(db, orphan)
+                except JournalError as error:
+                    damage = damage or error
+    finally:
+        for orphan in found:
+            orphan.close()
+    if damage is not None:
+        raise damage
+    return num_left
 
 
 def _recovered(db: Connection, orphan: Orphan) -> int:
-    try:
-        tail = orphan.tail(position_of(db, orphan.instance))
-        while batch := tail.records(BATCH):
-            with db.transaction():
-                requests.apply(db, [orjson.loads(payload) for payload, _ in batch], _now_us())
-                keep_position(db, orphan.instance, batch[-1][1])
+    tail = orphan.tail(position_of(db, orphan.instance))
+    while batch := tail.records(BATCH):
         with db.transaction():
-            left = requests.open_of_journal(db, orphan.instance)
-            requests.interrupt(db, left, _now_us())
-            keys.release_of_journal(db, orphan.instance)
-            forget(db, orphan.instance)
-    except BaseException:
-        orphan.close()
-        raise
+            requests.apply(db, [orjson.loads(payload) for payload, _ in batch], _now_us())
+            keep_position(db, orphan.instance, batch[-1][1])
+    with db.transaction():
+        left = requests.open_of_journal(db, orphan.instance)
+        requests.interrupt(db, left, _now_us())
+        keys.release_of_journal(db, orphan.instance)
+        end(db, orphan.instance)
     orphan.remove()
+    with db.transaction():
+        forget(db, orphan.instance)
     return len(left)

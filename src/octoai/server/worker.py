@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator
 from octoai.server import app, logs, serving, totals
 from octoai.server.channel import Channel, ChannelClosed, Message
 from octoai.server.errors import Unavailable
+from octoai.server.journal import JournalError
 from octoai.server.parent import die_with_parent
 from octoai.server.service import Service
 from octoai.server.serving import CannotServe, Stop
@@ -48,7 +49,7 @@ async def _main(end: socket.socket, listener: socket.socket) -> int:
     obeying = asyncio.create_task(worker.obey(messages))
     try:
         await worker.serve(settings, listener)
-    except (BadSettings, CannotServe, StoreError) as error:
+    except (BadSettings, CannotServe, JournalError, StoreError) as error:
         channel.tell("failed", reason=str(error))
         return 1
     finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from octoai.server.journal import START, Position
 from octoai.server.store.database import Connection
 
+ENDED = Position(2**31 - 1, 0)  # behind the last byte of any journal
+
 
 def keep_position(db: Connection, journal: str, position: Position) -> None:
     """How far a journal has been applied, in the same transaction as what was."""
@@ -18,6 +20,11 @@ def keep_position(db: Connection, journal: str, position: Position) -> None:
 def position_of(db: Connection, journal: str) -> Position:
     row = db.row("SELECT segment, byte FROM journals WHERE id = ?", (journal,))
     return START if row is None else Position(int(row[0]), int(row[1]))
+
+
+def end(db: Connection, journal: str) -> None:
+    """The database has all of it: of its files, which go after that and before it is forgotten, none is read again."""
+    keep_position(db, journal, ENDED)
 
 
 def forget(db: Connection, journal: str) -> None:

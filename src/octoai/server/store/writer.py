@@ -35,6 +35,7 @@ LINGER_SECONDS = 0.05  # for more of the journal to come: a batch costs little m
 # second were what one client's 99th percentile had.
 INTERVAL_SECONDS = 0.125
 RETRY_SECONDS = 0.25
+MAX_KEPT = 10_000  # things to do when the database is back
 
 T = TypeVar("T")
 Action = Callable[[Connection], Any]
@@ -44,6 +45,7 @@ Action = Callable[[Connection], Any]
 class _Work:
     action: Action
     is_durable: bool
+    is_kept: bool = False
     done: Future[Any] = field(default_factory=Future)
 
 
@@ -52,7 +54,7 @@ class Writer:
     from its beginning; otherwise it is read here, from `start` on.
 
     `failure` is what keeps the database from taking what it is given, while something does; `on_change` is called in
-    the thread, whenever it has done what there was to do, or failed to.
+    the thread, whenever it has done what there was to do, or failed to, and before a segment is given up.
     """
 
     def __init__(
@@ -108,9 +110,10 @@ class Writer:
         self._now()
         return await self._in_time(work.done, seconds)
 
-    def later(self, action: Action) -> None:
-        """Do something after all that was asked for before, without waiting; where it fails, it is let be."""
-        self._work.append(_Work(action, is_durable=False))
+    def later(self, action: Action, *, is_kept: bool = False) -> None:
+        """Do something after all that was asked for before, without waiting; where it fails, it is let be. `is_kept`:
+        not where the database is away; it is done when that is back, if this process lives to see it."""
+        self._work.append(_Work(action, is_durable=False, is_kept=is_kept))
         self._now()
 
     async def caught_up(self, *, seconds: float = 5.0) -> None:
@@ -203,7 +206,7 @@ class Writer:
         self._succeeded(payloads[-1][1] if payloads else None)
         for each, (result, raised) in zip(work, results, strict=True):
             _resolve(each.done, result, raised)
-        return bool(self._work) or len(payloads) == BATCH
+        return bool(self._work or payloads)  # what was read may have ended with its segment
 
     def _written(
         self, work: list[_Work], records: list[Record], payloads: list[tuple[bytes, Position]]
@@ -241,6 +244,7 @@ class Writer:
             moved_on = position.segment > self.applied.segment
             self.applied = position
             if moved_on:
+                self.on_change()  # first: who goes on from what was told last must not look for what is gone
                 self._journal.release(position)
         self._tell_who_waits_here()
 
@@ -252,8 +256,11 @@ class Writer:
             self._away_since = time.monotonic()
         if self._journal is not None and self._applier is None:
             self._tail = self._journal.tail(self.applied)
+        kept = [each for each in work if each.is_kept][-MAX_KEPT:]
+        self._work.extendleft(reversed(kept))
         for each in work:
-            _resolve(each.done, None, StoreAway(str(error)))
+            if not each.is_kept:
+                _resolve(each.done, None, StoreAway(str(error)))
         self._tell_who_waits_here(StoreAway(str(error)))
         if not self._is_closing:
             self._hurry.wait(RETRY_SECONDS)

@@ -1,0 +1,138 @@
+"""Journals and the database: whatever ends a process, and wherever, the next one finds all of it and starts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import orjson
+import pytest
+
+from octoai.server import accounts, app
+from octoai.server.books import Books, journal_dir, recover
+from octoai.server.journal import Journal, JournalDamaged, Orphan, is_alive
+from octoai.server.settings import Settings
+from octoai.server.store import Place, connect
+from octoai.server.store.entries import balance_nanos
+from tests.server.test_applier import COST, balance, process_of, run, settlement, until
+
+SEGMENT_BYTES = 64 * 1024
+
+
+def opened(place: Place, *, segment_bytes: int = SEGMENT_BYTES) -> Journal:
+    with closing(connect(place)) as db, db.transaction():
+        accounts.ensure_default(db)
+    return Journal.open(journal_dir(place), segment_bytes=segment_bytes)
+
+
+async def append(journal: Journal, numbers: range) -> None:
+    for number in numbers:
+        written = journal.append(settlement(number), soon=number % 50 == 0)
+        if number % 50 == 0:
+            await written
+
+
+def test_what_is_durable_in_several_segments_is_brought_in_at_once(place: Place) -> None:
+    async def main() -> None:
+        journal = opened(place)
+        books = Books(place, journal)
+        books.start()
+        await append(journal, range(501))
+        assert journal.durable.segment > 2
+        await books.writer.caught_up(seconds=20)
+        assert await books.read(lambda db: balance_nanos(db, "default")) == -501 * COST
+        await books.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("num_removed", [0, 1, 2])
+@pytest.mark.parametrize("kind", [Journal, Orphan])
+def test_killed_while_its_files_go_the_next_start_finds_nothing_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Journal | Orphan], num_removed: int
+) -> None:
+    place = Place(tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    def removed(journal: Journal | Orphan) -> None:
+        for path in sorted(journal.directory.glob(f"{journal.instance}-*"))[:num_removed]:
+            path.unlink()
+        raise Killed
+
+    async def main() -> None:
+        journal = opened(place)
+        books = Books(place, journal)
+        books.start()
+        await append(journal, range(501))
+        await books.writer.caught_up(seconds=20)
+        if kind is Journal:
+            with monkeypatch.context() as dying, pytest.raises(Killed):
+                dying.setattr(kind, "remove", removed)
+                await books.close()
+        await asyncio.to_thread(books.writer.close)
+        journal.close()  # as the kernel does it
+        books.reader.close()
+
+    run(main())
+    if kind is Orphan:
+        with monkeypatch.context() as dying, pytest.raises(Killed):
+            dying.setattr(kind, "remove", removed)
+            recover(place)
+    app.prepare(Settings(data_dir=tmp_path, cache_dir=tmp_path)).close()
+    assert list(journal_dir(place).iterdir()) == []
+    assert balance(place) == -501 * COST
+
+
+def test_a_damaged_journal_does_not_keep_others_from_being_brought_in(place: Place) -> None:
+    async def abandoned(numbers: range) -> str:
+        journal = opened(place)
+        for number in numbers:
+            await journal.append(settlement(number), soon=True)
+        journal.close()
+        return journal.instance
+
+    bad, good = sorted([asyncio.run(abandoned(range(6))), asyncio.run(abandoned(range(6, 12)))])
+    path = journal_dir(place) / f"{bad}-000001.journal"
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[150] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(JournalDamaged):
+        recover(place)
+    assert list(journal_dir(place).glob(f"{good}*")) == []
+    assert not is_alive(journal_dir(place), bad)  # it is tried again, and so it is when somebody has seen to it
+    path.write_bytes(whole)
+    assert recover(place) == 0
+    assert balance(place) == -12 * COST
+
+
+def test_an_applier_that_is_killed_where_segments_were_given_up_is_followed_by_one_that_goes_on(tmp_path: Path) -> None:
+    """Batches end with segments here, so that one after the other is given up before it rests."""
+    place = Place(tmp_path)
+    num_bytes = len(orjson.dumps(settlement(1000)))
+    journal = opened(place, segment_bytes=33 + 511 * (num_bytes + 10) + 138 + num_bytes + 60)
+
+    async def main() -> None:
+        books = Books(place, journal, is_beside=True)
+        books.start()
+        await journal.append(settlement(1000), soon=True)
+        await books.writer.caught_up()
+        with closing(sqlite3.connect(tmp_path / "octoai.db", isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")  # the database is away meanwhile
+            await append(journal, range(1001, 5000))
+            db.execute("ROLLBACK")
+        process = process_of(books)
+        first = journal.directory / f"{journal.instance}-000002.journal"
+        while first.exists():
+            await asyncio.sleep(0.001)
+        os.kill(process.pid, 9)
+        await until(lambda: books.writer.applied >= journal.durable)
+        await books.close()
+
+    run(main())
+    assert balance(place) == -4000 * COST
