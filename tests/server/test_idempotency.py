@@ -66,7 +66,7 @@ def talk() -> Iterator[Callable[..., Talk]]:
         """A stream under a key, begun."""
         open_.append(Talk(service))
         head = f"idempotency-key: {key}\r\nconnection: close\r\n"
-        open_[-1].send(PATH, request(service, stream=True, **params), head=head)
+        open_[-1].send(PATH, request(service, **{"stream": True, **params}), head=head)
         return open_[-1]
 
     yield start

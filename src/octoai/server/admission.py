@@ -108,12 +108,13 @@ class Admission:
         The database is asked only for as long as it answers at once: no request waits for it because of its name.
         """
         taken = request_id in self._given
+        self._given[request_id] = None  # at once: who comes with it while the database is asked is not the first
         if not taken and self.ledger.writer.away_seconds is None:
             with contextlib.suppress(StoreError):
                 taken = await self.books.reader.run(lambda db: requests.is_known(db, request_id), seconds=ASK_SECONDS)
         unique = f"{request_id[:100]}.{secrets.token_hex(6)}" if taken else request_id
         self._given[unique] = None
-        if len(self._given) > MAX_GIVEN:
+        while len(self._given) > MAX_GIVEN:
             self._given.popitem(last=False)
         return unique
 
@@ -125,6 +126,9 @@ class Admission:
         """A new recording for this request to fill, and True; or one of the same request, to be read."""
         account = caller.account.id
         known = self._recordings.find(account, key)
+        while known is not None and known.is_abandoned and not known.is_done:
+            await known.over()
+            known = self._recordings.find(account, key)
         if known is None:
             recording = Recording(key, tab.request_id)
             self._recordings.begin(account, recording)
@@ -145,6 +149,8 @@ class Admission:
     async def _claim(self, account: str, key: Key, tab: Tab) -> Recording | None:
         """None when the key is this request's; otherwise the answer that stands under it, waited for where another
         process is giving it."""
+        if self.ledger.journal is None:
+            return None  # no request has a row, and no answer is kept
         claimed = KeyRow(key.body_hash, tab.id, tab.request_id, self.ledger.instance, now_us())
         until = time.monotonic() + ELSEWHERE_SECONDS
         while True:
@@ -160,10 +166,10 @@ class Admission:
                 if before.answer is not None:
                     return unpacked(key, before.request_id, before.answer)
                 await self.books.writer.caught_up()
-                taken = await self.books.write(partial(_take_over, account=account, key=key, claimed=claimed))
+                tab.replaced = await self.books.write(partial(_take_over, account=account, key=key, claimed=claimed))
             except StoreAway:
                 return None  # what is known of the key is in this process then
-            if taken:
+            if tab.replaced is not None:
                 return None
             if time.monotonic() > until:
                 raise Unavailable("The same request is still running.", retry_after=5, code="still_running")
@@ -199,30 +205,25 @@ class Admission:
         return _most_prompt_tokens(generation) if counted is None else counted
 
 
-MAX_REFUNDS = 3
 _PER_MESSAGE = 16  # tokens that a chat template may put around a message
 
 
-def _take_over(db: Connection, account: str, key: Key, claimed: KeyRow) -> bool:
-    """Make the key this request's where the one before has ended without an answer: it is not billed twice, so what
-    the other was charged is given back, a few times. False while it runs elsewhere."""
+def _take_over(db: Connection, account: str, key: Key, claimed: KeyRow) -> KeyRow | None:
+    """Make the key this request's where the one before has ended without an answer, and return what stood there. None
+    while that runs elsewhere."""
     before = keys.find(db, account, key.value)
     if before is None or before.answer is not None:
-        return False
+        return None
     row = requests.of_id(db, before.request)
     if row is None and now_us() - before.claimed_us < ELSEWHERE_SECONDS * 1_000_000:
-        return False  # it waits for its turn there, or has just begun
+        return None  # it waits for its turn there, or has just begun
     if row is not None and row.status == "open" and row.lease_us > now_us():
-        return False
+        return None
     if not keys.claim_again(db, account, key.value, before, claimed):
-        return False
+        return None
     if row is not None and row.status == "open":  # nobody was heard of for a whole lease
         requests.interrupt(db, [row], now_us())
-        row = requests.of_id(db, row.id)
-    is_charged = row is not None and row.status in ("settled", "interrupted") and row.cost_nanos > 0
-    if row is not None and is_charged and before.num_attempts <= MAX_REFUNDS:
-        requests.refund(db, row, f"asked again under its Idempotency-Key, as {claimed.request_id}", now_us())
-    return True
+    return before
 
 
 def _within_minute(caller: Caller, request: TextRequest) -> TextRequest:

@@ -55,6 +55,7 @@ class Recording:
     num_readers: int = 1
     is_done: bool = False
     error: BaseException | None = None
+    is_abandoned: bool = False  # nobody was left to read it; it is being ended
     _more: asyncio.Event = field(default_factory=asyncio.Event)
     _abandon: Callable[[], None] | None = None
 
@@ -89,7 +90,14 @@ class Recording:
         self._abandon = abandon or self._abandon
         self.num_readers -= 1
         if self.num_readers <= 0 and not self.is_done and self._abandon is not None:
+            self.is_abandoned = True
             self._abandon()
+
+    async def over(self) -> None:
+        """Return when it is whole, or will never be."""
+        while not self.is_done:
+            self._more.clear()
+            await self._more.wait()
 
     async def replayed(self) -> AsyncIterator[Head | bytes]:
         """The head, and every block from the first on. Raises what ended the answer before it was whole."""

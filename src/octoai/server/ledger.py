@@ -24,6 +24,7 @@ from octoai.server.journal import START, Journal, JournalError, JournalFailed, J
 from octoai.server.limits import Standings, reserve
 from octoai.server.store import keys, reservations
 from octoai.server.store.database import StoreAway, StoreError
+from octoai.server.store.keys import KeyRow
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.writer import Writer
 
@@ -60,6 +61,7 @@ class Tab:
     is_stream: bool = False
     reservation: Reservation | None = None
     key: tuple[str, str] | None = None  # an Idempotency-Key and the hash, in hexadecimal, of what came with it
+    replaced: KeyRow | None = None  # what stood under that, where it ended without an answer
     opened_us: int = field(default=0, init=False)
     _opened: asyncio.Future[Position] | None = field(default=None, init=False)
     _settled: asyncio.Future[Any] | None = field(default=None, init=False)
@@ -152,6 +154,7 @@ class Tab:
             "lease_us": at_us + LEASE_US,
             "key": key,
             "key_body": key_body,
+            "replaces": None if self.replaced is None else self.replaced.refundable,
         }
 
 
@@ -335,10 +338,10 @@ class Ledger:
             log.warning("the reservation of %s is given back when its lease ends", reservation.id)
 
     def release_key(self, tab: Tab) -> None:
-        """Of a request that never ran: its Idempotency-Key may be used again."""
-        if tab.key is not None:
+        """Of a request that never ran: its Idempotency-Key is as it was before."""
+        if tab.key is not None and self.journal is not None:
             account, key = tab.caller.account.id, tab.key[0]
-            self.writer.later(lambda db: keys.release(db, account, key, tab.id))
+            self.writer.later(lambda db: keys.release(db, account, key, tab.id, tab.replaced), is_kept=True)
 
     async def _recorded(self, record: dict[str, Any], written: asyncio.Future[Position]) -> Position:
         """Nothing that was used goes unrecorded: what cannot be written now is tried until it can."""

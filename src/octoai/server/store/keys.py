@@ -9,6 +9,8 @@ from typing import Any
 
 from octoai.server.store.database import Connection
 
+MAX_REFUNDS = 3
+
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
@@ -22,6 +24,11 @@ class KeyRow:
     claimed_us: int
     num_attempts: int = 1
     answer: bytes | None = None
+
+    @property
+    def refundable(self) -> str | None:
+        """The request, while what it was charged is given back when it is made again: not any number of times."""
+        return self.request if self.num_attempts <= MAX_REFUNDS else None
 
 
 def find(db: Connection, account: str, key: str) -> KeyRow | None:
@@ -63,8 +70,18 @@ def claim_again(db: Connection, account: str, key: str, before: KeyRow, claimed:
     return changed == 1
 
 
-def release(db: Connection, account: str, key: str, request: str) -> None:
-    """Of a request that never ran: the key is as if it had not been used."""
+def release(db: Connection, account: str, key: str, request: str, before: KeyRow | None) -> None:
+    """Of a request that never ran: the key is as if it had not been used for it, and had `before`."""
+    if before is not None:
+        db.execute(
+            "UPDATE keys SET request = ?, request_id = ?, journal = ?, claimed_us = ?, num_attempts = ? "
+            "WHERE account = ? AND key = ? AND request = ? AND answer IS NULL",
+            (
+                *(before.request, before.request_id, before.journal, before.claimed_us, before.num_attempts),
+                *(account, key, request),
+            ),
+        )
+        return
     db.execute(
         "DELETE FROM keys WHERE account = ? AND key = ? AND request = ? AND answer IS NULL", (account, key, request)
     )

@@ -98,10 +98,20 @@ def apply(db: Connection, records: Iterable[Record], now_us: int) -> None:
             rows[after.id] = changed[after.id] = after
     _write(db, changed.values())
     post(db, due)
+    _give_back_replaced(db, records, now_us)
     leases = [(row.lease_us, row.id) for row in changed.values() if row.is_reserved and row.status == "open"]
     reservations.renew(db, leases)
     keys.note(db, records)
     tokens.used(db, {row.token_id: row.opened_us // 1_000_000 for row in changed.values()})
+
+
+def _give_back_replaced(db: Connection, records: Sequence[Record], now_us: int) -> None:
+    """A request that is made again under its Idempotency-Key is not billed twice: what it was charged when it ended
+    without an answer is given back. Only now that the new one runs: until then it might not."""
+    for record in records:
+        row = of_id(db, record["replaces"]) if record.get("replaces") else None
+        if row is not None and row.status in ("settled", "interrupted") and row.cost_nanos > 0:
+            refund(db, row, f"asked again under its Idempotency-Key, as {record['request_id']}", now_us)
 
 
 def interrupt(db: Connection, rows: Sequence[RequestRow], now_us: int) -> None:

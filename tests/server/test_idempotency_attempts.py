@@ -1,0 +1,130 @@
+"""Attempts under one Idempotency-Key: what is given back, and who joins or waits for whom."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import pytest
+
+from octoai.server import accounts
+from octoai.server.engines.base import Event
+from octoai.server.engines.scripted import ScriptedEngine
+from octoai.server.store import sqlite
+from tests.running import InProcess
+from tests.server.test_idempotency import PATH, SLOW, leave, net_nanos, rows, statuses, talk
+from tests.talking import ask, is_idle, request, until
+
+__all__ = ["talk"]
+
+Start = Callable[..., InProcess]
+
+
+class Lingering(ScriptedEngine):
+    """Takes a moment to be left, as one whose last bytes are still read."""
+
+    async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[list[Event]]:
+        inner = super().generate(*args, **kwargs)
+        try:
+            async for batch in inner:
+                yield batch
+        finally:
+            await inner.aclose()
+            await asyncio.shield(asyncio.sleep(0.4))
+
+
+@pytest.fixture
+def slow(in_process: Start) -> InProcess:
+    return in_process(ScriptedEngine(SLOW))
+
+
+def attempts(service: InProcess, key: str) -> list[int]:
+    found = service.read(lambda db: db.rows("SELECT num_attempts FROM keys WHERE key = ?", (key,)))
+    return [int(number) for (number,) in found]
+
+
+def test_an_attempt_is_not_given_back_for_one_that_was_refused(slow: InProcess, talk: Any) -> None:
+    slow.books(lambda db: accounts.update(db, "default", limits={"requests_per_minute": 1}))
+    time.sleep(0.3)  # until the limit is known
+    leave(slow, talk, "k1")
+    charged = net_nanos(slow)
+    assert charged > 0
+    for _ in range(2):
+        assert ask(slow, PATH, request(slow, stream=True), idempotency_key="k1")[0] == 429
+    until(lambda: attempts(slow, "k1") == [1], 2)
+    assert (net_nanos(slow), statuses(slow)) == (charged, ["settled"])
+
+
+def test_an_attempt_is_not_given_back_for_one_that_left_the_queue(slow: InProcess, talk: Any) -> None:
+    leave(slow, talk, "k1")
+    charged = net_nanos(slow)
+    others = [talk(slow, f"other-{number}") for number in range(slow.engine.num_slots)]
+    for other in others:
+        other.until(b"w1 ")
+    waiting = talk(slow, "k1")
+    time.sleep(0.3)
+    waiting.close()
+    for other in others:
+        other.rest()
+    until(lambda: is_idle(slow) and attempts(slow, "k1") == [1], 2)
+    left = [row for row in rows(slow) if row.outcome == "aborted"]
+    assert [(row.status, row.cost_nanos) for row in left] == [("settled", charged)]
+    assert talk(slow, "k1").rest().count(b"w39 ") == 1  # it runs: now the first is given back
+    until(lambda: is_idle(slow), 2)
+    assert sorted(row.status for row in rows(slow) if row.id == left[0].id) == ["refunded"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_retry_does_not_join_an_attempt_that_is_being_ended(in_process: Start, talk: Any, stream: bool) -> None:
+    service = in_process(Lingering(SLOW))
+    first = talk(service, "k1", stream=stream)
+    until(lambda: len(service.engine.seen) == 1, 2)
+    time.sleep(0.1)
+    first.close()
+    time.sleep(0.05)
+    assert talk(service, "k1", stream=stream).rest().count(b"w39 ") == 1
+    until(lambda: is_idle(service), 2)
+    assert statuses(service) == ["refunded", "settled"]
+
+
+def test_without_a_ledger_keys_hold_within_one_process(in_process: Start, talk: Any) -> None:
+    service = in_process(ScriptedEngine(SLOW), ledger="off")
+    leave(service, talk, "k1")
+    began = time.monotonic()
+    assert talk(service, "k1").rest().count(b"w39 ") == 1
+    assert ask(service, PATH, request(service, stream=True), idempotency_key="k1")[1]["idempotent-replayed"] == "true"
+    assert time.monotonic() - began < 4
+    assert len(service.engine.seen) == 2
+
+
+def test_a_key_is_released_when_the_database_is_back(
+    slow: InProcess, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
+    others = [talk(slow, f"other-{number}") for number in range(slow.engine.num_slots)]
+    for other in others:
+        other.until(b"w1 ")
+    waiting = talk(slow, "k1")
+    until(lambda: attempts(slow, "k1") == [1], 2)
+    lock = sqlite3.connect(slow.settings.data_dir / "octoai.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    waiting.close()
+    time.sleep(1)
+    lock.execute("ROLLBACK")
+    lock.close()
+    for other in others:
+        other.rest()
+    until(lambda: attempts(slow, "k1") == [], 3)
+    assert talk(slow, "k1").rest().count(b"w39 ") == 1
+
+
+def test_one_id_given_at_once_by_several_is_made_unique(slow: InProcess) -> None:
+    async def several() -> list[str]:
+        return await asyncio.gather(*[slow.service.unique_id("same") for _ in range(5)])
+
+    ids = asyncio.run_coroutine_threadsafe(several(), slow.loop).result(5)
+    assert len(set(ids)) == 5
+    assert "same" in ids
