@@ -82,6 +82,15 @@ def test_the_first_bad_row_is_named(capfdbinary: pytest.CaptureFixture[bytes], d
     assert err == "octoai: request req_0 (id id0) of account acme: entries say 20 completion tokens, the row 12\n"
 
 
+@pytest.mark.parametrize("words", [("export", "--account", "\udcff"), ("refund", "\udcff", "--note", "x")])
+def test_characters_that_no_database_takes_are_one_line(
+    capfdbinary: pytest.CaptureFixture[bytes], data_dir: Path, words: tuple[str, ...]
+) -> None:
+    status, out, err = octoai(capfdbinary, data_dir, *words)
+    assert (status, out) == (1, "")
+    assert err.startswith("octoai: there is no ")
+
+
 def test_every_request_is_a_line(capfdbinary: pytest.CaptureFixture[bytes], data_dir: Path) -> None:
     rows = exported(capfdbinary, data_dir)
     assert [row["request_id"] for row in rows] == ["req_0", "req_1", "req_2", "req_4"]

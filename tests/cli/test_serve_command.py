@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from octoai.server.journal import Journal
+from tests.server.test_applier import settlement
 
 
 def serve(place: Path, *arguments: str) -> tuple[int, str]:
@@ -28,6 +32,10 @@ def serve(place: Path, *arguments: str) -> tuple[int, str]:
         ("[[models]]\nid = 'x'\nengine_url = 'http://x'\nengine_key_env = 'UNSET_KEY'", "UNSET_KEY is not set"),
         ("max_waiting = -1", "max_waiting: "),
         ("port = ", "not valid TOML"),
+        ("[[models]]\nid = 'x'\nengine_url = 'http://[::1'", "expected http://host:port/v1"),
+        ("[[models]]\nid = 'x'\nengine_url = 'http://h'\ninput_price = '5'", "give input_price and output_price"),
+        (f"host = '{'a' * 300}'\n[[models]]\nid = 'x'\nengine_url = 'http://h'", "no name of a machine"),
+        ("host = 'ä..b'\n[[models]]\nid = 'x'\nengine_url = 'http://h'", "no name of a machine"),
     ],
 )
 def test_a_configuration_that_cannot_be_used_is_one_line(tmp_path: Path, text: str, words: str) -> None:
@@ -36,6 +44,37 @@ def test_a_configuration_that_cannot_be_used_is_one_line(tmp_path: Path, text: s
     assert status == 1
     assert line.startswith("octoai: ")
     assert words in line
+
+
+@pytest.mark.parametrize("model", ["~nobody-of-that-name", "~nobody-of-that-name/x.gguf", "a" * 5000])
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, model: str) -> None:
+    status, line = serve(tmp_path, "--model", model)
+    assert status == 1
+    assert "model" in line or "there is no file" in line
+
+
+def test_a_password_in_an_engines_url_is_not_said(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text("[[models]]\nid = 'x'\nengine_url = 'http://user:secret@h:x'")
+    assert "secret" not in serve(tmp_path)[1]
+
+
+def test_a_damaged_journal_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    async def abandoned() -> Path:
+        journal = Journal.open(tmp_path / "data" / "journal")
+        for number in range(3):
+            await journal.append(settlement(number), soon=True)
+        journal.close()
+        return tmp_path / "data" / "journal" / f"{journal.instance}-000001.journal"
+
+    path = asyncio.run(abandoned())
+    damaged = bytearray(path.read_bytes())
+    damaged[150] ^= 1
+    path.write_bytes(damaged)
+    (tmp_path / "octoai.toml").write_text("[[models]]\nid = 'x'\nengine_url = 'http://127.0.0.1:9'")
+    status, line = serve(tmp_path, "--data-dir", "data")
+    assert status == 1
+    assert f"{path.name} at byte" in line
+    assert "move that journal's files" in line
 
 
 def test_a_configuration_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -151,3 +151,31 @@ def test_the_commands_load_nothing_heavy_before_they_run() -> None:
     program = "import sys, octoai.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not [name for name in loaded if name.startswith(("octoai.server", "starlette", "orjson", "pydantic"))]
+
+
+def test_the_last_moment_that_can_be_written_is_understood(run: Run) -> None:
+    status, out, _ = run("--until", "9999-12-31T23:59:59.5Z")
+    assert (status, out[-5:]) == (0, "0.00\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device")
+@pytest.mark.parametrize("arguments", [["usage", "--csv"], ["token", "list"], ["--help"]])
+def test_where_there_is_no_room_for_what_is_printed_it_is_said_in_one_line(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    with closing(connect(Place(tmp_path))) as db:
+        fill(db)
+    place = [] if arguments == ["--help"] else ["--data-dir", str(tmp_path)]
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "octoai", *arguments, *place]
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (1, "octoai: No space left on device\n")
+
+
+def test_a_directory_that_was_deleted_is_no_matter(tmp_path: Path) -> None:
+    """Where the command runs, without a configuration there."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f'rmdir "{gone}" && "{sys.executable}" -m octoai usage --data-dir "{tmp_path}"'
+    ran = subprocess.run(command, shell=True, cwd=gone, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")

@@ -129,6 +129,17 @@ def test_credit_that_makes_no_sense_is_refused(db: Connection, nanos: int, optio
     assert balance_nanos(db, "a") == 0
 
 
+def test_a_balance_stays_where_a_database_can_count(db: Connection) -> None:
+    accounts.create(db, "a")
+    with db.transaction():
+        for _ in range(4):
+            accounts.credit(db, "a", -(10**18), kind="adjustment")
+    with pytest.raises(BadAccount, match="four billion dollars") as caught, db.transaction():
+        accounts.credit(db, "a", -1, kind="adjustment")
+    assert caught.value.param == "amount"
+    assert balance_nanos(db, "a") == -4 * 10**18
+
+
 def test_plans_are_those_of_octoai(db: Connection) -> None:
     assert {name: limits.requests_per_minute for name, limits in PLANS.items()} == {
         "free": 10,

@@ -15,9 +15,10 @@ from octoai.server.accounts import PLANS
 from octoai.server.admin.bodies import BODIES
 from octoai.server.docs import document
 from octoai.server.engines.scripted import ScriptedEngine
-from octoai.server.store import Place
+from octoai.server.store import Place, requests
 from octoai.server.tokens import SCOPES, is_well_formed
 from tests.running import InProcess
+from tests.server.test_applier import settlement
 from tests.talking import ask
 
 LONG = tuple(step for _ in range(4000) for step in ("word ", 0.005))
@@ -111,7 +112,16 @@ def test_accounts_are_listed_a_page_at_a_time(service: InProcess) -> None:
         "last_id": None,
         "has_more": False,
     }
-    for wrong in ("limit=0", "limit=101", "limit=x", "limit=-1", "limit=", "after=nobody"):
+    for wrong in (
+        "limit=0",
+        "limit=101",
+        "limit=000000001000",
+        f"limit=1{'0' * 5000}",
+        "limit=x",
+        "limit=-1",
+        "limit=",
+        "after=nobody",
+    ):
         assert refused(service, "GET", f"accounts?{wrong}", status=400)[0] == wrong.partition("=")[0]
 
 
@@ -282,6 +292,14 @@ def test_a_request_is_shown_and_refunded_once(service: InProcess) -> None:
     assert call(service, "GET", "accounts/acme")["balance"] == "1.00"
     kinds = [each["kind"] for each in call(service, "GET", "accounts/acme/credit")["data"]]
     assert kinds == ["refund", "charge", "grant"]
+
+
+def test_of_several_requests_with_one_name_none_is_refunded_by_it(service: InProcess) -> None:
+    first, second = ({**settlement(number), "request_id": "chosen"} for number in (1, 2))
+    service.books(lambda db: requests.apply(db, [first, second], 0))
+    _, _, message = refused(service, "POST", "requests/chosen/refund", {"note": "x"}, status=409)
+    assert first["id"] in message and second["id"] in message
+    assert call(service, "POST", f"requests/{first['id']}/refund", {"note": "x"})["status"] == "refunded"
 
 
 def _chat(service: InProcess, token: str) -> tuple[int, dict[str, str], Any]:

@@ -283,6 +283,9 @@ def test_prepaid_credit_holds_to_the_nano_dollar(desk: Callable[..., Desk]) -> N
     asking.broke(NOW, 1)
     asking.add(-600, "adjustment")
     assert "prepaid credit is 0.00 USD" in asking.broke(NOW, 1)
+    asking.add(-5, "adjustment")
+    asking.broke(NOW, 1)
+    asking.ask(NOW, nanos=0)  # who owes something may ask for what costs nothing
 
 
 def test_the_tighter_of_credit_and_budget_is_told(desk: Callable[..., Desk]) -> None:

@@ -339,6 +339,16 @@ def test_filters_leave_what_they_name(world: World, usage: Any) -> None:
         check(lambda _: False, **nothing)
 
 
+@pytest.mark.parametrize(("path", "name"), [("usage/completions", "project_ids"), ("costs", "line_items")])
+def test_a_filter_with_a_character_that_no_database_takes_is_refused(
+    world: World, url: str, path: str, name: str
+) -> None:
+    query = {"start_time": BEGIN, name: "a\0"}
+    headers = {"authorization": f"Bearer {world.key('acme', 'admin')}"}
+    answer = httpx2.get(f"{url}/organization/{path}", params=query, headers=headers)
+    assert (answer.status_code, answer.json()["param"]) == (400, name)
+
+
 def test_lists_may_be_spelled_in_three_ways(world: World, url: str) -> None:
     world.random_entries(60, BEGIN, BEGIN + DAY, seed=5)
     query = f"start_time={BEGIN}&end_time={BEGIN + DAY}"

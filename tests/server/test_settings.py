@@ -260,3 +260,17 @@ def test_settings_are_frozen(environ: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="frozen"):
         settings.port = 1  # type: ignore[misc]
     assert isinstance(settings, Settings)
+
+
+def test_a_home_that_nobody_has_is_a_name_like_any(environ: dict[str, str], tmp_path: Path) -> None:
+    text = "data_dir = '~nobody-of-that-name/y'\n[[models]]\nid = 'x'\npath = '~nobody-of-that-name/z'"
+    settings = load(path=write(tmp_path, text), environ=environ)
+    assert settings.data_dir == tmp_path / "~nobody-of-that-name/y"
+    assert settings.models[0].path == tmp_path / "~nobody-of-that-name/z"
+
+
+@pytest.mark.parametrize("cached", ["", "cached_input_price = '1'"])
+@pytest.mark.parametrize("price", ["input_price", "output_price"])
+def test_half_a_price_is_refused(environ: dict[str, str], tmp_path: Path, price: str, cached: str) -> None:
+    text = f"[[models]]\nid = 'x'\nengine_url = 'http://h'\n{price} = '5'\n{cached}"
+    assert "give input_price and output_price" in complaint(tmp_path, text, environ)

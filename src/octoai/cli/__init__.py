@@ -7,7 +7,10 @@ Exit statuses: 0 done, 1 it could not be done (one line on standard error says w
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from octoai.cli import account, ledger, models, optimize, price, serve, statement, token, usage
 from octoai.cli.messages import fail
@@ -20,17 +23,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (serve, optimize, account, token, price, usage, statement, ledger, models):
         command.add_parsers(subparsers)
-    args = parser.parse_args(arguments)
     try:
-        return int(args.run(args))
+        args = parser.parse_args(arguments)
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("octoai"):
             raise
         return fail(missing(error))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read it has seen enough
+        _drop_output()
         return 1
+    except OSError as error:  # no room for what is printed, for one
+        _drop_output()
+        return fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+
+
+def _drop_output() -> None:
+    """Python would complain once more when it flushes at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def missing(error: ModuleNotFoundError) -> str:

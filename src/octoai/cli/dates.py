@@ -45,3 +45,6 @@ def _us(at: datetime) -> int:
     """Exact: seconds as a float are not."""
     past = at.astimezone(UTC) - _EPOCH
     return (past.days * 86_400 + past.seconds) * 1_000_000 + past.microseconds
+
+
+LATEST_US = _us(datetime(9999, 12, 31, 23, 59, tzinfo=UTC))  # the last minute that can be written

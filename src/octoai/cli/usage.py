@@ -98,6 +98,7 @@ def _span(since: str | None, until: str | None) -> tuple[int, int]:
     first = datetime.now(UTC).strftime("%Y-%m-01")
     start_us = dates.moment(since or first) // MINUTE_US * MINUTE_US
     end_us = time.time_ns() // 1000 if until is None else -(-dates.moment(until) // MINUTE_US) * MINUTE_US
+    end_us = min(end_us, dates.LATEST_US)
     if end_us <= start_us:
         raise ValueError(f"there is nothing between {written(start_us)} and {written(end_us)}")
     return start_us, end_us

@@ -26,6 +26,7 @@ PLANS = {"free": Limits(requests_per_minute=10), "pro": Limits(requests_per_minu
 _ID = re.compile(r"(?!tok_)[a-z0-9][a-z0-9._-]{0,63}")
 MAX_NAME = 200
 MAX_AMOUNT_NANOS = 10**18
+MAX_BALANCE_NANOS = 4 * 10**18  # what a database can add to and take from without an end
 
 
 class BadAccount(ValueError):
@@ -164,6 +165,8 @@ def credit(db: Connection, account_id: str, nanos: int, *, note: str = "", kind:
         raise BadAccount("a grant must be more than nothing; an adjustment may be negative", param="amount")
     if nanos == 0 or abs(nanos) > MAX_AMOUNT_NANOS:
         raise BadAccount("an amount is not zero, and at most a billion dollars", param="amount")
+    if abs(entries.balance_nanos(db, account_id) + nanos) > MAX_BALANCE_NANOS:
+        raise BadAccount("a balance is at most four billion dollars, on either side of zero", param="amount")
     now_us = time.time_ns() // 1000
     (entry,) = entries.post(db, [Entry(now_us, account_id, kind, nanos, note=checked_note(note) or None)])
     return entry
@@ -181,7 +184,7 @@ def checked_limits(limits: Mapping[str, int | None]) -> dict[str, int | None]:
         if name not in LIMIT_NAMES:
             raise BadAccount(f"{name}: there is no such limit; there are {', '.join(LIMIT_NAMES)}", param=name)
         if value is not None and not 0 <= value < 2**62:
-            raise BadAccount(f"{name}: a limit is 0 or more, not {value}", param=name)
+            raise BadAccount(f"{name}: a limit is from 0 to {2**62 - 1}, not {value}", param=name)
     return dict(limits)
 
 

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from octoai.server.places import expanded
+
 EMBEDDED_MODEL_ID = "smollm2-135m-instruct"
 
 Kind = Literal["chat", "embedding", "vision"]
@@ -203,7 +205,7 @@ def parse_model(entry: Any, base: Path) -> Model:
         raise BadCatalogue(f"model {checked.id!r}: {error}") from None
     source = checked.source
     if isinstance(source, FileSource):
-        source = replace(source, path=base / source.path.expanduser())
+        source = replace(source, path=base / expanded(source.path))
     return Model(
         id=checked.id,
         aliases=tuple(checked.aliases),

@@ -78,7 +78,7 @@ def reserve(db: Connection, caller: Caller, wanted: Reservation) -> Standings:
 
 def _check_money(name: str, standing: Standing, wanted: Reservation) -> None:
     left = standing.left_nanos
-    if left is None or wanted.nanos <= left:
+    if left is None or wanted.nanos <= max(0, left):  # what costs nothing is not refused to who owes something
         return
     need = f"this request may cost up to {usd(wanted.nanos)} USD"
     held = f" ({usd(standing.held_nanos)} USD are held by requests that are running)" if standing.held_nanos else ""

@@ -86,6 +86,8 @@ def _bound(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
         except OSError:
             bound.close()
             raise
+    except UnicodeError:
+        raise CannotListen(f"cannot listen on {host!r:.80}: it is no name of a machine; choose another") from None
     except OSError as error:
         raise _refusal(host, port, error) from None
     return bound

@@ -26,6 +26,14 @@ def create(path: Path) -> Path:
     return path
 
 
+def expanded(path: str | Path) -> Path:
+    """With the home that "~" or "~somebody" stands for; as it is where nobody knows it."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def _place(environ: Mapping[str, str], own: str, xdg: str, fallback: str) -> Path:
     chosen = environ.get(own)
     if chosen:

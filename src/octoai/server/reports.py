@@ -134,6 +134,6 @@ def _values(params: QueryParams, name: str) -> list[str] | None:
     if name != "line_items":  # which OpenAI's documentation shows with a comma inside
         sent = [value for text in sent for value in text.split(",")]
     values = list(dict.fromkeys(value.strip() for value in sent))
-    if not all(values) or len(values) > MAX_VALUES:
-        raise BadRequest(f"{name}: 1 to {MAX_VALUES} values, none of them empty", param=name)
+    if not all(values) or len(values) > MAX_VALUES or not all(map(str.isprintable, values)):
+        raise BadRequest(f"{name}: 1 to {MAX_VALUES} values of printable characters, none of them empty", param=name)
     return values

@@ -10,13 +10,16 @@ import difflib
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from octoai.server import places
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, BadCatalogue, Catalogue, Model, parse_model
+from octoai.server.places import expanded
 from octoai.server.store import Place
 
 FILENAME = "octoai.toml"
@@ -33,6 +36,14 @@ _FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached
 
 class BadSettings(ValueError):
     """The configuration cannot be used; the text is one line."""
+
+
+def _parsable(url: str) -> str:
+    _ = urlsplit(url).port  # raises ValueError for what is none
+    return url
+
+
+_Price = Annotated[str, Field(min_length=1)]
 
 
 class _Checked(BaseModel):
@@ -56,7 +67,7 @@ class ModelSettings(_Checked):
 
     id: Annotated[str, Field(min_length=1, max_length=128)]
     aliases: list[str] = []
-    engine_url: Annotated[str, Field(pattern=r"^(https?://[^/\s]+|unix:/)")] | None = None
+    engine_url: Annotated[str, Field(pattern=r"^(https?://[^/\s]+|unix:/)"), AfterValidator(_parsable)] | None = None
     upstream_model: str | None = None
     engine_key_env: str | None = None
     dialect: Literal["llama.cpp", "ollama", "openai", "vllm"] | None = None
@@ -67,9 +78,9 @@ class ModelSettings(_Checked):
     num_slots: Annotated[int, Field(ge=1, le=4096)] | None = None
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     licence: str | None = None
-    input_price: str | None = None
-    cached_input_price: str | None = None
-    output_price: str | None = None
+    input_price: _Price | None = None
+    cached_input_price: _Price | None = None
+    output_price: _Price | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSettings:
@@ -89,15 +100,18 @@ class ModelSettings(_Checked):
             said["source"] = {"kind": "file", "path": str(self.path)}
         elif self.source is not None:
             said["source"] = self.source
-        own = parse_model(entry | said, Path.cwd())
-        if known is None:
-            return own
+        own = parse_model(entry | said, _here())
+        model = own if known is None else self._over(known, own, said)
+        prices = (model.input_price_nanos, model.output_price_nanos)
+        if None in prices and {*prices, model.cached_input_price_nanos} != {None}:
+            raise BadSettings(f"model {self.id!r}: give input_price and output_price, both: with one it has no price")
+        return model
+
+    def _over(self, known: Model, own: Model, said: Mapping[str, Any]) -> Model:
         changes = {key: getattr(own, key) for key in _changed(said)}
         changes["aliases"] = tuple(dict.fromkeys([*known.aliases, *self.aliases]))
         if "source" in said:
             changes |= {"size_bytes": None, "sha256": self.sha256}
-        from dataclasses import replace
-
         return replace(known, **changes)
 
 
@@ -204,18 +218,30 @@ def _resolved(model: ModelSettings, shipped: Catalogue) -> ModelSettings:
 
 def _named(model: str) -> dict[str, Any]:
     """A model of the command line: a file of weights, or an id."""
-    path = Path(model).expanduser()
-    if model.lower().endswith(".gguf") or path.is_file():
-        if not path.is_file():
+    path = expanded(model)
+    try:
+        is_file = path.is_file()
+    except OSError:  # a name that is too long for one
+        is_file = False
+    if model.lower().endswith(".gguf") or is_file:
+        if not is_file:
             raise BadSettings(f"there is no file {path}")
         return {"id": path.stem.lower(), "path": str(path.absolute())}
     return {"id": model}
 
 
+def _here() -> Path:
+    """The directory we are in, also where somebody has deleted it."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path()
+
+
 def _found(environ: Mapping[str, str]) -> Path | None:
     from octoai import _credentials
 
-    for directory in (Path.cwd(), Path(_credentials.path(environ)).parent):
+    for directory in (_here(), Path(_credentials.path(environ)).parent):
         if (directory / FILENAME).is_file():
             return directory / FILENAME
     return None
@@ -230,10 +256,10 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise BadSettings(f"{path} is not valid TOML: {error}") from None
     for key in ("data_dir", "cache_dir"):
         if isinstance(values.get(key), str):
-            values[key] = path.parent / Path(values[key]).expanduser()
+            values[key] = path.parent / expanded(values[key])
     for model in values.get("models", []) if isinstance(values.get("models", []), list) else []:
         if isinstance(model, dict) and isinstance(model.get("path"), str):
-            model["path"] = str((path.parent / Path(model["path"]).expanduser()).absolute())
+            model["path"] = str((path.parent / expanded(model["path"])).absolute())
     return values
 
 
@@ -253,6 +279,8 @@ def _checked(values: Mapping[str, Any], name: str, said_by: Mapping[str, str]) -
     where = said_by.get(place, f"{name}: {place}")
     if place == "database":  # it may hold a password
         raise BadSettings(f"{where}: expected postgresql://user@host/name")
+    if location[-1] == "engine_url":  # so may this
+        raise BadSettings(f"{where}: expected http://host:port/v1 or unix:/path/to/socket")
     raise BadSettings(f"{where}: {message[:1].lower()}{message[1:]}, not {problem['input']!r:.80}")
 
 

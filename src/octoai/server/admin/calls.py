@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -43,7 +44,7 @@ class Call:
     def limit(self) -> int:
         """How many rows a page has at most."""
         text = self.request.query_params.get("limit", str(DEFAULT_PAGE))
-        if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_PAGE):
+        if not (re.fullmatch(r"[0-9]{1,9}", text) and 1 <= int(text) <= MAX_PAGE):
             raise BadRequest(f"limit: a number from 1 to {MAX_PAGE}", param="limit")
         return int(text)
 

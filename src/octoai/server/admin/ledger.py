@@ -54,7 +54,10 @@ async def refund_request(call: Call) -> Json:
 
 
 def _request(db: Connection, request_id: str) -> RequestRow:
-    row = requests.find(db, request_id) if request_id.isprintable() else None  # no database takes every character
-    if row is None:
+    rows = requests.named(db, request_id) if request_id.isprintable() else []  # no database takes every character
+    if not rows:
         raise NotFound(f"There is no request {request_id!r:.140} in the ledger.", param="request_id")
-    return row
+    if len(rows) > 1:  # clients may choose ids, and the database was away when this was used again
+        ids = ", ".join(row.id for row in rows)
+        raise StateConflict(f"{len(rows)} requests are called {request_id!r:.140}; say which, by its id: {ids:.1000}.")
+    return rows[0]

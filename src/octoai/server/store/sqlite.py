@@ -31,8 +31,8 @@ class SqliteConnection:
                 # by others, and SQLite would not know.
                 with contextlib.suppress(FileExistsError):
                     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            except OSError as error:
-                raise StoreError(f"cannot use the database {path}: {error}") from error
+            except (OSError, ValueError) as error:  # the latter for a name with a character that none may have
+                raise StoreError(f"cannot use the database {str(path)!r}: {error}") from error
             self._connection = sqlite3.connect(
                 path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
