@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from octoai.server import accounts
+from octoai.server import accounts, streaming
 from octoai.server.engines.base import Event
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.store import sqlite
@@ -88,6 +88,18 @@ def test_a_retry_does_not_join_an_attempt_that_is_being_ended(in_process: Start,
     assert talk(service, "k1", stream=stream).rest().count(b"w39 ") == 1
     until(lambda: is_idle(service), 2)
     assert statuses(service) == ["refunded", "settled"]
+
+
+def test_who_joined_does_not_lose_the_answer_to_a_first_client_that_stops_reading(
+    in_process: Start, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "SLOW_READER_SECONDS", 0.5)
+    service = in_process(ScriptedEngine(tuple(step for _ in range(60) for step in ("x" * 200_000, 0.01))))
+    talk(service, "k1").until(b"200 OK")
+    said = talk(service, "k1").rest()
+    assert said.count(b"x") > 12_000_000
+    assert said.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert statuses(service) == ["settled"]
 
 
 def test_without_a_ledger_keys_hold_within_one_process(in_process: Start, talk: Any) -> None:

@@ -394,3 +394,14 @@ def test_an_engine_that_changes_the_protocol_is_a_failure_and_no_error_of_ours(
     refused(raw(head, 5), EngineFailed)
     assert time.monotonic() - began < 2
     assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_a_password_in_its_url_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        engine = OpenAIEngine("http://user:secret@127.0.0.1:9/v1", model="m")
+        await engine.start()
+        await engine.close()
+
+    asyncio.run(main())
+    assert "engine http://127.0.0.1:9/v1 does not answer yet" in caplog.text
+    assert "secret" not in caplog.text

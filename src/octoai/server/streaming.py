@@ -125,7 +125,8 @@ async def _caught_up(out: Incoming | _Recorded) -> None:
         async with asyncio.timeout(SLOW_READER_SECONDS):
             await out.caught_up()
     except TimeoutError:
-        raise SlowReader from None
+        if not (isinstance(out, _Recorded) and out.goes_on_alone()):
+            raise SlowReader from None
 
 
 async def _break_off(refusal: Refusal, out: Incoming | _Recorded) -> None:
@@ -171,6 +172,13 @@ class _Recorded:
     @property
     def is_behind(self) -> bool:
         return self._incoming.is_behind
+
+    def goes_on_alone(self) -> bool:
+        """Let go of a client that does not read, where others have joined: the answer goes on for them."""
+        has_others = self._recording.num_readers > 1
+        if has_others:
+            self._incoming.give_up()
+        return has_others
 
     def begin(self, status: int, headers: Headers) -> None:
         self._recording.begin(status, headers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -80,7 +81,8 @@ class OpenAIEngine:
         """Ask once, then keep asking in the background: a server of somebody else's may come and go."""
         await self.connect()
         if not self._is_ready:
-            log.warning("engine %s does not answer yet; it is asked again every %.0f s", self.url, PROBE_SECONDS)
+            shown = re.sub("//[^/]*@", "//", self.url)  # a name and a password are nobody's to read
+            log.warning("engine %s does not answer yet; it is asked again every %.0f s", shown, PROBE_SECONDS)
         self._probe = asyncio.create_task(self._keep_probing())
 
     async def connect(self) -> Mapping[str, Any] | None:
