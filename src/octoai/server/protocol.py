@@ -219,7 +219,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             super().on_message_complete()
         elif not incoming.response_complete:
             incoming.came_whole()
-        self._read_on()  # it is paused where much of the body came before it was asked for
+        if self.flow.read_paused:  # much of the body came before it was asked for
+            self._read_on()
 
     # ---- what uvicorn calls, and requests ----
 
@@ -261,8 +262,10 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if self.flow.write_paused:  # who does not read its answers is given no more of them
             self._is_behind = True
             self.flow.pause_reading()
-        else:
+        elif self.pipeline:
             self._go_on()
+        else:
+            self.flow.resume_reading()
 
     def _go_on(self) -> None:
         if self.pipeline:
