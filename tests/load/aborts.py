@@ -6,6 +6,8 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from urllib.request import Request as UrlRequest
+from urllib.request import urlopen
 
 from octoai.server.store import Place, connect
 from tests.load.accounts import Books
@@ -51,7 +53,11 @@ def settled(service: Serve, upstream: Upstream) -> tuple[Books, dict[int, Writte
 
 
 def _num_open(service: Serve) -> int:
-    time.sleep(0.2)  # for the database to have what the journal has
+    time.sleep(0.2)  # for what was left to be settled
+    headers = {"authorization": f"Bearer {service.token}"}
+    # Who asks the service is answered when the database has what the journal has.
+    with urlopen(UrlRequest(f"{service.url}/v1/admin/accounts", headers=headers), timeout=SETTLE_SECONDS) as answer:
+        answer.read()
     with closing(connect(Place(service.data_dir))) as db:
         counted = db.row("SELECT COUNT(*) FROM requests WHERE status = 'open'")
     assert counted is not None

@@ -181,7 +181,7 @@ class HeadTooLarge(Refusal):
 
 
 class InvalidBody(Refusal):
-    """The body is JSON but not what the endpoint takes. `detail` names every wrong field."""
+    """The body is JSON but not what the endpoint takes. `detail` names wrong fields, a hundred at most."""
 
     status = 422
     type = "invalid_request_error"
