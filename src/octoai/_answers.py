@@ -60,8 +60,9 @@ def record(model: type[R], raw: RawResponse) -> R:
         answer = model.model_validate_json(raw.body)
     except ValidationError as error:
         near = nearly(model, raw.body)
-        if near is None:
-            raise _not_understood(raw, f"the answer is not a {model.__name__}: {first_fault(error)}") from error
+        if near is None or not getattr(near, "choices", None):
+            fault = ApiError(body=json_or_text(raw.body)).message or first_fault(error)
+            raise _not_understood(raw, f"the answer is not a {model.__name__}: {fault}") from error
         answer = near
     if isinstance(answer, Answer):
         answer.attach(raw, request_id(raw.headers))

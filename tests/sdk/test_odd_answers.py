@@ -174,6 +174,43 @@ def test_what_is_plainly_no_answer_is_an_error(api: Any, serve: Any, body: Any) 
         whole(api, serve, body)
 
 
+TEXT = {"index": 0, "text": "hello", "finish_reason": "stop"}
+MESSAGE = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize("body", [answer(choices=[TEXT]), {"choices": []}, {"choices": [{"error": {"code": 502}}]}])
+def test_an_answer_of_another_kind_is_not_an_empty_one(api: Any, serve: Any, body: Any) -> None:
+    with pytest.raises(ResponseError) as caught:
+        whole(api, serve, body)
+    assert caught.value.body == body
+
+
+def test_an_error_in_place_of_choices_is_told(api: Any, serve: Any) -> None:
+    with pytest.raises(ResponseError, match="upstream failed"):
+        whole(api, serve, {"error": {"message": "upstream failed"}, "choices": []})
+
+
+def test_a_chat_is_no_completion(api: Any, serve: Any) -> None:
+    client = api.client(base_url=serve(lambda x: x.reply(200, answer(choices=[MESSAGE]))).url)
+    with pytest.raises(ResponseError):
+        api.complete(client)
+
+
+@pytest.mark.parametrize("choice", [TEXT, MESSAGE, {**TEXT, "delta": None}, {"index": 0, "error": {"code": 502}}])
+def test_an_event_of_another_kind_is_not_an_empty_chunk(api: Any, serve: Any, choice: Any) -> None:
+    client = api.client(base_url=serve(lambda x: x.stream([{**chunk(), "choices": [choice]}])).url)
+    with pytest.raises(ResponseError) as caught:
+        api.all(api.stream(client))
+    assert json.loads(caught.value.body)["choices"] == [choice]
+
+
+def test_no_key_is_too_odd_to_be_kept(api: Any, serve: Any) -> None:
+    odd = {**without(answer(), "id"), "cls": 1, "self": 2, "_fields_set": [3]}
+    read = whole(api, serve, odd)
+    assert read.choices[0].message.content
+    assert read.dict() == odd
+
+
 @pytest.mark.parametrize("data", [{"id": "x"}, {"choices": None}, {"choices": [{"delta": "x"}]}, [], "x"])
 def test_what_is_plainly_no_chunk_is_an_error(api: Any, serve: Any, data: Any) -> None:
     def script(x: Exchange) -> None:

@@ -16,28 +16,41 @@ from pydantic.fields import FieldInfo
 from octoai.wire.record import Record
 
 R = TypeVar("R", bound=Record)
+_PARTS = frozenset({"delta", "message", "text"})  # where the three kinds of choices have what was generated
 
 
 def read(model: type[R], value: Any) -> R:
     """The parsed JSON as the model. ValueError where it is plainly no such thing."""
-    if not isinstance(value, dict) or ("choices" in model.model_fields and not _has_choices(value)):
+    if not isinstance(value, dict) or ("choices" in model.model_fields and not _has_choices(model, value)):
         raise ValueError(f"it is not a {model.__name__}")
     with suppress(ValidationError):
         return model.model_validate(value)
-    given = {key: item for key, item in value.items() if key != "_fields_set"}  # no key: `model_construct` has it
-    for name, field in model.model_fields.items():
-        if name in given or field.is_required():
-            given[name] = _field(field, given.get(name))
-    return model.model_construct(set(value), **given)
+    fields = model.model_fields
+    given = {
+        name: _field(field, value.get(name)) for name, field in fields.items() if name in value or field.is_required()
+    }
+    made = model.model_construct(set(value), **given)
+    # Not as arguments: a key may have the name of one that `model_construct` has itself.
+    extra = {key: item for key, item in value.items() if key not in fields}
+    object.__setattr__(made, "__pydantic_extra__", extra)  # records are frozen
+    return made
 
 
-def _has_choices(value: dict[str, Any]) -> bool:
+def _has_choices(model: type[Record], value: dict[str, Any]) -> bool:
+    """Whether there are choices, and neither an error instead of them nor the text of another kind of answer."""
     choices = value.get("choices")
-    return isinstance(choices, list) and all(isinstance(each, dict) and _has_objects(each) for each in choices)
+    if value.get("error") or not isinstance(choices, list):
+        return False
+    (kind,) = get_args(model.model_fields["choices"].annotation)
+    return all(isinstance(each, dict) and _is_choice(kind, each) for each in choices)
 
 
-def _has_objects(choice: dict[str, Any]) -> bool:
-    return all(choice.get(name) is None or isinstance(choice[name], dict) for name in ("delta", "message"))
+def _is_choice(kind: type[Record], choice: dict[str, Any]) -> bool:
+    if choice.get("error") or not all(isinstance(choice.get(name) or {}, dict) for name in ("delta", "message")):
+        return False
+    own, others = _PARTS & kind.model_fields.keys(), _PARTS - kind.model_fields.keys()
+    is_other = all(choice.get(name) is None for name in own) and any(choice.get(name) for name in others)
+    return not is_other
 
 
 def _field(field: FieldInfo, value: Any) -> Any:
