@@ -17,9 +17,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from octoai._deadlines import Deadlines
-from octoai._happy_eyeballs import connected, end_of, seconds_until, tune
+from octoai._happy_eyeballs import connected
 from octoai._http1 import ProtocolError, ResponseParser
 from octoai._pool import MAX_IDLE, MAX_IDLE_SECONDS, is_silent, tls_context
+from octoai._sockets import end_of, seconds_until, tune
 from octoai._transport import (
     DRAIN_BYTES,
     DRAIN_SECONDS,

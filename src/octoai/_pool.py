@@ -15,8 +15,8 @@ from contextlib import suppress
 from typing import Any
 
 from octoai._deadlines import Deadlines
-from octoai._happy_eyeballs import connected_by, end_of, seconds_until, tune
 from octoai._http1 import ProtocolError, ResponseParser
+from octoai._sockets import connected_by, end_of, seconds_until, tune
 from octoai._transport import (
     DRAIN_BYTES,
     DRAIN_SECONDS,

@@ -203,3 +203,39 @@ def test_an_address_that_is_silent_leaves_time_for_the_next(
     assert OctoAI(max_retries=0, timeout=Timeout(connect=1)).infer(f"http://many.test:{server.port}", {})
     resolve([NOBODY, ("127.0.0.1", server.port)])
     assert OctoAI(max_retries=0, timeout=Timeout(connect=1)).infer(f"http://many.test:{server.port}", {})
+
+
+def test_an_address_of_a_family_that_the_kernel_lacks_is_passed_over(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Old(socket.socket):
+        def __init__(self, family: int = -1, *arguments: Any, **named: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            super().__init__(family, *arguments, **named)
+
+    server = serve(lambda x: x.reply(200, answer()))
+    newer = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", server.port, 0, 0))
+    older = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [newer, older])
+    monkeypatch.setattr(socket, "socket", Old)
+    url = f"http://many.test:{server.port}"
+    assert OctoAI(max_retries=0).infer(url, {})
+    assert ask(url).choices[0].message.content
+
+
+def test_an_address_that_is_far_away_is_waited_for_although_there_are_many(
+    serve: Any, resolve: Resolve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Far(socket.socket):
+        def connect(self, address: Any) -> None:
+            patience = self.gettimeout() or 0.3
+            time.sleep(min(patience, 0.3))
+            if patience < 0.3:
+                raise TimeoutError
+            super().connect(address)
+
+    server = serve(lambda x: x.reply(200, answer()))
+    resolve([("127.0.0.1", server.port)] * 6)
+    monkeypatch.setattr(socket, "socket", Far)
+    assert OctoAI(max_retries=0, timeout=Timeout(connect=1)).infer(f"http://many.test:{server.port}", {})

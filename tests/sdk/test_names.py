@@ -86,6 +86,13 @@ def test_nothing_heavy_is_imported_before_the_first_call(code: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_synchronous_call_does_not_import_asyncio(serve: Any) -> None:
+    server = serve(lambda x: x.reply(200, answer()))
+    call = "create_chat_completion(model='m', messages=[{'role': 'user', 'content': 'hi'}])"
+    code = f"import sys, octoai; octoai.OctoAI(base_url={server.url!r}, api_key='k').text_gen.{call}"
+    assert fresh(f"{code}; print(sorted({{'asyncio', 'httpx', 'httpx2'}} & set(sys.modules)))").strip() == "[]"
+
+
 def test_a_client_is_made_in_less_than_three_times_bare_python() -> None:
     # CPU time, the least of interleaved runs: what else the machine does is not measured.
     programs = {"bare": "pass", "import": "import octoai", "client": "from octoai.client import OctoAI; OctoAI()"}
