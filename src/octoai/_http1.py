@@ -74,11 +74,11 @@ class ResponseParser:
 
     def _read_head(self) -> bool:
         while True:
-            end = _HEAD_END.search(self._buffer)
-            if end is None:
+            start, end = _end_of_head(self._buffer)
+            if not end:
                 self._refuse_nonsense()
                 return False
-            head, self._buffer = self._buffer[: end.start()], self._buffer[end.end() :]
+            head, self._buffer = self._buffer[:start], self._buffer[end:]
             self._parse_head(head)
             if self.status >= 200:
                 return True
@@ -90,7 +90,7 @@ class ResponseParser:
             raise ProtocolError("the answer is not HTTP/1.1")
 
     def _parse_head(self, head: bytes) -> None:
-        first, *lines = _LINE_END.split(_CONTINUED.sub(" ", head.decode("latin-1")))
+        first, *lines = _lines(head.decode("latin-1"))
         version, _, rest = first.partition(" ")
         code = rest.lstrip()[:3]
         if version not in ("HTTP/1.1", "HTTP/1.0") or not (
@@ -188,6 +188,22 @@ class ResponseParser:
         left = _number(digits)
         self._in_trailer = left == 0
         return left
+
+
+def _end_of_head(data: bytes) -> tuple[int, int]:
+    """Where the empty line after the head begins and ends; zeros where there is none. To look for one that is as it
+    should be, and for none that is not, takes a fraction of what a regular expression does."""
+    end = data.find(b"\r\n\r\n")
+    if end >= 0 and data.find(b"\n\n", 0, end) < 0 and data.find(b"\n\r\n", 0, end + 3) < 0:
+        return end, end + 4
+    found = _HEAD_END.search(data)
+    return found.span() if found else (0, 0)
+
+
+def _lines(head: str) -> list[str]:
+    if "\n " in head or "\n\t" in head or head.count("\n") != head.count("\r\n"):
+        return _LINE_END.split(_CONTINUED.sub(" ", head))
+    return head.split("\r\n")
 
 
 def _before_extensions(line: bytes) -> bytes:

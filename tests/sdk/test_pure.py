@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from octoai import ApiError, RateLimitError, Timeout, UnprocessableEntityError
 from octoai._deadlines import DEFAULT_TIMEOUT, Deadlines
-from octoai._http1 import ProtocolError, ResponseParser
+from octoai._http1 import ProtocolError, ResponseParser, _end_of_head, _lines
 from octoai._retry import RetryPolicy, is_retryable, retry_after
 from octoai.errors import ApiTimeoutError, StreamInterrupted
 from octoai.sse import Event, EventDecoder, EventTooLargeError
@@ -103,6 +104,18 @@ def test_an_answer_does_not_depend_on_any_two_cuts(data: bytes) -> None:
             parts = [parser.feed(piece) for piece in (data[:first], data[first:second], data[second:]) if piece]
             assert b"".join(parts) == ANSWERS[data]
             assert parser.reusable
+
+
+line_end = st.sampled_from([b"\r\n", b"\n", b"\r", b" ", b"\t", b"x: 1", b"y:2"])
+
+
+@given(st.lists(line_end, max_size=12).map(b"".join))
+def test_heads_are_found_and_parted_as_by_the_rules(data: bytes) -> None:
+    """A lone LF ends a line, two ends in a row the head, and what begins with a space goes on with the line before."""
+    found = re.search(rb"\r?\n\r?\n", data)
+    assert _end_of_head(data) == (found.span() if found else (0, 0))
+    text = data.decode()
+    assert _lines(text) == re.split(r"\r?\n", re.sub(r"\r?\n[ \t]+", " ", text))
 
 
 def test_repeated_headers_are_joined() -> None:
