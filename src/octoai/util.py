@@ -20,7 +20,8 @@ def to_file(data: Any, file_name: str | os.PathLike[str]) -> None:
     import base64
 
     text = next((value for name in ("image_b64", "video") if (value := getattr(data, name, None))), data)
-    content = base64.b64decode((b"" if isinstance(text, bytes) else "").join(text.split()), validate=True)
+    encoded = text.encode() if isinstance(text, str) else bytes(text)
+    content = base64.b64decode(b"".join(encoded.split()), validate=True)
     with open(file_name, "wb") as opened:
         opened.write(content)
 
