@@ -168,7 +168,7 @@ def test_files_and_retries_of_the_old_helpers(tmp_path: Any) -> None:
     to_file("aGVsbG8=", tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == b"hello"
     assert from_file(tmp_path / "f") == "aGVsbG8="
-    for folded in ("aGVs\nbG8=\r\n", b"aGVs\nbG8="):
+    for folded in ("aGVs\nbG8=\r\n", b"aGVs\nbG8=", bytearray(b"aGVs\nbG8="), memoryview(b"aGVsbG8=")):
         to_file(folded, tmp_path / "g")
         assert (tmp_path / "g").read_bytes() == b"hello"
     with pytest.raises(ValueError, match="base64"):
@@ -179,6 +179,8 @@ def test_files_and_retries_of_the_old_helpers(tmp_path: Any) -> None:
 
 def test_json_takes_what_it_took() -> None:
     message = ChatMessage(role="user", content="é")
+    assert message.json() == '{"content": "\\u00e9", "role": "user"}'
+    assert ChatMessage(role="user", content="a\ud83d").json() == '{"content": "a\\ud83d", "role": "user"}'
     assert message.json(sort_keys=True, ensure_ascii=False) == '{"content": "é", "role": "user"}'
     assert message.json(separators=(",", ":"), exclude={"role"}) == '{"content":"\\u00e9"}'
 

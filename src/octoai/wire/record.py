@@ -22,7 +22,7 @@ else:
     ModelMetaclass = type(BaseModel)
 
 
-_DUMPS = frozenset({"allow_nan", "cls", "default", "separators", "skipkeys", "sort_keys"})
+_DUMPS = ("allow_nan", "cls", "default", "ensure_ascii", "indent", "separators", "skipkeys", "sort_keys")
 _AS_RECEIVED: dict[str, Any] = {"by_alias": True, "warnings": False}  # also what is not of its type (`lenient`)
 JsonObject = dict[str, Any]  # inside the class, `dict` is a method
 
@@ -62,13 +62,11 @@ class Record(BaseModel, metaclass=_RecordType):
         return cast("JsonObject", _union(received, present))
 
     def json(self, **kwargs: Any) -> str:
-        """Takes pydantic's arguments and, as v1 did, those of `json.dumps`."""
-        options = {**_AS_RECEIVED, "exclude_unset": True, **kwargs}
-        if _DUMPS.isdisjoint(options):
-            return self.model_dump_json(**options)
+        """Takes pydantic's arguments and, as v1 did, those of `json.dumps`, which also writes what is not Unicode."""
         import json
 
-        dumps = {name: options.pop(name) for name in (*_DUMPS, "indent", "ensure_ascii") if name in options}
+        options = {**_AS_RECEIVED, "exclude_unset": True, **kwargs}
+        dumps = {name: options.pop(name) for name in _DUMPS if name in options}
         return json.dumps(self.model_dump(mode="json", **options), **dumps)
 
     def copy(  # type: ignore[override]
