@@ -12,6 +12,7 @@ from octoai.environment import OctoAIEnvironment
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
+    from functools import cached_property
     from types import TracebackType
     from typing import Any, Self, TypeVar
 
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
     from octoai.wire.inference import InferenceFuture
 
     _C = TypeVar("_C")
+else:
+
+    class cached_property:
+        """As in `functools`, which takes half as long to import as all of this. Users may set what it makes."""
+
+        def __init__(self, make: Callable[[Any], Any]) -> None:
+            self._make = make
+            self.__doc__ = make.__doc__
+
+        def __get__(self, client: object | None, _: type) -> Any:
+            return self if client is None else vars(client).setdefault(self._make.__name__, self._make(client))
+
 
 __all__ = ["AsyncOctoAI", "DEFAULT_HEALTH_CHECK_TIMEOUT_SECONDS", "InferenceFuture", "OctoAI"]
 
@@ -99,7 +112,7 @@ class OctoAI:
         """The service this client talks to, without `/v1`."""
         return self._settings.access.base_url
 
-    @property
+    @cached_property
     def text_gen(self) -> TextGenClient:
         from octoai._sync import TextGenClient
 
@@ -133,7 +146,7 @@ class OctoAI:
 
     def close(self) -> None:
         """Close the kept connections. The client opens new ones if it is used again."""
-        shell = self.__dict__.pop("_open_shell", None)
+        shell: Shell | None = self.__dict__.get("_open_shell")
         if shell is not None:
             shell.close()
 
@@ -199,7 +212,7 @@ class AsyncOctoAI:
         """The service this client talks to, without `/v1`."""
         return self._settings.access.base_url
 
-    @property
+    @cached_property
     def text_gen(self) -> AsyncTextGenClient:
         from octoai._async import AsyncTextGenClient
 
@@ -273,7 +286,11 @@ def _shown(client: object, settings: Settings) -> str:
 
 
 def _without_connections(client: object) -> dict[str, Any]:
-    return {name: value for name, value in vars(client).items() if name != "_open_shell"}
+    state = dict(vars(client))
+    shell = state.pop("_open_shell", None)
+    if shell is not None and getattr(state.get("text_gen"), "_shell", None) is shell:  # no stand-in of a user's
+        del state["text_gen"]
+    return state
 
 
 def _copied(client: _C) -> _C:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import inspect
 import os
 import pickle
@@ -11,6 +12,7 @@ import stat
 import threading
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -111,6 +113,51 @@ def test_a_copy_works_and_shares_no_connection(serve: Any, made: Any) -> None:
             assert twin.text_gen.create_chat_completion(model="m", messages=MESSAGES)
     assert server.connections == 2
     assert server.requests[1].headers["authorization"] == "Bearer k"
+
+
+@pytest.mark.parametrize("kind", [OctoAI, AsyncOctoAI])
+def test_a_stand_in_takes_the_place_of_text_generation(kind: Any) -> None:
+    client = kind(base_url="http://127.0.0.1:9", api_key="k")
+    with mock.patch.object(client.text_gen, "create_chat_completion", new=mock.Mock(return_value="said")):
+        assert client.text_gen.create_chat_completion(model="m", messages=MESSAGES) == "said"
+    client.text_gen = stand_in = object()
+    assert client.text_gen is stand_in
+    assert copy.copy(client).text_gen is stand_in
+    with mock.patch.object(kind, "text_gen", "for all"):
+        assert kind().text_gen == "for all"
+
+
+def test_text_generation_stays_as_it_is_when_its_client_is_closed_or_copied(serve: Any) -> None:
+    server = serve(lambda x: x.reply(200, answer()))
+    client = OctoAI(base_url=server.url, api_key="k")
+    text_gen = client.text_gen
+    for _ in range(2):
+        assert text_gen.create_chat_completion(model="m", messages=MESSAGES)
+        client.close()
+    assert server.connections == 2
+    assert client.text_gen is text_gen
+    assert copy.copy(client).text_gen is not text_gen
+
+
+def test_a_client_that_nobody_holds_closes_its_connections(serve: Any) -> None:
+    waited: list[float | None] = []
+
+    def script(x: Exchange) -> None:
+        x.reply(200, answer())
+        waited.append(x.seconds_until_closed())
+
+    client = OctoAI(base_url=serve(script).url, api_key="k")
+    client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+    gc.disable()
+    try:
+        del client
+        deadline = time.monotonic() + 4
+        while not waited and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+    assert waited[0] is not None
+    assert waited[0] < 1
 
 
 def test_an_async_client_can_be_copied_and_pickled() -> None:
