@@ -64,17 +64,15 @@ class Shell:
             error.attempts = attempts
             raise
 
-    async def infer(self, endpoint_url: str, inputs: Mapping[str, Any]) -> Any:
+    async def infer(self, endpoint_url: str, inputs: Any) -> Any:
         return _answers.parsed_json(await self.answer(_endpoints.infer(self.defaults, endpoint_url, inputs)))
 
-    def infer_stream(
-        self, endpoint_url: str, inputs: Mapping[str, Any], map_fn: Callable[[Any], Any] | None
-    ) -> AsyncJsonStream:
+    def infer_stream(self, endpoint_url: str, inputs: Any, map_fn: Callable[[Any], Any] | None) -> AsyncJsonStream:
         return AsyncJsonStream(
             self, _endpoints.infer(self.defaults, endpoint_url, inputs, streams=True), _events.JsonReader(map_fn)
         )
 
-    async def infer_async(self, endpoint_url: str, inputs: Mapping[str, Any]) -> InferenceFuture:
+    async def infer_async(self, endpoint_url: str, inputs: Any) -> InferenceFuture:
         call = _endpoints.infer(self.defaults, endpoint_url, inputs, later=True)
         return _answers.record(InferenceFuture, await self.answer(call))
 

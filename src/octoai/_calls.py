@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
+from types import GeneratorType
 from typing import Any
 from urllib.parse import quote, urljoin
 
@@ -17,6 +21,7 @@ from octoai._retry import RetryPolicy
 from octoai._transport import Request
 from octoai.errors import ConfigurationError
 from octoai.version import __version__
+from octoai.wire.record import as_received
 
 OMIT: Any = ...
 _HEADERS = {
@@ -26,6 +31,7 @@ _HEADERS = {
     "x-fern-sdk-name": "octoai",
     "x-fern-sdk-version": __version__,
 }
+_LISTS = (list, tuple, set, frozenset, deque, GeneratorType)
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 _NAME_CHARS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
 _OPTIONS = frozenset(
@@ -94,7 +100,7 @@ class Defaults:
         method: str,
         url: str,
         *,
-        body: Mapping[str, Any] | None = None,
+        body: Any = None,
         options: Mapping[str, Any] | None = None,
         streams: bool = False,
     ) -> Call:
@@ -105,7 +111,7 @@ class Defaults:
             headers["idempotency-key"] = str(uuid.uuid4())
         headers.update(_lower(self.headers))
         headers.update(_lower(options.get("additional_headers")))
-        if body is not None:
+        if isinstance(body, Mapping):
             body = {**body, **(options.get("additional_body_parameters") or {})}
         return Call(
             method=method,
@@ -113,7 +119,7 @@ class Defaults:
             timeout=_timeout(options, self.timeout),
             policy=RetryPolicy(max_retries=_retries(options.get("max_retries"), self.max_retries)),
             headers=_sendable(headers),
-            body=None if body is None else encoded(body),
+            body=encoded(body) if method == "POST" else None,
             streams=streams,
             wants_token="authorization" not in headers,
         )
@@ -177,7 +183,7 @@ def plain(value: Any, fallback: Callable[[Any], Any] | None = None) -> Any:
         return getattr(value, "value", value)  # members of str and int enums
     if isinstance(value, Mapping):
         return {_text(getattr(key, "value", key)): plain(item, fallback) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, _LISTS):
         return [plain(item, fallback) for item in value]
     if isinstance(value, bytes):
         return value.decode()
@@ -189,15 +195,28 @@ def plain(value: Any, fallback: Callable[[Any], Any] | None = None) -> Any:
 def _plain_object(value: Any, fallback: Callable[[Any], Any] | None) -> Any:
     if isinstance(value, type):
         raise TypeError(f"a class ({value.__name__}) cannot be sent as JSON")
-    record = sys.modules.get("octoai.wire.record")
-    if hasattr(value, "model_dump") and not (record and isinstance(value, record.Record)):
-        return plain(value.model_dump(by_alias=True, exclude_unset=True), fallback)
+    if hasattr(value, "model_dump"):
+        return plain(as_received(value), fallback)
     if callable(getattr(value, "dict", None)):
-        return plain(value.dict(), fallback)
+        is_model = hasattr(value, "__fields_set__")  # of pydantic v1
+        return plain(value.dict(by_alias=True) if is_model else value.dict(), fallback)
     if callable(getattr(value, "isoformat", None)):
         return value.isoformat()
     if hasattr(value, "value") and hasattr(value, "name"):
         return plain(value.value, fallback)
+    if isinstance(value, uuid.UUID | os.PathLike):
+        return str(value)
+    if isinstance(value, Decimal):
+        return int(value) if value.as_tuple().exponent == 0 else float(value)
+    return _plain_attributes(value, fallback)
+
+
+def _plain_attributes(value: Any, fallback: Callable[[Any], Any] | None) -> Any:
+    """The last attempt, as the original's: of an object that nothing is known of, what it holds."""
+    if callable(getattr(value, "keys", None)):
+        return plain(dict(value), fallback)
+    if hasattr(value, "__dict__") and not callable(value):
+        return plain(vars(value), fallback)
     if fallback is not None:
         return fallback(value)
     raise TypeError(f"an object of type {type(value).__name__} cannot be sent as JSON")

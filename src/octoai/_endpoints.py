@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Optional, TypeVar
 
 from octoai import _answers, _credentials, _events, _gather
@@ -32,9 +32,7 @@ CHAT, CHAT_STREAM = _pair("create_chat_completion", "/v1/chat/completions", Chat
 COMPLETION, COMPLETION_STREAM = _pair("create_completion", "/v1/completions", CompletionParams, "model")
 
 
-def infer(
-    defaults: Defaults, endpoint_url: str, inputs: Mapping[str, Any], *, streams: bool = False, later: bool = False
-) -> Call:
+def infer(defaults: Defaults, endpoint_url: str, inputs: Any, *, streams: bool = False, later: bool = False) -> Call:
     """Any endpoint; `later`: the service answers at once, with where to ask for the result."""
     options = {"additional_headers": {"x-octoai-async": "1"}} if later else None
     return defaults.call("POST", _credentials.checked_url(endpoint_url), body=inputs, options=options, streams=streams)

@@ -62,17 +62,15 @@ class Shell:
             error.attempts = attempts
             raise
 
-    def infer(self, endpoint_url: str, inputs: Mapping[str, Any]) -> Any:
+    def infer(self, endpoint_url: str, inputs: Any) -> Any:
         return _answers.parsed_json(self.answer(_endpoints.infer(self.defaults, endpoint_url, inputs)))
 
-    def infer_stream(
-        self, endpoint_url: str, inputs: Mapping[str, Any], map_fn: Callable[[Any], Any] | None
-    ) -> JsonStream:
+    def infer_stream(self, endpoint_url: str, inputs: Any, map_fn: Callable[[Any], Any] | None) -> JsonStream:
         return JsonStream(
             self, _endpoints.infer(self.defaults, endpoint_url, inputs, streams=True), _events.JsonReader(map_fn)
         )
 
-    def infer_async(self, endpoint_url: str, inputs: Mapping[str, Any]) -> InferenceFuture:
+    def infer_async(self, endpoint_url: str, inputs: Any) -> InferenceFuture:
         call = _endpoints.infer(self.defaults, endpoint_url, inputs, later=True)
         return _answers.record(InferenceFuture, self.answer(call))
 

@@ -118,17 +118,15 @@ class OctoAI:
 
         return TextGenClient(self._shell)
 
-    def infer(self, endpoint_url: str, inputs: Mapping[str, Any]) -> Any:
+    def infer(self, endpoint_url: str, inputs: Any) -> Any:
         """POST `inputs` as JSON to any endpoint; its answer's JSON."""
         return self._shell.infer(endpoint_url, inputs)
 
-    def infer_stream(
-        self, endpoint_url: str, inputs: Mapping[str, Any], map_fn: Callable[[Any], Any] | None = None
-    ) -> JsonStream:
+    def infer_stream(self, endpoint_url: str, inputs: Any, map_fn: Callable[[Any], Any] | None = None) -> JsonStream:
         """POST `inputs` and iterate over the events of the answer. `inputs` must ask for a stream itself."""
         return self._shell.infer_stream(endpoint_url, inputs, map_fn)
 
-    def infer_async(self, endpoint_url: str, inputs: Mapping[str, Any]) -> InferenceFuture:
+    def infer_async(self, endpoint_url: str, inputs: Any) -> InferenceFuture:
         """Start an inference on the service and come back for its result later."""
         return self._shell.infer_async(endpoint_url, inputs)
 
@@ -218,17 +216,17 @@ class AsyncOctoAI:
 
         return AsyncTextGenClient(self._shell)
 
-    async def infer(self, endpoint_url: str, inputs: Mapping[str, Any]) -> Any:
+    async def infer(self, endpoint_url: str, inputs: Any) -> Any:
         """POST `inputs` as JSON to any endpoint; its answer's JSON."""
         return await self._shell.infer(endpoint_url, inputs)
 
     def infer_stream(
-        self, endpoint_url: str, inputs: Mapping[str, Any], map_fn: Callable[[Any], Any] | None = None
+        self, endpoint_url: str, inputs: Any, map_fn: Callable[[Any], Any] | None = None
     ) -> AsyncJsonStream:
         """POST `inputs` and iterate (`async for`) over the events of the answer. `inputs` must ask for a stream."""
         return self._shell.infer_stream(endpoint_url, inputs, map_fn)
 
-    async def infer_async(self, endpoint_url: str, inputs: Mapping[str, Any]) -> InferenceFuture:
+    async def infer_async(self, endpoint_url: str, inputs: Any) -> InferenceFuture:
         """Start an inference on the service and come back for its result later."""
         return await self._shell.infer_async(endpoint_url, inputs)
 

@@ -6,9 +6,14 @@ import enum
 import json
 import re
 import time
+import uuid
+from collections import deque
+from decimal import Decimal
 from email.utils import formatdate
+from pathlib import PurePosixPath
 from typing import Any
 
+import pydantic
 import pytest
 
 from octoai import (
@@ -30,6 +35,7 @@ from octoai import (
     Timeout,
     UnprocessableEntityError,
 )
+from octoai._calls import encoded
 from octoai.client import InferenceFuture
 from octoai.text_gen import ErrorResponse, HttpValidationError
 from octoai.text_gen.client import OMIT
@@ -80,6 +86,64 @@ def test_models_and_other_objects_are_sent_as_json(api: Any, echo: Server) -> No
     assert sent["messages"][0] == {"role": "tool", "content": "x", "tool_call_id": "c"}
     assert sent["messages"][1]["content"] == [{"type": "text", "text": "y"}]
     assert sent["response_format"] == {"type": "text"}
+
+
+class Item(pydantic.BaseModel):
+    kind: str = "item"
+    size: int | None = None
+    name: str | None = pydantic.Field(default=None, alias="Name")
+
+
+def test_the_defaults_of_a_users_own_model_are_sent(api: Any, echo: Server) -> None:
+    api.chat(api.client(base_url=echo.url), extra_body={"items": [Item(), Item(size=None, Name="n")]})
+    assert echo.requests[0].json["items"] == [{"kind": "item"}, {"kind": "item", "size": None, "Name": "n"}]
+
+
+class Place:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.path = PurePosixPath("/a/b")
+
+
+class Row:
+    def keys(self) -> list[str]:
+        return ["a"]
+
+    def __getitem__(self, name: str) -> str:
+        return name
+
+
+UNIQUE = uuid.UUID(int=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ((n for n in (1, 2)), [1, 2]),
+        (deque([1, 2]), [1, 2]),
+        (PurePosixPath("/a/b"), "/a/b"),
+        (UNIQUE, str(UNIQUE)),
+        (Decimal("0.5"), 0.5),
+        (Decimal(3), 3),
+        (Place("x"), {"name": "x", "path": "/a/b"}),
+        (Row(), {"a": "a"}),
+    ],
+)
+def test_what_the_originals_encoder_took_is_sent(given: Any, sent: Any) -> None:
+    assert json.loads(encoded({"it": given})) == {"it": sent}
+
+
+@pytest.mark.parametrize("given", [object(), len, lambda: 1, int])
+def test_what_is_no_json_is_a_type_error(given: Any) -> None:
+    with pytest.raises(TypeError, match="cannot be sent as JSON"):
+        encoded({"it": given})
+
+
+@pytest.mark.parametrize("inputs", [[1, 2], "text", 5, None, Item()])
+def test_any_json_can_be_sent_to_an_endpoint(api: Any, serve: Any, inputs: Any) -> None:
+    sent = {"kind": "item"} if isinstance(inputs, Item) else inputs
+    server = serve(lambda x: x.reply(200, {"got": x.json}))
+    assert api.call(api.client(), "infer", server.url, inputs) == {"got": sent}
 
 
 def test_a_misspelt_parameter_is_a_type_error_that_names_the_nearest(api: Any, echo: Server) -> None:

@@ -57,9 +57,7 @@ class Record(BaseModel, metaclass=_RecordType):
 
     def dict(self, **kwargs: Any) -> JsonObject:
         """Keys as on the wire: what was received or set (null included), and every value that is not null."""
-        received = self.model_dump(**{**_AS_RECEIVED, "exclude_unset": True, **kwargs})
-        present = self.model_dump(**{**_AS_RECEIVED, "exclude_none": True, **kwargs})
-        return cast("JsonObject", _union(received, present))
+        return cast("JsonObject", as_received(self, **kwargs))
 
     def json(self, **kwargs: Any) -> str:
         """Takes pydantic's arguments and, as v1 did, those of `json.dumps`, which also writes what is not Unicode."""
@@ -132,6 +130,13 @@ class Answer(Record):
         self.__dict__["_raw_response"] = raw
         self.__dict__["_request_id"] = request_id
         return self
+
+
+def as_received(model: BaseModel, **kwargs: Any) -> Any:
+    """What was received or set (null included), and every value that is not null; also of a user's own model."""
+    received = model.model_dump(**{**_AS_RECEIVED, "exclude_unset": True, **kwargs})
+    present = model.model_dump(**{**_AS_RECEIVED, "exclude_none": True, **kwargs})
+    return _union(received, present)
 
 
 def _union(received: Any, present: Any) -> Any:
