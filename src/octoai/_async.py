@@ -148,8 +148,9 @@ async def _body(response: AsyncResponse, deadlines: Deadlines, *, whole: bool = 
 class AsyncEventStream(Generic[T]):
     """The events of an answer, as they come: an iterator and a context manager.
 
-    The request is sent when the first event is asked for, or on entering the context; its errors show then. Leaving
-    a `for` loop early closes the connection at once, and so do `close()` and leaving the context.
+    The request is sent when the first event is asked for, or on entering the context; its errors show then. A loop
+    that was left early can be gone on with. `close()` and leaving the context close the connection at once, and so it
+    is closed when nobody holds the stream any more.
     """
 
     def __init__(self, shell: Shell, call: _calls.Call, reader: _events.EventReader[T]) -> None:
@@ -173,11 +174,8 @@ class AsyncEventStream(Generic[T]):
         return None if self._raw is None else _answers.request_id(self._raw.headers)
 
     async def __aiter__(self) -> AsyncIterator[T]:
-        try:
-            while (value := await self._next()) is not NOTHING:
-                yield value
-        finally:
-            await self.close()
+        while (value := await self._next()) is not NOTHING:
+            yield value
 
     async def __anext__(self) -> T:
         if (value := await self._next()) is NOTHING:
@@ -268,7 +266,7 @@ class AsyncEventStream(Generic[T]):
             except (OSError, ValueError) as error:
                 if is_timeout(error):
                     raise deadlines.passed() from error
-                raise reader.interrupted(f"too early: {error}") from error
+                raise reader.interrupted(_events.CLOSED if self._over else f"too early: {error}") from error
             if not block:
                 self._over = reader.end()
                 return

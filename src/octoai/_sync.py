@@ -144,8 +144,9 @@ def _body(response: Response, deadlines: Deadlines, *, whole: bool = True) -> by
 class EventStream(Generic[T]):
     """The events of an answer, as they come: an iterator and a context manager.
 
-    The request is sent when the first event is asked for, or on entering the context; its errors show then. Leaving
-    a `for` loop early closes the connection at once, and so do `close()` and leaving the context.
+    The request is sent when the first event is asked for, or on entering the context; its errors show then. A loop
+    that was left early can be gone on with. `close()` and leaving the context close the connection at once, and so it
+    is closed when nobody holds the stream any more.
     """
 
     def __init__(self, shell: Shell, call: _calls.Call, reader: _events.EventReader[T]) -> None:
@@ -168,11 +169,8 @@ class EventStream(Generic[T]):
         return None if self._raw is None else _answers.request_id(self._raw.headers)
 
     def __iter__(self) -> Iterator[T]:
-        try:
-            while (value := self._next()) is not NOTHING:
-                yield value
-        finally:
-            self.close()
+        while (value := self._next()) is not NOTHING:
+            yield value
 
     def __next__(self) -> T:
         if (value := self._next()) is NOTHING:
@@ -244,7 +242,7 @@ class EventStream(Generic[T]):
             except (OSError, ValueError) as error:
                 if is_timeout(error):
                     raise deadlines.passed() from error
-                raise reader.interrupted(f"too early: {error}") from error
+                raise reader.interrupted(_events.CLOSED if self._over else f"too early: {error}") from error
             if not block:
                 self._over = reader.end()
                 return

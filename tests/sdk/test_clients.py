@@ -350,7 +350,7 @@ def test_a_stream_can_be_closed_by_another_thread(serve: Any) -> None:
     began = time.monotonic()
     closing = threading.Timer(0.2, stream.close)
     closing.start()
-    with pytest.raises(ApiError):
+    with pytest.raises(ApiError, match="it was closed before"):
         next(stream)
     closing.join()
     assert time.monotonic() - began < 2

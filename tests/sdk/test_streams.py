@@ -227,7 +227,7 @@ def test_a_stream_knows_its_answer(api: Any, serve: Any) -> None:
     assert stream.raw_response.headers["content-type"] == "text/event-stream"
 
 
-@pytest.mark.parametrize("how", ["loop", "close", "context", "forgotten"])
+@pytest.mark.parametrize("how", ["close", "context", "forgotten"])
 def test_leaving_early_closes_the_connection_at_once(api: Any, serve: Any, how: str) -> None:
     waited: list[float | None] = []
 
@@ -237,9 +237,7 @@ def test_leaving_early_closes_the_connection_at_once(api: Any, serve: Any, how: 
         waited.append(x.seconds_until_closed())
 
     stream = api.stream(api.client(base_url=serve(script).url))
-    if how == "loop":
-        api.take(stream, 1)
-    elif how == "context":
+    if how == "context":
         api.entered(stream)
     else:
         api.next(stream)
@@ -254,6 +252,67 @@ def test_leaving_early_closes_the_connection_at_once(api: Any, serve: Any, how: 
         time.sleep(0.01)
     assert waited[0] is not None
     assert waited[0] < 0.5
+
+
+def test_a_loop_that_was_left_can_be_gone_on_with(api: Any, serve: Any) -> None:
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        for one in words():
+            x.event(one)
+            time.sleep(0.02)
+        x.end_stream()
+
+    stream = api.stream(api.client(base_url=serve(script).url))
+    first = api.take(stream, 1) + api.take(stream, 1)
+    assert [each.choices[0].delta.content for each in first + api.all(stream)] == ["w0 ", "w1 ", "w2 "]
+    assert api.all(stream) == []
+    assert api.final(stream).choices[0].message.content == "w0 w1 w2 "
+
+
+@pytest.mark.parametrize("what", ["chunks", "text"])
+def test_a_loop_left_over_a_stream_that_nobody_holds_closes_it(api: Any, serve: Any, what: str) -> None:
+    waited: list[float | None] = []
+
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.event(chunk("a"))
+        waited.append(x.seconds_until_closed())
+
+    client = api.client(base_url=serve(script).url)
+
+    async def leave() -> None:
+        async for _ in api.stream(client) if what == "chunks" else api.stream(client).text():
+            break
+        await asyncio.sleep(0.3)
+
+    if api.kind == "async":
+        api.run(leave())
+    else:
+        for _ in api.stream(client) if what == "chunks" else api.stream(client).text():
+            break
+    deadline = time.monotonic() + 2
+    while not waited and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert waited[0] is not None
+    assert waited[0] < 0.5
+
+
+def test_a_stream_that_is_closed_while_it_is_read_says_so(serve: Any) -> None:
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.event(chunk("a"))
+        x.seconds_until_closed()
+
+    async def read() -> None:
+        async with AsyncOctoAI(base_url=serve(script).url, api_key="k") as client:
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            await anext(stream)
+            asyncio.get_running_loop().call_later(0.05, lambda: closing.append(asyncio.create_task(stream.close())))
+            with pytest.raises(StreamInterrupted, match="it was closed before"):
+                await anext(stream)
+
+    closing: list[Any] = []
+    asyncio.run(read())
 
 
 def test_ten_streams_in_a_row_use_one_connection(api: Any, serve: Any) -> None:
@@ -381,6 +440,7 @@ def test_a_stream_closed_early_has_no_final_answer(api: Any, serve: Any) -> None
 
     stream = api.stream(api.client(base_url=serve(script).url))
     api.take(stream, 1)
+    api.close_stream(stream)
     with pytest.raises(StreamInterrupted):
         api.final(stream)
 
@@ -389,6 +449,7 @@ def test_what_was_not_read_of_a_closed_stream_is_not_silently_missing(api: Any, 
     client = api.client(base_url=serve(lambda x: x.stream(words())).url)
     stream = api.stream(client)
     api.take(stream, 1)
+    api.close_stream(stream)
     for _ in range(2):
         with pytest.raises(StreamInterrupted, match="closed before all of it was read") as caught:
             api.all(stream)
