@@ -18,6 +18,7 @@ R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 CLOSED = "early: it was closed before all of it was read"
 _DONE = b"[DONE]"
+_OF_CHOICES = frozenset({"delta", "finish_reason", "message", "text"})  # other endpoints' choices are something else
 _LF = ord("\n")  # `in` takes several times as long to find bytes in bytes
 
 
@@ -255,7 +256,7 @@ class JsonReader(EventReader[Any]):
             raise ResponseError(body=body, message=f"an event of the stream is not JSON: {error}") from error
         if isinstance(value, dict) and isinstance(value.get("choices"), list):
             for choice in value["choices"]:
-                if isinstance(choice, dict):
+                if isinstance(choice, dict) and not _OF_CHOICES.isdisjoint(choice):
                     index = choice["index"] if isinstance(choice.get("index"), int) else 0
                     self._open.add(index)
                     if choice.get("finish_reason") is not None:

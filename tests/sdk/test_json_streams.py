@@ -68,3 +68,9 @@ def test_nobodys_function_is_called_for_events_that_nobody_asked_for(api: Any, s
     assert seen == [{"n": 0}]
     with pytest.raises(StreamInterrupted, match="closed"):
         api.next(stream)
+
+
+def test_choices_of_another_meaning_do_not_need_an_end(api: Any, serve: Any) -> None:
+    events = [{"question": 1, "choices": [{"label": "a"}, {"label": "b"}]}]
+    server = serve(lambda x: x.stream(events, done=False))
+    assert api.all(api.client().infer_stream(server.url, {})) == events
