@@ -86,9 +86,8 @@ class Shell:
     async def health_check(self, endpoint_url: str, timeout: float) -> int:
         ends = time.monotonic() + timeout
         while True:
-            left = ends - time.monotonic()
             try:
-                return (await self.answer(_endpoints.health(self.defaults, endpoint_url, left))).status_code
+                return (await self.answer(_endpoints.health(self.defaults, endpoint_url))).status_code
             except ServerError:
                 if time.monotonic() + 1 >= ends:
                     raise

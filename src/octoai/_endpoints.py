@@ -42,10 +42,9 @@ def poll(defaults: Defaults, url: str) -> Call:
     return defaults.call("GET", _credentials.checked_url(url))
 
 
-def health(defaults: Defaults, endpoint_url: str, seconds: float) -> Call:
+def health(defaults: Defaults, endpoint_url: str) -> Call:
     """One question, which the caller repeats."""
-    options = {"max_retries": 0, "timeout_in_seconds": max(seconds, 0.001)}
-    return defaults.call("GET", _credentials.checked_url(endpoint_url), options=options)
+    return defaults.call("GET", _credentials.checked_url(endpoint_url), options={"max_retries": 0})
 
 
 def whole_chat(reader: _events.EventReader[Any], raw: RawResponse | None) -> ChatCompletionResponse:

@@ -84,9 +84,8 @@ class Shell:
     def health_check(self, endpoint_url: str, timeout: float) -> int:
         ends = time.monotonic() + timeout
         while True:
-            left = ends - time.monotonic()
             try:
-                return self.answer(_endpoints.health(self.defaults, endpoint_url, left)).status_code
+                return self.answer(_endpoints.health(self.defaults, endpoint_url)).status_code
             except ServerError:
                 if time.monotonic() + 1 >= ends:
                     raise

@@ -139,7 +139,7 @@ class OctoAI:
         return self._shell.future_result(future)
 
     def health_check(self, endpoint_url: str, timeout: float = DEFAULT_HEALTH_CHECK_TIMEOUT_SECONDS) -> int:
-        """Ask every second until the answer is no 5xx, for at most `timeout` seconds. Its status, if below 400."""
+        """Ask every second until the answer is no 5xx or `timeout` seconds are over. Its status, if below 400."""
         return self._shell.health_check(endpoint_url, timeout)
 
     def close(self) -> None:
@@ -239,7 +239,7 @@ class AsyncOctoAI:
         return await self._shell.future_result(future)
 
     async def health_check(self, endpoint_url: str, timeout: float = DEFAULT_HEALTH_CHECK_TIMEOUT_SECONDS) -> int:
-        """Ask every second until the answer is no 5xx, for at most `timeout` seconds. Its status, if below 400."""
+        """Ask every second until the answer is no 5xx or `timeout` seconds are over. Its status, if below 400."""
         return await self._shell.health_check(endpoint_url, timeout)
 
     async def close(self) -> None:

@@ -502,6 +502,17 @@ def test_health_is_asked_until_it_is_good(api: Any, serve: Any) -> None:
         api.call(api.client(), "health_check", server.url, timeout=0.5)
 
 
+def test_health_is_asked_once_where_there_is_no_time_to_ask_again(api: Any, serve: Any) -> None:
+    def slow(x: Exchange) -> None:
+        time.sleep(0.1)
+        x.reply(200, {})
+
+    assert api.call(api.client(), "health_check", serve(slow).url, timeout=0) == 200
+    silent = serve(lambda x: x.seconds_until_closed())
+    with pytest.raises(ApiTimeoutError):
+        api.call(api.client(timeout=0.2), "health_check", silent.url)
+
+
 @pytest.mark.parametrize("library", ["httpx", "httpx2"])
 def test_a_users_own_http_client_is_used(api: Any, serve: Any, library: str) -> None:
     import importlib
