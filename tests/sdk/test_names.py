@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tomllib
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +180,39 @@ def test_files_and_retries_of_the_old_helpers(tmp_path: Any) -> None:
     assert retry(lambda: SimpleNamespace(status_code=next(answers)), interval=0, jitter=0).status_code == 200
 
 
+UNIQUE = uuid.UUID(int=1)
+
+
 def test_json_takes_what_it_took() -> None:
     message = ChatMessage(role="user", content="é")
     assert message.json() == '{"content": "\\u00e9", "role": "user"}'
     assert ChatMessage(role="user", content="a\ud83d").json() == '{"content": "a\\ud83d", "role": "user"}'
     assert message.json(sort_keys=True, ensure_ascii=False) == '{"content": "é", "role": "user"}'
     assert message.json(separators=(",", ":"), exclude={"role"}) == '{"content":"\\u00e9"}'
+    assert message.json(encoder=repr, models_as_dict=False) == message.json()
+    odd = ChatMessage(role="user", made={1}, at=UNIQUE)  # type: ignore[call-arg]
+    assert json.loads(odd.json(encoder=str)) == {"role": "user", "made": "{1}", "at": str(UNIQUE)}
+
+
+def test_an_object_equals_what_it_is_as_a_dict() -> None:
+    message = ChatMessage(role="user", content="a")
+    assert message == {"role": "user", "content": "a"}
+    assert message == {"role": "user", "content": "a"}
+    assert message != {"role": "user"}
+    assert message == ChatMessage(role="user", content="a")
+    assert message != ChatMessage(role="user")
+    assert message != "a"
+    assert hash(message) == hash(ChatMessage(role="user", content="a"))
+
+
+def test_copies_and_dicts_of_a_part_are_made_as_they_were() -> None:
+    message = ChatMessage(role="user", content="a", name="n")  # type: ignore[call-arg]
+    assert message.copy(include={"role"}).dict() == {"role": "user"}
+    assert message.copy(exclude={"content", "name"}).dict() == {"role": "user"}
+    assert message.copy(exclude={"content"}, update={"content": "b"}).content == "b"
+    assert "content" not in dict(message.copy(include={"role"}, deep=True))
+    assert message.content == "a"
+    assert message.dict(skip_defaults=True) == {"role": "user", "content": "a", "name": "n"}
 
 
 def test_historical_names_that_nobody_should_need() -> None:

@@ -9,7 +9,7 @@ Knows nothing of HTTP: an answer's status and headers are attached by the client
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Optional, TypeVar, cast
 
@@ -35,7 +35,7 @@ class _RecordType(ModelMetaclass):
         return cast("dict[str, Any]", getattr(cls, "__pydantic_fields__", {}))
 
 
-class Record(BaseModel, metaclass=_RecordType):
+class Record(BaseModel, metaclass=_RecordType):  # noqa: PLW1641  # pydantic gives frozen models their hash
     """A frozen value that crosses the network; keeps the keys it does not know."""
 
     model_config = ConfigDict(
@@ -55,8 +55,14 @@ class Record(BaseModel, metaclass=_RecordType):
 
     # What pydantic v1 called these. Names, arguments and results are v1's, as the original SDK set them.
 
+    def __eq__(self, other: object) -> bool:
+        """Also to what `dict()` gives."""
+        return self.dict() == other if isinstance(other, Mapping) else super().__eq__(other)
+
     def dict(self, **kwargs: Any) -> JsonObject:
         """Keys as on the wire: what was received or set (null included), and every value that is not null."""
+        if kwargs.pop("skip_defaults", None):
+            kwargs["exclude_unset"] = True
         return cast("JsonObject", as_received(self, **kwargs))
 
     def json(self, **kwargs: Any) -> str:
@@ -65,12 +71,26 @@ class Record(BaseModel, metaclass=_RecordType):
 
         options = {**_AS_RECEIVED, "exclude_unset": True, **kwargs}
         dumps = {name: options.pop(name) for name in _DUMPS if name in options}
-        return json.dumps(self.model_dump(mode="json", **options), **dumps)
+        options.pop("models_as_dict", None)  # an encoder of models would write the same
+        encoder = options.pop("encoder", None)
+        return json.dumps(self.model_dump(mode="python" if encoder else "json", **options), default=encoder, **dumps)
 
     def copy(  # type: ignore[override]
-        self: Self, *, update: Optional[Mapping[str, Any]] = None, deep: bool = False
+        self: Self,
+        *,
+        include: Optional[Collection[str]] = None,
+        exclude: Collection[str] = (),
+        update: Optional[Mapping[str, Any]] = None,
+        deep: bool = False,
     ) -> Self:
-        return self.model_copy(update=update, deep=deep)
+        """`include` and `exclude` are names of fields."""
+        copy = self.model_copy(update=update, deep=deep)
+        for name, _ in self:
+            if (name in exclude or (include is not None and name not in include)) and name not in (update or ()):
+                for kept in (copy.__dict__, copy.__pydantic_extra__ or {}):
+                    kept.pop(name, None)
+                copy.__pydantic_fields_set__.discard(name)
+        return copy
 
     @property
     def __fields__(self) -> JsonObject:
