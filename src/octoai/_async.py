@@ -322,6 +322,7 @@ class AsyncTextGenClient:
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
 
+    @_endpoints.signed(_endpoints.CHAT)
     async def create_chat_completion(
         self,
         *,
@@ -333,6 +334,7 @@ class AsyncTextGenClient:
         call = _endpoints.CHAT.call(self._shell.defaults, params, options=request_options, extra_body=extra_body)
         return _answers.record(ChatCompletionResponse, await self._shell.answer(call))
 
+    @_endpoints.signed(_endpoints.CHAT_STREAM)
     def create_chat_completion_stream(
         self,
         *,
@@ -344,6 +346,7 @@ class AsyncTextGenClient:
         call = _endpoints.CHAT_STREAM.call(self._shell.defaults, params, options=request_options, extra_body=extra_body)
         return AsyncStream(self._shell, call, _events.ChunkReader(ChatCompletionChunk), _endpoints.whole_chat)
 
+    @_endpoints.signed(_endpoints.COMPLETION)
     async def create_completion(
         self,
         *,
@@ -355,6 +358,7 @@ class AsyncTextGenClient:
         call = _endpoints.COMPLETION.call(self._shell.defaults, params, options=request_options, extra_body=extra_body)
         return _answers.record(CompletionResponse, await self._shell.answer(call))
 
+    @_endpoints.signed(_endpoints.COMPLETION_STREAM)
     def create_completion_stream(
         self,
         *,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Optional, TypeVar
 
 from octoai import _answers, _credentials, _events, _gather
-from octoai._calls import Call, Defaults, Endpoint
+from octoai._calls import OMIT, Call, Defaults, Endpoint
 from octoai.errors import ResponseError
 from octoai.wire import lenient
 from octoai.wire.answers import ChatCompletionResponse, CompletionResponse
@@ -15,6 +16,7 @@ from octoai.wire.params import ChatParams, CompletionParams
 from octoai.wire.record import Answer, RawResponse
 
 A = TypeVar("A", bound=Answer)
+Method = TypeVar("Method", bound=Callable[..., Any])
 Gather = Callable[[_events.EventReader[Any], Optional[RawResponse]], A]
 
 
@@ -30,6 +32,24 @@ def _pair(name: str, path: str, params: Any, *required: str) -> tuple[Endpoint, 
 
 CHAT, CHAT_STREAM = _pair("create_chat_completion", "/v1/chat/completions", ChatParams, "messages", "model")
 COMPLETION, COMPLETION_STREAM = _pair("create_completion", "/v1/completions", CompletionParams, "model")
+
+
+def signed(endpoint: Endpoint) -> Callable[[Method], Method]:
+    """Name an endpoint's parameters in a method's signature: some programs look there for what they may pass on."""
+
+    def sign(method: Method) -> Method:
+        signature = inspect.signature(method)
+        *own, _ = signature.parameters.values()
+        defaults = {
+            name: inspect.Parameter.empty if name in endpoint.required else OMIT for name in endpoint.parameters
+        }
+        named = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name]) for name in sorted(defaults)
+        ]
+        method.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
+        return method
+
+    return sign
 
 
 def infer(defaults: Defaults, endpoint_url: str, inputs: Any, *, streams: bool = False, later: bool = False) -> Call:

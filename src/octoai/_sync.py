@@ -298,6 +298,7 @@ class TextGenClient:
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
 
+    @_endpoints.signed(_endpoints.CHAT)
     def create_chat_completion(
         self,
         *,
@@ -309,6 +310,7 @@ class TextGenClient:
         call = _endpoints.CHAT.call(self._shell.defaults, params, options=request_options, extra_body=extra_body)
         return _answers.record(ChatCompletionResponse, self._shell.answer(call))
 
+    @_endpoints.signed(_endpoints.CHAT_STREAM)
     def create_chat_completion_stream(
         self,
         *,
@@ -320,6 +322,7 @@ class TextGenClient:
         call = _endpoints.CHAT_STREAM.call(self._shell.defaults, params, options=request_options, extra_body=extra_body)
         return Stream(self._shell, call, _events.ChunkReader(ChatCompletionChunk), _endpoints.whole_chat)
 
+    @_endpoints.signed(_endpoints.COMPLETION)
     def create_completion(
         self,
         *,
@@ -331,6 +334,7 @@ class TextGenClient:
         call = _endpoints.COMPLETION.call(self._shell.defaults, params, options=request_options, extra_body=extra_body)
         return _answers.record(CompletionResponse, self._shell.answer(call))
 
+    @_endpoints.signed(_endpoints.COMPLETION_STREAM)
     def create_completion_stream(
         self,
         *,

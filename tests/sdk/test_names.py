@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from octoai.text_gen import (
     ChatMessage,
     MultiModalTextMessage,
 )
+from octoai.text_gen.client import OMIT
 from tests.sdk.misbehaving import answer, chunk
 
 MODULES = ["octoai", "octoai.client", "octoai.core", "octoai.errors", "octoai.text_gen", "octoai.text_gen.client"]
@@ -192,6 +194,18 @@ def test_json_takes_what_it_took() -> None:
     assert message.json(encoder=repr, models_as_dict=False) == message.json()
     odd = ChatMessage(role="user", made={1}, at=UNIQUE)  # type: ignore[call-arg]
     assert json.loads(odd.json(encoder=str)) == {"role": "user", "made": "{1}", "at": str(UNIQUE)}
+
+
+@pytest.mark.parametrize("kind", [octoai.OctoAI, octoai.AsyncOctoAI])
+def test_the_signature_of_a_method_names_its_parameters(kind: Any) -> None:
+    chat = inspect.signature(kind().text_gen.create_chat_completion).parameters
+    assert {"messages", "model", "max_tokens", "extra_body"} <= chat.keys()
+    assert "params" not in chat
+    assert chat["model"].default is inspect.Parameter.empty
+    assert chat["max_tokens"].default is OMIT
+    stream = inspect.signature(kind().text_gen.create_completion_stream).parameters
+    assert "prompt" in stream
+    assert "messages" not in stream
 
 
 def test_an_object_equals_what_it_is_as_a_dict() -> None:
