@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import sys
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
-from types import GeneratorType
 from typing import Any
 from urllib.parse import quote, urljoin
 
 from octoai import _credentials
 from octoai._deadlines import Timeout
+from octoai._json import encoded, text
 from octoai._retry import RetryPolicy
 from octoai._transport import Request
 from octoai.errors import ConfigurationError
 from octoai.version import __version__
-from octoai.wire.record import as_received
 
 OMIT: Any = ...
 _HEADERS = {
@@ -31,7 +25,6 @@ _HEADERS = {
     "x-fern-sdk-name": "octoai",
     "x-fern-sdk-version": __version__,
 }
-_LISTS = (list, tuple, set, frozenset, deque, GeneratorType)
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 _NAME_CHARS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
 _OPTIONS = frozenset(
@@ -172,56 +165,6 @@ def _advice(name: str, known: Iterable[str]) -> str:
     return f". Did you mean {nearest[0]!r}?" if nearest else ". What is not a parameter can be sent by extra_body="
 
 
-def encoded(body: Any) -> bytes:
-    """As JSON. ASCII only: what is not Unicode (a lone surrogate) still reaches the service as it is."""
-    return json.dumps(plain(body), separators=(",", ":"), allow_nan=False).encode()
-
-
-def plain(value: Any, fallback: Callable[[Any], Any] | None = None) -> Any:
-    """What JSON knows, from whatever users pass: models of either pydantic, dataclasses, enums, dates, bytes."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return getattr(value, "value", value)  # members of str and int enums
-    if isinstance(value, Mapping):
-        return {_text(getattr(key, "value", key)): plain(item, fallback) for key, item in value.items()}
-    if isinstance(value, _LISTS):
-        return [plain(item, fallback) for item in value]
-    if isinstance(value, bytes):
-        return value.decode()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain({item.name: getattr(value, item.name) for item in dataclasses.fields(value)}, fallback)
-    return _plain_object(value, fallback)
-
-
-def _plain_object(value: Any, fallback: Callable[[Any], Any] | None) -> Any:
-    if isinstance(value, type):
-        raise TypeError(f"a class ({value.__name__}) cannot be sent as JSON")
-    if hasattr(value, "model_dump"):
-        return plain(as_received(value), fallback)
-    if callable(getattr(value, "dict", None)):
-        is_model = hasattr(value, "__fields_set__")  # of pydantic v1
-        return plain(value.dict(by_alias=True) if is_model else value.dict(), fallback)
-    if callable(getattr(value, "isoformat", None)):
-        return value.isoformat()
-    if hasattr(value, "value") and hasattr(value, "name"):
-        return plain(value.value, fallback)
-    if isinstance(value, uuid.UUID | os.PathLike):
-        return str(value)
-    if isinstance(value, Decimal):
-        return int(value) if value.as_tuple().exponent == 0 else float(value)
-    return _plain_attributes(value, fallback)
-
-
-def _plain_attributes(value: Any, fallback: Callable[[Any], Any] | None) -> Any:
-    """The last attempt, as the original's: of an object that nothing is known of, what it holds."""
-    if callable(getattr(value, "keys", None)):
-        return plain(dict(value), fallback)
-    if hasattr(value, "__dict__") and not callable(value):
-        return plain(vars(value), fallback)
-    if fallback is not None:
-        return fallback(value)
-    raise TypeError(f"an object of type {type(value).__name__} cannot be sent as JSON")
-
-
 def _checked_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
     options = options or {}
     check_names("request_options", options, _OPTIONS)
@@ -242,7 +185,7 @@ def _retries(asked: Any, default: int) -> int:
 
 def _sendable(headers: Mapping[str, Any]) -> dict[str, str]:
     """As text that HTTP can carry, whatever library then carries it."""
-    sendable = {name: _text(value).strip() for name, value in headers.items() if value is not None}
+    sendable = {name: text(value).strip() for name, value in headers.items() if value is not None}
     for name, value in sendable.items():
         if name in _FRAMING:
             raise ConfigurationError(message=f"the header {name!r} follows from the body and cannot be set")
@@ -257,12 +200,6 @@ def _sendable(headers: Mapping[str, Any]) -> dict[str, str]:
 
 def _lower(headers: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name.lower(): value for name, value in (headers or {}).items()}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode("latin-1")
-    return value if isinstance(value, str) else str(value)
 
 
 def _with_query(url: str, query: Mapping[str, Any] | None) -> str:
@@ -282,7 +219,7 @@ def _with_query(url: str, query: Mapping[str, Any] | None) -> str:
 
 
 def _query_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else _text(value)
+    return str(value).lower() if isinstance(value, bool) else text(value)
 
 
 def bearer(token: Any) -> str | None:

@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from collections import deque
+from datetime import timedelta
 from decimal import Decimal
 from email.utils import formatdate
 from pathlib import PurePosixPath
@@ -35,7 +36,7 @@ from octoai import (
     Timeout,
     UnprocessableEntityError,
 )
-from octoai._calls import encoded
+from octoai._json import encoded
 from octoai.client import InferenceFuture
 from octoai.text_gen import ErrorResponse, HttpValidationError
 from octoai.text_gen.client import OMIT
@@ -125,6 +126,7 @@ UNIQUE = uuid.UUID(int=1)
         (UNIQUE, str(UNIQUE)),
         (Decimal("0.5"), 0.5),
         (Decimal(3), 3),
+        (timedelta(minutes=1), 60.0),
         (Place("x"), {"name": "x", "path": "/a/b"}),
         (Row(), {"a": "a"}),
     ],

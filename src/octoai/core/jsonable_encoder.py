@@ -12,7 +12,7 @@ __all__ = ["jsonable_encoder"]
 
 def jsonable_encoder(obj: Any, custom_encoder: dict[type, Callable[[Any], Any]] | None = None) -> Any:
     """Models, dataclasses, enums, dates and bytes, however nested, as JSON has them."""
-    from octoai._calls import plain
+    from octoai._json import plain
 
     for kind, encode in (custom_encoder or {}).items():
         if isinstance(obj, kind):
