@@ -13,7 +13,9 @@ import pytest
 from octoai.server import accounts, streaming
 from octoai.server.engines.base import Event
 from octoai.server.engines.scripted import ScriptedEngine
-from octoai.server.store import sqlite
+from octoai.server.ledger import now_us
+from octoai.server.store import Connection, StoreAway, keys, sqlite
+from octoai.server.store.keys import KeyRow
 from tests.running import InProcess
 from tests.server.test_idempotency import PATH, SLOW, leave, net_nanos, rows, statuses, talk
 from tests.talking import ask, is_idle, request, until
@@ -39,6 +41,12 @@ class Lingering(ScriptedEngine):
 @pytest.fixture
 def slow(in_process: Start) -> InProcess:
     return in_process(ScriptedEngine(SLOW))
+
+
+def key_of(service: InProcess, key: str = "k1") -> KeyRow:
+    row = service.read(lambda db: keys.find(db, "default", key))
+    assert row is not None
+    return row
 
 
 def attempts(service: InProcess, key: str) -> list[int]:
@@ -75,6 +83,58 @@ def test_an_attempt_is_not_given_back_for_one_that_left_the_queue(slow: InProces
     assert talk(slow, "k1").rest().count(b"w39 ") == 1  # it runs: now the first is given back
     until(lambda: is_idle(slow), 2)
     assert sorted(row.status for row in rows(slow) if row.id == left[0].id) == ["refunded"]
+
+
+def test_an_attempt_is_given_back_also_when_its_key_passed_through_one_that_died(slow: InProcess, talk: Any) -> None:
+    """A process had taken the key over, and was killed before the request ran there."""
+    leave(slow, talk, "k1")
+    (left,) = rows(slow)
+    taken = KeyRow(key_of(slow).body_hash, "id-elsewhere", "req-elsewhere", "journal-elsewhere", now_us())
+
+    def die(db: Connection) -> None:
+        assert keys.claim_again(db, "default", "k1", key_of(slow), taken, left.id)
+        keys.release_of_journal(db, "journal-elsewhere")
+
+    slow.books(die)
+    assert (key_of(slow).request, key_of(slow).request_id, key_of(slow).num_attempts) == (left.id, left.request_id, 1)
+    assert talk(slow, "k1").rest().count(b"w39 ") == 1
+    until(lambda: is_idle(slow) and statuses(slow) == ["refunded", "settled"], 2)
+
+
+def test_an_attempt_is_given_back_also_where_its_key_was_taken_over_unheard(
+    slow: InProcess, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(slow, talk, "k1")
+    books = slow.service.admission.books
+    write = books.write
+
+    async def late(action: Any) -> Any:
+        await write(action)
+        raise StoreAway("it took too long to say so")
+
+    monkeypatch.setattr(books, "write", late)
+    assert talk(slow, "k1").rest().count(b"w39 ") == 1
+    until(lambda: is_idle(slow) and statuses(slow) == ["refunded", "settled"], 2)
+
+
+@pytest.mark.parametrize("payer", ["account", "token"])
+def test_a_retry_has_the_room_of_what_it_replaces(in_process: Start, talk: Any, payer: str) -> None:
+    service = in_process(ScriptedEngine(SLOW))
+    leave(service, talk, "k0")
+    (measured,) = rows(service)
+    most = measured.worth_nanos + 100 * measured.output_nanos  # of a retry, and half of an attempt that is left
+    if payer == "account":
+        budget = {"hard_budget_nanos": most + measured.cost_nanos}
+        service.books(lambda db: accounts.update(db, "default", limits=budget))
+    else:
+        service.token = service.mint("limited", limits={"hard_budget_nanos": most}).text
+    time.sleep(0.3)
+    stream = talk(service, "k1", max_tokens=100)
+    stream.until(b"w20 ")
+    stream.close()
+    until(lambda: is_idle(service), 2)
+    assert talk(service, "k2", max_tokens=100).rest().startswith(b"HTTP/1.1 402")
+    assert talk(service, "k1", max_tokens=100).rest().count(b"w39 ") == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])

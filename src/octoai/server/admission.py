@@ -166,10 +166,11 @@ class Admission:
                 if before.answer is not None:
                     return unpacked(key, before.request_id, before.answer)
                 await self.books.writer.caught_up()
-                tab.replaced = await self.books.write(partial(_take_over, account=account, key=key, claimed=claimed))
+                taken = await self.books.write(partial(_take_over, account=account, key=key, claimed=claimed))
             except StoreAway:
                 return None  # what is known of the key is in this process then
-            if tab.replaced is not None:
+            if taken is not None:
+                tab.refunds = taken.refunds
                 return None
             if time.monotonic() > until:
                 raise Unavailable("The same request is still running.", retry_after=5, code="still_running")
@@ -193,7 +194,7 @@ class Admission:
             completion_tokens=most,
             lease_us=now_us() + LEASE_US,
         )
-        standings = await self.ledger.reserve(caller, wanted)
+        standings = await self.ledger.reserve(caller, wanted, tab.refunds)
         tab.reservation = None if standings is None else wanted
         return request, standings
 
@@ -209,8 +210,8 @@ _PER_MESSAGE = 16  # tokens that a chat template may put around a message
 
 
 def _take_over(db: Connection, account: str, key: Key, claimed: KeyRow) -> KeyRow | None:
-    """Make the key this request's where the one before has ended without an answer, and return what stood there. None
-    while that runs elsewhere."""
+    """Make the key this request's where the one before has ended without an answer, and return it. None while that runs
+    elsewhere."""
     before = keys.find(db, account, key.value)
     if before is None or before.answer is not None:
         return None
@@ -219,11 +220,11 @@ def _take_over(db: Connection, account: str, key: Key, claimed: KeyRow) -> KeyRo
         return None  # it waits for its turn there, or has just begun
     if row is not None and row.status == "open" and row.lease_us > now_us():
         return None
-    if not keys.claim_again(db, account, key.value, before, claimed):
+    if not keys.claim_again(db, account, key.value, before, claimed, before.replaces if row is None else row.id):
         return None
     if row is not None and row.status == "open":  # nobody was heard of for a whole lease
         requests.interrupt(db, [row], now_us())
-    return before
+    return keys.find(db, account, key.value)
 
 
 def _within_minute(caller: Caller, request: TextRequest) -> TextRequest:

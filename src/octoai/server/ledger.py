@@ -24,7 +24,6 @@ from octoai.server.journal import START, Journal, JournalError, JournalFailed, J
 from octoai.server.limits import Standings, reserve
 from octoai.server.store import keys, reservations
 from octoai.server.store.database import StoreAway, StoreError
-from octoai.server.store.keys import KeyRow
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.writer import Writer
 
@@ -61,7 +60,7 @@ class Tab:
     is_stream: bool = False
     reservation: Reservation | None = None
     key: tuple[str, str] | None = None  # an Idempotency-Key and the hash, in hexadecimal, of what came with it
-    replaced: KeyRow | None = None  # what stood under that, where it ended without an answer
+    refunds: str | None = None  # whose charge is given back when this runs: of the request before under that key
     opened_us: int = field(default=0, init=False)
     _opened: asyncio.Future[Position] | None = field(default=None, init=False)
     _settled: asyncio.Future[Any] | None = field(default=None, init=False)
@@ -154,7 +153,6 @@ class Tab:
             "lease_us": at_us + LEASE_US,
             "key": key,
             "key_body": key_body,
-            "replaces": None if self.replaced is None else self.replaced.refundable,
         }
 
 
@@ -267,16 +265,17 @@ class Ledger:
         except (JournalFull, JournalFailed):
             raise _no_room() from None
 
-    async def reserve(self, caller: Caller, wanted: Reservation) -> Standings | None:
-        """Hold what a request may need. Raises OutOfCredit, RateLimited; None while the database is away, when money
-        is counted from what was last heard and rates are not."""
+    async def reserve(self, caller: Caller, wanted: Reservation, refunds: str | None = None) -> Standings | None:
+        """Hold what a request may need; what the one that it `refunds` was charged is there for it. Raises OutOfCredit,
+        RateLimited; None while the database is away, when money is counted from what was last heard and rates are
+        not."""
         if self.journal is None:
             return None
         if self.writer.away_seconds is None:
             try:
                 # On disk or not: a reservation does not outlive what it is for.
                 held = await self.writer.run(
-                    lambda db: reserve(db, caller, wanted), seconds=LIMIT_SECONDS, is_durable=False
+                    lambda db: reserve(db, caller, wanted, refunds), seconds=LIMIT_SECONDS, is_durable=False
                 )
             except StoreAway:
                 # It may come to be held after all, when nobody wants it any more.
@@ -341,7 +340,7 @@ class Ledger:
         """Of a request that never ran: its Idempotency-Key is as it was before."""
         if tab.key is not None and self.journal is not None:
             account, key = tab.caller.account.id, tab.key[0]
-            self.writer.later(lambda db: keys.release(db, account, key, tab.id, tab.replaced), is_kept=True)
+            self.writer.later(lambda db: keys.release(db, account, key, tab.id), is_kept=True)
 
     async def _recorded(self, record: dict[str, Any], written: asyncio.Future[Position]) -> Position:
         """Nothing that was used goes unrecorded: what cannot be written now is tried until it can."""

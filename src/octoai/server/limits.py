@@ -14,7 +14,7 @@ from functools import partial
 from octoai.server.accounts import Caller
 from octoai.server.billing import usd
 from octoai.server.errors import OutOfCredit, RateLimited
-from octoai.server.store import reservations
+from octoai.server.store import requests, reservations
 from octoai.server.store.accounts import Limits
 from octoai.server.store.database import Connection
 from octoai.server.store.reservations import MINUTE_US, Past, Payer, Reservation, Standing
@@ -54,9 +54,10 @@ def standings(db: Connection, caller: Caller, now_us: int) -> Standings:
     return Standings(*reservations.standings(db, caller.account, caller.token, now_us), now_us)
 
 
-def reserve(db: Connection, caller: Caller, wanted: Reservation) -> Standings:
-    """Hold what the request may need, and tell how things stand then. Raises OutOfCredit or RateLimited, with nothing
-    held. One transaction."""
+def reserve(db: Connection, caller: Caller, wanted: Reservation, refunds: str | None = None) -> Standings:
+    """Hold what the request may need, and tell how things stand then. What the request that it `refunds` was charged is
+    there for it, since that is given back when it runs. Raises OutOfCredit or RateLimited, with nothing held. One
+    transaction."""
     now_us = wanted.at_us
     reservations.lapse(db, caller.account.id, now_us)
     before = standings(db, caller, now_us)
@@ -64,8 +65,9 @@ def reserve(db: Connection, caller: Caller, wanted: Reservation) -> Standings:
         ("account", "account", caller.account.id, before.account),
         ("token", "token_id", caller.token.id, before.token),
     )
-    for name, _, _, standing in both:
-        _check_money(name, standing, wanted)
+    row = requests.charged(db, refunds)
+    for name, column, payer, standing in both:
+        _check_money(name, standing, wanted, row.cost_nanos if row and getattr(row, column) == payer else 0)
     refusals: list[RateLimited] = []
     for name, column, payer, standing in both:
         refusals += _running_refusals(name, standing)
@@ -76,9 +78,10 @@ def reserve(db: Connection, caller: Caller, wanted: Reservation) -> Standings:
     return Standings(before.account.with_one_more(wanted), before.token.with_one_more(wanted), now_us)
 
 
-def _check_money(name: str, standing: Standing, wanted: Reservation) -> None:
+def _check_money(name: str, standing: Standing, wanted: Reservation, returning_nanos: int) -> None:
     left = standing.left_nanos
-    if left is None or wanted.nanos <= max(0, left):  # what costs nothing is not refused to who owes something
+    # What costs nothing is not refused to who owes something.
+    if left is None or wanted.nanos <= max(0, left + returning_nanos):
         return
     need = f"this request may cost up to {usd(wanted.nanos)} USD"
     held = f" ({usd(standing.held_nanos)} USD are held by requests that are running)" if standing.held_nanos else ""

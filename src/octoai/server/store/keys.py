@@ -15,7 +15,8 @@ MAX_REFUNDS = 3
 @dataclass(frozen=True, slots=True)
 class KeyRow:
     """`request` is our id of the newest request made under the key, by the process whose journal is named, at
-    `claimed_us`; `answer` what it was given, once it has ended."""
+    `claimed_us`; `answer` what it was given, once it has ended; `replaces` the one before, which ended without an
+    answer, until `request` runs."""
 
     body_hash: bytes
     request: str
@@ -24,24 +25,25 @@ class KeyRow:
     claimed_us: int
     num_attempts: int = 1
     answer: bytes | None = None
+    replaces: str | None = None
 
     @property
-    def refundable(self) -> str | None:
-        """The request, while what it was charged is given back when it is made again: not any number of times."""
-        return self.request if self.num_attempts <= MAX_REFUNDS else None
+    def refunds(self) -> str | None:
+        """The request that is given back what it was charged when `request` runs: not any number of times."""
+        return self.replaces if self.num_attempts <= MAX_REFUNDS + 1 else None
 
 
 def find(db: Connection, account: str, key: str) -> KeyRow | None:
     row = db.row(
-        "SELECT body_hash, request, request_id, journal, claimed_us, num_attempts, answer "
+        "SELECT body_hash, request, request_id, journal, claimed_us, num_attempts, answer, replaces "
         "FROM keys WHERE account = ? AND key = ?",
         (account, key),
     )
     if row is None:
         return None
-    body_hash, request, request_id, journal, claimed_us, num_attempts, answer = row
+    body_hash, request, request_id, journal, claimed_us, num_attempts, answer, replaces = row
     kept = None if answer is None else bytes(answer)
-    return KeyRow(bytes(body_hash), request, request_id, journal, claimed_us, num_attempts, kept)
+    return KeyRow(bytes(body_hash), request, request_id, journal, claimed_us, num_attempts, kept, replaces)
 
 
 def claim(db: Connection, account: str, key: str, claimed: KeyRow) -> KeyRow | None:
@@ -57,31 +59,38 @@ def claim(db: Connection, account: str, key: str, claimed: KeyRow) -> KeyRow | N
     return None if inserted else find(db, account, key)
 
 
-def claim_again(db: Connection, account: str, key: str, before: KeyRow, claimed: KeyRow) -> bool:
+def claim_again(db: Connection, account: str, key: str, before: KeyRow, claimed: KeyRow, replaces: str | None) -> bool:
     """Take over a key whose request ended without an answer. False where another was quicker."""
     changed = db.execute(
-        "UPDATE keys SET request = ?, request_id = ?, journal = ?, claimed_us = ?, num_attempts = num_attempts + 1 "
-        "WHERE account = ? AND key = ? AND request = ? AND answer IS NULL",
+        "UPDATE keys SET request = ?, request_id = ?, journal = ?, claimed_us = ?, replaces = ?, "
+        "num_attempts = num_attempts + 1 WHERE account = ? AND key = ? AND request = ? AND answer IS NULL",
         (
-            *(claimed.request, claimed.request_id, claimed.journal, claimed.claimed_us),
+            *(claimed.request, claimed.request_id, claimed.journal, claimed.claimed_us, replaces),
             *(account, key, before.request),
         ),
     )
     return changed == 1
 
 
-def release(db: Connection, account: str, key: str, request: str, before: KeyRow | None) -> None:
-    """Of a request that never ran: the key is as if it had not been used for it, and had `before`."""
-    if before is not None:
-        db.execute(
-            "UPDATE keys SET request = ?, request_id = ?, journal = ?, claimed_us = ?, num_attempts = ? "
-            "WHERE account = ? AND key = ? AND request = ? AND answer IS NULL",
-            (
-                *(before.request, before.request_id, before.journal, before.claimed_us, before.num_attempts),
-                *(account, key, request),
-            ),
-        )
-        return
+def replaced(db: Connection, account: str, key: str, request: str) -> str | None:
+    """Whose charge is to be given back now that this request runs, if anybody's; it is not told again."""
+    row = find(db, account, key)
+    if row is None or row.request != request or row.replaces is None:
+        return None
+    db.execute("UPDATE keys SET replaces = NULL WHERE account = ? AND key = ?", (account, key))
+    return row.refunds
+
+
+_AS_BEFORE = (
+    "UPDATE keys SET request = replaces, replaces = NULL, num_attempts = num_attempts - 1, "
+    "request_id = COALESCE((SELECT r.request_id FROM requests r WHERE r.id = keys.replaces), request_id) "
+    "WHERE answer IS NULL AND replaces IS NOT NULL AND "
+)
+
+
+def release(db: Connection, account: str, key: str, request: str) -> None:
+    """Of a request that never ran: the key is as if it had not been used for it."""
+    db.execute(f"{_AS_BEFORE} account = ? AND key = ? AND request = ?", (account, key, request))
     db.execute(
         "DELETE FROM keys WHERE account = ? AND key = ? AND request = ? AND answer IS NULL", (account, key, request)
     )
@@ -89,6 +98,8 @@ def release(db: Connection, account: str, key: str, request: str, before: KeyRow
 
 def release_of_journal(db: Connection, journal: str) -> None:
     """Of a process that is no more: those of its requests that never ran."""
+    never_ran = "NOT EXISTS (SELECT 1 FROM requests ran WHERE ran.id = keys.request)"
+    db.execute(f"{_AS_BEFORE} journal = ? AND {never_ran}", (journal,))
     db.execute(
         "DELETE FROM keys WHERE journal = ? AND answer IS NULL "
         "AND NOT EXISTS (SELECT 1 FROM requests WHERE requests.id = keys.request)",

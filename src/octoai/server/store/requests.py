@@ -109,8 +109,10 @@ def _give_back_replaced(db: Connection, records: Sequence[Record], now_us: int) 
     """A request that is made again under its Idempotency-Key is not billed twice: what it was charged when it ended
     without an answer is given back. Only now that the new one runs: until then it might not."""
     for record in records:
-        row = of_id(db, record["replaces"]) if record.get("replaces") else None
-        if row is not None and row.status in ("settled", "interrupted") and row.cost_nanos > 0:
+        if record.get("key") is None:
+            continue
+        row = charged(db, keys.replaced(db, record["account"], record["key"], record["id"]))
+        if row is not None:
             refund(db, row, f"asked again under its Idempotency-Key, as {record['request_id']}", now_us)
 
 
@@ -166,6 +168,12 @@ def between(
     where = " AND ".join([f"status IN ({', '.join('?' * len(statuses))})", *given])
     query = f"SELECT {COLUMNS} FROM requests WHERE {where} ORDER BY opened_us, id"  # noqa: S608  # constants only
     return (RequestRow(*row) for row in db.stream(query, [*statuses, *given.values()]))
+
+
+def charged(db: Connection, id_: str | None) -> RequestRow | None:
+    """By our own id, where it has been charged something."""
+    row = None if id_ is None else of_id(db, id_)
+    return row if row is not None and row.status in ("settled", "interrupted") and row.cost_nanos > 0 else None
 
 
 def is_known(db: Connection, request_id: str) -> bool:

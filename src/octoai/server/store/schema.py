@@ -212,6 +212,10 @@ MIGRATIONS = (
     CREATE INDEX reservations_by_account ON reservations (account, at_us, prompt_tokens, completion_tokens);
     CREATE INDEX reservations_by_token ON reservations (token_id, at_us, prompt_tokens, completion_tokens);
     """,
+    # The request before under the same key, until this one runs.
+    """
+    ALTER TABLE keys ADD COLUMN replaces TEXT;
+    """,
 )
 
 _TYPES = {
