@@ -53,8 +53,16 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, model: str) -> No
     assert "model" in line or "there is no file" in line
 
 
-def test_a_password_in_an_engines_url_is_not_said(tmp_path: Path) -> None:
-    (tmp_path / "octoai.toml").write_text("[[models]]\nid = 'x'\nengine_url = 'http://user:secret@h:x'")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "id = 'x'\nengine_url = 'http://user:secret@h:x'",
+        "id = 'x'\nengine_url = 'http://user:secret@h/v1'\npath = '/x'",
+        "engine_url = 'http://user:secret@h/v1'",
+    ],
+)
+def test_a_password_in_an_engines_url_is_not_said(tmp_path: Path, text: str) -> None:
+    (tmp_path / "octoai.toml").write_text(f"[[models]]\n{text}")
     assert "secret" not in serve(tmp_path)[1]
 
 

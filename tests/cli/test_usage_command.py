@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -170,6 +171,25 @@ def test_where_there_is_no_room_for_what_is_printed_it_is_said_in_one_line(
         command = [sys.executable, "-m", "octoai", *arguments, *place]
         ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stderr) == (1, "octoai: No space left on device\n")
+
+
+def test_a_closed_output_is_no_matter(tmp_path: Path) -> None:
+    command = f'"{sys.executable}" -m octoai usage --data-dir "{tmp_path}" >&-'
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_what_was_printed_before_something_went_wrong_is_there(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> int:
+        print("done so far")
+        raise TimeoutError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: argparse.Namespace(run=run))
+    assert main(["usage"]) == 1
+    out, err = capfd.readouterr()
+    assert (out, err) == ("done so far\n", "octoai: TimeoutError\n")
 
 
 def test_a_directory_that_was_deleted_is_no_matter(tmp_path: Path) -> None:

@@ -128,6 +128,10 @@ def test_an_answer_ends_when_each_of_its_choices_has() -> None:
     assert end(answer.events(event("a") + second + STOP + ended + DONE)).reasons == {0: "stop", 1: "length"}
 
 
+def test_a_server_that_gives_one_choice_whatever_is_asked_has_answered() -> None:
+    assert end(Answer(TWO).events(event("a") + STOP + DONE)).reasons == {0: "stop"}
+
+
 def test_why_a_model_declines_is_its_text() -> None:
     first = said(index=0, delta={"role": "assistant", "content": None, "refusal": "I can"})
     second = said(index=0, delta={"refusal": "not"})
@@ -155,6 +159,13 @@ def test_calls_without_a_number_are_told_apart_by_their_ids() -> None:
     numbers = [(number, name) for number, name, _ in calls(calling(a, b), calling(more), calling(a | {"id": "c"}))]
     assert numbers == [(0, "a"), (1, "b"), (1, None), (2, "c")]
     assert [number for number, *_ in calls(calling(a), calling(a), calling(a, choice=1), calling(more))] == [0, 0, 0, 0]
+
+
+def test_calls_without_numbers_and_ids_are_told_apart_by_their_names() -> None:
+    f, g, more = ({"function": each} for each in ({"name": "f"}, {"name": "g", "arguments": "{"}, {"arguments": "}"}))
+    assert [number for number, *_ in calls(calling(f, g), calling(more), calling(f))] == [0, 1, 1, 2]
+    late = {"id": "a"}  # the name comes later
+    assert [number for number, *_ in calls(calling(late), calling(f), calling(more))] == [0, 0, 0]
 
 
 def test_calls_with_numbers_keep_them() -> None:

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(arguments)
         status = int(args.run(args))
-        sys.stdout.flush()
+        _flush()
         return status
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("octoai"):
@@ -38,14 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return 1
     except OSError as error:  # no room for what is printed, for one
-        _drop_output()
-        return fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        try:
+            _flush()
+        except OSError:
+            _drop_output()
+        said = error.strerror or str(error) or type(error).__name__
+        return fail(said + (f": {error.filename}" if error.filename else ""))
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it may have been closed by who started us
+        sys.stdout.flush()
 
 
 def _drop_output() -> None:
     """Python would complain once more when it flushes at its end."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def missing(error: ModuleNotFoundError) -> str:

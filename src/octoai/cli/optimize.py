@@ -57,6 +57,7 @@ def optimize(args: argparse.Namespace) -> int:
     from octoai.optimizer.outcome import Bounds
     from octoai.server import app, idle
     from octoai.server.catalogue import BadCatalogue
+    from octoai.server.logs import without_password
     from octoai.server.settings import BadSettings
     from octoai.server.sources import PullFailed, WeightStore
 
@@ -65,7 +66,9 @@ def optimize(args: argparse.Namespace) -> int:
     try:
         settings, chosen = _chosen(args.model, args.config)
         if chosen.engine_url is not None:
-            return fail(f"{chosen.id} is served by {chosen.engine_url}: optimize it where that server runs")
+            return fail(
+                f"{chosen.id} is served by {without_password(chosen.engine_url)}: optimize it where that server runs"
+            )
         model = app.catalogue(settings)[chosen.id]
         store = WeightStore(settings.cache_dir)
         source = store.path(model) or pulled(store, model)

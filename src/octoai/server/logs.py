@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 
@@ -40,3 +41,8 @@ def set_up(level: str) -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """A body without its end is how a stream that failed is cut: the request's own line tells that."""
     return "returned without completing response" not in record.getMessage()
+
+
+def without_password(url: str) -> str:
+    """An address as it may be said: what is before an `@` in it is nobody's to read."""
+    return re.sub("//[^/]*@", "//", url)

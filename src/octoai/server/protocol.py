@@ -25,7 +25,7 @@ from octoai.server.ids import new_request_id
 from octoai.server.incoming import Connection, Incoming
 
 MAX_HEAD_BYTES = 64 * 1024
-LINGER_SECONDS = 30.0  # for a client to read what it was sent before its connection was closed
+LINGER_SECONDS = 30.0  # for a client to read some of what it was sent before its connection was closed
 
 
 class ServiceProtocol(HttpToolsProtocol, Connection):
@@ -136,9 +136,17 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self._linger()
 
     def _linger(self) -> None:
-        """A transport that closes waits until all is written, to who does not read for ever."""
-        if self._lingering is None and self.transport.get_write_buffer_size():
-            self._lingering = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+        """A transport that closes waits until all is written: for ever to who does not read, here while he does."""
+        num_left = self.transport.get_write_buffer_size()
+        if self._lingering is None and num_left:
+            self._lingering = self.loop.call_later(LINGER_SECONDS, self._close_if_unread, num_left)
+
+    def _close_if_unread(self, num_left_before: int) -> None:
+        self._lingering = None
+        if self.transport.get_write_buffer_size() < num_left_before:
+            self._linger()
+        else:
+            self.transport.abort()
 
     # ---- what the parser calls ----
 

@@ -71,7 +71,7 @@ class Calls:
     one."""
 
     def __init__(self) -> None:
-        self._last: dict[int, tuple[int, str]] = {}  # number and id, by choice
+        self._last: dict[int, tuple[int, str, bool]] = {}  # number, id, and whether it has its name, by choice
 
     def numbered(self, choice: int, calls: Any) -> Sequence[Call]:
         if not isinstance(calls, list):
@@ -79,14 +79,16 @@ class Calls:
         return [self._numbered(choice, call) for call in calls]
 
     def _numbered(self, choice: int, call: Call) -> Call:
-        name, number = _string(call.get("id")), call.get("index")
-        last, last_name = self._last.get(choice, (-1, ""))
-        if number is None:  # another id begins another call
-            number = max(0, last) if name in ("", last_name) else last + 1
+        id_, number, function = _string(call.get("id")), call.get("index"), call.get("function")
+        has_name = bool(function and function.get("name"))
+        last, last_id, had_name = self._last.get(choice, (-1, "", False))
+        if number is None:  # another id begins another call, and without ids another name
+            begins = id_ != last_id if id_ else has_name and had_name
+            number = last + 1 if begins else max(0, last)
         if type(number) is not int or number < 0:
             raise ValueError(number)
-        self._last[choice] = number, name or (last_name if number == last else "")
-        function = call.get("function")
+        is_same = number == last
+        self._last[choice] = number, id_ or (last_id if is_same else ""), has_name or (is_same and had_name)
         numbered = {**call, "index": number}
         return {**numbered, "function": _function(function)} if function else numbered
 

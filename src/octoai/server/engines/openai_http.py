@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -26,6 +25,7 @@ from octoai.server.engines.exchange import CannotConnect, Exchange, Pool
 from octoai.server.engines.plain import Habits
 from octoai.server.engines.refusals import refusal
 from octoai.server.errors import EngineFailed, Refusal, Unavailable
+from octoai.server.logs import without_password
 
 log = logging.getLogger("octoai.engine")
 
@@ -81,7 +81,7 @@ class OpenAIEngine:
         """Ask once, then keep asking in the background: a server of somebody else's may come and go."""
         await self.connect()
         if not self._is_ready:
-            shown = re.sub("//[^/]*@", "//", self.url)  # a name and a password are nobody's to read
+            shown = without_password(self.url)
             log.warning("engine %s does not answer yet; it is asked again every %.0f s", shown, PROBE_SECONDS)
         self._probe = asyncio.create_task(self._keep_probing())
 

@@ -275,7 +275,8 @@ class Reader:
             counted[number] = counted.get(number, 0) + 1
 
     def _finished(self) -> Finished:
-        if len(self._reasons) < (1 if self._generation is None else self._num_choices):
+        # Not of every choice that was asked for: some servers give one, whatever is asked.
+        if not self._reasons or self._counted_at_text.keys() - self._reasons.keys():
             raise EngineFailed("The engine ended its answer without saying why.")
         completion_tokens = self._completion_tokens or sum(self._counted.values())
         reasoning_tokens = min(self._told_thought or self._num_thought, completion_tokens)
