@@ -153,6 +153,25 @@ def test_a_little_behind_the_last_chunk_does_no_harm_nor_does_a_large_body() -> 
     asyncio.run(main())
 
 
+def test_who_reads_slowly_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol_module, "LINGER_SECONDS", 0.03)
+
+    async def main() -> None:
+        protocol, pipe = connected()
+        pipe.num_unread = 1000
+        protocol.data_received(request("a", b"1", "close"))
+        await settle()
+        while pipe.num_unread > 100:
+            pipe.num_unread -= 100
+            await asyncio.sleep(0.02)
+            assert not pipe.is_aborted
+        await asyncio.sleep(0.1)  # and now not at all
+        assert pipe.is_aborted
+        protocol.connection_lost(None)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("how", ["rests", "says that it closes", "is refused", "closes its half"])
 def test_a_connection_that_is_closed_does_not_wait_for_its_client_for_ever(
     monkeypatch: pytest.MonkeyPatch, how: str

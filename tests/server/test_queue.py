@@ -136,7 +136,7 @@ def test_a_full_queue_refuses_with_an_honest_time() -> None:
         workers = [Worker(queue, "a", order) for _ in range(5)]
         await ticks()
         with pytest.raises(Unavailable) as caught:
-            async with queue.turn("b"):
+            async with queue.turn("a"):
                 pass
         assert caught.value.code == "overloaded"
         assert int(caught.value.headers["retry-after"]) == caught.value.retry_after >= 1
@@ -164,7 +164,10 @@ def test_tokens_that_wait_are_bounded_as_well() -> None:
         await ticks()
         assert (queue.num_waiting, queue.waiting_tokens) == (1, 5000)
         with pytest.raises(Unavailable, match="tokens"):
-            async with queue.turn("b", 1):
+            async with queue.turn("a", 1):
+                pass
+        with pytest.raises(Unavailable, match="tokens"):
+            async with queue.turn("b", 501):  # more than its part
                 pass
         workers[0].release.set()
         workers += [Worker(queue, "b", order, 400), Worker(queue, "c", order, 600)]
@@ -204,7 +207,7 @@ def test_the_time_to_come_again_is_what_waits_over_what_is_done_in_a_second() ->
         workers = [Worker(queue, "a", order, 500) for _ in range(11)]
         await ticks()
         with pytest.raises(Unavailable) as caught:
-            async with queue.turn("b", 500):
+            async with queue.turn("a", 500):
                 pass
         assert caught.value.retry_after in (21, 22)  # ten that wait, and half of the one that runs, at 250
         for worker in workers:

@@ -2,8 +2,12 @@
 
 Among accounts the turn goes to the one that has had the fewest tokens since it began to wait; one that comes anew is
 level with whoever has had the fewest. So an account with a hundred requests waiting delays another account's single
-request by at most one of its own, and one with large requests has fewer turns than one with small ones. Within an
-account it is first come, first served. Leaving the queue (a client that went away) costs nobody a slot.
+request by at most one of its own, and one with large requests has fewer turns than one with small ones, while both
+wait: what was had while nobody else waited is held against nobody. Within an account it is first come, first served.
+Leaving the queue (a client that went away) costs nobody a slot.
+
+A queue that is full is shared equally, too: the newest request of the account that has most of it gives way to one of
+an account that has less than its part.
 
 Tokens are what a request may come to, as far as can be told beforehand. The same measure counts what waits and what
 was done, so that an expected wait is honest also where every estimate is too high.
@@ -29,6 +33,7 @@ _KEPT = 0.9  # of what was measured before, at the end of each turn
 class _Place:
     tokens: int
     turn: asyncio.Future[None]
+    is_admitted: bool
 
 
 @dataclass(slots=True)
@@ -40,6 +45,10 @@ class _Account:
     since: int
     waiting: deque[_Place] = field(default_factory=deque)
     num_running: int = 0
+
+    @property
+    def waiting_tokens(self) -> int:
+        return sum(place.tokens for place in self.waiting)
 
 
 class Turn:
@@ -115,30 +124,56 @@ class FairQueue:
 
     async def _wait(self, account: str, tokens: int, is_admitted: bool) -> None:
         if not is_admitted:
-            self._check_room(tokens)
-        place = _Place(tokens, asyncio.get_running_loop().create_future())
+            self._make_room(account, tokens)
+        place = _Place(tokens, asyncio.get_running_loop().create_future(), is_admitted)
         self._entered(account).waiting.append(place)
         self.num_waiting += 1
         self.waiting_tokens += tokens
         try:
             await place.turn
         except asyncio.CancelledError:
-            if place.turn.done() and not place.turn.cancelled():
-                self._give_back(account, tokens)  # the turn came in the same moment as the client left
-            else:
+            if not place.turn.done() or place.turn.cancelled():
                 self._leave(account, place)
+            elif place.turn.exception() is None:  # the turn came in the same moment as the client left
+                self._give_back(account, tokens)
             raise
 
-    def _check_room(self, tokens: int) -> None:
-        if self.num_waiting >= self.max_waiting:
-            self._refuse(f"Too many requests are waiting ({self.num_waiting}).")
+    def _make_room(self, name: str, tokens: int) -> None:
+        """Raises Unavailable where none can be made: who asks has its part of the queue already."""
+        own = self._accounts.get(name)
+        num_accounts = sum(1 for each in self._accounts.values() if each.waiting and each is not own) + 1
+        while self.num_waiting >= self.max_waiting:
+            num_own = len(own.waiting) if own else 0
+            if (num_own + 1) * num_accounts > self.max_waiting or not self._displace(
+                name, lambda each: len(each.waiting)
+            ):
+                raise self._refusal(f"Too many requests are waiting ({self.num_waiting}).")
         # One that comes to more than the bound by itself may wait where nobody else does.
         limit = self.max_waiting_tokens
-        if limit is not None and self.num_waiting and self.waiting_tokens + tokens > limit:
-            self._refuse(f"Too many tokens are waiting (about {self.waiting_tokens}).")
+        while limit is not None and self.num_waiting and self.waiting_tokens + tokens > limit:
+            all_own = (own.waiting_tokens if own else 0) + tokens
+            if all_own * num_accounts > limit or not self._displace(name, lambda each: each.waiting_tokens):
+                raise self._refusal(f"Too many tokens are waiting (about {self.waiting_tokens}).")
 
-    def _refuse(self, message: str) -> None:
-        raise Unavailable(message, retry_after=self.expected_wait, code="overloaded")
+    def _displace(self, name: str, size: Callable[[_Account], int]) -> bool:
+        """Refuse the newest request that waits of another account, of the one that has most. The only request of an
+        account stays."""
+        others = {
+            each: account
+            for each, account in self._accounts.items()
+            if each != name and account.waiting and len(account.waiting) + account.num_running > 1
+        }
+        for other, account in sorted(others.items(), key=lambda each: -size(each[1])):
+            place = next((each for each in reversed(account.waiting) if not each.is_admitted), None)
+            if place is not None:
+                self._leave(other, place)
+                if not place.turn.done():
+                    place.turn.set_exception(self._refusal("Others who have less of the queue come before this."))
+                return True
+        return False
+
+    def _refusal(self, message: str) -> Unavailable:
+        return Unavailable(message, retry_after=self.expected_wait, code="overloaded")
 
     def _entered(self, name: str) -> _Account:
         account = self._accounts.get(name)
@@ -150,8 +185,9 @@ class FairQueue:
 
     def _start(self, name: str, tokens: int) -> None:
         account = self._entered(name)
-        self._level += tokens / len(self._accounts)
-        account.had += tokens
+        if self.num_waiting > len(account.waiting):
+            self._level += tokens / len(self._accounts)
+            account.had += tokens
         account.since = next(self._order)
         account.num_running += 1
         if self.num_running == 0:

@@ -207,7 +207,8 @@ class Job:
     async def _part(self, prompt: int, first: int, generation: Generation) -> AsyncGenerator[Batch]:
         """One request to the engine, in its turn."""
         part = self.meter.part(prompt)
-        is_admitted, tokens, is_durable = self.meter.turn is not None, generation.most_tokens, False
+        tokens, is_durable = generation.most_tokens(self.deployment.context_length), False
+        is_admitted = self.meter.turn is not None
         metrics = self.service.metrics.of(self.deployment)
         may_take = self.request.stream and self._num_parts == 1
         on_text = partial(self._take, part, metrics) if may_take else None

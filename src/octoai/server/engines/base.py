@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 Message = Mapping[str, Any]
 BYTES_PER_TOKEN = 4  # of English, about
+LONGEST_CONTEXT = 2**17  # where an engine does not say what it has
 
 
 @dataclass(slots=True)
@@ -60,10 +61,11 @@ class Generation:
             return len(self.text or "")
         return sum(len(str(message.get("content"))) for message in self.messages)
 
-    @property
-    def most_tokens(self) -> int:
-        """About what the prompt and the longest answer come to, before anything is counted."""
-        return self.num_prompt_bytes // BYTES_PER_TOKEN + self.max_tokens * self.n + 1
+    def most_tokens(self, context_length: int | None) -> int:
+        """About what the prompt and the longest answers come to, before anything is counted: no choice comes to more
+        than a context, whatever was asked."""
+        asked = self.num_prompt_bytes // BYTES_PER_TOKEN + self.max_tokens * self.n + 1
+        return min(asked, (context_length or LONGEST_CONTEXT) * self.n)
 
 
 @dataclass(slots=True)

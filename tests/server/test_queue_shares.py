@@ -1,0 +1,152 @@
+"""A full queue is shared: no account keeps another out of it, and nothing is held against who kept nobody waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octoai.server.engines.base import Generation
+from octoai.server.errors import Unavailable
+from octoai.server.queue import FairQueue
+from tests.server.test_queue import Worker, run, ticks
+
+
+async def end(workers: list[Worker]) -> list[BaseException | None]:
+    for worker in workers:
+        worker.release.set()
+    return await asyncio.gather(*(worker.task for worker in workers), return_exceptions=True)
+
+
+def test_the_newest_of_who_has_most_gives_way_to_who_has_less() -> None:
+    async def main() -> None:
+        queue, order = FairQueue(1, 6), list[str]()
+        many = [Worker(queue, "a", order) for _ in range(7)]
+        await ticks()
+        one = Worker(queue, "b", order)
+        await ticks()
+        assert queue.num_waiting == 6
+        assert isinstance(many[6].task.exception(), Unavailable)
+        assert many[6].task.exception().retry_after  # type: ignore[union-attr]
+        others = [Worker(queue, "b", order) for _ in range(3)]
+        await ticks()
+        assert [other.task.done() for other in others] == [False, False, True]  # half of it, and no more
+        assert [worker.task.done() for worker in many] == [False] * 4 + [True] * 3
+        await end([*many, one, *others])
+        assert (queue.waiting_tokens, queue.running_tokens, queue._accounts) == (0, 0, {})
+
+    run(main())
+
+
+def test_tokens_that_wait_are_shared_as_well() -> None:
+    async def main() -> None:
+        queue, order = FairQueue(1, 100, 1000), list[str]()
+        large = [Worker(queue, "a", order, 450) for _ in range(3)]
+        await ticks()
+        small = Worker(queue, "b", order, 200)
+        await ticks()
+        assert [worker.task.done() for worker in (*large, small)] == [False, False, True, False]
+        assert queue.waiting_tokens == 650
+        await end([*large, small])
+
+    run(main())
+
+
+def test_the_only_request_of_an_account_stays() -> None:
+    async def main() -> None:
+        queue, order = FairQueue(1, 100, 1000), list[str]()
+        workers = [Worker(queue, "other", order), Worker(queue, "a", order, 5000)]
+        await ticks()
+        late = Worker(queue, "b", order)
+        await ticks()
+        assert isinstance(late.task.exception(), Unavailable)
+        await end(workers)
+        assert order == ["other", "a"]
+
+    run(main())
+
+
+def test_what_continues_an_admitted_request_is_not_displaced() -> None:
+    async def main() -> None:
+        queue, order = FairQueue(1, 2), list[str]()
+        holder = Worker(queue, "a", order)
+        await ticks()
+
+        async def part() -> None:
+            async with queue.turn("a", is_admitted=True):
+                order.append("part")
+
+        parts = [asyncio.create_task(part()) for _ in range(2)]
+        await ticks()
+        late = Worker(queue, "b", order)
+        await ticks()
+        assert isinstance(late.task.exception(), Unavailable)
+        await end([holder])
+        await asyncio.gather(*parts)
+
+    run(main())
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32), bound=st.integers(3, 9))
+def test_who_has_less_than_its_part_is_never_refused(seed: int, bound: int) -> None:
+    async def main() -> None:
+        dice, queue, order = random.Random(seed), FairQueue(1, bound), list[str]()
+        workers = [Worker(queue, "x", order)]
+        await ticks()
+        for _ in range(40):
+            name = dice.choice("aaab")
+            waiting = {each: len(account.waiting) for each, account in queue._accounts.items() if account.waiting}
+            part = bound / len({*waiting, name})
+            worker = Worker(queue, name, order)
+            workers.append(worker)
+            await ticks()
+            if waiting.get(name, 0) + 1 <= part:
+                assert not worker.task.done()
+            assert queue.num_waiting <= bound
+        await end(workers)
+        assert (queue.num_running, queue.num_waiting, queue._accounts) == (0, 0, {})
+
+    run(main())
+
+
+def test_what_was_had_while_nobody_waited_is_held_against_nobody() -> None:
+    async def main() -> None:
+        queue, order = FairQueue(3, 1000), list[str]()
+        stream, always = Worker(queue, "b", order, 1000), Worker(queue, "a", order, 1000)
+        await ticks()
+        for _ in range(200):  # beside two that run for long
+            done = Worker(queue, "a", order, 1000)
+            await ticks()
+            await end([done])
+        order.clear()
+        holder = Worker(queue, "a", order, 1000)
+        await ticks()
+        crowd = [Worker(queue, "b", order, 1000) for _ in range(100)]
+        single = Worker(queue, "a", order, 1000)
+        await ticks()
+        await end([holder])
+        for worker in [*crowd, single]:
+            worker.release.set()
+        await asyncio.gather(*(worker.task for worker in [*crowd, single]))
+        assert order.index("a", 1) <= 3
+        await end([stream, always])
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("generation", "context", "most"),
+    [
+        (Generation(100, text="abcd" * 10), 8192, 111),
+        (Generation(2**31 - 1, text=""), 8192, 8192),
+        (Generation(2**31 - 1, text="", n=3), 8192, 3 * 8192),
+        (Generation(10, text="abcd" * 10**6), 8192, 8192),
+        (Generation(2**31 - 1, text=""), None, 2**17),
+    ],
+)
+def test_no_request_comes_to_more_than_its_contexts(generation: Generation, context: int | None, most: int) -> None:
+    assert generation.most_tokens(context) == most
