@@ -76,7 +76,7 @@ def test_what_continues_an_admitted_request_is_not_displaced() -> None:
         await ticks()
 
         async def part() -> None:
-            async with queue.turn("a", is_admitted=True):
+            async with queue.turn("a", is_admitted=lambda: True):
                 order.append("part")
 
         parts = [asyncio.create_task(part()) for _ in range(2)]
@@ -86,6 +86,70 @@ def test_what_continues_an_admitted_request_is_not_displaced() -> None:
         assert isinstance(late.task.exception(), Unavailable)
         await end([holder])
         await asyncio.gather(*parts)
+
+    run(main())
+
+
+def test_who_is_refused_takes_nobodys_place() -> None:
+    async def main() -> None:
+        queue, order = FairQueue(1, 8, 1000), list[str]()
+        many = [Worker(queue, "a", order, 10) for _ in range(9)]
+        await ticks()
+        late = Worker(queue, "c", order, 2000)
+        await ticks()
+        assert isinstance(late.task.exception(), Unavailable)
+        assert not any(worker.task.done() for worker in many)
+        await end(many)
+
+    run(main())
+
+
+def test_a_request_that_has_begun_is_not_displaced_though_it_waited_with_all_its_choices() -> None:
+    async def main() -> None:
+        queue, order, has_begun = FairQueue(1, 4), list[str](), False
+        holder = Worker(queue, "x", order)
+        await ticks()
+
+        async def part() -> None:
+            async with queue.turn("a", is_admitted=lambda: has_begun):
+                order.append("part")
+
+        parts = [asyncio.create_task(part()) for _ in range(4)]
+        await ticks()
+        has_begun = True
+        late = Worker(queue, "b", order)
+        await ticks()
+        assert isinstance(late.task.exception(), Unavailable)
+        await end([holder])
+        await asyncio.gather(*parts)
+
+    run(main())
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32), slots=st.integers(1, 4))
+def test_a_single_request_waits_for_at_most_one_of_another_account_whatever_was_before(seed: int, slots: int) -> None:
+    async def main() -> None:
+        dice, queue, order = random.Random(seed), FairQueue(slots, 10_000), list[str]()
+        workers = [Worker(queue, "a", order, 100) for _ in range(dice.randint(0, slots - 1))]  # run for long
+        num_long = len(workers)
+        for _ in range(dice.randint(0, 60)):
+            workers.append(Worker(queue, dice.choice("abc"), order, dice.randint(1, 300)))
+            await ticks()
+            running = [worker for worker in workers[num_long:] if worker.has_turn and not worker.task.done()]
+            if running and dice.random() < 0.8:
+                dice.choice(running).release.set()
+                await ticks()
+        order.clear()
+        single = Worker(queue, "single", order, 100)
+        await ticks()
+        workers += [Worker(queue, "a", order, 100) for _ in range(60)]
+        await ticks()
+        while "single" not in order:
+            next(worker for worker in workers if worker.has_turn and not worker.task.done()).release.set()
+            await ticks()
+        assert order[: order.index("single")].count("a") <= 1
+        await end([*workers, single])
 
     run(main())
 
@@ -104,7 +168,9 @@ def test_who_has_less_than_its_part_is_never_refused(seed: int, bound: int) -> N
             worker = Worker(queue, name, order)
             workers.append(worker)
             await ticks()
-            if waiting.get(name, 0) + 1 <= part:
+            others = [number for each, number in waiting.items() if each != name]
+            has_less = all(number > waiting.get(name, 0) + 1 for number in others if number > 1)
+            if waiting.get(name, 0) + 1 <= part and has_less and any(number > 1 for number in others):
                 assert not worker.task.done()
             assert queue.num_waiting <= bound
         await end(workers)

@@ -128,6 +128,13 @@ def test_an_answer_ends_when_each_of_its_choices_has() -> None:
     assert end(answer.events(event("a") + second + STOP + ended + DONE)).reasons == {0: "stop", 1: "length"}
 
 
+def test_a_choice_that_was_begun_has_to_end() -> None:
+    answer, begun = Answer(TWO), said(index=1, delta={"role": "assistant"})
+    answer.events(begun + event("a") + STOP)
+    with pytest.raises(EngineFailed):
+        answer.events(DONE)
+
+
 def test_a_server_that_gives_one_choice_whatever_is_asked_has_answered() -> None:
     assert end(Answer(TWO).events(event("a") + STOP + DONE)).reasons == {0: "stop"}
 

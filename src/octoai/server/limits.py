@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from octoai.server.accounts import Caller
@@ -79,9 +79,15 @@ def reserve(db: Connection, caller: Caller, wanted: Reservation, refunds: str | 
 
 
 def _check_money(name: str, standing: Standing, wanted: Reservation, returning_nanos: int) -> None:
-    left = standing.left_nanos
+    credit = standing.credit_nanos
+    after_refund = replace(
+        standing,
+        spent_nanos=standing.spent_nanos - returning_nanos,
+        credit_nanos=None if credit is None else credit + returning_nanos,
+    )
+    left = after_refund.left_nanos
     # What costs nothing is not refused to who owes something.
-    if left is None or wanted.nanos <= max(0, left + returning_nanos):
+    if left is None or wanted.nanos <= max(0, left):
         return
     need = f"this request may cost up to {usd(wanted.nanos)} USD"
     held = f" ({usd(standing.held_nanos)} USD are held by requests that are running)" if standing.held_nanos else ""

@@ -7,6 +7,9 @@ ASGI, as uvicorn does it. The order of both on one connection is uvicorn's. Know
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import sys
+import termios
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
@@ -137,16 +140,20 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
     def _linger(self) -> None:
         """A transport that closes waits until all is written: for ever to who does not read, here while he does."""
-        num_left = self.transport.get_write_buffer_size()
-        if self._lingering is None and num_left:
-            self._lingering = self.loop.call_later(LINGER_SECONDS, self._close_if_unread, num_left)
+        if self._lingering is None and self.transport.get_write_buffer_size():
+            self._lingering = self.loop.call_later(LINGER_SECONDS, self._close_if_unread, self._num_unread())
 
-    def _close_if_unread(self, num_left_before: int) -> None:
+    def _close_if_unread(self, num_before: int) -> None:
         self._lingering = None
-        if self.transport.get_write_buffer_size() < num_left_before:
+        if self._num_unread() < num_before:
             self._linger()
         else:
             self.transport.abort()
+
+    def _num_unread(self) -> int:
+        """Bytes that the client's machine has not acknowledged, as far as the system tells: the kernel holds megabytes,
+        and takes no more from us until a good part of them has gone."""
+        return self.transport.get_write_buffer_size() + num_unacknowledged(self.transport.get_extra_info("socket"))
 
     # ---- what the parser calls ----
 
@@ -300,6 +307,14 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             self.close()
         else:
             self._resting = self.loop.call_later(left, self._close_if_resting)
+
+
+def num_unacknowledged(raw: Any) -> int:
+    """What of it is in the kernel's buffer for that socket; 0 where the system does not tell."""
+    try:
+        return int.from_bytes(fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (AttributeError, OSError, ValueError):
+        return 0
 
 
 def protocol_for(edge: Edge) -> type[ServiceProtocol]:

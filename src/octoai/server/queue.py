@@ -33,7 +33,7 @@ _KEPT = 0.9  # of what was measured before, at the end of each turn
 class _Place:
     tokens: int
     turn: asyncio.Future[None]
-    is_admitted: bool
+    is_admitted: Callable[[], bool]
 
 
 @dataclass(slots=True)
@@ -46,16 +46,12 @@ class _Account:
     waiting: deque[_Place] = field(default_factory=deque)
     num_running: int = 0
 
-    @property
-    def waiting_tokens(self) -> int:
-        return sum(place.tokens for place in self.waiting)
-
 
 class Turn:
     """To be entered with `async with`. What that gives is called at the end of an answer that is whole: one that was
     left says nothing of how fast the engine is."""
 
-    def __init__(self, queue: FairQueue, account: str, tokens: int, is_admitted: bool) -> None:
+    def __init__(self, queue: FairQueue, account: str, tokens: int, is_admitted: Callable[[], bool]) -> None:
         self._queue, self._account, self._tokens, self._is_admitted = queue, account, tokens, is_admitted
 
     async def __aenter__(self) -> Callable[[], None]:
@@ -70,6 +66,10 @@ class Turn:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._queue._give_back(self._account, self._tokens)
+
+
+def _tokens_of(places: list[_Place]) -> int:
+    return sum(place.tokens for place in places)
 
 
 class FairQueue:
@@ -110,9 +110,9 @@ class FairQueue:
             return 0.0
         return (self.waiting_tokens + self.running_tokens / 2) / self.tokens_per_second
 
-    def turn(self, account: str, tokens: int = 1, *, is_admitted: bool = False) -> Turn:
-        """`tokens` is what it may come to, at least 1. `is_admitted`: more of a request that had a turn already, which
-        must not be refused half-way. To enter it raises Unavailable."""
+    def turn(self, account: str, tokens: int = 1, *, is_admitted: Callable[[], bool] = bool) -> Turn:
+        """`tokens` is what it may come to, at least 1. `is_admitted` answers whether it is more of a request that had a
+        turn already, which must not be refused half-way. To enter it raises Unavailable."""
         return Turn(self, account, tokens, is_admitted)
 
     def _take(self, account: str, tokens: int) -> bool:
@@ -122,8 +122,8 @@ class FairQueue:
             self._start(account, tokens)
         return is_free
 
-    async def _wait(self, account: str, tokens: int, is_admitted: bool) -> None:
-        if not is_admitted:
+    async def _wait(self, account: str, tokens: int, is_admitted: Callable[[], bool]) -> None:
+        if not is_admitted():
             self._make_room(account, tokens)
         place = _Place(tokens, asyncio.get_running_loop().create_future(), is_admitted)
         self._entered(account).waiting.append(place)
@@ -139,52 +139,75 @@ class FairQueue:
             raise
 
     def _make_room(self, name: str, tokens: int) -> None:
-        """Raises Unavailable where none can be made: who asks has its part of the queue already."""
-        own = self._accounts.get(name)
-        num_accounts = sum(1 for each in self._accounts.values() if each.waiting and each is not own) + 1
-        while self.num_waiting >= self.max_waiting:
-            num_own = len(own.waiting) if own else 0
-            if (num_own + 1) * num_accounts > self.max_waiting or not self._displace(
-                name, lambda each: len(each.waiting)
-            ):
-                raise self._refusal(f"Too many requests are waiting ({self.num_waiting}).")
-        # One that comes to more than the bound by itself may wait where nobody else does.
+        """Raises Unavailable where none can be made: nobody has more of what is full than who asks would have, or who
+        asks would have more than its part. Nobody gives way before it is known that there will be room."""
         limit = self.max_waiting_tokens
-        while limit is not None and self.num_waiting and self.waiting_tokens + tokens > limit:
-            all_own = (own.waiting_tokens if own else 0) + tokens
-            if all_own * num_accounts > limit or not self._displace(name, lambda each: each.waiting_tokens):
-                raise self._refusal(f"Too many tokens are waiting (about {self.waiting_tokens}).")
+        is_full = self.num_waiting >= self.max_waiting
+        # One that comes to more than the bound by itself may wait where nobody else does.
+        if not is_full and (limit is None or not self.num_waiting or self.waiting_tokens + tokens <= limit):
+            return
+        waiting = {each: [*account.waiting] for each, account in self._accounts.items() if account.waiting}
+        own = waiting.pop(name, [])
+        said = f"requests are waiting ({self.num_waiting})"
+        going = self._going(waiting, len, len(own) + 1, self.max_waiting, said)
+        if limit is not None:
+            said = f"tokens are waiting (about {self.waiting_tokens})"
+            going += self._going(waiting, _tokens_of, _tokens_of(own) + tokens, limit, said)
+        for other, place in going:
+            self._leave(other, place)
+            if not place.turn.done():
+                place.turn.set_exception(self._refusal("Others who have less of the queue come before this."))
 
-    def _displace(self, name: str, size: Callable[[_Account], int]) -> bool:
-        """Refuse the newest request that waits of another account, of the one that has most. The only request of an
+    def _going(
+        self,
+        waiting: dict[str, list[_Place]],
+        size: Callable[[list[_Place]], int],
+        own_size: int,
+        bound: int,
+        said: str,
+    ) -> list[tuple[str, _Place]]:
+        """Who has to go for the bound to hold, taken from `waiting`, which is all that others have here; `own_size` is
+        what who asks would have."""
+        going: list[tuple[str, _Place]] = []
+        num_accounts = len(waiting) + 1
+        while sum(map(size, waiting.values())) + own_size > bound:
+            found = self._greediest(waiting, size, own_size) if own_size * num_accounts <= bound else None
+            if found is None:
+                raise self._refusal(f"Too many {said}.")
+            waiting[found[0]].remove(found[1])
+            going.append(found)
+        return going
+
+    def _greediest(
+        self, waiting: dict[str, list[_Place]], size: Callable[[list[_Place]], int], own_size: int
+    ) -> tuple[str, _Place] | None:
+        """The newest request that may go, of the account that has most, and more than who asks. The only request of an
         account stays."""
-        others = {
-            each: account
-            for each, account in self._accounts.items()
-            if each != name and account.waiting and len(account.waiting) + account.num_running > 1
-        }
-        for other, account in sorted(others.items(), key=lambda each: -size(each[1])):
-            place = next((each for each in reversed(account.waiting) if not each.is_admitted), None)
-            if place is not None:
-                self._leave(other, place)
-                if not place.turn.done():
-                    place.turn.set_exception(self._refusal("Others who have less of the queue come before this."))
-                return True
-        return False
+        sizes = {name: size(places) for name, places in waiting.items()}
+        for name in sorted(sizes, key=lambda each: -sizes[each]):
+            num_requests = len(waiting[name]) + self._accounts[name].num_running
+            place = next((each for each in reversed(waiting[name]) if not each.is_admitted()), None)
+            if sizes[name] > own_size and num_requests > 1 and place is not None:
+                return name, place
+        return None
 
     def _refusal(self, message: str) -> Unavailable:
         return Unavailable(message, retry_after=self.expected_wait, code="overloaded")
 
     def _entered(self, name: str) -> _Account:
+        """An account that begins to wait, or is here anew: neither behind anybody who waits, so that nobody is made to
+        wait for what others are owed, nor owed what others had meanwhile."""
         account = self._accounts.get(name)
-        if account is None:
-            # Not behind anybody who waits: nobody who comes anew is made to wait for what others are owed.
+        if account is None or not account.waiting:
             fewest = min((each.had for each in self._accounts.values() if each.waiting), default=self._level)
-            account = self._accounts[name] = _Account(min(self._level, fewest), next(self._order))
+            level = min(self._level, fewest)
+            if account is None:
+                account = self._accounts[name] = _Account(level, next(self._order))
+            account.had = max(account.had, level)
         return account
 
     def _start(self, name: str, tokens: int) -> None:
-        account = self._entered(name)
+        account = self._accounts.get(name) or self._entered(name)
         if self.num_waiting > len(account.waiting):
             self._level += tokens / len(self._accounts)
             account.had += tokens

@@ -208,11 +208,10 @@ class Job:
         """One request to the engine, in its turn."""
         part = self.meter.part(prompt)
         tokens, is_durable = generation.most_tokens(self.deployment.context_length), False
-        is_admitted = self.meter.turn is not None
         metrics = self.service.metrics.of(self.deployment)
         may_take = self.request.stream and self._num_parts == 1
         on_text = partial(self._take, part, metrics) if may_take else None
-        async with self.deployment.queue.turn(self.caller.account.id, tokens, is_admitted=is_admitted) as ended:
+        async with self.deployment.queue.turn(self.caller.account.id, tokens, is_admitted=self._has_had_turn) as ended:
             self.meter.took_turn()
             self.tab.open()
             batches = self.deployment.engine.generate(generation, part.count, on_text)
@@ -229,6 +228,9 @@ class Job:
                     yield batch if first == 0 else _renumbered(batch, first)
             finally:
                 await batches.aclose()
+
+    def _has_had_turn(self) -> bool:
+        return self.meter.turn is not None
 
     def _take(self, part: PartMeter, metrics: SimpleNamespace, batch: Batch) -> bool:
         """Text for which this request's task need not wake up."""

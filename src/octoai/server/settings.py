@@ -281,8 +281,8 @@ def _checked(values: Mapping[str, Any], name: str, said_by: Mapping[str, str]) -
         raise BadSettings(f"{where}: expected postgresql://user@host/name")
     if location[-1] == "engine_url":  # so may this
         raise BadSettings(f"{where}: expected http://host:port/v1 or unix:/path/to/socket")
-    # A table may hold a password.
-    given = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r:.80}"
+    # A table, or a list of them, may hold a password.
+    given = "" if isinstance(problem["input"], dict | list) else f", not {problem['input']!r:.80}"
     raise BadSettings(f"{where}: {message[:1].lower()}{message[1:]}{given}")
 
 

@@ -45,6 +45,7 @@ class Reader:
         self._num_choices = MAX_TOKENS if generation is None else generation.n
         self._counted: dict[int, int] = {}
         self._counted_at_text: dict[int, int] = {}  # by the last text; tokens without one belong to what comes next
+        self._choices: set[int] = set()  # of which something was said
         self._reasons: dict[int, str] = {}
         self._habits = habits or Habits()
         may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
@@ -203,6 +204,7 @@ class Reader:
         is_told, had_text = self._completion_tokens is not None and bool(usage or chunk.get("timings")), False
         for choice in choices:
             number = number_of(choice, self._num_choices)
+            self._choices.add(number)
             delta = self._delta(number, choice, is_told=is_told, is_only=len(choices) == 1)
             if delta is not None:
                 had_text = True
@@ -276,7 +278,7 @@ class Reader:
 
     def _finished(self) -> Finished:
         # Not of every choice that was asked for: some servers give one, whatever is asked.
-        if not self._reasons or self._counted_at_text.keys() - self._reasons.keys():
+        if not self._reasons or self._choices - self._reasons.keys():
             raise EngineFailed("The engine ended its answer without saying why.")
         completion_tokens = self._completion_tokens or sum(self._counted.values())
         reasoning_tokens = min(self._told_thought or self._num_thought, completion_tokens)
