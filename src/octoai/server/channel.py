@@ -61,7 +61,8 @@ class Channel:
     async def messages(self) -> AsyncIterator[Message]:
         """What the other end tells and asks, until it is gone."""
         with suppress(ConnectionError):
-            while line := await self._reader.readline():
+            # A line without its end is the last of a process that was killed while it wrote.
+            while (line := await self._reader.readline()).endswith(b"\n"):
                 message = orjson.loads(line)
                 if message["kind"] != ANSWER:
                     yield message

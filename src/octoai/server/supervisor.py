@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from octoai.server import totals
 from octoai.server.channel import Channel, ChannelClosed, Message
-from octoai.server.listener import CannotListen, Port
+from octoai.server.listener import Port
 from octoai.server.serving import CannotServe, Stop
 from octoai.server.settings import Settings
 from octoai.server.shares import share
@@ -85,15 +85,18 @@ class Supervisor:
 
     def _kill(self) -> None:
         for worker in self._workers.values():
-            with suppress(ProcessLookupError):
-                worker.process.kill()
+            _kill(worker)
 
     async def _keep(self, number: int) -> None:
         """One worker after the other under this number, until a stop is asked for."""
         loop, delay = asyncio.get_running_loop(), FIRST_DELAY_SECONDS
         while not self._stop.drain.is_set():
             began = loop.time()
-            how = await self._one(number)
+            try:
+                how = await self._one(number)
+            except Exception as error:  # a fault of ours: the number would have no worker, and nobody would know
+                log.exception("worker %d is lost", number)
+                how = f"worker {number} is lost: {error!r}"
             if self._stop.drain.is_set():
                 return
             if not self._all_ready.is_set():
@@ -112,20 +115,25 @@ class Supervisor:
         """Start a worker, and return how it ended when it has."""
         try:
             worker = await self._started(number)
-        except (CannotListen, OSError) as error:  # no memory, no more processes
+        except Exception as error:  # noqa: BLE001  # no memory, no more processes, or what nobody thought of
             return f"worker {number} cannot be started: {error}"
         self._workers[number] = worker
         if self._stop.drain.is_set():
             worker.channel.tell("drain")
         watching = asyncio.create_task(self._watch(worker, number))
-        async for message in worker.channel.messages():
-            self._hear(worker, message)
-        watching.cancel()
-        status = await worker.process.wait()
-        # Both at once: a sum of counters that is taken meanwhile has them once.
-        del self._workers[number]
-        self._ended = totals.merged([self._ended, totals.counted(worker.report)])
-        await worker.channel.close()
+        try:
+            async for message in worker.channel.messages():
+                self._hear(worker, message)
+        except Exception:  # what it said could not be read
+            _kill(worker)
+            raise
+        finally:
+            watching.cancel()
+            status = await worker.process.wait()
+            # Both at once: a sum of counters that is taken meanwhile has them once.
+            del self._workers[number]
+            self._ended = totals.merged([self._ended, totals.counted(worker.report)])
+            await worker.channel.close()
         return worker.reason or f"worker {number} (process {worker.process.pid}) ended with {status}"
 
     async def _started(self, number: int) -> _Worker:
@@ -188,3 +196,8 @@ class Supervisor:
             *totals.counter("octoai_worker_restarts", "Times a process that serves was started again.",
                             self._num_restarts),
         ]  # fmt: skip
+
+
+def _kill(worker: _Worker) -> None:
+    with suppress(ProcessLookupError):
+        worker.process.kill()

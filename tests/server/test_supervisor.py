@@ -1,0 +1,63 @@
+"""Whatever becomes of a worker, its supervisor goes on with it, or says why it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from octoai.server.channel import Channel
+from octoai.server.listener import Port
+from octoai.server.serving import CannotServe, Stop
+from octoai.server.settings import Settings
+from octoai.server.supervisor import Supervisor, _Worker
+
+_SAYING = "import socket, sys; socket.socket(fileno=int(sys.argv[1])).sendall({said!r}); import time; time.sleep(60)"
+
+
+class Saying(Supervisor):
+    """Its workers say what they are given, and then nothing."""
+
+    said = b""
+
+    async def _started(self, number: int) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            program = _SAYING.format(said=self.said)
+            descriptor = theirs.fileno()
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", program, str(descriptor)), pass_fds=[descriptor]
+            )
+        return _Worker(process, await Channel.over(ours))
+
+
+def supervised(kind: type[Supervisor], place: Path, **settings: object) -> None:
+    """Until it ends by itself."""
+    given = {"data_dir": place, "cache_dir": place, "workers": 2, **settings}
+    with closing(Port("127.0.0.1", 0)) as port:
+
+        async def main() -> None:
+            supervisor = kind(Settings.model_validate(given), port, Stop())
+            await asyncio.wait_for(supervisor.run(lambda: None), 20)
+
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("said", [b"no JSON\n", b"{}\n", b'{"kind": "failed"}\n'])
+def test_a_worker_whose_words_cannot_be_read_has_failed(tmp_path: Path, said: bytes) -> None:
+    kind = type("", (Saying,), {"said": said})
+    with pytest.raises(CannotServe, match=r"^worker \d is lost: "):
+        supervised(kind, tmp_path)
+
+
+def test_a_worker_that_cannot_be_started_for_any_reason_is_said(tmp_path: Path) -> None:
+    class Unlucky(Supervisor):
+        async def _started(self, number: int) -> _Worker:
+            raise TypeError("what nobody thought of")
+
+    with pytest.raises(CannotServe, match=r"^worker \d cannot be started: what nobody thought of$"):
+        supervised(Unlucky, tmp_path)
