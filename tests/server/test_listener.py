@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from contextlib import closing
 
 import pytest
 import uvloop
 
-from octoai.server.listener import NUM_DOORS, doors, listen
+from octoai.server.listener import NUM_DOORS, CannotListen, Port, doors, listen
 
 NUM_CLIENTS = 80
 
@@ -50,3 +51,17 @@ def num_turns(*, has_several: bool) -> int:
 def test_a_burst_of_clients_is_heard_in_fewer_turns() -> None:
     assert num_turns(has_several=True) <= NUM_CLIENTS // NUM_DOORS + 5
     assert num_turns(has_several=False) >= NUM_CLIENTS // 2, "uvloop takes more than one in a turn: one door would do"
+
+
+def test_a_port_of_workers_is_held_while_none_of_them_listens() -> None:
+    with closing(Port("127.0.0.1", 0)) as port:
+        for _ in range(2):
+            with pytest.raises(CannotListen, match="it is in use"):
+                listen("127.0.0.1", port.number).close()
+            with pytest.raises(CannotListen, match="it is in use"):
+                Port("127.0.0.1", port.number).close()
+            listener = port.listener(is_listening=True)  # of a worker that dies
+            with listener, socket.create_connection(("127.0.0.1", port.number)), listener.accept()[0]:
+                pass
+    with closing(Port("127.0.0.1", port.number)):
+        pass

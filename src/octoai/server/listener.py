@@ -58,7 +58,10 @@ class Port:
         if _SPREADS:
             port = self.held.getsockname()[1]
             self.held.close()
-            self.held = _bound(host, port, is_shared=True)  # bound, not listening: it keeps the port while none serves
+            # Bound, not listening, it keeps the port while no worker serves: from all who do not share it, which one
+            # that lets an address be used again would not. The workers' own may still.
+            self.held = _bound(host, port, is_shared=True)
+            self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         self.number = self.held.getsockname()[1]
 
     def listener(self, *, is_listening: bool) -> socket.socket:
