@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -37,5 +38,17 @@ def test_a_process_that_is_killed_while_it_writes_is_gone_as_any_other() -> None
         assert await heard(channel) == [{"kind": "ready"}]
         with pytest.raises(ChannelClosed):
             await asking
+
+    between(both)
+
+
+def test_names_of_files_that_are_not_unicode_come_over_as_they_are() -> None:
+    async def both(channel: Channel, theirs: socket.socket) -> None:
+        name = os.fsdecode(b"/data/\xff")
+        other = await Channel.over(theirs.dup())
+        other.tell("serve", settings={"data_dir": name})
+        await other.close()
+        theirs.shutdown(socket.SHUT_RDWR)
+        assert await heard(channel) == [{"kind": "serve", "settings": {"data_dir": name}}]
 
     between(both)

@@ -396,6 +396,13 @@ def test_workers_that_cannot_start_end_the_start_in_one_line(tmp_path: Path, eng
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False, stdout=subprocess.DEVNULL).returncode == 1
 
 
+def test_they_serve_what_lies_in_a_directory_whose_name_is_not_unicode(tmp_path: Path, engine: Upstream) -> None:
+    data_dir = tmp_path / os.fsdecode(b"data\xff")
+    service = serve(tmp_path, engine, "--workers", "2", "--data-dir", str(data_dir))
+    assert (data_dir / "octoai.db").exists()
+    assert service.stop() == 0
+
+
 @pytest.mark.slow
 def test_by_default_one_process_serves_alone(tmp_path: Path, engine: Upstream) -> None:
     service = serve(tmp_path, engine)

@@ -1,18 +1,18 @@
 """What two processes say to each other over a socket: messages, and questions that are answered. Lines of JSON.
 
-Knows nothing of what is said. A socket whose other end is gone says that its process is, however it ended.
+Knows nothing of what is said; names of files may be in it, which are not always Unicode: Python's own JSON has them
+too. A socket whose other end is gone says that its process is, however it ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
-
-import orjson
 
 MAX_LINE_BYTES = 2**28
 ANSWER = "answer"
@@ -40,7 +40,7 @@ class Channel:
     def tell(self, kind: str, **facts: Any) -> None:
         """What is told to a process that is gone is lost."""
         if not self._is_closed:
-            self._writer.write(orjson.dumps({"kind": kind, **facts}) + b"\n")
+            self._writer.write(json.dumps({"kind": kind, **facts}).encode() + b"\n")
 
     async def ask(self, kind: str, *, seconds: float) -> Any:
         """What the other end answers. Raises TimeoutError, ChannelClosed."""
@@ -63,7 +63,7 @@ class Channel:
         with suppress(ConnectionError):
             # A line without its end is the last of a process that was killed while it wrote.
             while (line := await self._reader.readline()).endswith(b"\n"):
-                message = orjson.loads(line)
+                message = json.loads(line)
                 if message["kind"] != ANSWER:
                     yield message
                 elif (answered := self._asked.get(message["number"])) is not None and not answered.done():
