@@ -35,10 +35,31 @@ class Saying(Supervisor):
         return _Worker(process, await Channel.over(ours))
 
 
-def supervised(kind: type[Supervisor], place: Path, **settings: object) -> None:
+class Stolen(Port):
+    """Its listeners are bound when another begins to listen there."""
+
+    def __init__(self) -> None:
+        super().__init__("127.0.0.1", 0)
+        self._thief, *self._listeners = socket.socket(), socket.socket(), socket.socket()
+        for each in (self._thief, *self._listeners):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.bind(("127.0.0.1", 0 if each is self._thief else self._thief.getsockname()[1]))
+        self._thief.listen()
+
+    def listener(self, *, is_listening: bool) -> socket.socket:
+        return self._listeners.pop()
+
+    def close(self) -> None:
+        super().close()
+        for each in (self._thief, *self._listeners):
+            each.close()
+
+
+def supervised(kind: type[Supervisor], place: Path, port: Port | None = None) -> None:
     """Until it ends by itself."""
-    given = {"data_dir": place, "cache_dir": place, "workers": 2, **settings}
-    with closing(Port("127.0.0.1", 0)) as port:
+    models = [{"id": "far", "engine_url": "http://127.0.0.1:9/v1"}]
+    given = {"data_dir": place, "cache_dir": place, "workers": 2, "models": models}
+    with closing(port or Port("127.0.0.1", 0)) as port:
 
         async def main() -> None:
             supervisor = kind(Settings.model_validate(given), port, Stop())
@@ -61,3 +82,8 @@ def test_a_worker_that_cannot_be_started_for_any_reason_is_said(tmp_path: Path) 
 
     with pytest.raises(CannotServe, match=r"^worker \d cannot be started: what nobody thought of$"):
         supervised(Unlucky, tmp_path)
+
+
+def test_a_worker_that_cannot_listen_is_not_ready(tmp_path: Path) -> None:
+    with pytest.raises(CannotServe, match=r"^cannot listen: Address already in use$"):
+        supervised(Supervisor, tmp_path, Stolen())

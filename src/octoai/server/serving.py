@@ -21,7 +21,7 @@ import uvicorn
 from octoai.server import app, idle
 from octoai.server.errors import Refusal
 from octoai.server.heap import Heap
-from octoai.server.listener import doors
+from octoai.server.listener import BACKLOG, doors
 from octoai.server.protocol import protocol_for
 from octoai.server.service import Service
 from octoai.server.settings import Settings
@@ -83,9 +83,15 @@ async def serve(
     on_ready: Callable[[], None],
     chores: Sequence[idle.Chore] = (),
 ) -> None:
-    """Until `stop` is asked for. Raises CannotServe where an engine cannot be started, StoreError."""
+    """Until `stop` is asked for. Raises CannotServe where an engine cannot be started or the port is another's by now,
+    StoreError."""
     await anyio.lowlevel.checkpoint()  # loads anyio's half for this loop now, not in the first request
     await service.start()
+    try:
+        listener.listen(BACKLOG)  # uvloop does not say where it cannot
+    except OSError as error:
+        await service.close()
+        raise CannotServe(f"cannot listen: {error.strerror or error}") from None
     _settle_memory()
     # A request's generators are closed by who reads them, or hold nothing: asyncio need not keep a set of them all.
     sys.set_asyncgen_hooks(None, None)
