@@ -322,6 +322,19 @@ def test_a_signal_drains_all_even_where_all_are_sent_it(tmp_path: Path, engine: 
     assert service.lines.count(f"octoai ready on {service.url}") == 1
 
 
+def test_a_signal_drains_where_nobody_reads_what_is_said(tmp_path: Path, engine: Upstream) -> None:
+    (tmp_path / "log").symlink_to("/dev/full")
+    service = serve(tmp_path, engine)
+    target, told = Target(service.url, service.token, MODEL), Told(next(_numbers), "stream")
+    request = Request(Order(told.number, num_tokens=20, pace=0.05))
+    asking = threading.Thread(target=lambda: run(ask(target, request, told)))
+    asking.start()
+    until(lambda: told.num_seen > 0, 10)
+    assert service.stop() == 0
+    asking.join(20)
+    assert told.is_finished
+
+
 def test_a_worker_that_hangs_is_killed_and_another_serves(tmp_path: Path, engine: Upstream) -> None:
     service = serve(tmp_path, engine, "--workers", "2", settings="worker_stall_seconds = 2")
     target = Target(service.url, service.token, MODEL)

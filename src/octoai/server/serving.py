@@ -127,7 +127,7 @@ def database(settings: Settings) -> Connection:
             if time.monotonic() > until:
                 raise
             if not has_said:
-                print(f"octoai: {error}; waiting for it", file=sys.stderr, flush=True)
+                _say(f"{error}; waiting for it")
             has_said = True
             time.sleep(DATABASE_POLL_SECONDS)
 
@@ -162,12 +162,18 @@ async def _until_ready(starting: asyncio.Future[list[None]], stop: Stop) -> bool
 
 async def _drain(service: Service, stop: Stop) -> None:
     if service.jobs:
-        print(f"octoai: finishing {len(service.jobs)} requests; once more to stop at once", file=sys.stderr, flush=True)
+        _say(f"finishing {len(service.jobs)} requests; once more to stop at once")
     draining = asyncio.create_task(service.drain())
     now: asyncio.Task[Any] = asyncio.create_task(stop.now.wait())
     await asyncio.wait([draining, now], return_when=asyncio.FIRST_COMPLETED)
     draining.cancel()
     now.cancel()
+
+
+def _say(line: str) -> None:
+    """To the person who started the service, who may have gone: it goes on as it would with them."""
+    with contextlib.suppress(OSError):
+        print(f"octoai: {line}", file=sys.stderr, flush=True)
 
 
 def http_config(service: Service) -> uvicorn.Config:
