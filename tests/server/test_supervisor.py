@@ -10,13 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from octoai.server import supervisor
 from octoai.server.channel import Channel
 from octoai.server.listener import Port
 from octoai.server.serving import CannotServe, Stop
 from octoai.server.settings import Settings
 from octoai.server.supervisor import Supervisor, _Worker
 
-_SAYING = "import socket, sys; socket.socket(fileno=int(sys.argv[1])).sendall({said!r}); import time; time.sleep(60)"
+_SAYING = """
+import socket, sys, time
+end = socket.socket(fileno=int(sys.argv[1]))
+end.sendall({said!r})
+time.sleep(60)
+"""
 
 
 class Saying(Supervisor):
@@ -55,17 +61,23 @@ class Stolen(Port):
             each.close()
 
 
-def supervised(kind: type[Supervisor], place: Path, port: Port | None = None) -> None:
+def supervised(kind: type[Supervisor], place: Path, given_port: Port | None = None, **settings: object) -> None:
     """Until it ends by itself."""
     models = [{"id": "far", "engine_url": "http://127.0.0.1:9/v1"}]
-    given = {"data_dir": place, "cache_dir": place, "workers": 2, "models": models}
-    with closing(port or Port("127.0.0.1", 0)) as port:
+    given = {"data_dir": place, "cache_dir": place, "workers": 2, "models": models, **settings}
+    with closing(given_port or Port("127.0.0.1", 0)) as port:
 
         async def main() -> None:
-            supervisor = kind(Settings.model_validate(given), port, Stop())
-            await asyncio.wait_for(supervisor.run(lambda: None), 20)
+            supervising = kind(Settings.model_validate(given), port, Stop())
+            await asyncio.wait_for(supervising.run(lambda: None), 20)
 
         asyncio.run(main())
+
+
+def test_a_worker_that_says_nothing_while_it_starts_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "START_SECONDS", 1.5)
+    with pytest.raises(CannotServe, match=r"^worker \d \(process \d+\) ended with -9$"):
+        supervised(Saying, tmp_path, worker_stall_seconds=1)
 
 
 @pytest.mark.parametrize("said", [b"no JSON\n", b"{}\n", b'{"kind": "failed"}\n'])

@@ -350,6 +350,19 @@ def test_a_worker_that_hangs_is_killed_and_another_serves(tmp_path: Path, engine
     ledger_verifies(service)
 
 
+def test_a_signal_ends_all_even_where_one_hangs_in_its_start(tmp_path: Path, engine: Upstream) -> None:
+    service = serve(tmp_path, engine, "--workers", "2", settings="worker_stall_seconds = 1")
+    first = service.workers()
+    os.kill(first[0], signal.SIGKILL)
+    until(lambda: len(set(service.workers()) - set(first)) == 1, 10)
+    (hung,) = set(service.workers()) - set(first)
+    os.kill(hung, signal.SIGSTOP)
+    time.sleep(1.5)
+    assert hung in service.workers(), "a start may take longer"
+    assert service.stop(seconds=10) == 0
+    assert f"worker 0 (process {hung}) did not answer for" in service.log.read_text()
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_all_at_once(tmp_path: Path, engine: Upstream) -> None:
     service = serve(tmp_path, engine, "--workers", "2")

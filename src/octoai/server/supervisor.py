@@ -28,6 +28,7 @@ log = logging.getLogger("octoai.supervisor")
 FIRST_DELAY_SECONDS = 0.2
 MAX_DELAY_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # a worker that lived this long starts the back-off afresh
+START_SECONDS = 60.0  # in which a worker that is not ready yet may say nothing
 REPORT_SECONDS = 2.0
 NOW_SECONDS = 30.0  # for workers that are to stop at once; then they are killed
 
@@ -153,19 +154,25 @@ class Supervisor:
         return _Worker(process, channel)
 
     async def _watch(self, worker: _Worker, number: int) -> None:
-        """Kill it when it has served and does not answer any more: its part of all connections would wait for ever."""
-        seconds, num_missed = self._settings.worker_stall_seconds, 0
+        """Kill it when it does not answer any more: its part of all connections would wait for ever, and so would who
+        ends the service. One that starts is given longer, since its loop may be busy with that."""
+        seconds, silent_seconds = self._settings.worker_stall_seconds, 0.0
         with suppress(ChannelClosed, ProcessLookupError):  # it has ended meanwhile
-            while num_missed < 2:  # one may be missed by a machine that was itself asleep
+            while silent_seconds < self._patience(worker):
                 try:
                     await worker.channel.ask("alive", seconds=seconds / 2)
-                except TimeoutError:
-                    num_missed += worker.is_ready
+                except TimeoutError:  # one may be missed by a machine that was itself asleep
+                    silent_seconds += seconds / 2
                 else:
-                    num_missed = 0
+                    silent_seconds = 0.0
                     await asyncio.sleep(min(1.0, seconds / 4))
-            log.error("worker %d (process %d) did not answer for %g s", number, worker.process.pid, seconds)
+            log.error("worker %d (process %d) did not answer for %g s", number, worker.process.pid, silent_seconds)
             worker.process.kill()
+
+    def _patience(self, worker: _Worker) -> float:
+        seconds = self._settings.worker_stall_seconds
+        is_starting = not worker.is_ready and not self._stop.drain.is_set()
+        return max(seconds, START_SECONDS) if is_starting else seconds
 
     def _hear(self, worker: _Worker, message: Message) -> None:
         if message["kind"] == "ready":
