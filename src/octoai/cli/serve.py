@@ -39,6 +39,7 @@ def serve(args: argparse.Namespace) -> int:
     import os
 
     from octoai.cli.models import pulled
+    from octoai.errors import ConfigurationError
     from octoai.server import app, logs, run, shares
     from octoai.server.catalogue import BadCatalogue
     from octoai.server.journal import JournalError
@@ -64,7 +65,9 @@ def serve(args: argparse.Namespace) -> int:
                 searches.append(run.Search(model, command, partial(_profile, settings, model, source)))
                 _say_unknown(model, command, settings)
         return run.serve(settings, weights, tuned, searches if settings.optimize_when_idle == "on" else ())
-    except (BadCatalogue, BadSettings, PullFailed, StoreError, run.CannotListen, run.CannotServe) as error:
+    except (BadCatalogue, BadSettings, ConfigurationError, PullFailed, StoreError) as error:
+        return fail(str(error))
+    except (run.CannotListen, run.CannotServe) as error:
         return fail(str(error))
     except JournalError as error:
         return fail(f"{error} To start without what is there, move that journal's files to another directory.")
