@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from octoai.server import tokens
 from octoai.server.journal import Journal
+from octoai.server.store import Place, connect
 from tests.server.test_applier import settlement
 
+FAR = "[[models]]\nid = 'x'\nengine_url = 'http://127.0.0.1:9'"
 
-def serve(place: Path, *arguments: str) -> tuple[int, str]:
+
+def serve(place: Path, *arguments: str, **environ: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "octoai", "serve", "--port", "0", *arguments]
-    ran = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=60, check=False)
+    said = os.environ | environ
+    ran = subprocess.run(command, cwd=place, env=said, capture_output=True, text=True, timeout=60, check=False)
     assert ran.stdout == ""
     (line,) = ran.stderr.splitlines()
     return ran.returncode, line
@@ -78,7 +85,7 @@ def test_a_damaged_journal_is_one_line_that_says_what_to_do(tmp_path: Path) -> N
     damaged = bytearray(path.read_bytes())
     damaged[150] ^= 1
     path.write_bytes(damaged)
-    (tmp_path / "octoai.toml").write_text("[[models]]\nid = 'x'\nengine_url = 'http://127.0.0.1:9'")
+    (tmp_path / "octoai.toml").write_text(FAR)
     status, line = serve(tmp_path, "--data-dir", "data")
     assert status == 1
     assert f"{path.name} at byte" in line
@@ -89,3 +96,21 @@ def test_a_configuration_file_that_is_not_there_is_one_line(tmp_path: Path) -> N
     status, line = serve(tmp_path, "--config", "missing.toml")
     assert status == 1
     assert "missing.toml" in line
+
+
+def test_a_damaged_credentials_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text(FAR)
+    (tmp_path / "credentials.toml").write_text("token = [")
+    status, line = serve(tmp_path, "--data-dir", "data", OCTOAI_CONFIG_DIR=str(tmp_path))
+    assert status == 1
+    assert "credentials.toml is not valid TOML" in line
+
+
+def test_where_the_first_token_cannot_be_left_none_is_made(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text(FAR)
+    (tmp_path / "config").write_text("in the way")
+    status, line = serve(tmp_path, "--data-dir", "data", OCTOAI_CONFIG_DIR=str(tmp_path / "config"))
+    assert status == 1
+    assert "File exists" in line
+    with closing(connect(Place(tmp_path / "data"))) as db:
+        assert tokens.is_empty(db)

@@ -131,8 +131,10 @@ def _bootstrap(db: Connection, url: str) -> None:
     with db.transaction():
         accounts.ensure_default(db)
         minted = tokens.mint(db, BOOTSTRAP_NAME, scopes=tokens.SCOPES) if tokens.is_empty(db) else None
+        if minted is not None:
+            # Before it is kept: one that could not be written would be lost, and the next start would make no other.
+            path = _credentials.write(endpoint=url, token=minted.text)
     if minted is not None:
-        path = _credentials.write(endpoint=url, token=minted.text)
         print(
             f"octoai: your API token, shown once: {minted.text}\noctoai: endpoint and token are in {path}", flush=True
         )
