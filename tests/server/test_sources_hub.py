@@ -5,6 +5,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,13 +23,16 @@ PLACE = re.compile(r"/org/tiny/resolve/(main|c0ffee\w+)/q4/m\.gguf")
 
 class Hub:
     """Answers with the file. `cuts` are sizes after which an answer breaks off, one for each GET until used
-    up; `refusals` are statuses, used up likewise."""
+    up; `refusals` are statuses, used up likewise; `shift` is how far from where it was asked for an answer begins,
+    `surplus` how many bytes it sends after the file."""
 
     def __init__(self) -> None:
         self.etag = SHA256
         self.content = CONTENT
         self.cuts: list[int] = []
         self.refusals: list[int] = []
+        self.shift = 0
+        self.surplus = 0
         self.honours_ranges = True
         self.error_code = ""
         self.ranges: list[str] = []
@@ -70,14 +74,15 @@ class Hub:
             handler.send_error(self.refusals.pop(0))
             return
         start = int(handler.headers["range"].removeprefix("bytes=").removesuffix("-"))
-        start = start if self.honours_ranges else 0
+        start = start + self.shift if self.honours_ranges else 0
         if not self.head(handler, 206 if self.honours_ranges else 200):
             return
-        rest = self.content[start:]
+        rest = self.content[start:] + b"?" * self.surplus
         handler.send_header("content-length", str(len(rest)))
         handler.send_header("content-range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
         handler.end_headers()
-        handler.wfile.write(rest[: self.cuts.pop(0)] if self.cuts else rest)
+        with suppress(ConnectionError):  # who is sent too much goes
+            handler.wfile.write(rest[: self.cuts.pop(0)] if self.cuts else rest)
         handler.close_connection = True
 
     def stop(self) -> None:
@@ -155,6 +160,39 @@ def test_a_server_that_ignores_ranges_starts_again(hub: Hub, work: Path) -> None
     hub.cuts = [1_000_000]
     hub.honours_ranges = False
     assert fetched(hub, work)[0] == CONTENT
+
+
+def test_a_server_that_ignores_ranges_and_cuts_every_time_does_not_come_to_a_whole_file(hub: Hub, work: Path) -> None:
+    hub.content, hub.cuts = CONTENT[:1000], [400, *[700] * 9]
+    hub.honours_ranges = False
+    with pytest.raises(PullFailed, match="the hub cannot be reached"):
+        fetched(hub, work)
+    assert [path.stat().st_size for path in work.iterdir()] == [700]
+
+
+@pytest.mark.parametrize("honours_ranges", [True, False])
+def test_no_more_is_kept_than_was_announced(hub: Hub, work: Path, honours_ranges: bool) -> None:
+    hub.surplus = 10_000_000
+    hub.honours_ranges = honours_ranges
+    told: list[int] = []
+    with pytest.raises(PullFailed, match="sent more than the 3000000 bytes"):
+        fetch(SOURCE, work, lambda done, _: told.append(done), hub.environ)
+    assert max(told) <= len(CONTENT)
+    hub.surplus = 0
+    assert fetched(hub, work)[0] == CONTENT
+
+
+def test_a_part_that_begins_elsewhere_is_refused_and_what_is_here_is_kept(hub: Hub, work: Path) -> None:
+    hub.cuts, hub.shift = [1_000_000], 0
+
+    def elsewhere(_seconds: float) -> None:
+        hub.shift = -500_000
+
+    with pytest.raises(PullFailed, match="not the bytes from 1000000 on"):
+        fetch(SOURCE, work, lambda *_: None, hub.environ, sleep=elsewhere)
+    hub.shift = 0
+    assert fetched(hub, work)[0] == CONTENT
+    assert hub.ranges[-1] == "bytes=1000000-"
 
 
 def test_parts_of_an_older_version_are_dropped(hub: Hub, work: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
 
 _MOST_FAILURES = 5  # in a row, without a byte between them
+_ELSEWHERE = "; check HF_ENDPOINT, and a proxy before it"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -112,12 +113,28 @@ def _append(url: str, file: IO[bytes], size: int, progress: Progress) -> None:
     session = get_session()
     with session.stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
         hf_raise_for_status(response)
-        if response.status_code != 206 and file.tell():  # the range was ignored: this is the file from its start
-            file.truncate(0)
+        if response.status_code == 206:
+            _require_start(response.headers.get("Content-Range", ""), file.tell())
+        else:  # the range was ignored: this is the file from its start
+            _empty(file)
         # As they come: bytes that waited for a chunk to fill would be lost in a cut.
         for chunk in response.iter_bytes():
+            if file.tell() + len(chunk) > size:
+                _empty(file)
+                raise PullFailed(f"the hub sent more than the {size} bytes it had announced{_ELSEWHERE}")
             file.write(chunk)
             progress(file.tell(), size)
+
+
+def _empty(file: IO[bytes]) -> None:
+    file.seek(0)
+    file.truncate()
+
+
+def _require_start(content_range: str, start: int) -> None:
+    """What begins elsewhere would be joined to what is here at the wrong place."""
+    if not content_range.startswith(f"bytes {start}-"):
+        raise PullFailed(f"the hub sent {content_range!r:.80}, not the bytes from {start} on{_ELSEWHERE}")
 
 
 def _is_passing(error: Exception) -> bool:
