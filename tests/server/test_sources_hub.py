@@ -195,6 +195,13 @@ def test_a_part_that_begins_elsewhere_is_refused_and_what_is_here_is_kept(hub: H
     assert hub.ranges[-1] == "bytes=1000000-"
 
 
+def test_what_a_killed_pull_from_another_kind_of_source_left_is_dropped(hub: Hub, work: Path) -> None:
+    (work / "wheel").mkdir()
+    (work / "wheel" / "half.whl").write_bytes(b"old")
+    assert fetched(hub, work)[0] == CONTENT
+    assert len(list(work.iterdir())) == 1
+
+
 def test_parts_of_an_older_version_are_dropped(hub: Hub, work: Path) -> None:
     (work / "0123.part").write_bytes(b"old")
     assert fetched(hub, work)[0] == CONTENT

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -74,7 +75,9 @@ def _part(work: Path, metadata: HfFileMetadata) -> Path:
     version = hashlib.sha256(f"{metadata.etag} {metadata.size}".encode()).hexdigest()[:16]
     part = work / f"{version}.part"
     for other in work.iterdir():
-        if other != part:
+        if other.is_dir():  # of a source of another kind, whose pull was killed
+            shutil.rmtree(other)
+        elif other != part:
             other.unlink()
     if part.exists() and part.stat().st_size > (metadata.size or 0):
         part.unlink()
