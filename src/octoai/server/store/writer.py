@@ -256,8 +256,7 @@ class Writer:
             self._away_since = time.monotonic()
         if self._journal is not None and self._applier is None:
             self._tail = self._journal.tail(self.applied)
-        kept = [each for each in work if each.is_kept][-MAX_KEPT:]
-        self._work.extendleft(reversed(kept))
+        self._work.extendleft([each for each in reversed(work) if each.is_kept][:MAX_KEPT])
         for each in work:
             if not each.is_kept:
                 _resolve(each.done, None, StoreAway(str(error)))
