@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,21 @@ async def end(workers: list[Worker]) -> list[BaseException | None]:
     return await asyncio.gather(*(worker.task for worker in workers), return_exceptions=True)
 
 
+async def is_refused(worker: Worker) -> bool:
+    await ticks()
+    return worker.task.done() and isinstance(worker.task.exception(), Unavailable)
+
+
+def parts(queue: FairQueue, num: int, is_admitted: Callable[[], bool]) -> list[asyncio.Task[None]]:
+    """Of one request of account "a"."""
+
+    async def part() -> None:
+        async with queue.turn("a", is_admitted=is_admitted):
+            pass
+
+    return [asyncio.create_task(part()) for _ in range(num)]
+
+
 def test_the_newest_of_who_has_most_gives_way_to_who_has_less() -> None:
     async def main() -> None:
         queue, order = FairQueue(1, 6), list[str]()
@@ -29,7 +45,7 @@ def test_the_newest_of_who_has_most_gives_way_to_who_has_less() -> None:
         one = Worker(queue, "b", order)
         await ticks()
         assert queue.num_waiting == 6
-        assert isinstance(many[6].task.exception(), Unavailable)
+        assert await is_refused(many[6])
         assert many[6].task.exception().retry_after  # type: ignore[union-attr]
         others = [Worker(queue, "b", order) for _ in range(3)]
         await ticks()
@@ -60,9 +76,7 @@ def test_the_only_request_of_an_account_stays() -> None:
         queue, order = FairQueue(1, 100, 1000), list[str]()
         workers = [Worker(queue, "other", order), Worker(queue, "a", order, 5000)]
         await ticks()
-        late = Worker(queue, "b", order)
-        await ticks()
-        assert isinstance(late.task.exception(), Unavailable)
+        assert await is_refused(Worker(queue, "b", order))
         await end(workers)
         assert order == ["other", "a"]
 
@@ -74,18 +88,11 @@ def test_what_continues_an_admitted_request_is_not_displaced() -> None:
         queue, order = FairQueue(1, 2), list[str]()
         holder = Worker(queue, "a", order)
         await ticks()
-
-        async def part() -> None:
-            async with queue.turn("a", is_admitted=lambda: True):
-                order.append("part")
-
-        parts = [asyncio.create_task(part()) for _ in range(2)]
+        waiting = parts(queue, 2, lambda: True)
         await ticks()
-        late = Worker(queue, "b", order)
-        await ticks()
-        assert isinstance(late.task.exception(), Unavailable)
+        assert await is_refused(Worker(queue, "b", order))
         await end([holder])
-        await asyncio.gather(*parts)
+        await asyncio.gather(*waiting)
 
     run(main())
 
@@ -95,9 +102,7 @@ def test_who_is_refused_takes_nobodys_place() -> None:
         queue, order = FairQueue(1, 8, 1000), list[str]()
         many = [Worker(queue, "a", order, 10) for _ in range(9)]
         await ticks()
-        late = Worker(queue, "c", order, 2000)
-        await ticks()
-        assert isinstance(late.task.exception(), Unavailable)
+        assert await is_refused(Worker(queue, "c", order, 2000))
         assert not any(worker.task.done() for worker in many)
         await end(many)
 
@@ -109,19 +114,12 @@ def test_a_request_that_has_begun_is_not_displaced_though_it_waited_with_all_its
         queue, order, has_begun = FairQueue(1, 4), list[str](), False
         holder = Worker(queue, "x", order)
         await ticks()
-
-        async def part() -> None:
-            async with queue.turn("a", is_admitted=lambda: has_begun):
-                order.append("part")
-
-        parts = [asyncio.create_task(part()) for _ in range(4)]
+        waiting = parts(queue, 4, lambda: has_begun)
         await ticks()
         has_begun = True
-        late = Worker(queue, "b", order)
-        await ticks()
-        assert isinstance(late.task.exception(), Unavailable)
+        assert await is_refused(Worker(queue, "b", order))
         await end([holder])
-        await asyncio.gather(*parts)
+        await asyncio.gather(*waiting)
 
     run(main())
 
