@@ -15,6 +15,7 @@ from octoai.server.engines.llama_control import Control, Refused
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.prefixes import Prefixes
 from octoai.server.engines.reading import MIN_SHARED_TOKENS, Reading
+from octoai.server.errors import BadRequest, ContextLengthExceeded
 from tests.server.test_reading import answered, running
 
 PLAIN = "{% for message in messages %}<|im_start|>{{ message['content'] }}{% endfor %}"
@@ -27,8 +28,10 @@ class Told:
 
     context_length = 100
 
-    def __init__(self, template: str | None, tokens: Sequence[int] | None = (1, 2, 3)) -> None:
-        self._template, self._tokens = template, tokens
+    def __init__(
+        self, template: str | None, tokens: Sequence[int] | None = (1, 2, 3), *, is_slow: bool = False
+    ) -> None:
+        self._template, self._tokens, self._is_slow = template, tokens, is_slow
         self.asked: list[Generation] = []
         self.num_templates = 0
 
@@ -36,6 +39,10 @@ class Told:
         if self._tokens is None:
             raise Refused("a role is wrong")
         return self._tokens
+
+    def check_at_once(self, _tokens: Sequence[int], _generation: Generation) -> None:
+        if self._is_slow:
+            raise BadRequest("too many special tokens")
 
     async def template(self) -> str:
         self.num_templates += 1
@@ -88,10 +95,25 @@ def test_what_is_said_otherwise_of_a_chat_is_asked_for_as_one(changes: dict[str,
 
 
 def test_a_prompt_that_is_not_known_is_the_engines_to_refuse() -> None:
-    too_long = Told(PLAIN, range(200))
-    for told in (Told(PLAIN, None), too_long):
-        (each,) = asked(told, CHAT)
-        assert each.messages == CHAT.messages
+    (each,) = asked(Told(PLAIN, None), CHAT)
+    assert each.messages == CHAT.messages
+
+
+@pytest.mark.parametrize(("prompt", "param"), [(CHAT, "messages"), (Generation(max_tokens=1, text="Hi"), "prompt")])
+def test_a_prompt_that_is_known_not_to_fit_is_not_shown_to_the_engine(prompt: Generation, param: str) -> None:
+    told = Told(PLAIN, range(100))
+    with pytest.raises(ContextLengthExceeded, match="context is 100 tokens, but the prompt has 100 tokens") as refused:
+        asked(told, prompt)
+    assert (told.asked, refused.value.param) == ([], param)
+    assert len(asked(Told(PLAIN, range(99)), prompt)) == 1
+
+
+def test_a_prompt_that_takes_too_long_at_once_is_refused_where_it_cannot_be_asked_for_in_pieces() -> None:
+    told = Told(THINKING, is_slow=True)
+    with pytest.raises(BadRequest, match="too many special tokens"):
+        asked(told, CHAT)
+    assert told.asked == []
+    assert len(asked(Told(PLAIN, is_slow=True), CHAT)) == 1
 
 
 @pytest.mark.model

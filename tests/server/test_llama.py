@@ -17,6 +17,7 @@ from gguf.scripts import gguf_new_metadata
 
 from octoai.server.engines import llama
 from octoai.server.engines.base import Delta, Finished, Generation
+from octoai.server.engines.held import HeldFiles
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 from octoai.server.errors import EngineFailed
@@ -178,7 +179,7 @@ def test_files_that_are_held_can_be_read_when_they_are_gone_and_others_are_let_g
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text("one")
     second.write_text("two")
-    files = llama._Files()
+    files = HeldFiles()
     files.hold(first, None, tmp_path / "missing")
     files.hold(first, second)
     assert files.path(first) == first

@@ -14,11 +14,11 @@ import pytest
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions
+from octoai.server.engines.prompt import Prompt
 from octoai.server.engines.reading import (
     MIN_SHARED_TOKENS,
     PIECE_TOKENS,
     PIECE_TOKENS_BESIDE,
-    Prompt,
     Reading,
 )
 from tests.server.singly import singly

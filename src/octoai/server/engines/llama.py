@@ -17,19 +17,22 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
+from octoai.server.engines.header import vocabulary
+from octoai.server.engines.held import HeldFiles
 from octoai.server.engines.llama_control import Control
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.prefixes import Prefixes
 from octoai.server.engines.reading import Reading
+from octoai.server.engines.special import SpecialTokens
 from octoai.server.errors import BadRequest, EngineFailed, Unavailable
 
 log = logging.getLogger("octoai.engine")
@@ -39,32 +42,9 @@ MAX_DELAY_SECONDS = 30.0
 NUM_FIRST_QUESTIONS = 12  # each of at most five seconds
 STEADY_SECONDS = 60.0  # a child that lived this long starts the back-off afresh
 MAX_LINE_BYTES = 1024 * 1024
-# A prompt is taken apart into tokens before there is any sign of life: 0.7 MB/s on a slow text, and noise on top.
+# A prompt is taken apart into tokens before there is any sign of life: 0.7 MB/s on a slow text, and noise on top. What
+# special tokens take beside that is bounded (`special.py`).
 TOKENIZED_BYTES_PER_SECOND = 100_000
-
-
-class _Files:
-    """What an engine may have to load again, held open: it is there until then, also when a newer profile takes its
-    place in the cache, or somebody deletes it."""
-
-    def __init__(self) -> None:
-        self._held: dict[Path, BinaryIO] = {}
-
-    def hold(self, *paths: Path | None) -> None:
-        """These, and no others any more."""
-        before = self._held
-        self._held = {}
-        for path in filter(None, paths):
-            with suppress(OSError):
-                self._held[path] = before.pop(path) if path in before else path.open("rb")
-        for file in before.values():
-            file.close()
-
-    def path(self, path: Path) -> Path:
-        """Where it can be read."""
-        if path in self._held and not path.exists():
-            return Path(f"/proc/{os.getpid()}/fd/{self._held[path].fileno()}")
-        return path
 
 
 class LlamaEngine:
@@ -75,7 +55,7 @@ class LlamaEngine:
     def __init__(self, weights: Path, *, model: str, options: LlamaOptions) -> None:
         self.model = model
         self._use(weights, options)
-        self._files = _Files()
+        self._files = HeldFiles()
         self.num_restarts = 0
         self._num_vocabulary: int | None = None
         self._http: OpenAIEngine | None = None
@@ -176,7 +156,9 @@ class LlamaEngine:
 
     async def count_tokens(self, generation: Generation) -> int | None:
         async with self._running():
-            return await self._child.count_tokens(generation)
+            reading = self._reading if self._child else None
+            assert reading is not None
+            return await reading.count_tokens(generation)
 
     async def generate(
         self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
@@ -295,9 +277,12 @@ class LlamaEngine:
         self._listener = asyncio.create_task(self._listen(self._process))
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(options).encode() + b"\n")
-        await self._until_it_listens(self._process, f"{directory}/engine.sock", key)
+        special = asyncio.ensure_future(asyncio.to_thread(lambda: SpecialTokens(vocabulary(weights))))
+        await self._until_it_listens(self._process, f"{directory}/engine.sock", key, special)
 
-    async def _until_it_listens(self, process: asyncio.subprocess.Process, socket: str, key: str) -> None:
+    async def _until_it_listens(
+        self, process: asyncio.subprocess.Process, socket: str, key: str, special: Awaitable[SpecialTokens]
+    ) -> None:
         assert process.stdout is not None
         line = await process.stdout.readline()
         if not line:
@@ -316,7 +301,7 @@ class LlamaEngine:
         )
         described = await self._described(self._http, process)
         self.context_length = self._http.context_length or self.context_length
-        control = Control(socket, key, self.model)
+        control = Control(socket, key, self.model, await special, self._http.context_length)
         self._reading = Reading(self._http, control, self._prefixes, self.num_slots)
         self._num_vocabulary = (described.get("meta") or {}).get("n_vocab")
         self._made_progress()

@@ -10,9 +10,11 @@ from typing import Any
 
 import orjson
 
-from octoai.server.engines.base import Generation
+from octoai.server.engines.base import LONGEST_CONTEXT, Generation
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.exchange import Pool
+from octoai.server.engines.special import SpecialTokens
+from octoai.server.errors import BadRequest, ContextLengthExceeded
 
 MAX_SAID_BYTES = 64 * 1024 * 1024
 ASK_SECONDS = 60.0  # a step of reading, and a large file on a slow disk
@@ -24,17 +26,21 @@ class Refused(Exception):
 
 
 class Control:
-    """`socket` is the path of the server's unix socket, `key` its bearer token."""
+    """`socket` is the path of the server's unix socket, `key` its bearer token; `special` and `context_length` are the
+    model's."""
 
-    def __init__(self, socket: str, key: str, model: str) -> None:
+    def __init__(self, socket: str, key: str, model: str, special: SpecialTokens, context_length: int | None) -> None:
         self._model = model
+        self._special = special
+        self._context_length = context_length or LONGEST_CONTEXT
         self._pool = Pool(f"unix:{socket}", key=key, keeps_alive=False)
 
     def close(self) -> None:
         self._pool.close()
 
     async def tokens(self, generation: Generation) -> Sequence[int]:
-        """The prompt as the server will read it. Raises Refused."""
+        """The prompt as the server will read it. Raises Refused; ContextLengthExceeded where special tokens alone are
+        too many."""
         if generation.tokens is not None:
             return generation.tokens
         text = generation.text
@@ -42,11 +48,24 @@ class Control:
             # Of all that may be in the body only what the template sees matters.
             asked = _ASKED.body(replace(generation, logit_bias={}), self._model)
             text = (await self._ask("/apply-template", asked)).get("prompt")
-        body = orjson.dumps({"content": text, "add_special": True, "parse_special": True})
+        content: str | list[str] | None = text
+        if isinstance(text, str) and self._special.is_slow(text):
+            content = await asyncio.to_thread(self._special.pieces, text, self._context_length)
+            if content is None:
+                raise exceeded(self._context_length + 1, self._context_length, generation, "at least ")
+        body = orjson.dumps({"content": content, "add_special": True, "parse_special": True})
         tokens = (await self._ask("/tokenize", body)).get("tokens")
         if not isinstance(tokens, list):
             raise Refused("it did not tell tokens")
         return tokens
+
+    def check_at_once(self, tokens: Sequence[int], generation: Generation) -> None:
+        """The server is to make these tokens by itself. Raises BadRequest where that takes far too long."""
+        if self._special.is_too_slow(tokens, generation.num_prompt_bytes):
+            raise BadRequest(
+                "messages: too many special tokens for so long a text: leave out those that stand in the messages",
+                param="messages",
+            )
 
     async def template(self) -> str:
         """Of chats, as the model has it. Raises Refused."""
@@ -75,3 +94,11 @@ class Control:
             error = said.get("error") if isinstance(said, dict) else None
             raise Refused(str(error.get("message") if isinstance(error, dict) else status)[:200])
         return said
+
+
+def exceeded(num_tokens: int, context_length: int, generation: Generation, roughly: str = "") -> ContextLengthExceeded:
+    refused = ContextLengthExceeded(
+        num_tokens, context_length, param="prompt" if generation.messages is None else "messages"
+    )
+    refused.message = refused.message.replace("prompt has ", f"prompt has {roughly}")
+    return refused

@@ -18,16 +18,17 @@ import re
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import orjson
 
 from octoai.server.engines.base import Event, Finished, Generation, OnLeft, OnText, Started
 from octoai.server.engines.burst import Burst
-from octoai.server.engines.llama_control import Control, Refused
+from octoai.server.engines.llama_control import Control, Refused, exceeded
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.prefixes import Prefixes
+from octoai.server.engines.prompt import Prompt
 from octoai.server.engines.slots import TOKEN_BYTES, Slots, num_common, packed
 
 log = logging.getLogger("octoai.engine")
@@ -41,51 +42,6 @@ PIECE_TOKENS_BESIDE = 129
 _NOT_PLAIN = re.compile("think|thought|reason|channel|</assistant>", re.IGNORECASE)
 NUM_RECENT = 16
 NUM_HEADS = 64
-
-
-@dataclass(slots=True)
-class Prompt:
-    """A prompt on its way into a slot. Its first `num_shared` tokens are worth keeping for others; `num_read` have
-    been read in pieces, of which `num_computed` were not in the slot before."""
-
-    tokens: Sequence[int] = ()
-    packed: bytes = b""
-    num_shared: int = 0
-    slot: int = -1  # before it has one
-    num_held: int = 0
-    num_read: int = 0
-    num_computed: int = 0
-    is_counted: bool = False  # by the engine, in what was told of it or in what it said when it was left
-
-    @property
-    def shared(self) -> bytes:
-        return self.packed[: self.num_shared * TOKEN_BYTES]
-
-    @property
-    def held(self) -> bytes:
-        """What its slot holds of it, as far as is known."""
-        return self.packed if self.is_counted else self.packed[: max(self.num_held, self.num_read) * TOKEN_BYTES]
-
-    def read(self, events: Sequence[Event]) -> None:
-        """What the engine says of a piece at its end, or when it is left."""
-        for event in events:
-            if isinstance(event, (Started, Finished)):
-                usage = event if isinstance(event, Started) else event.usage
-                self.num_read = usage.prompt_tokens
-                self.num_computed += usage.prompt_tokens - usage.cached_tokens
-
-    def counted(self, events: Sequence[Event]) -> Sequence[Event]:
-        """Events of the answer. What was read in pieces is cached to the engine; the request has computed it."""
-        self.is_counted = True
-        return [self._corrected(event) for event in events] if self.num_computed else events
-
-    def _corrected(self, event: Event) -> Event:
-        if isinstance(event, Started):
-            return replace(event, cached_tokens=max(0, event.cached_tokens - self.num_computed))
-        if isinstance(event, Finished):
-            cached_tokens = max(0, event.usage.cached_tokens - self.num_computed)
-            return replace(event, usage=replace(event.usage, cached_tokens=cached_tokens))
-        return event
 
 
 class Reading:
@@ -138,6 +94,13 @@ class Reading:
                 if on_left is not None and prompt.num_read and not prompt.is_counted:
                     on_left((Started(prompt.num_read, prompt.num_read - prompt.num_computed),))
 
+    async def count_tokens(self, generation: Generation) -> int | None:
+        """As of an `Engine`."""
+        try:
+            return len(await self._control.tokens(generation))
+        except Refused:
+            return await self._http.count_tokens(generation)  # says why
+
     async def _join(self, prompt: Prompt) -> None:
         """What is left to read of it, if it is little, goes into one step with what is left of others."""
         if len(prompt.tokens) - max(prompt.num_held, prompt.num_read) > MIN_SHARED_TOKENS:
@@ -146,14 +109,16 @@ class Reading:
             await self._burst.join(prompt)
 
     async def _know(self, prompt: Prompt, generation: Generation) -> None:
-        """It stays empty where the engine does not tell: that will say why when it is to answer."""
+        """It stays empty where the engine does not tell: that will say why when it is to answer. One that does not fit
+        is not shown to the engine, which might make its tokens once more."""
         try:
             tokens = await self._control.tokens(generation)
             limit = self._http.context_length
-            if limit is None or len(tokens) < limit:
-                whole = packed(tokens)
-                prompt.num_shared = self._num_shared(whole, await self._head(generation))
-                prompt.tokens, prompt.packed = tokens, whole
+            if limit is not None and len(tokens) >= limit:
+                raise exceeded(len(tokens), limit, generation)
+            whole = packed(tokens)
+            prompt.num_shared = self._num_shared(whole, await self._head(generation))
+            prompt.tokens, prompt.packed = tokens, whole
         except (Refused, OverflowError) as error:
             log.debug("a prompt is not known before it is read: %s", error)
 
@@ -161,9 +126,11 @@ class Reading:
         """With the prompt's tokens, so that the engine does not make them again, where that is the only difference."""
         asked = replace(generation, slot=prompt.slot)
         is_chat = generation.messages is not None
-        if not prompt.tokens or (is_chat and (generation.logprobs is not None or generation.schema is not None)):
+        if not prompt.tokens:
             return asked
-        if is_chat and not await self._has_plain_answers():
+        asks_more = generation.logprobs is not None or generation.schema is not None
+        if is_chat and (asks_more or not await self._has_plain_answers()):
+            self._control.check_at_once(prompt.tokens, generation)
             return asked
         return replace(asked, messages=None, text=None, tokens=prompt.tokens)
 

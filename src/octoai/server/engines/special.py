@@ -1,0 +1,101 @@
+"""Special tokens of a vocabulary, as <|im_end|>, and texts with very many of them.
+
+llama.cpp looks for each special token of its vocabulary in everything that lies between those found so far, and looks
+on to the end of the text every time. What that takes is the product of three numbers: how many are in the text, how
+long it is, how many there are. A megabyte of little else keeps a core busy for minutes. Such a text is cut in pieces
+here, where it makes no difference, and what has more of them than a context has tokens is not read at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
+
+from octoai.server.engines.header import Vocabulary
+
+MAX_LOOKED_THROUGH = 2 * 10**9  # characters at once: some 0.2 s
+MAX_WITHOUT_PIECES = 10**11  # some 10 s, where a text must not be cut
+PIECE_CHARS = 16 * 1024
+_KINDS = (2, 3, 4)  # of a token, as llama.cpp numbers them: unknown, control, user-defined
+# Others put something in front of a text that is not put in front of what follows a special token.
+_CUT_KINDS = ("gpt2", "llama")
+
+
+class SpecialTokens:
+    """Of a vocabulary; of none where it is not known."""
+
+    def __init__(self, vocabulary: Vocabulary | None) -> None:
+        of = zip(vocabulary.tokens, vocabulary.types, strict=False) if vocabulary else ()
+        special = {number: text for number, (text, kind) in enumerate(of) if kind in _KINDS and text}
+        self._ids, self._texts = special.keys(), set(special.values())
+        self._is_cut = vocabulary is not None and vocabulary.kind in _CUT_KINDS and not vocabulary.has_end
+        self._marks = _marks(self._texts)
+        self._lengths = {
+            first: sorted({len(text) for text in self._texts if text[0] == first}, reverse=True)
+            for first in {text[0] for text in self._texts}
+        }
+        self._first = re.compile("|".join(map(re.escape, self._lengths)))
+        self._cuts: dict[str, bool] = {}
+
+    def is_slow(self, text: str) -> bool:
+        """Whether it has to be looked at closely. Cheap, and true of some that would not have to be."""
+        most = sum(map(text.count, self._marks))
+        return most * len(text) * len(self._texts) > MAX_LOOKED_THROUGH
+
+    def is_too_slow(self, tokens: Sequence[int], num_chars: int) -> bool:
+        """Whether a text of so many characters, which are these tokens, takes far too long in one piece."""
+        if len(tokens) * num_chars * len(self._texts) <= MAX_WITHOUT_PIECES:
+            return False
+        number = sum(map(self._ids.__contains__, tokens))
+        return number * num_chars * len(self._texts) > MAX_WITHOUT_PIECES
+
+    def pieces(self, text: str, most: int) -> list[str] | None:
+        """The text in pieces that come to the same tokens. None where more than `most` special tokens are in it."""
+        pieces, begin, last = [], 0, 0
+        for number, (start, special) in enumerate(self._found(text)):
+            if number >= most:
+                return None
+            if start - begin >= PIECE_CHARS and last > begin:
+                pieces.append(text[begin:last])
+                begin = last
+            if self._may_cut(special):
+                last = start
+        if len(text) - begin >= PIECE_CHARS and last > begin:
+            pieces.append(text[begin:last])
+            begin = last
+        return [*pieces, text[begin:]]
+
+    def _found(self, text: str) -> Iterator[tuple[int, str]]:
+        """Where they begin, and the longest of those that begin there."""
+        at = 0
+        while (first := self._first.search(text, at)) is not None:
+            at = first.start()
+            lengths = self._lengths[first[0]]
+            special = next((text[at : at + each] for each in lengths if text[at : at + each] in self._texts), "")
+            if special:
+                yield at, special
+            at += len(special) or 1
+
+    def _may_cut(self, special: str) -> bool:
+        """Whether a text may be cut in front of it: what is found there can be no part of another one."""
+        if special not in self._cuts:
+            others = self._texts - {special}
+            self._cuts[special] = self._is_cut and not any(_overlap(special, other) for other in others)
+        return self._cuts[special]
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether both can be found in a text with characters in common."""
+    ends = range(1, min(len(one), len(other)))
+    return one in other or other in one or any(one[:n] == other[-n:] or one[-n:] == other[:n] for n in ends)
+
+
+def _marks(texts: Set[str]) -> list[str]:
+    """Characters of which every text has at least one; rather those that are no letters."""
+    left, marks = list(texts), []
+    while left:
+        counts = Counter(character for text in left for character in set(text))
+        marks.append(max(sorted(counts), key=lambda each: (not each.isalnum(), counts[each])))
+        left = [text for text in left if marks[-1] not in text]
+    return marks
