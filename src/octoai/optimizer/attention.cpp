@@ -243,19 +243,49 @@ void convert_values(const lines & rows, int64_t offset, int64_t size, int num_ke
     }
 }
 
+bool are_numbers(const lines & rows, int64_t offset, int64_t size, int num_keys) {
+    for (int i = 0; i < num_keys; ++i) {
+        const ggml_fp16_t * value = (const ggml_fp16_t *) (rows.at[i] + offset);
+        ggml_fp16_t most = 0;
+        for (int64_t d = 0; d < size; ++d) {
+            most = std::max<ggml_fp16_t>(most, value[d] & 0x7FFF);
+        }
+        if (most >= 0x7C00) { // infinity in F16
+            return false;
+        }
+    }
+    return true;
+}
+
+// Of values that are not all numbers: none of a key that a row does not see goes into what it has, as 0 times it would.
+void add_seen(const lines & rows, int64_t offset, int64_t size, int num_keys, const float * weights, float * out, int num_rows) {
+    for (int row = 0; row < num_rows; ++row, out += size) {
+        for (int i = 0; i < num_keys; ++i) {
+            const float weight = *weights++;
+            const char * value = rows.at[i] + offset;
+            for (int64_t d = 0; d < size && weight != 0.0f; d += LANES) {
+                store(out + d, multiply_add(all(weight), load_half(value + d * sizeof(ggml_fp16_t)), load(out + d)));
+            }
+        }
+    }
+}
+
 // Turns a row's scores for some keys into weights, in place; what it has of earlier keys is scaled to the new maximum.
-void weigh(const attention & of, float * scores, const ggml_fp16_t * mask, int num_keys, float & sum, float & maximum, float * out) {
+// Returns whether there are keys that it does not see.
+bool weigh(const attention & of, float * scores, const ggml_fp16_t * mask, int num_keys, float & sum, float & maximum, float * out) {
     vec score[TILE_KEYS / LANES];
     vec highest = all(-INFINITY);
+    bool hides = false;
     for (int i = 0; i < num_keys / LANES; ++i) {
-        score[i] = multiply_add(load(scores + i * LANES), all(of.scale), load_half(mask + i * LANES));
+        const vec added = load_half(mask + i * LANES);
+        score[i] = masked(multiply_add(load(scores + i * LANES), all(of.scale), added), added, hides);
         highest = higher(highest, score[i]);
     }
     const float before = maximum;
     maximum = fmaxf(before, highest_of(highest));
     if (maximum == -INFINITY) { // it has seen no key so far
         memset(scores, 0, num_keys * sizeof(float));
-        return;
+        return true;
     }
     if (maximum > before) {
         const float ratio = expf(before - maximum);
@@ -269,6 +299,7 @@ void weigh(const attention & of, float * scores, const ggml_fp16_t * mask, int n
         sums = add(sums, weight);
     }
     sum += sum_of(sums);
+    return hides;
 }
 
 // Of positions from the first that sees any of these keys to the last one; of others only that they have seen nothing.
@@ -312,12 +343,15 @@ void attend_to(const attention & of, const tile & at, const key_tile & keys, con
             memset(scratch.weights, 0, num_rows * num_keys * sizeof(float));
             multiply(scratch.weights, queries, scratch.keys, num_rows, key_size, num_keys);
         }
+        bool hides = false;
         for (int row = 0; row < num_rows; ++row) {
             const ggml_fp16_t * mask = masks + row / at.heads * TILE_KEYS;
-            weigh(of, scratch.weights + row * num_keys, mask, num_keys, scratch.sums[first + row], scratch.maxima[first + row],
-                  out + row * value_size);
+            hides |= weigh(of, scratch.weights + row * num_keys, mask, num_keys, scratch.sums[first + row],
+                           scratch.maxima[first + row], out + row * value_size);
         }
-        if (is_few) {
+        if (hides && !are_numbers(v, value_offset, value_size, num_keys)) {
+            add_seen(v, value_offset, value_size, num_keys, scratch.weights, out, num_rows);
+        } else if (is_few) {
             with_few(ADD_FEW, v, value_offset, value_size, num_keys, scratch.weights, num_keys, out, value_size, num_rows);
         } else {
             multiply(out, scratch.weights, scratch.values, num_rows, num_keys, value_size);

@@ -27,6 +27,13 @@ unsigned finite_of(const ggml_fp16_t * values) {
     return (uint16_t) ~_mm256_cmpeq_epi16_mask(_mm256_loadu_si256((const __m256i *) values), _mm256_set1_epi16(MINUS_INFINITY));
 }
 
+// Scores, but minus infinity where the mask is: a key that is not seen may be no number. Sets `hides` where there is one.
+vec masked(vec score, vec mask, bool & hides) {
+    const __mmask16 hidden = _mm512_cmp_ps_mask(mask, all(-INFINITY), _CMP_EQ_OQ);
+    hides |= hidden != 0;
+    return _mm512_mask_blend_ps(hidden, score, mask);
+}
+
 void stay(vec & of) { asm("" : "+v"(of)); } // in a register: the compiler would load it again for each row
 
 __m128 sums_of_four(const vec * of) {
@@ -87,6 +94,12 @@ float sum_of(vec of) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(of), _mm256_extractf128_ps(of, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+vec masked(vec score, vec mask, bool & hides) {
+    const vec hidden = _mm256_cmp_ps(mask, all(-INFINITY), _CMP_EQ_OQ);
+    hides |= _mm256_movemask_ps(hidden) != 0;
+    return _mm256_blendv_ps(score, mask, hidden);
 }
 
 unsigned finite_of(const ggml_fp16_t * values) {
