@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from octoai.optimizer import kernels, optimization
+from octoai.optimizer.additions import ADDED
 from octoai.optimizer.optimization import Wish
 from octoai.optimizer.profile import Profiles
 from octoai.optimizer.space import Candidate
@@ -27,8 +29,8 @@ from tests.optimizer.told import told
 ENGINE = version("xllamacpp")
 GGML = Path("thirdparty", "llama.cpp", "ggml")
 ADDED_TO = {
-    name: "#if 0\n" + "".join(f"{text};\n" for each, text, _ in kernels._ADDED if each == name) + "#endif\n"
-    for name, *_ in kernels._ADDED
+    name: "#if 0\n" + "".join(f"{text};\n" for each, text, _ in ADDED if each == name) + "#endif\n"
+    for name, *_ in ADDED
 }
 C = "int helper(void); int shared(void) { return 1; } int ggml_backend_init(void) { return helper(); }"
 
@@ -150,6 +152,27 @@ def test_where_the_source_is_not_to_be_had_one_line_says_why(tmp_path: Path, mon
     assert "of xllamacpp 1.2.3 is not known" in why_not(tmp_path / "k" / "made.so", "1.2.3")
 
 
+def test_a_download_that_takes_too_long_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hung, began = threading.Event(), time.monotonic()
+    monkeypatch.setattr(sdist, "unpack", lambda *_: hung.wait(60))
+    try:
+        with pytest.raises(kernels.NoKernels, match=r"no time to download .*wheel; give it more --seconds"):
+            make(tmp_path / "kernels" / "made.so", seconds=0.5)
+        assert time.monotonic() - began < 10
+    finally:
+        hung.set()
+
+
+@pytest.mark.parametrize("name", ["CC", "CXX"])
+def test_a_compiler_that_is_no_command_is_one_line_that_names_the_variable(tmp_path: Path, name: str) -> None:
+    assert why_not(tmp_path / "made.so", **{name: 'gcc "'}).startswith(f"{name} is no command (no closing quotation): ")
+
+
+@pytest.mark.usefixtures("source")
+def test_a_compiler_that_is_white_space_is_the_usual_one(tmp_path: Path) -> None:
+    make(tmp_path / "kernels" / "made.so", CC=" ", CXX="  ")
+
+
 @pytest.mark.usefixtures("source")
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "kernels").write_text("in the way")
@@ -176,7 +199,7 @@ def test_compilers_that_take_too_long_are_ended(tmp_path: Path) -> None:
     compiler, began = tmp_path / "compiler", time.monotonic()
     compiler.write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/compilers\nexec sleep {int(time.time())}\n")
     compiler.chmod(0o700)
-    with pytest.raises(kernels.NoKernels, match=r"no time to compile all: .*wheel; with a longer --seconds"):
+    with pytest.raises(kernels.NoKernels, match=r"no time to compile all: .*wheel; give it more --seconds"):
         make(tmp_path / "kernels" / "made.so", seconds=1.5, CC=str(compiler), CXX=str(compiler))
     assert time.monotonic() - began < 10
     assert len((tmp_path / "compilers").read_text().split()) == 2

@@ -243,15 +243,25 @@ void convert_values(const lines & rows, int64_t offset, int64_t size, int num_ke
     }
 }
 
-bool are_numbers(const lines & rows, int64_t offset, int64_t size, int num_keys) {
-    for (int i = 0; i < num_keys; ++i) {
-        const ggml_fp16_t * value = (const ggml_fp16_t *) (rows.at[i] + offset);
-        ggml_fp16_t most = 0;
-        for (int64_t d = 0; d < size; ++d) {
-            most = std::max<ggml_fp16_t>(most, value[d] & 0x7FFF);
+bool are_numbers(const ggml_fp16_t * values, int64_t size) {
+    ggml_fp16_t most = 0;
+    for (int64_t d = 0; d < size; ++d) {
+        most = std::max<ggml_fp16_t>(most, values[d] & 0x7FFF);
+    }
+    return most < 0x7C00; // infinity in F16
+}
+
+// Whether all values of keys that one of the positions does not see are numbers.
+bool are_hidden_numbers(const lines & rows, int64_t offset, int64_t size, int num_keys, const ggml_fp16_t * masks, int num_positions) {
+    for (int i = 0; i < num_keys; i += LANES) {
+        unsigned seen = ~0u;
+        for (int position = 0; position < num_positions; ++position) {
+            seen &= finite_of(masks + position * TILE_KEYS + i);
         }
-        if (most >= 0x7C00) { // infinity in F16
-            return false;
+        for (int key = i; key < i + LANES; ++key) {
+            if ((seen >> (key - i) & 1) == 0 && !are_numbers((const ggml_fp16_t *) (rows.at[key] + offset), size)) {
+                return false;
+            }
         }
     }
     return true;
@@ -349,7 +359,7 @@ void attend_to(const attention & of, const tile & at, const key_tile & keys, con
             hides |= weigh(of, scratch.weights + row * num_keys, mask, num_keys, scratch.sums[first + row],
                            scratch.maxima[first + row], out + row * value_size);
         }
-        if (hides && !are_numbers(v, value_offset, value_size, num_keys)) {
+        if (hides && !are_hidden_numbers(v, value_offset, value_size, num_keys, masks, num_rows / at.heads)) {
             add_seen(v, value_offset, value_size, num_keys, scratch.weights, out, num_rows);
         } else if (is_few) {
             with_few(ADD_FEW, v, value_offset, value_size, num_keys, scratch.weights, num_keys, out, value_size, num_rows);

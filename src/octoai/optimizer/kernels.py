@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from octoai.optimizer.additions import ADDED
 from octoai.server.places import create
 from octoai.server.sources import PullFailed, sdist
 
@@ -37,95 +39,13 @@ _DEFINED = (
 )
 # Everything else stays inside: the wheel has functions of the same names.
 _EXPORTED = "{ global: ggml_backend_init; calls_version; replace_calls; fast_*; shared_*; local: *; };"
-_ADDED = (
-    ("ggml-cpu.c", "nchunk0 * nchunk1 < nth * 4 || ggml_is_numa()", " || nr1 == 1"),
-    ("repack.cpp", "const bool disable_chunking = ggml_is_numa()", " || ne1 == 1"),
-    (
-        "llamafile/sgemm.cpp",
-        "(A[lda * (ii + 0) + l].d);",
-        " for (int64_t i = 0; i < 4; ++i)"
-        " __builtin_prefetch((const char *) (A + lda * (ii + 4)) + (l * 4 + i) * sizeof(TA));",
-    ),
-    (
-        "arch/x86/quants.c",
-        "__m256i qx = _mm256_loadu_si256((const __m256i *)x[ib].qs);",
-        " _mm_prefetch((const char *) (x + ib) + 4096, _MM_HINT_T0);",
-    ),
-    (
-        "arch/x86/repack.cpp",
-        "// Load 8 blocks of 32 interleaved as 8 bytes (B0 - B7)",
-        "\n_mm_prefetch((const char *) (b_ptr + b) + 4096, _MM_HINT_T0);"
-        " _mm_prefetch((const char *) (b_ptr + b) + 4160, _MM_HINT_T0);",
-    ),
-    (
-        "repack.cpp",
-        "repack<BLOC_TYPE, INTER_SIZE, NB_COLS>(t, data, data_size);\n    }\n};\n\n}  // namespace ggml::cpu::repack\n",
-        '\n#include "affine.cpp"\n',
-    ),
-    (
-        "repack.cpp",
-        "ggml_repack_get_optimal_repack_type(const struct ggml_tensor * cur) {",
-        "\n    if (const auto * evenly = evenly_spaced(cur)) return evenly;",
-    ),
-    ("repack.cpp", '#include "repack.h"', "\ntemplate <typename> constexpr bool takes_a_few = false;"),
-    (
-        "repack.cpp",
-        "const int64_t ncols = src0_end - src0_start;",
-        "\nconst int64_t at_once = MAX(NB_COLS, (128 << 10) / (int64_t) nb01 / NB_COLS * NB_COLS);"
-        "\nif (nrows > (takes_a_few<BLOC_TYPE> ? 4 : 1) && nrows < 16 && nrows % 4 != 0 && ncols > at_once) {"
-        " for (int64_t at = src0_start; at < src0_end; at += at_once)"
-        " forward_mul_mat_one_chunk(params, op, at, MIN(at + at_once, src0_end), src1_start, src1_end);"
-        " return; }",
-    ),
-    (
-        "repack.cpp",
-        "nrows - (nrows % 4), ncols);\n        }\n",
-        "if (const int64_t few = nrows % 4; takes_a_few<BLOC_TYPE> && few > 1) {"
-        " float * to = (float *) (dst_ptr + (nrows - few) * nb1) + src0_start;"
-        " const char * from = src1_ptr + src1_col_stride * (nrows - few);"
-        " gemv<BLOC_TYPE, INTER_SIZE, NB_COLS, PARAM_TYPE>"
-        "(ne00, to, nb1 / nb0, src0_ptr + src0_start * nb01, from, few, ncols);"
-        " return; }\n",
-    ),
-    ("vec.cpp", "#include <cassert>", '\n#include "calls.cpp"'),
-    ("ops.cpp", "#include <cmath>", '\n#include "attention.cpp"'),
-    ("ggml-cpu.c", '#include "ops.h"', "\nvoid begin_graph(void);"),
-    (
-        "ggml-cpu.c",
-        "ggml_graph_compute(struct ggml_cgraph * cgraph, struct ggml_cplan * cplan) {",
-        "\n    begin_graph();",
-    ),
-    ("ops.cpp", "const bool use_ref = params->use_ref;", " if (!use_ref && attend_together(params, dst)) return;"),
-)
-"""Files, a text in each, and what is added behind it.
-
-Of a matrix that is multiplied by one vector, every thread takes an equal part, as llama.cpp has it where memory has
-several nodes. Taking turns of 64 rows, two threads read memory at two thirds of its speed, and a stream is nothing but
-reading memory. It changes no result.
-
-Of a matrix that is multiplied by a few vectors, the next four rows are fetched while four are computed: rows that are
-short and read four at a time are no pattern to the processor, which then waits for each. Two streams were slower side
-by side than one after the other. It changes no result either.
-
-Of a matrix that is multiplied by one vector, Q8_0 and Q4_0 are fetched a page ahead: what a processor fetches by itself
-ends with the page, and where that of the next one is takes it long to find out, on a virtual machine longest.
-
-Attention is computed by `attention.cpp` where it can, for which results are added up in F32.
-
-Of a few vectors, those left over when four are taken at a time are multiplied together where that can be done, else one
-after the other: with rows that stay in the second cache meanwhile, not each with the whole matrix.
-
-How weights are kept for a product is asked of `affine.cpp` first, which has Q4_0, Q4_1 and Q8_0 eight rows at a time.
-
-`calls.cpp` has samplers, which need the vector functions of the file it is in, and what slots share.
-"""
 _ATTENTION = ("attention", "attention_keys", "attention_vectors")
 _OWN = [
     Path(__file__).with_name(f"{name}.cpp")
     for name in (*_ATTENTION, "affine", "calls", "sampling", "sharing", "tokenization")
 ]
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-w", *(f"-D{name}" for name in _DEFINED))
-RECIPE = hashlib.sha256(repr((_OPTIONS, _ADDED, [path.read_bytes() for path in _OWN])).encode()).hexdigest()[:8]
+RECIPE = hashlib.sha256(repr((_OPTIONS, ADDED, [path.read_bytes() for path in _OWN])).encode()).hexdigest()[:8]
 """Of how they are made: kernels that an earlier version of this file made are others."""
 _LOADING = """
 import pathlib, sys
@@ -134,6 +54,7 @@ kernels.load(pathlib.Path(sys.argv[1]))
 """
 _OTHER_OPENMP = b"__kmpc_"  # what code of LLVM's and Intel's compilers calls
 _IN_VAIN = "llama.cpp's kernels are those of its wheel"
+_MORE_TIME = "give it more --seconds, of which they may take half"
 
 
 class NoKernels(Exception):
@@ -172,7 +93,7 @@ def make(
         raise NoKernels(f"the checksum of the source of xllamacpp {version} is not known: {_IN_VAIN}")
     try:
         source = create(create(work) / "source")
-        sdist.unpack("xllamacpp", version, SOURCE_SHA256[version], source, environ)
+        _unpack(version, source, environ, deadline)
         made = _built(source / "thirdparty" / "llama.cpp" / "ggml", work, compilers, num_threads, deadline)
         made.chmod(0o600)
         with made.open("rb") as file:  # or what is there after a power cut may be empty, and is there all the same
@@ -186,6 +107,27 @@ def make(
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _unpack(version: str, source: Path, environ: Mapping[str, str], deadline: float) -> None:
+    """Raises PullFailed or OSError; NoKernels when time is up. A download that goes on then, since an index sends
+    little by little, is left to end with us: nobody wants its files any more."""
+    failed: list[Exception] = []
+
+    def unpack() -> None:
+        try:
+            sdist.unpack("xllamacpp", version, SOURCE_SHA256[version], source, environ)
+        except Exception as error:  # noqa: BLE001  # it is raised where it is waited for
+            failed.append(error)
+
+    download = threading.Thread(target=unpack, daemon=True)
+    download.start()
+    while download.is_alive() and time.monotonic() < deadline:
+        download.join(min(1.0, max(0.0, deadline - time.monotonic())))
+    if download.is_alive():
+        raise NoKernels(f"there was no time to download their source: {_IN_VAIN}; {_MORE_TIME}")
+    if failed:
+        raise failed[0]
+
+
 def can_be_loaded(path: Path) -> bool:
     """In a process of its own, since kernels stay loaded, and a damaged file may crash who loads it."""
     ran = subprocess.run([sys.executable, "-c", _LOADING, str(path)], capture_output=True, check=False)  # noqa: S603  # our own text
@@ -197,13 +139,20 @@ def _compilers(environ: Mapping[str, str]) -> _Compilers:
     known = _MACHINES.get(platform.machine())
     if sys.platform != "linux" or known is None:
         raise NoKernels(f"kernels are compiled on Linux only, for x86-64 and AArch64: {_IN_VAIN}")
-    c, cxx = shlex.split(environ.get("CC") or "gcc"), shlex.split(environ.get("CXX") or "g++")
+    c, cxx = _command(environ, "CC", "gcc"), _command(environ, "CXX", "g++")
     missing = next((name for name, *_ in (cxx, c) if shutil.which(name, path=environ.get("PATH")) is None), None)
     if missing is not None:
         raise NoKernels(
             f"there is no {missing}: {_IN_VAIN}; install it (Debian: g++) and optimize again to have faster ones"
         )
     return _Compilers(c, cxx, *known)
+
+
+def _command(environ: Mapping[str, str], name: str, default: str) -> list[str]:
+    try:
+        return shlex.split(environ.get(name, "")) or [default]
+    except ValueError as error:
+        raise NoKernels(f"{name} is no command ({str(error).lower()}): {_IN_VAIN}; set it to GNU's compiler") from None
 
 
 def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int, deadline: float) -> Path:
@@ -214,7 +163,7 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int, dead
     sources.append(cpu / "llamafile" / "sgemm.cpp")
     for path in _OWN:
         shutil.copy(path, cpu)
-    for name, text, addition in _ADDED:
+    for name, text, addition in ADDED:
         _add(cpu / name, text, addition)
     included = (ggml / "include", ggml.parent / "include", ggml / "src", cpu)
     common = [*_OPTIONS, compilers.tuned, *(f"-I{path}" for path in included)]
@@ -272,7 +221,7 @@ def _ended(process: subprocess.Popen[str], deadline: float) -> str:
     while (left := deadline - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=min(1.0, left))[1]
-    raise NoKernels(f"there was no time to compile all: {_IN_VAIN}; with a longer --seconds there may be")
+    raise NoKernels(f"there was no time to compile all: {_IN_VAIN}; {_MORE_TIME}")
 
 
 @contextmanager

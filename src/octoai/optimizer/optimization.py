@@ -161,7 +161,9 @@ def _stored(
 
 
 def _last_words(outcome: Outcome) -> str:
-    return next((trial.note for trial in reversed(outcome.trials) if trial.note), "there was no time")
+    return next(
+        (trial.note for trial in reversed(outcome.trials) if trial.note), "there was no time: give it more --seconds"
+    )
 
 
 @contextmanager
