@@ -84,6 +84,14 @@ def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
     assert "is not a GGUF file" in refused(tmp_path, "text.gguf", "--seconds", "5")
 
 
+def test_a_plot_that_cannot_be_written_is_said_before_the_search(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("not a model")
+    for path in (tmp_path / "missing" / "x.svg", tmp_path):
+        said = refused(tmp_path, "model.gguf", "--plot", str(path))
+        assert said.endswith(f"--plot: {path} cannot be written: give a file in a directory of yours")
+    assert "is not a GGUF file" in refused(tmp_path, "model.gguf", "--seconds", "5", "--plot", "here.svg")
+
+
 def test_what_serve_runs_while_idle_is_this_command(tmp_path: Path) -> None:
     config = tmp_path / "here.toml"
     config.write_text("[[models]]\nid = 'far'\nengine_url = 'http://x/v1'\n")

@@ -98,7 +98,7 @@ def test_the_shipped_text_has_several_kinds_of_text() -> None:
 def test_nothing_stays_open_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is deleted takes its room on the disk until then."""
 
-    def say(options: dict[str, Any], _weights: Path) -> dict[str, Any]:
+    def say(options: dict[str, Any], *_: object) -> dict[str, Any]:
         logs([0.5, 0.5], [0.9, 0.1]).tofile(options["output"])
         return {"num_positions": 2, "num_tokens": 2}
 
@@ -150,6 +150,26 @@ def test_a_reference_leaves_nothing_behind(
         opened.measure(embedded_model)
         assert len(list(tmp_path.rglob("*"))) == 2  # its folder, and what the weights as given say
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.model
+def test_a_reference_is_where_it_is_wanted(embedded_model: Path, tmp_path: Path) -> None:
+    """Where temporary files are there may be no room for it, and nobody who clears it away."""
+    with Reference(embedded_model, max_positions=16, directory=tmp_path) as opened:
+        assert opened.num_positions == 16
+        assert [path.suffix for path in tmp_path.glob("*/*")] == [".f32"]
+
+
+@pytest.mark.model
+def test_nobody_waits_for_weights_that_are_read_for_ever(embedded_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnusableWeights, match=r"what .*\.gguf says was not read in 0 s"):
+        Reference(embedded_model, directory=tmp_path, patience=0.1)
+    assert list(tmp_path.iterdir()) == []
+    with (
+        Reference(embedded_model, max_positions=16, directory=tmp_path) as opened,
+        pytest.raises(UnusableWeights, match="was not read in"),
+    ):
+        opened.measure(embedded_model, patience=0.1)
 
 
 def test_weights_that_do_not_load_are_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

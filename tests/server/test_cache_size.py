@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from octoai.server.engines import cache_size
-from octoai.server.engines.cache_size import cache_bytes_per_token, num_slots
+from octoai.server.engines.cache_size import cache_bytes_per_token, num_slots, slots_that_fit
 
 
 def written(path: Path, *, heads: int = 32, groups: int | list[int] | None = 8, head: int | None = None) -> Path:
@@ -67,6 +67,18 @@ def test_many_slots_take_an_eighth_of_the_memory_at_most(
 ) -> None:
     monkeypatch.setattr(cache_size, "memory_bytes", lambda: int(gibibytes * 2**30))
     assert num_slots(written(tmp_path / "x.gguf"), 8192) == expected  # of 1 GiB each
+
+
+@pytest.mark.parametrize(("gibibytes", "expected"), [(16, 8), (15.9, 4), (1, 4), (0, 4)])
+def test_slots_that_were_found_to_be_fast_are_fewer_where_half_of_the_memory_is_not_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gibibytes: float, expected: int
+) -> None:
+    """A profile may be of a shorter context."""
+    monkeypatch.setattr(cache_size, "memory_bytes", lambda: int(gibibytes * 2**30))
+    path = written(tmp_path / "x.gguf")
+    assert slots_that_fit(path, 8192, 8) == expected  # of 1 GiB each
+    assert slots_that_fit(path, 8192, 2) == 2
+    assert slots_that_fit(tmp_path / "missing.gguf", 8192, 8) == 8
 
 
 def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from octoai.server import places
+from octoai.server import app, places
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
+from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 from octoai.server.settings import BadSettings, Settings, load
 
 
@@ -274,3 +276,22 @@ def test_a_home_that_nobody_has_is_a_name_like_any(environ: dict[str, str], tmp_
 def test_half_a_price_is_refused(environ: dict[str, str], tmp_path: Path, price: str, cached: str) -> None:
     text = f"[[models]]\nid = 'x'\nengine_url = 'http://h'\n{price} = '5'\n{cached}"
     assert "give input_price and output_price" in complaint(tmp_path, text, environ)
+
+
+FOUND = LlamaOptions(context_length=0, num_slots=8, num_threads=3, tuning=LlamaTuning(num_batch_threads=4))
+
+
+@pytest.mark.parametrize(
+    ("said", "num_batch_threads", "expected"),
+    [("", 4, (3, 4)), ("num_threads = 2", 4, (2, 2)), ("num_threads = 6", 4, (6, 4)), ("num_threads = 2", 0, (2, 0))],
+)
+def test_threads_of_the_configuration_go_before_those_of_a_profile(
+    environ: dict[str, str], tmp_path: Path, said: str, num_batch_threads: int, expected: tuple[int, int]
+) -> None:
+    """Those that read prompts too."""
+    path = write(tmp_path, f"[[models]]\nid = '{EMBEDDED_MODEL_ID}'\n{said}")
+    settings = load(path=path, environ=environ)
+    (chosen,) = settings.models
+    found = replace(FOUND, tuning=replace(FOUND.tuning, num_batch_threads=num_batch_threads))
+    used = app.options(settings, chosen, app.catalogue(settings)[chosen.id], tmp_path / "x.gguf", found)
+    assert (used.num_threads, used.tuning.num_batch_threads) == expected

@@ -61,6 +61,8 @@ def optimize(args: argparse.Namespace) -> int:
     from octoai.server.settings import BadSettings
     from octoai.server.sources import PullFailed, WeightStore
 
+    if args.plot and not _can_be_written(args.plot):
+        return fail(f"--plot: {args.plot} cannot be written: give a file in a directory of yours")
     _hear_signals()
     is_chore = _follow_service()
     try:
@@ -82,8 +84,6 @@ def optimize(args: argparse.Namespace) -> int:
         )
         with _bar(chosen.id, args.seconds) as (on_trial, on_step):
             result = optimized(source, settings.cache_dir, wish, on_trial, on_step)
-        if args.plot and result.plot:
-            args.plot.write_bytes(result.plot.read_bytes())
     except IsOptimized as error:
         fail(str(error))
         return idle.LATER
@@ -95,9 +95,19 @@ def optimize(args: argparse.Namespace) -> int:
         json.dumps(_described(result), indent=2, default=str) if args.json else _shown(result),
         end="" if not args.json else "\n",
     )
+    if args.plot and result.plot:
+        try:
+            args.plot.write_bytes(result.plot.read_bytes())
+        except OSError as error:
+            return fail(f"--plot: {error.filename}: {error.strerror or error}")
     if result.profile is None:
         fail("stopped before anything better was found: nothing is stored")
     return 130 if result.outcome.is_interrupted else 0
+
+
+def _can_be_written(path: Path) -> bool:
+    """Asked before the search: what it takes would be in vain."""
+    return os.access(path, os.W_OK) and not path.is_dir() if path.exists() else os.access(path.parent, os.W_OK)
 
 
 def _follow_service() -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octoai.optimizer.ggml import function
+from octoai.optimizer.weights import UnusableWeights, require_space
 from octoai.server.engines import kernels
 from octoai.server.parent import die_with_parent
 
@@ -49,6 +50,10 @@ def main() -> None:
     except (Unloadable, kernels.CannotLoadKernels) as error:
         sys.exit(str(error))
     tokens = model.tokens(options["text"])[: options["max_positions"]]
+    try:
+        require_space(Path(options["output"]).parent, len(tokens) * model.num_tokens * np.dtype(np.float32).itemsize)
+    except UnusableWeights as error:
+        sys.exit(str(error))
     started, num_positions = time.monotonic(), 0
     with open(options["output"], "wb") as output:
         for rows in model.distributions(tokens):

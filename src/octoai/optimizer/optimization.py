@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -68,14 +69,14 @@ def optimize(
     on_trial: Callable[[Trial], None] = lambda _trial: None,
     on_step: Callable[[str], None] = lambda _step: None,
 ) -> Optimized:
-    """Search, and store what was found. Stopped by the keyboard it stores the best so far. `on_step` is told what takes
-    long and is no trial. Raises CannotOptimize."""
+    """Search, and store what was found. Stopped by the keyboard it stores the best so far, and what is being stored is
+    not stopped any more. `on_step` is told what takes long and is no trial. Raises CannotOptimize."""
     began = time.monotonic()
     num_threads = num_cores()
     profiles = Profiles(cache_dir)
     try:
         model_sha256 = sha256_of_model(source)
-        with _workplace(cache_dir, model_sha256) as directory:
+        with _interrupts() as ignore_them, _workplace(cache_dir, model_sha256) as directory:
             kernels_path, no_kernels = _kernels(profiles, wish, num_threads, directory / "kernels", on_step)
             starts = first_guesses(num_threads, kernels_path, is_unified=kernels.shares_cache())
             with Bench(
@@ -84,6 +85,7 @@ def optimize(
                 context_length=wish.context_length,
                 num_threads=num_threads,
                 trial_seconds=max(TRIAL_SECONDS, wish.seconds / 4),
+                ends_at=began + wish.seconds,
             ) as bench:
                 search = Search(
                     bench,
@@ -95,6 +97,7 @@ def optimize(
                     on_trial=on_trial,
                 )
                 outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
+                ignore_them()
                 if outcome.is_interrupted and (not outcome.is_usable or outcome.best in starts):
                     return Optimized(outcome, no_kernels=no_kernels, is_exact=bench.is_exact)
                 if not outcome.is_usable:
@@ -167,18 +170,38 @@ def _last_words(outcome: Outcome) -> str:
 
 
 @contextmanager
+def _interrupts() -> Iterator[Callable[[], object]]:
+    """The keyboard's are ignored from when what this gives is called: to hash a large file takes long, and what was
+    found would be lost."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
 def _workplace(cache_dir: Path, model_sha256: str) -> Iterator[Path]:
     """An empty directory for the files that a search makes, gone afterwards; one search at a time for a model."""
     create(cache_dir)
     base = create(cache_dir / "optimizing")
+    _clear(base)
     with (base / f"{model_sha256[:16]}.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise IsOptimized("this model is being optimized already: wait for that to end") from None
         directory = base / model_sha256[:16]
-        shutil.rmtree(directory, ignore_errors=True)  # left by a search that was killed
+        shutil.rmtree(directory, ignore_errors=True)
         try:
             yield create(directory)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _clear(base: Path) -> None:
+    """Of what searches that were killed have left, for whatever model."""
+    for path in filter(Path.is_dir, base.iterdir()):
+        with path.with_suffix(".lock").open("a") as lock, suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)

@@ -61,8 +61,9 @@ def exact(source: Path, directory: Path, *, num_threads: int = 0) -> Path | None
 class Reference:
     """What the weights as given say, kept on disk to compare candidates with. Use it as a context manager.
 
-    The text is read up to `max_positions`, or until `max_seconds` have passed, in which case all candidates are
-    compared over the fewer positions read by then. Raises UnusableWeights.
+    `directory` is where; it has to exist as long. The text is read up to `max_positions`, or until `max_seconds` have
+    passed, in which case all candidates are compared over the fewer positions read by then. Raises UnusableWeights,
+    also where this takes longer than `patience` seconds.
     """
 
     def __init__(
@@ -73,13 +74,15 @@ class Reference:
         max_seconds: float = 60.0,
         num_threads: int = 1,
         text: str | None = None,
+        directory: Path | None = None,
+        patience: float | None = None,
     ) -> None:
         self._text = shipped_text() if text is None else text
         self._num_threads = num_threads
         self._num_read = 0
-        self._directory = tempfile.TemporaryDirectory(prefix="octoai-")
+        self._directory = tempfile.TemporaryDirectory(prefix="octoai-", dir=directory)
         try:
-            self._given = self._distributions(weights, max_positions, max_seconds)
+            self._given = self._distributions(weights, max_positions, max_seconds, patience=patience)
         except BaseException:
             self._directory.cleanup()
             raise
@@ -96,10 +99,10 @@ class Reference:
     def num_positions(self) -> int:
         return len(self._given)
 
-    def measure(self, candidate: Path, kernels: Path | None = None) -> Quality:
+    def measure(self, candidate: Path, kernels: Path | None = None, patience: float | None = None) -> Quality:
         """Takes about as long as the candidate takes to read the text, with the kernels of the wheel or others. Raises
         UnusableWeights."""
-        found = self._distributions(candidate, self.num_positions, float("inf"), kernels)
+        found = self._distributions(candidate, self.num_positions, float("inf"), kernels, patience)
         try:
             if found.shape != self._given.shape:
                 raise UnusableWeights(f"{candidate} has another vocabulary than the weights as given")
@@ -108,7 +111,12 @@ class Reference:
             _path_of(found).unlink()
 
     def _distributions(
-        self, weights: Path, max_positions: int, max_seconds: float, kernels: Path | None = None
+        self,
+        weights: Path,
+        max_positions: int,
+        max_seconds: float,
+        kernels: Path | None = None,
+        patience: float | None = None,
     ) -> npt.NDArray[np.float32]:
         """Log probabilities, (positions, tokens), mapped from a file."""
         self._num_read += 1
@@ -122,7 +130,7 @@ class Reference:
             "num_threads": self._num_threads,
             "kernels": str(kernels or ""),
         }
-        said = _run_child(options, weights)
+        said = _run_child(options, weights, patience)
         shape = (said["num_positions"], said["num_tokens"])
         return np.memmap(output, np.float32, mode="r", shape=shape)
 
@@ -159,15 +167,19 @@ def shipped_text() -> str:
     return files("octoai.optimizer").joinpath("passages.txt").read_text("utf-8")
 
 
-def _run_child(options: dict[str, Any], weights: Path) -> dict[str, Any]:
-    ran = subprocess.run(
-        [sys.executable, "-m", "octoai.optimizer.logits"],
-        input=json.dumps(options) + "\n",
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
-    )
+def _run_child(options: dict[str, Any], weights: Path, patience: float | None) -> dict[str, Any]:
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-m", "octoai.optimizer.logits"],
+            input=json.dumps(options) + "\n",
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
+            timeout=patience,
+        )
+    except subprocess.TimeoutExpired:
+        raise UnusableWeights(f"what {weights.name} says was not read in {patience:.0f} s") from None
     if ran.returncode != 0:
         words = ran.stderr.strip().splitlines()
         raise UnusableWeights(words[-1] if words else f"llama.cpp crashed on {weights} (exit {ran.returncode})")

@@ -7,8 +7,10 @@ that crashes, hangs or cannot load its weights is a `TrialFailed`, never more.
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -32,7 +34,8 @@ _BUSY = "import select, sys\nwhile not select.select([sys.stdin], [], [], 0)[0]:
 
 class Bench:
     """Measures candidates for one file of weights. `directory` is empty and the search's own. Use it as a context
-    manager: what quality is compared with lies on disk meanwhile."""
+    manager: what quality is compared with lies on disk meanwhile. To measure a loss may take until `ends_at`, by the
+    monotonic clock, and as long as a trial in any case."""
 
     def __init__(
         self,
@@ -42,12 +45,14 @@ class Bench:
         context_length: int,
         num_threads: int,
         trial_seconds: float = TRIAL_SECONDS,
+        ends_at: float = math.inf,
     ) -> None:
         self.source = source
         self._directory = directory
         self._context_length = context_length
         self._num_threads = num_threads
         self._trial_seconds = trial_seconds
+        self._ends_at = ends_at
         made = sorted(recipes(source), key=lambda recipe: -num_bytes(source, recipe))
         self._recipes = {each.name: each for each in made}
         self._exact: Path | None = None
@@ -98,12 +103,17 @@ class Bench:
         path, kernels = self.weights(candidate.weights), candidate.tuning.kernels
         try:
             if bound is not None:
-                glance = self._compared_to(_GLANCE_POSITIONS).measure(path, kernels)
+                glance = self._compared_to(_GLANCE_POSITIONS).measure(path, kernels, self._patience)
                 if abs(glance.kl_nats - bound) > 3 * glance.kl_error:
                     return glance
-            return self._compared_to(MAX_POSITIONS).measure(path, kernels)
+            return self._compared_to(MAX_POSITIONS).measure(path, kernels, self._patience)
         except UnusableWeights as error:
             raise TrialFailed(str(error)) from None
+
+    @property
+    def _patience(self) -> float | None:
+        left = max(self._trial_seconds, self._ends_at - time.monotonic())
+        return left if math.isfinite(left) else None
 
     def _compared_to(self, num_positions: int) -> Reference:
         """What the weights as given say, read once: exactly, or where that is too much, as llama.cpp computes it."""
@@ -111,7 +121,13 @@ class Bench:
             self._exact = exact(self.source, self._directory, num_threads=self._num_threads)
         if num_positions not in self._references:
             given = self._exact or self.source
-            made = Reference(given, max_positions=num_positions, num_threads=self._num_threads)
+            made = Reference(
+                given,
+                max_positions=num_positions,
+                num_threads=self._num_threads,
+                directory=self._directory,
+                patience=self._patience,
+            )
             self._references[num_positions] = self._stack.enter_context(made)
         return self._references[num_positions]
 

@@ -109,7 +109,7 @@ def requantize(
     with ExitStack() as stack:
         sources = [_Source(path, stack) for path in _parts(source)]
         plan = _plan(sources, recipe)
-        _require_space(target.parent, plan.num_bytes)
+        require_space(target.parent, plan.num_bytes)
         try:
             _write(plan, target, num_threads or num_cores(), on_progress or _no_progress)
         except OSError as error:
@@ -267,7 +267,7 @@ def _tensors(source: Path) -> list[Tensor]:
         return [tensor for path in _parts(source) for tensor in _Source(path, stack).tensors]
 
 
-def _require_space(directory: Path, num_bytes: int) -> None:
+def require_space(directory: Path, num_bytes: int) -> None:
     try:
         free = shutil.disk_usage(directory).free
     except OSError as error:

@@ -19,7 +19,7 @@ from octoai.server.catalogue import Catalogue, Model
 from octoai.server.directory import Directory
 from octoai.server.edge import Edge
 from octoai.server.engines.base import Engine
-from octoai.server.engines.cache_size import num_slots
+from octoai.server.engines.cache_size import num_slots, slots_that_fit
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.ledger import Ledger
@@ -184,11 +184,16 @@ def options(
     """How an engine of ours runs that model: what the settings say goes before what was found to be best."""
     context_length = chosen.context_length or model.context_length or DEFAULT_CONTEXT_LENGTH
     base = tuned or LlamaOptions(context_length, num_slots=num_slots(weights, context_length))
+    num_threads = chosen.num_threads or base.num_threads
+    tuning = base.tuning
+    if chosen.num_threads:  # of threads that read prompts too; 0 stays "as many as generate"
+        tuning = replace(tuning, num_batch_threads=min(tuning.num_batch_threads, num_threads))
     return replace(
         base,
         context_length=context_length,
-        num_slots=chosen.num_slots or base.num_slots,
-        num_threads=chosen.num_threads or base.num_threads,
+        num_slots=chosen.num_slots or slots_that_fit(weights, context_length, base.num_slots),
+        num_threads=num_threads,
+        tuning=tuning,
         stall_seconds=settings.engine_stall_seconds,
         prefix_dir=settings.cache_dir / "prefixes",
         prefix_bytes=settings.prefix_cache_mib * 2**20,

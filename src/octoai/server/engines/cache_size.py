@@ -12,6 +12,7 @@ from octoai.server.engines.header import metadata
 
 MANY_SLOTS, FEW_SLOTS = 8, 4
 MEMORY_PARTS = 8  # of one of which the caches of many slots must not take more
+FOUND_MEMORY_PARTS = 2  # the same of as many slots as were found to be fast, and to fit, with some context
 _F16_BYTES = 2
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -22,6 +23,15 @@ def num_slots(weights: Path, context_length: int) -> int:
     if token_bytes and MANY_SLOTS * context_length * token_bytes <= memory_bytes() // MEMORY_PARTS:
         return MANY_SLOTS
     return FEW_SLOTS
+
+
+def slots_that_fit(weights: Path, context_length: int, wanted: int) -> int:
+    """Fewer than were found to be fast where their caches take too much of the memory: the context may have been
+    shorter then. Not fewer than a model has of which nothing was found."""
+    token_bytes = cache_bytes_per_token(weights) or 0
+    while wanted > FEW_SLOTS and wanted * context_length * token_bytes > memory_bytes() // FOUND_MEMORY_PARTS:
+        wanted = max(FEW_SLOTS, wanted // 2)
+    return wanted
 
 
 def cache_bytes_per_token(weights: Path) -> int | None:
