@@ -69,9 +69,7 @@ def test_a_search_without_time_says_what_to_give_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Outcome, "is_usable", property(lambda _: False))
-    with pytest.raises(
-        CannotOptimize, match=r"model\.gguf could not be run here: there was no time: give it more"
-    ):
+    with pytest.raises(CannotOptimize, match=r"model\.gguf could not be run here: there was no time: give it more"):
         optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=30))
 
 

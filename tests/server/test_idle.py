@@ -142,6 +142,26 @@ def test_what_cannot_be_done_now_is_tried_again_and_others_go_first(tmp_path: Pa
     assert followed == ["begun done "]
 
 
+def test_what_cannot_be_run_now_is_tried_again_and_keeps_nobody_from_running(tmp_path: Path) -> None:
+    program, followed = tmp_path / "program", tmp_path / "followed"
+
+    async def then() -> None:
+        followed.touch()
+
+    async def main() -> None:
+        chores = [Chore([str(program)], then), noting(tmp_path / "other", 0)]
+        async with idle.running(chores, lambda: False, quiet_seconds=0.1, retry_seconds=0.1):
+            await until(tmp_path / "other", "begun done ")
+            assert not followed.exists()
+            program.write_text("#!/bin/sh\n")
+            program.chmod(0o700)
+            async with asyncio.timeout(20):
+                while not followed.exists():
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(main())
+
+
 FOLLOWING = """
 import signal, sys, time
 from octoai.cli import optimize

@@ -6,8 +6,11 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from gguf.scripts import gguf_new_metadata
 from octoai.server.engines import llama
 from octoai.server.engines.base import Delta, Finished, Generation
 from octoai.server.engines.held import HeldFiles
+from octoai.server.engines.kernels import NO_KERNELS
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 from octoai.server.errors import EngineFailed
@@ -260,16 +264,112 @@ def test_kernels_that_do_not_run_any_more_are_those_of_the_wheel_after_a_crash(
         await engine.start()
         try:
             kernels = tmp_path / "kernels.so"
-            engine.options = replace(engine.options, tuning=LlamaTuning(kernels=kernels, is_unified=True))
+            wished = replace(engine.options, tuning=LlamaTuning(kernels=kernels, is_unified=True))
+            engine._use(engine.weights, wished)
             assert engine.pid is not None
             os.kill(engine.pid, signal.SIGKILL)
             await until(engine, False, 5)
             await until(engine, True, 30)
             assert engine.options.tuning == LlamaTuning()
+            assert engine._wished == wished  # at the next start they are tried again
         finally:
             await engine.close()
 
     asyncio.run(main())
+
+
+STAND_IN = """
+import os, signal, sys
+sys.stdin.readline()
+print("no memory" if {status} else "", file=sys.stderr)
+os.kill(os.getpid(), -{status}) if {status} < 0 else sys.exit({status})
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "is_for_kernels"),
+    [(-signal.SIGKILL, False), (1, False), (NO_KERNELS, True), (-signal.SIGILL, True)],
+)
+def test_kernels_are_given_up_only_where_it_is_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int, is_for_kernels: bool
+) -> None:
+    """And not where there was no memory for a moment."""
+    (tmp_path / "model.gguf").write_bytes(b"nothing")
+
+    async def child(_environ: object) -> asyncio.subprocess.Process:
+        pipe = asyncio.subprocess.PIPE
+        program = STAND_IN.format(status=int(status))
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", program), stdin=pipe, stdout=pipe, stderr=pipe
+        )
+
+    monkeypatch.setattr(llama, "_child", child)
+    tuning = LlamaTuning(kernels=tmp_path / "kernels.so", is_unified=True)
+
+    async def main() -> None:
+        engine = LlamaEngine(tmp_path / "model.gguf", model="m", options=LlamaOptions(512, tuning=tuning))
+        with pytest.raises(EngineFailed) as failed:
+            await engine.start()
+        assert f"(exit status {int(status)}): no memory" in failed.value.message
+        assert engine.options.tuning == tuning
+
+    asyncio.run(main())
+    assert ("trying the kernels of llama.cpp's wheel" in caplog.text) is is_for_kernels
+
+
+def test_a_child_that_cannot_be_made_leaves_no_directory(
+    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def child(_environ: object) -> asyncio.subprocess.Process:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(llama, "_child", child)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        with pytest.raises(EngineFailed, match="Too many open files"):
+            await engine.start()
+
+    asyncio.run(main())
+    assert list(tmp_path.iterdir()) == []
+
+
+RUNNING = """
+import asyncio, sys
+from pathlib import Path
+from octoai.server.engines.llama import LlamaEngine
+from octoai.server.engines.llama_options import LlamaOptions
+async def main():
+    engine = LlamaEngine(Path(sys.argv[1]), model="m", options=LlamaOptions(context_length=512, num_slots=1))
+    await engine.start()
+    print(engine.pid, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
+
+def test_a_child_of_a_service_that_is_killed_leaves_no_directory_and_does_not_live_on(embedded_model: Path) -> None:
+    place = Path(tempfile.mkdtemp())  # short: a socket's path is
+    environ = {**os.environ, "TMPDIR": str(place)}
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-c", RUNNING, str(embedded_model)], stdout=subprocess.PIPE, text=True, env=environ
+        ) as service:
+            assert service.stdout is not None
+            pid = service.stdout.readline().strip()
+            assert len(list(place.iterdir())) == 1
+            service.kill()
+        until_true(lambda: not Path(f"/proc/{pid}/cwd").exists() and not list(place.iterdir()))
+    finally:
+        shutil.rmtree(place)
+
+
+def until_true(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_where_not_even_those_of_the_wheel_run_the_kernels_are_tried_again(tmp_path: Path) -> None:

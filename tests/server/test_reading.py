@@ -96,7 +96,7 @@ def test_a_beginning_outlives_a_restart_and_only_its_owner_can_read_the_file(
             first, usage = await answered(engine, chat("Hello?"))
             assert usage.cached_tokens == 0
         (file,) = kept(tmp_path)
-        assert file.stat().st_mode & 0o777 == 0o600
+        assert file.stat().st_mode & 0o777 == 0o400
         assert file.parent.stat().st_mode & 0o777 == 0o700
         async with running(embedded_model, tmp_path) as engine:
             again, usage = await answered(engine, chat("Hello?"))

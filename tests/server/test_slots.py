@@ -115,6 +115,7 @@ def test_the_longest_kept_beginning_is_found_also_by_who_opens_later(tmp_path: P
     prefixes.open()
     for length in (200, 300):
         write(prefixes, LONG[: 4 * length], 10, 1.0)
+        prefixes.make_safe(LONG[: 4 * length])
     for each in (prefixes, Prefixes(tmp_path / "p", "owner", 10_000)):
         each.open()
         assert each.longest(LONG)[0] == 300
@@ -123,6 +124,20 @@ def test_the_longest_kept_beginning_is_found_also_by_who_opens_later(tmp_path: P
     stranger = Prefixes(tmp_path / "p", "stranger", 10_000)
     stranger.open()
     assert stranger.longest(LONG) == (0, None)
+
+
+def test_a_beginning_that_may_not_be_on_the_disk_is_nobodys_who_starts(tmp_path: Path) -> None:
+    prefixes = Prefixes(tmp_path, "owner", 10_000)
+    write(prefixes, LONG[:800], 10, 1.0)
+    assert prefixes.longest(LONG)[0] == 200
+    later = Prefixes(tmp_path, "owner", 10_000)
+    later.open()
+    assert later.longest(LONG) == (0, None)
+    write(later, LONG[:800], 10, 1.0)
+    later.make_safe(LONG[:800])
+    later.make_safe(LONG[:1200])  # another process has made room
+    prefixes.open()
+    assert prefixes.longest(LONG)[0] == 200
 
 
 def test_the_least_recently_used_of_all_models_make_room(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ async def _run_all(
                 status = await _run(command, is_busy)
             except OSError as error:
                 log.warning("cannot run %s: %s", command[0], error.strerror or error)
-                return
+                status = LATER  # there may be no memory, or no descriptor, for a moment
         if status == LATER:
             log.info("what should run while idle cannot now: %s", " ".join(command))
             waiting.append(chore)

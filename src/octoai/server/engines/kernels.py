@@ -17,6 +17,10 @@ _CALLS_VERSION = 2
 """Of the calls in kernels that may take the place of the wheel's, at least."""
 
 
+NO_KERNELS = os.EX_CONFIG
+"""The exit status of a process that cannot load them."""
+
+
 class CannotLoadKernels(Exception):
     """The text is one line that says why."""
 

@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.header import vocabulary
 from octoai.server.engines.held import HeldFiles
+from octoai.server.engines.kernels import NO_KERNELS
 from octoai.server.engines.llama_control import Control
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 from octoai.server.engines.openai_http import OpenAIEngine
@@ -45,6 +47,16 @@ MAX_LINE_BYTES = 1024 * 1024
 # A prompt is taken apart into tokens before there is any sign of life: 0.7 MB/s on a slow text, and noise on top. What
 # special tokens take beside that is bounded (`special.py`).
 TOKENIZED_BYTES_PER_SECOND = 100_000
+
+
+# What a child that cannot run its kernels ends with; everything else has other reasons, which may be gone later.
+_FOR_KERNELS = (NO_KERNELS, -signal.SIGILL, -signal.SIGSEGV)
+
+
+class _NotStarted(EngineFailed):
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class LlamaEngine:
@@ -73,7 +85,7 @@ class LlamaEngine:
 
     def _use(self, weights: Path, options: LlamaOptions) -> None:
         self.weights = weights
-        self.options = options
+        self.options = self._wished = options
         self.num_slots = options.num_slots
         self.context_length: int | None = options.context_length
 
@@ -98,7 +110,7 @@ class LlamaEngine:
         while self._num_running:
             self._quiet.clear()
             await self._quiet.wait()
-        before = self.weights, self.options
+        before = self.weights, self._wished
         changed = self._changing = asyncio.Event()
         try:
             await self._end_supervision()
@@ -124,14 +136,14 @@ class LlamaEngine:
         self._files.hold(self.weights, self.options.tuning.kernels)
 
     async def _spawn_with_any_kernels(self) -> None:
-        """Kernels are only faster than those of the wheel: where they do not run, these do. Attention of the wheel's
-        is slower over one cache for all slots."""
-        options = self.options
+        """Kernels are only faster than those of the wheel: where they do not run, these do, until the next start.
+        Attention of the wheel's is slower over one cache for all slots."""
+        options = self.options = self._wished
         try:
             await self._spawn()
             return
-        except EngineFailed as error:
-            if options.tuning.kernels is None:
+        except _NotStarted as error:
+            if options.tuning.kernels is None or error.status not in _FOR_KERNELS:
                 raise
             log.warning("%s; trying the kernels of llama.cpp's wheel, not %s", error.message, options.tuning.kernels)
         self.options = replace(options, tuning=replace(options.tuning, kernels=None, is_unified=False))
@@ -247,7 +259,7 @@ class LlamaEngine:
         weights, kernels = self._files.path(self.weights), self.options.tuning.kernels
         self._prefixes = self.options.prefixes(weights)
         self._prefixes.open()
-        directory = tempfile.mkdtemp(prefix="octoai-")  # 0700
+        directory = self._directory = tempfile.mkdtemp(prefix="octoai-")  # 0700
         key = secrets.token_urlsafe(32)
         options = {
             "model_path": str(weights),
@@ -264,16 +276,12 @@ class LlamaEngine:
             **asdict(self.options.tuning),
             "kernels": str(self._files.path(kernels) if kernels else ""),
         }
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "octoai.server.engines.llama_child"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=MAX_LINE_BYTES,
-            start_new_session=True,  # a terminal's Ctrl-C is ours to handle
-            env=_environment(self.options.tuning),
-        )
-        self._directory = directory
+        self._last_words.clear()
+        try:
+            self._process = await _child(_environment(self.options.tuning))
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
         self._listener = asyncio.create_task(self._listen(self._process))
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(options).encode() + b"\n")
@@ -286,10 +294,10 @@ class LlamaEngine:
         assert process.stdout is not None
         line = await process.stdout.readline()
         if not line:
-            await process.wait()
+            status = await process.wait()
             await self._stop()
             last = self._last_words[-1] if self._last_words else "it said nothing"
-            raise EngineFailed(f"could not load {self.weights}: {last}")
+            raise _NotStarted(f"could not load {self.weights} (exit status {status}): {last}", status)
         self._http = OpenAIEngine(
             f"unix:{socket}",
             model=self.model,
@@ -343,6 +351,18 @@ class LlamaEngine:
             await reading.close()
         if http is not None:
             await http.close()
+
+
+async def _child(environ: Mapping[str, str]) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "octoai.server.engines.llama_child"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        limit=MAX_LINE_BYTES,
+        start_new_session=True,  # a terminal's Ctrl-C is ours to handle
+        env=environ,
+    )
 
 
 def _environment(tuning: LlamaTuning) -> dict[str, str]:

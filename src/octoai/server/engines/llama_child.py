@@ -1,8 +1,8 @@
 """The child process that runs llama.cpp's own server: `python -m octoai.server.engines.llama_child`.
 
 Reads one line of JSON from its standard input (`ChildOptions`), serves on a unix socket, prints one line when it
-answers, and lives until its standard input ends: however its parent dies, SIGKILL included, the pipe closes and the
-child goes. Knows nothing of the service.
+answers, and lives until its standard input ends or its parent does: however that dies, SIGKILL included, the child
+goes, and takes its socket with it. Knows nothing of the service.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from octoai.server.engines import company, kernels
 from octoai.server.parent import die_with_parent
@@ -32,14 +32,21 @@ def main() -> None:
         try:
             kernels.load(Path(options["kernels"]))
         except kernels.CannotLoadKernels as error:
-            sys.exit(str(error))
+            print(error, file=sys.stderr)
+            sys.exit(kernels.NO_KERNELS)
     server = _serve(options)
     if options["gives_way"]:
         _give_way(max(options["num_threads"], options["num_batch_threads"]))
     print(json.dumps({"listening": server.listening_address}), flush=True)
     os.dup2(2, 1)  # nobody reads standard output after this line, and a full pipe would stop us
+    signal.signal(signal.SIGUSR1, lambda *_: _leave(options["socket"]))
+    die_with_parent(signal.SIGUSR1)  # or we were killed before we had read that our input has ended
     sys.stdin.read()
-    _clean_up(options["socket"])
+    _leave(options["socket"])
+
+
+def _leave(socket: str) -> NoReturn:
+    _clean_up(socket)
     # The engine's threads do not stop in the middle of a batch; there is nothing to save.
     os._exit(0)
 

@@ -2,7 +2,9 @@
 
 A file's name has a fingerprint of the engine (weights, version, what shapes its cache), the number of tokens and
 their hash, so that one outlives a restart and is never taken for another model's. One directory serves every model;
-other processes may use it as well. The engine writes and reads the files; what is in them is not known here.
+other processes may use it as well. The engine writes and reads the files; what is in them is not known here. What is
+safe on the disk is read-only: of others, a power cut leaves a file of the right length with nothing in it, and nobody
+who starts takes them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import logging
 import os
 import re
 import secrets
+import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from octoai.server import places
@@ -23,6 +27,7 @@ log = logging.getLogger("octoai.engine")
 SUFFIX, UNFINISHED = ".bin", ".part"
 UNFINISHED_SECONDS = 3600.0  # after which nobody is writing it any more
 RETRY_SECONDS = 60.0
+_SAFE = 0o400  # the mode of a file
 _PIECE_BYTES = 1024 * 1024
 _FIRST_OF_SEVERAL = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")
 
@@ -55,6 +60,11 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
         return entry.stat()
     except FileNotFoundError:
         return None
+
+
+def _is_safe(entry: os.DirEntry[str]) -> bool:
+    status = _status(entry)
+    return status is not None and stat.S_IMODE(status.st_mode) == _SAFE
 
 
 class Prefixes:
@@ -90,7 +100,13 @@ class Prefixes:
             status = _status(entry)
             if status is not None and time.time() - status.st_mtime > UNFINISHED_SECONDS:
                 Path(entry.path).unlink(missing_ok=True)
-        elif entry.name.endswith(SUFFIX) and len(parts) == 3 and parts[0] == self._owner and parts[1].isdecimal():
+        elif (
+            entry.name.endswith(SUFFIX)
+            and _is_safe(entry)
+            and len(parts) == 3
+            and parts[0] == self._owner
+            and parts[1].isdecimal()
+        ):
             self._lengths[entry.name] = int(parts[1])
 
     def longest(self, prompt: bytes) -> tuple[int, str | None]:
@@ -129,6 +145,16 @@ class Prefixes:
             self._make_room()
         except OSError as error:
             self.failed(error.strerror or str(error))
+
+    def make_safe(self, prefix: bytes) -> None:
+        """One that is kept. Takes as long as the disk does."""
+        with suppress(OSError):  # another process has made room: there is nothing to be said
+            file = os.open(self.directory / self.name(prefix), os.O_RDONLY)
+            try:
+                os.fsync(file)
+                os.fchmod(file, _SAFE)
+            finally:
+                os.close(file)
 
     def _make_room(self) -> None:
         names = [entry for entry in os.scandir(self.directory) if entry.name.endswith(SUFFIX)]

@@ -60,11 +60,12 @@ class Reading:
         self._burst = Burst()
         self._is_plain: bool | None = None
         self._saving: set[asyncio.Task[None]] = set()
+        self._settling: set[asyncio.Future[None]] = set()
 
     async def close(self) -> None:
         for task in self._saving:
             task.cancel()
-        await asyncio.gather(*self._saving, return_exceptions=True)
+        await asyncio.gather(*self._saving, *self._settling, return_exceptions=True)
         self._control.close()
 
     async def generate(
@@ -245,6 +246,10 @@ class Reading:
             self._prefixes.failed(str(error), unfinished)
         else:
             self._prefixes.keep(unfinished, prefix)
+            # Nobody waits for the disk: others may have it before.
+            safe = asyncio.ensure_future(asyncio.to_thread(self._prefixes.make_safe, prefix))
+            self._settling.add(safe)
+            safe.add_done_callback(self._settling.discard)
 
     async def _restore(self, prompt: Prompt, saved: str | None) -> None:
         if saved is None:
