@@ -1,7 +1,7 @@
 """HTTP/1.1 over connections of our own, for asyncio: the twin of `_pool`.
 
 A protocol that wakes its reader, instead of a library that parses every chunk of a stream in layers: a third of the
-cost per event. One timer a connection serves every wait, and is moved only when it would ring too early.
+cost per event.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from octoai._async_connection import Connection
 from octoai._deadlines import Deadlines
 from octoai._happy_eyeballs import connected
 from octoai._http1 import ProtocolError, ResponseParser
-from octoai._pool import MAX_IDLE, MAX_IDLE_SECONDS, is_silent, tls_context
-from octoai._sockets import end_of, seconds_until, tune
+from octoai._pool import MAX_IDLE
+from octoai._sockets import end_of, seconds_until
+from octoai._tls import tls_context
 from octoai._transport import (
     DRAIN_BYTES,
     DRAIN_SECONDS,
@@ -35,9 +37,6 @@ from octoai._transport import (
 )
 from octoai.errors import ApiConnectionError
 
-_BLOCK_BYTES = 32 * 1024
-_MAX_BUFFERED_BYTES = 256 * 1024
-_NEVER = float("inf")
 _INHERITED: list[Any] = []  # connections of the parent process: kept, so that nothing closes them
 
 
@@ -45,7 +44,7 @@ class _LoopPool:
     """The idle connections of one event loop, closed when that loop ends."""
 
     def __init__(self) -> None:
-        self.idle: dict[Origin, deque[_Connection]] = {}
+        self.idle: dict[Origin, deque[Connection]] = {}
         self.keeper: AsyncGenerator[None, None] = self._until_closed()
 
     async def _until_closed(self) -> AsyncGenerator[None, None]:
@@ -61,7 +60,7 @@ class _LoopPool:
             for connection in connections:
                 connection.abort()
 
-    def take(self, origin: Origin) -> _Connection | None:
+    def take(self, origin: Origin) -> Connection | None:
         idle = self.idle.get(origin)
         while idle:
             connection = idle.pop()
@@ -70,7 +69,7 @@ class _LoopPool:
             connection.abort()
         return None
 
-    def give_back(self, connection: _Connection) -> None:
+    def give_back(self, connection: Connection) -> None:
         idle = self.idle.setdefault(connection.origin, deque())
         connection.idle_since = time.monotonic()
         idle.append(connection)
@@ -84,7 +83,6 @@ class AsyncSocketTransport:
     def __init__(self) -> None:
         self._pools: WeakKeyDictionary[Any, _LoopPool] = WeakKeyDictionary()
         self._pid = os.getpid()
-        self._tls: Any = None
 
     async def send(self, request: Request, deadlines: Deadlines) -> AsyncResponse:
         origin, message = message_of(request)
@@ -120,19 +118,18 @@ class AsyncSocketTransport:
             await anext(pool.keeper)
         return pool
 
-    async def _connect(self, origin: Origin, request: Request, deadlines: Deadlines) -> _Connection:
+    async def _connect(self, origin: Origin, request: Request, deadlines: Deadlines) -> Connection:
         scheme, host, port = origin
         loop = asyncio.get_running_loop()
         options: dict[str, Any] = {"host": host, "port": port}
         if scheme == "https":
-            self._tls = self._tls or tls_context()
-            options.update(ssl=self._tls, server_hostname=host)
+            options.update(ssl=tls_context(), server_hostname=host)
         try:
             async with asyncio.timeout(deadlines.connecting()):
                 # uvloop opens its sockets itself. A number is one address, and needs no thread that looks it up.
                 if isinstance(loop, asyncio.BaseEventLoop) and not _is_number(host):
                     options.update(host=None, port=None, sock=await connected(host, port))
-                _, connection = await loop.create_connection(lambda: _Connection(origin, loop), **options)
+                _, connection = await loop.create_connection(lambda: Connection(origin, loop), **options)
         except (OSError, UnicodeError, ValueError) as error:
             if is_timeout(error):
                 raise deadlines.passed("connect") from error
@@ -141,147 +138,12 @@ class AsyncSocketTransport:
         return connection
 
 
-class _Connection(asyncio.BufferedProtocol):
-    """Bytes in, and somebody woken. Idle between two answers, when `parser` is None.
-
-    The bytes come into a buffer of its own: for a plain `Protocol`, the event loop makes one of 256 KiB for every read,
-    which costs more than all that is done with a token.
-    """
-
-    def __init__(self, origin: Origin, loop: asyncio.AbstractEventLoop) -> None:
-        self.origin = origin
-        self.idle_since = 0.0
-        self.parser: ResponseParser | None = None
-        self.failure: Exception | None = None
-        self._loop = loop
-        self._pid = os.getpid()
-        self._transport: Any = None
-        self._buffer = memoryview(bytearray(_BLOCK_BYTES))
-        self._parts: list[bytes] = []
-        self._num_buffered = 0
-        self._waiter: asyncio.Future[None] | None = None
-        self._due = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def is_usable(self) -> bool:
-        """Not too old, open, and silent: bytes that nobody asked for mean that the service has given it up. A loop that
-        was busy may not have read them yet."""
-        is_young = time.monotonic() - self.idle_since < MAX_IDLE_SECONDS
-        is_open = self.failure is None and self._pid == os.getpid() and not self._transport.is_closing()
-        return is_young and is_open and is_silent(self._transport.get_extra_info("socket"))
-
-    def start(self, parser: ResponseParser, message: Message) -> None:
-        self.parser = parser
-        self._transport.write(message)
-
-    def rest(self) -> None:
-        """The answer is over; another request may follow."""
-        self.parser = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def abort(self) -> None:
-        self.rest()
-        # After a fork, closing would say goodbye on the parent's connection.
-        if self._pid == os.getpid():
-            _shut_down(self._transport.get_extra_info("socket"))
-            if not self._loop.is_closed():
-                self._transport.abort()
-
-    def take(self) -> bytes:
-        """What has arrived of the body; empty when nothing has."""
-        parts = self._parts
-        if not parts:
-            return b""
-        self._parts = []
-        if self._num_buffered > _MAX_BUFFERED_BYTES:
-            self._transport.resume_reading()
-        self._num_buffered = 0
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def wait(self, seconds: float | None) -> asyncio.Future[None]:
-        """To be awaited: until something happens. `TimeoutError` after so many seconds."""
-        if self._waiter is not None and not self._waiter.done():
-            raise RuntimeError("another task is reading this answer")  # nothing would ever wake it
-        self._waiter = waiter = self._loop.create_future()
-        if seconds is None:
-            self._due = _NEVER
-        else:
-            self._due = self._loop.time() + seconds
-            if self._timer is None or self._timer.when() > self._due:
-                self._set_timer()
-        return waiter
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(self._due, self._ring)
-
-    def _ring(self) -> None:
-        self._timer = None
-        if self._waiter is None or self._waiter.done() or self._due == _NEVER:
-            return
-        if self._loop.time() >= self._due:
-            self._waiter.set_exception(TimeoutError())
-        else:
-            self._set_timer()  # waits since then have moved it
-
-    def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    # What the event loop calls
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-        raw = transport.get_extra_info("socket")
-        if raw is not None:
-            tune(raw)
-
-    def get_buffer(self, _sizehint: int) -> memoryview:
-        return self._buffer
-
-    def buffer_updated(self, num_bytes: int) -> None:
-        parser = self.parser
-        if parser is None:
-            self.failure = ProtocolError("the service said something unasked")
-            return
-        try:
-            part = parser.feed(bytes(self._buffer[:num_bytes]))
-        except ProtocolError as error:
-            self.failure = error
-            self._wake()
-            return
-        if part:
-            self._parts.append(part)
-            self._num_buffered += len(part)
-            if self._num_buffered > _MAX_BUFFERED_BYTES:
-                self._transport.pause_reading()
-        self._wake()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if self.failure is None:
-            self.failure = error or self._end()
-        self._wake()
-
-    def _end(self) -> Exception:
-        """The peer closed: the end of some bodies, and the loss of others."""
-        if self.parser is not None:
-            try:
-                self.parser.end()
-            except ProtocolError as error:
-                return error
-        return ConnectionResetError("the service closed the connection")
-
-
 class AsyncSocketResponse:
     """One exchange on one connection."""
 
-    def __init__(self, pool: _LoopPool, connection: _Connection) -> None:
+    def __init__(self, pool: _LoopPool, connection: Connection) -> None:
         self._pool = pool
-        self._connection: _Connection | None = connection
+        self._connection: Connection | None = connection
         self._parser = ResponseParser()
 
     @property
@@ -348,7 +210,7 @@ class AsyncSocketResponse:
         if connection is not None:
             connection.abort()
 
-    def _release(self, connection: _Connection) -> None:
+    def _release(self, connection: Connection) -> None:
         self._connection = None
         if self._parser.reusable and connection.failure is None:
             connection.rest()
@@ -363,11 +225,3 @@ def _is_number(host: str) -> bool:
         with suppress(OSError):
             return bool(socket.inet_pton(family, host))
     return False
-
-
-def _shut_down(raw: Any) -> None:
-    """The peer sees it at once, even where a forked child has a copy of the descriptor. By way of a twin: loops do not
-    all let their sockets be shut down."""
-    # It may be closed already, or no socket.
-    with suppress(OSError, AttributeError), socket.socket(fileno=os.dup(raw.fileno())) as twin:
-        twin.shutdown(socket.SHUT_RDWR)

@@ -1,6 +1,6 @@
 """The seam over `httpx2`, or over the `httpx`/`httpx2` client a user brings (told apart by nothing: same methods).
 
-Used for asynchronous calls and for proxies. Imports neither library at import.
+Used behind proxies, and where a user brings a client. Imports neither library at import.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from octoai._deadlines import Deadlines
+from octoai._tls import tls_context
 from octoai._transport import DRAIN_BYTES, DRAIN_SECONDS, AsyncResponse, Request, Response, connection_error
 from octoai.errors import ApiConnectionError, ApiError, ConfigurationError
 
@@ -26,9 +27,10 @@ def _new_client(name: str) -> Any:
     import httpx2
 
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=30.0)
+    context = tls_context()
     try:
-        return getattr(httpx2, name)(limits=limits, timeout=None)
-    except (ImportError, ValueError, httpx2.InvalidURL) as error:
+        return getattr(httpx2, name)(limits=limits, timeout=None, verify=context)
+    except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
         raise ConfigurationError(message=f"the proxy of the environment cannot be used: {error}") from error
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from octoai._deadlines import Deadlines
 from octoai._http1 import ProtocolError, ResponseParser
 from octoai._sockets import connected_by, end_of, seconds_until, tune
+from octoai._tls import tls_context
 from octoai._transport import (
     DRAIN_BYTES,
     DRAIN_SECONDS,
@@ -47,7 +48,6 @@ class SocketTransport:
     def __init__(self) -> None:
         self._idle: dict[Origin, deque[_Connection]] = {}
         self._pid = os.getpid()
-        self._tls: Any = None
 
     def send(self, request: Request, deadlines: Deadlines) -> Response:
         origin, message = message_of(request)
@@ -122,14 +122,14 @@ class SocketTransport:
     def _connect(self, origin: Origin, request: Request, deadlines: Deadlines) -> _Connection:
         scheme, host, port = origin
         ends = end_of(deadlines.connecting())
+        context = tls_context() if scheme == "https" else None
         raw = None
         try:
             raw = connected_by(ends, host, port)
             tune(raw)
-            if scheme == "https":
+            if context is not None:
                 raw.settimeout(seconds_until(ends))
-                self._tls = self._tls or tls_context()
-                raw = self._tls.wrap_socket(raw, server_hostname=host)
+                raw = context.wrap_socket(raw, server_hostname=host)
         except (OSError, UnicodeError, ValueError) as error:
             if raw is not None:
                 raw.close()
@@ -278,17 +278,3 @@ def is_silent(raw: Any) -> bool:
         return not select.select([raw], [], [], 0)[0]
     except (OSError, ValueError):
         return False
-
-
-def tls_context() -> Any:
-    """Certificates are checked against the system's authorities, or those that `SSL_CERT_FILE` or `_DIR` names."""
-    import ssl
-
-    if not (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
-        try:
-            import truststore
-
-            return truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        except ImportError:
-            pass
-    return ssl.create_default_context()

@@ -6,15 +6,31 @@ import asyncio
 import contextlib
 import errno
 import gc
+import os
+import shutil
 import socket
+import ssl
+import subprocess
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from octoai import ApiConnectionError, ApiTimeoutError, AsyncOctoAI, OctoAI, StreamInterrupted, Timeout
+from octoai import (
+    ApiConnectionError,
+    ApiTimeoutError,
+    AsyncOctoAI,
+    ConfigurationError,
+    OctoAI,
+    StreamInterrupted,
+    Timeout,
+    _tls,
+)
 from octoai._deadlines import Deadlines
 from octoai._transport import Request, failure
 from tests.sdk.conftest import MESSAGES
@@ -239,3 +255,144 @@ def test_an_address_that_is_far_away_is_waited_for_although_there_are_many(
     resolve([("127.0.0.1", server.port)] * 6)
     monkeypatch.setattr(socket, "socket", Far)
     assert OctoAI(max_retries=0, timeout=Timeout(connect=1)).infer(f"http://many.test:{server.port}", {})
+
+
+@pytest.fixture
+def default_authorities(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whom a client trusts where the environment names nobody."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    _tls._context.cache_clear()
+    yield
+    _tls._context.cache_clear()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A file with a certificate of `localhost`, which is its own authority, and its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("makes a certificate with the command openssl")
+    file = tmp_path / "localhost.pem"
+    made = f"req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -keyout {file} -out {file}.crt -days 2"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([openssl, *made.split(), *names], check=True, capture_output=True)
+    file.write_bytes(file.read_bytes() + Path(f"{file}.crt").read_bytes())
+    return file
+
+
+@pytest.fixture
+def encrypted(certificate: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a service behind TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    create = socket.create_server
+
+    def created(address: Any, **named: Any) -> Any:
+        # Not on connect: there, one that fails would end the listener.
+        return context.wrap_socket(create(address, **named), server_side=True, do_handshake_on_connect=False)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "create_server", created)
+        return f"https://localhost:{serve(lambda x: x.reply(200, answer())).port}"
+
+
+@pytest.mark.usefixtures("default_authorities")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_handshake_that_stalls_keeps_nobody_else_waiting() -> None:
+    """Neither another thread nor a child that is forked meanwhile."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as mute:
+        url = f"https://127.0.0.1:{mute.getsockname()[1]}"
+        client = OctoAI(max_retries=0, timeout=Timeout(connect=0.6))
+        took: list[float] = []
+
+        def ask() -> None:
+            began = time.monotonic()
+            with pytest.raises(ApiTimeoutError):
+                client.infer(url, {})
+            took.append(time.monotonic() - began)
+
+        threads = [threading.Thread(target=ask) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        child = os.fork()
+        if not child:
+            ask()
+            os._exit(0)
+        for thread in threads:
+            thread.join()
+        assert len(took) == 5
+        assert max(took) < 1.2
+        deadline = time.monotonic() + 3
+        while not os.waitpid(child, os.WNOHANG)[0]:
+            if time.monotonic() > deadline:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+                pytest.fail("the child hangs")
+            time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("default_authorities")
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="where OpenSSL knows the system's authorities")
+def test_the_authorities_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+
+    class Noted(ssl.SSLContext):
+        def load_verify_locations(self, *places: Any, **named: Any) -> None:
+            read.append(places)
+            super().load_verify_locations(*places, **named)
+
+        def set_default_verify_paths(self) -> None:
+            read.append("default")
+            super().set_default_verify_paths()
+
+    monkeypatch.setattr(ssl, "SSLContext", Noted)
+
+    async def twice(url: str) -> None:
+        for _ in range(2):
+            async with AsyncOctoAI(max_retries=0, timeout=Timeout(connect=0.2)) as client:
+                with pytest.raises(ApiTimeoutError):
+                    await client.infer(url, {})
+
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        asyncio.run(twice(f"https://127.0.0.1:{mute.getsockname()[1]}"))
+    assert len(read) == 1
+
+
+@pytest.mark.usefixtures("default_authorities")
+def test_a_service_is_trusted_whose_authority_the_environment_or_the_system_names(
+    api: Any, encrypted: str, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ApiConnectionError, match="certificate verify failed") as caught:
+        api.chat(api.client(base_url=encrypted))
+    assert caught.value.attempts == 1
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert api.chat(api.client(base_url=encrypted)).choices[0].message.content == "hello"
+
+
+@pytest.mark.usefixtures("default_authorities")
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="where OpenSSL knows the system's authorities")
+def test_an_openssl_of_another_distribution_finds_the_systems_authorities(
+    api: Any, encrypted: str, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nowhere = ssl.DefaultVerifyPaths(None, None, "SSL_CERT_FILE", "/nowhere", "SSL_CERT_DIR", str(tmp_path))
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: nowhere)
+    monkeypatch.setattr(_tls, "_FILES", ("/nowhere", str(certificate)))
+    assert api.chat(api.client(base_url=encrypted)).choices[0].message.content == "hello"
+
+
+@pytest.mark.usefixtures("default_authorities")
+@pytest.mark.parametrize("proxy", [None, "http://127.0.0.1:9"])
+@pytest.mark.parametrize("content", [None, b"no certificates"])
+def test_authorities_that_cannot_be_read_are_named(
+    api: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, proxy: str | None, content: bytes | None
+) -> None:
+    file = tmp_path / "authorities.pem"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    if proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(ConfigurationError, match=f"SSL_CERT_FILE={file}"):
+        api.chat(api.client(base_url="https://127.0.0.1:9"))
