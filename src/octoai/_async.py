@@ -159,7 +159,7 @@ class AsyncEventStream(Generic[T]):
         self._response: AsyncResponse | None = None
         self._raw: RawResponse | None = None
         self._attempts = 1
-        self._opening = False
+        self._opening: Deadlines | None = None
         self._over = False
         self._cut = False
 
@@ -202,6 +202,8 @@ class AsyncEventStream(Generic[T]):
         self._reader.drop()
         if self._response is not None:
             await self._response.close()
+        elif self._opening is not None:
+            self._opening.stop()
 
     async def aclose(self) -> None:
         """The same as `close`, under the name that asynchronous generators and `contextlib.aclosing` know."""
@@ -222,11 +224,14 @@ class AsyncEventStream(Generic[T]):
     async def _begin(self) -> AsyncResponse:
         if self._response is None:
             self._refuse_if_closed()
-            if self._opening:
+            if self._opening is not None:
                 raise RuntimeError("another task is reading this stream")
-            self._opening = True
-            self._deadlines = Deadlines(self._call.timeout, streams=True)
-            self._response, self._attempts = await self._shell.open(self._call, self._deadlines)
+            self._opening = self._deadlines = Deadlines(self._call.timeout, streams=True)
+            try:
+                self._response, self._attempts = await self._shell.open(self._call, self._deadlines)
+            except ApiError:
+                self._refuse_if_closed()
+                raise
             self._refuse_if_closed()  # meanwhile: the error closes what has come
             self._raw = RawResponse(self._response.status, self._response.headers, b"")
             if not self._reader.accepts(self._raw.headers):

@@ -12,12 +12,13 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from octoai._connection import MAX_IDLE_SECONDS, is_silent
 from octoai._http1 import ProtocolError, ResponseParser
-from octoai._pool import MAX_IDLE_SECONDS, is_silent
 from octoai._sockets import tune
 from octoai._transport import Message, Origin
 
 _BLOCK_BYTES = 32 * 1024
+_PIECE_BYTES = 64 * 1024
 _MAX_BUFFERED_BYTES = 256 * 1024
 _NEVER = float("inf")
 
@@ -41,6 +42,7 @@ class Connection(asyncio.BufferedProtocol):
         self._parts: list[bytes] = []
         self._num_buffered = 0
         self._waiter: asyncio.Future[None] | None = None
+        self._is_full = False
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -51,9 +53,25 @@ class Connection(asyncio.BufferedProtocol):
         is_open = self.failure is None and self._pid == os.getpid() and not self._transport.is_closing()
         return is_young and is_open and is_silent(self._transport.get_extra_info("socket"))
 
-    def start(self, parser: ResponseParser, message: Message) -> None:
+    def start(self, parser: ResponseParser, message: Message) -> memoryview:
+        """Send a request. What is left of a long one, to be sent by `send`."""
         self.parser = parser
-        self._transport.write(message)
+        if len(message) <= _PIECE_BYTES:
+            self._transport.write(message)
+            return memoryview(b"")
+        self._transport.set_write_buffer_limits(0)  # full until all of a piece has left
+        return self.send(memoryview(message))
+
+    def send(self, rest: memoryview) -> memoryview:
+        """The next piece, where the one before has left. What is left then."""
+        if self._is_full:
+            return rest
+        self._transport.write(rest[:_PIECE_BYTES])
+        return rest[_PIECE_BYTES:]
+
+    @property
+    def has_sent(self) -> bool:
+        return not self._transport.get_write_buffer_size()
 
     def rest(self) -> None:
         """The answer is over; another request may follow."""
@@ -120,6 +138,13 @@ class Connection(asyncio.BufferedProtocol):
         raw = transport.get_extra_info("socket")
         if raw is not None:
             tune(raw)
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        self._wake()
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         return self._buffer

@@ -41,20 +41,14 @@ _INHERITED: list[Any] = []  # connections of the parent process: kept, so that n
 
 
 class _LoopPool:
-    """The idle connections of one event loop, closed when that loop ends."""
+    """The idle connections of one event loop. Once it is closed, none is kept any more."""
 
     def __init__(self) -> None:
         self.idle: dict[Origin, deque[Connection]] = {}
-        self.keeper: AsyncGenerator[None, None] = self._until_closed()
-
-    async def _until_closed(self) -> AsyncGenerator[None, None]:
-        # `asyncio.run` closes asynchronous generators at its end: the only hook that a loop offers.
-        try:
-            yield
-        finally:
-            self.close()
+        self._is_closed = False
 
     def close(self) -> None:
+        self._is_closed = True
         idle, self.idle = self.idle, {}
         for connections in idle.values():
             for connection in connections:
@@ -70,18 +64,34 @@ class _LoopPool:
         return None
 
     def give_back(self, connection: Connection) -> None:
+        if self._is_closed:
+            connection.abort()
+            return
         idle = self.idle.setdefault(connection.origin, deque())
         connection.idle_since = time.monotonic()
         idle.append(connection)
         if len(idle) > MAX_IDLE:
             idle.popleft().abort()
+        # Nobody may ask for another origin again, to see that its connections are over.
+        for other in self.idle.values():
+            while other is not idle and other and not other[0].is_usable():
+                other.popleft().abort()
+
+
+async def _open_until_closed(pool: _LoopPool) -> AsyncGenerator[None, None]:
+    """`asyncio.run` closes asynchronous generators at its end: the only hook that a loop offers. The pool does not know
+    its own, so that they do not wait for the garbage collector where a client is forgotten."""
+    try:
+        yield
+    finally:
+        pool.close()
 
 
 class AsyncSocketTransport:
     """A pool for each event loop, since a connection belongs to the loop that opened it."""
 
     def __init__(self) -> None:
-        self._pools: WeakKeyDictionary[Any, _LoopPool] = WeakKeyDictionary()
+        self._pools: WeakKeyDictionary[Any, tuple[_LoopPool, AsyncGenerator[None, None]]] = WeakKeyDictionary()
         self._pid = os.getpid()
 
     async def send(self, request: Request, deadlines: Deadlines) -> AsyncResponse:
@@ -100,22 +110,26 @@ class AsyncSocketTransport:
 
     async def close(self) -> None:
         """Those of the running loop; other loops close their own."""
-        pool = self._pools.pop(asyncio.get_running_loop(), None)
-        if pool is not None:
-            await pool.keeper.aclose()
+        _, keeper = self._pools.pop(asyncio.get_running_loop(), (None, None))
+        if keeper is not None:
+            await keeper.aclose()
 
     async def _own_pool(self) -> _LoopPool:
         if self._pid != os.getpid():
             _INHERITED.append(self._pools)
             self._pools, self._pid = WeakKeyDictionary(), os.getpid()
         loop = asyncio.get_running_loop()
-        pool = self._pools.get(loop)
+        pool, _ = self._pools.get(loop, (None, None))
         if pool is None:
             # A pool refers to its loop, and so would keep it for as long as the client lives.
-            for other in [other for other in self._pools if other.is_closed()]:
-                self._pools.pop(other).close()
-            pool = self._pools[loop] = _LoopPool()
-            await anext(pool.keeper)
+            for other in [each() for each in self._pools.keyrefs()]:  # a list at once: other threads add theirs
+                left, _ = self._pools.pop(other, (None, None)) if other and other.is_closed() else (None, None)
+                if left is not None:
+                    left.close()
+            pool = _LoopPool()
+            keeper = _open_until_closed(pool)
+            self._pools[loop] = pool, keeper
+            await anext(keeper)
         return pool
 
     async def _connect(self, origin: Origin, request: Request, deadlines: Deadlines) -> Connection:
@@ -145,6 +159,7 @@ class AsyncSocketResponse:
         self._pool = pool
         self._connection: Connection | None = connection
         self._parser = ResponseParser()
+        self._is_sent = True
 
     @property
     def status(self) -> int:
@@ -157,8 +172,12 @@ class AsyncSocketResponse:
     async def open(self, request: Request, message: Message, deadlines: Deadlines) -> AsyncSocketResponse:
         connection = self._connection
         assert connection is not None
+        deadlines.on_stop = self._abort
         try:
-            connection.start(self._parser, message)
+            deadlines.waiting()  # none has passed
+            rest = connection.start(self._parser, message)
+            if rest:
+                await self._send_rest(connection, rest, deadlines)
             while not self.status:
                 if connection.failure is not None:
                     raise connection.failure
@@ -201,18 +220,33 @@ class AsyncSocketResponse:
         await self.close()
 
     async def close(self) -> None:
+        self._abort()
+
+    def __del__(self) -> None:
+        self._abort()
+
+    def _abort(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.abort()
 
-    def __del__(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.abort()
+    async def _send_rest(self, connection: Connection, rest: memoryview, deadlines: Deadlines) -> None:
+        """The waits begin anew with each piece that has left. Nothing more is sent to a service that has refused the
+        request already."""
+        while rest and self.status < 300:
+            left = connection.send(rest)
+            if len(left) < len(rest):
+                rest = left
+                deadlines.send()
+            elif connection.failure is not None:
+                raise connection.failure
+            else:
+                await connection.wait(deadlines.waiting())
+        self._is_sent = not rest
 
     def _release(self, connection: Connection) -> None:
         self._connection = None
-        if self._parser.reusable and connection.failure is None:
+        if self._parser.reusable and self._is_sent and connection.failure is None and connection.has_sent:
             connection.rest()
             self._pool.give_back(connection)
         else:

@@ -21,7 +21,8 @@ class Timeout:
     """The deadlines of a call, in seconds; None, or infinity, is no limit.
 
     - `connect`: until the connection stands. Default 10.
-    - `read`: the longest silence on the connection, also while a whole answer is being generated. Default 600.
+    - `read`: the longest silence on the connection, also while a whole answer is being generated, and the longest time
+      in which nothing of a long request leaves. Default 600.
     - `total`: the whole call, with its retries and to the end of a stream. Default: no limit.
     - `first_token`: in a stream, from sending the request to the first content. Default 600; where only `idle` is
       given, as long as that.
@@ -101,6 +102,7 @@ class Deadlines:
         "_started",
         "_streams",
         "_timeout",
+        "on_stop",
     )
 
     def __init__(self, timeout: Timeout, *, streams: bool, clock: Callable[[], float] = time.monotonic) -> None:
@@ -114,9 +116,17 @@ class Deadlines:
         self._idle = _NEVER if timeout.idle is None else timeout.idle
         least = self._idle if timeout.read is None else min(self._idle, timeout.read)
         self._between: float | None = None if least == _NEVER else least
+        self.on_stop: Callable[[], object] | None = None  # ends the wait of the attempt that is in progress
+
+    def stop(self) -> None:
+        """Nobody wants the answer any more. Every deadline has passed, so that nothing is begun anew. May be called by
+        another thread than the one that waits."""
+        self._ends_at = -_NEVER
+        if self.on_stop is not None:
+            self.on_stop()
 
     def send(self) -> None:
-        """An attempt begins."""
+        """An attempt begins, or a part of a long request has left: the waits begin anew."""
         self._sent_at = self._clock()
         self._content_at = None
 

@@ -225,9 +225,12 @@ class AsyncHttpxTransport:
         try:
             prepared = _request(client, request, (connect, wait, wait, connect))
             prepared.extensions["trace"] = trace
-            async with asyncio.timeout(deadlines.left()):
+            async with asyncio.timeout(deadlines.left()) as limit:
+                deadlines.on_stop = lambda: limit.reschedule(0)
                 response = await client.send(prepared, **_SEND_OPTIONS)
+                deadlines.on_stop = None
         except failures.all as error:
+            deadlines.on_stop = None
             mapped = failures.mapped(error, request, deadlines)
             is_kept = not any("connect_" in event for event in seen)
             if is_kept and isinstance(mapped, ApiConnectionError) and mapped.retryable:
@@ -249,8 +252,9 @@ class AsyncHttpxTransport:
             self._clients, self._pid = WeakKeyDictionary(), os.getpid()
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            for other in [other for other in self._clients if other.is_closed()]:
-                del self._clients[other]
+            for other in [each() for each in self._clients.keyrefs()]:  # a list at once: other threads add theirs
+                if other is not None and other.is_closed():
+                    self._clients.pop(other, None)
             client = _new_client("AsyncClient")
             keeper = _open_until_closed(client)
             self._clients[loop] = (client, keeper)

@@ -7,13 +7,11 @@ exact deadlines: the socket's timeout is that of each wait.
 from __future__ import annotations
 
 import os
-import select
-import socket
 import time
 from collections import deque
 from contextlib import suppress
-from typing import Any
 
+from octoai._connection import Connection, ready, received_at_once, sent_at_once
 from octoai._deadlines import Deadlines
 from octoai._http1 import ProtocolError, ResponseParser
 from octoai._sockets import connected_by, end_of, seconds_until, tune
@@ -33,7 +31,6 @@ from octoai._transport import (
 from octoai.errors import ApiConnectionError
 
 MAX_IDLE = 32
-MAX_IDLE_SECONDS = 30.0
 _BLOCK_BYTES = 64 * 1024
 
 
@@ -46,7 +43,7 @@ class SocketTransport:
     """
 
     def __init__(self) -> None:
-        self._idle: dict[Origin, deque[_Connection]] = {}
+        self._idle: dict[Origin, deque[Connection]] = {}
         self._pid = os.getpid()
 
     def send(self, request: Request, deadlines: Deadlines) -> Response:
@@ -62,7 +59,7 @@ class SocketTransport:
                     raise
         return SocketResponse(self, self._connect(origin, request, deadlines)).open(request, message, deadlines)
 
-    def give_back(self, connection: _Connection) -> None:
+    def give_back(self, connection: Connection) -> None:
         everywhere = self._own_idle()
         idle = everywhere.setdefault(connection.origin, deque())
         connection.idle_since = time.monotonic()
@@ -83,7 +80,7 @@ class SocketTransport:
     def __del__(self) -> None:
         self.close()
 
-    def _own_idle(self) -> dict[Origin, deque[_Connection]]:
+    def _own_idle(self) -> dict[Origin, deque[Connection]]:
         if self._pid != os.getpid():
             inherited, self._idle, self._pid = self._idle, {}, os.getpid()
             for connections in inherited.values():
@@ -91,7 +88,7 @@ class SocketTransport:
                     connection.close()  # this process's descriptor only: the parent's connection stands
         return self._idle
 
-    def _take(self, origin: Origin) -> _Connection | None:
+    def _take(self, origin: Origin) -> Connection | None:
         idle = self._own_idle().get(origin)
         while idle:
             try:
@@ -104,7 +101,7 @@ class SocketTransport:
         return None
 
     @staticmethod
-    def _drop_unusable(idle: deque[_Connection]) -> None:
+    def _drop_unusable(idle: deque[Connection]) -> None:
         """Those at the end where the oldest are."""
         with suppress(IndexError):  # another thread has taken the last
             while not (connection := idle.popleft()).is_usable():
@@ -112,14 +109,14 @@ class SocketTransport:
             idle.appendleft(connection)
 
     @staticmethod
-    def _drop_one(idle: deque[_Connection]) -> bool:
+    def _drop_one(idle: deque[Connection]) -> bool:
         try:
             idle.popleft().close()
         except IndexError:
             return False
         return True
 
-    def _connect(self, origin: Origin, request: Request, deadlines: Deadlines) -> _Connection:
+    def _connect(self, origin: Origin, request: Request, deadlines: Deadlines) -> Connection:
         scheme, host, port = origin
         ends = end_of(deadlines.connecting())
         context = tls_context() if scheme == "https" else None
@@ -137,43 +134,21 @@ class SocketTransport:
                 raise deadlines.passed("connect") from error
             certificate = type(error).__name__ == "SSLCertVerificationError"
             raise connection_error(error, request, retryable=not certificate) from error
-        return _Connection(raw, origin)
-
-
-class _Connection:
-    __slots__ = ("idle_since", "origin", "pid", "socket")
-
-    def __init__(self, raw: socket.socket, origin: Origin) -> None:
-        self.socket = raw
-        self.origin = origin
-        self.pid = os.getpid()
-        self.idle_since = 0.0
-
-    def is_usable(self) -> bool:
-        """Not too old, and silent: bytes that nobody asked for mean that the service has closed it."""
-        is_young = time.monotonic() - self.idle_since < MAX_IDLE_SECONDS
-        return is_young and self.pid == os.getpid() and is_silent(self.socket)
-
-    def close(self) -> None:
-        """The peer sees it at once, even where a forked child has a copy of the descriptor, and so does a thread that
-        is waiting for bytes. The child itself only lets go of its copy."""
-        if self.pid == os.getpid():
-            with suppress(OSError):  # it is closed already
-                self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
+        return Connection(raw, origin)
 
 
 class SocketResponse:
     """One exchange on one connection."""
 
-    def __init__(self, pool: SocketTransport, connection: _Connection) -> None:
+    def __init__(self, pool: SocketTransport, connection: Connection) -> None:
         self._pool = pool
-        self._connection: _Connection | None = connection
+        self._connection: Connection | None = connection
         self._socket = connection.socket
         self._pid = connection.pid
         self._parser = ResponseParser()
         self._first = b""
-        self._patience: float | None = -1.0
+        self._is_sent = True
+        self._patience: float | None = 0.0
 
     @property
     def status(self) -> int:
@@ -184,6 +159,7 @@ class SocketResponse:
         return self._parser.headers
 
     def open(self, request: Request, message: Message, deadlines: Deadlines) -> SocketResponse:
+        deadlines.on_stop = self.close
         try:
             self._send(message, deadlines)
             while not self.status:
@@ -248,33 +224,49 @@ class SocketResponse:
         return self._socket.recv(_BLOCK_BYTES)
 
     def _send(self, message: Message, deadlines: Deadlines) -> None:
-        self._socket.settimeout(deadlines.waiting())
+        deadlines.waiting()  # none has passed
+        self._socket.settimeout(0)
         try:
-            self._socket.sendall(message)
+            rest = memoryview(message)[sent_at_once(self._socket, message) :]
+            if rest:
+                self._send_rest(rest, deadlines)
         except (BrokenPipeError, ConnectionResetError):
             # A service may refuse a request before it has read all of it: its answer, if there is one, says why.
             block = self._received(1.0)
             if not block:
                 raise
+            self._first += self._parser.feed(block)
+
+    def _send_rest(self, rest: memoryview, deadlines: Deadlines) -> None:
+        """What does not leave at once. The waits begin anew with each part of it that has left. Nothing more is sent to
+        a service that has refused the request already."""
+        while rest:
+            readable, writable = ready(self._socket, deadlines.waiting(), reads=not self.status, writes=True)
+            if not (readable or writable):
+                raise TimeoutError
+            if readable and not self.status:
+                self._hear()
+                if self.status >= 300:
+                    self._is_sent = False
+                    return
+            num_sent = sent_at_once(self._socket, rest)
+            if num_sent:
+                rest = rest[num_sent:]
+                deadlines.send()
+
+    def _hear(self) -> None:
+        """What the service says before it has the whole request."""
+        block = received_at_once(self._socket, _BLOCK_BYTES)
+        if block is not None:
+            if not block:
+                self._parser.end()
             self._first = self._parser.feed(block)
 
     def _release(self) -> None:
         if self._connection is None:
             return
-        if self._parser.reusable and self._pid == os.getpid():
+        if self._parser.reusable and self._is_sent and self._pid == os.getpid():
             connection, self._connection = self._connection, None
             self._pool.give_back(connection)
         else:
             self.close()
-
-
-def is_silent(raw: Any) -> bool:
-    """Whether the socket is open and has nothing to read."""
-    try:
-        if hasattr(select, "poll"):
-            poll = select.poll()
-            poll.register(raw, select.POLLIN)
-            return not poll.poll(0)
-        return not select.select([raw], [], [], 0)[0]
-    except (OSError, ValueError):
-        return False

@@ -155,6 +155,7 @@ class EventStream(Generic[T]):
         self._response: Response | None = None
         self._raw: RawResponse | None = None
         self._attempts = 1
+        self._opening: Deadlines | None = None
         self._over = False
         self._cut = False
 
@@ -197,6 +198,8 @@ class EventStream(Generic[T]):
         self._reader.drop()
         if self._response is not None:
             self._response.close()
+        elif self._opening is not None:
+            self._opening.stop()
 
     def __del__(self) -> None:
         if getattr(self, "_response", None) is not None:
@@ -204,10 +207,14 @@ class EventStream(Generic[T]):
 
     def _begin(self) -> Response:
         if self._response is None:
-            if self._over:
-                raise self._reader.interrupted(_events.CLOSED)
-            self._deadlines = Deadlines(self._call.timeout, streams=True)
-            self._response, self._attempts = self._shell.open(self._call, self._deadlines)
+            self._opening = self._deadlines = Deadlines(self._call.timeout, streams=True)
+            self._refuse_if_closed()  # now, when another thread that closes it sees what to stop
+            try:
+                self._response, self._attempts = self._shell.open(self._call, self._deadlines)
+            except ApiError:
+                self._refuse_if_closed()
+                raise
+            self._refuse_if_closed()  # meanwhile: the error closes what has come
             self._raw = RawResponse(self._response.status, self._response.headers, b"")
             if not self._reader.accepts(self._raw.headers):
                 body = _body(self._response, self._deadlines, whole=False)
@@ -228,6 +235,10 @@ class EventStream(Generic[T]):
         if value is NOTHING and self._cut:
             raise self._reader.interrupted(_events.CLOSED)
         return value
+
+    def _refuse_if_closed(self) -> None:
+        if self._over:
+            raise self._reader.interrupted(_events.CLOSED)
 
     def _read(self, response: Response) -> None:
         """Until something has come, or the end."""

@@ -16,7 +16,16 @@ from unittest import mock
 
 import pytest
 
-from octoai import ApiError, ApiTimeoutError, AsyncOctoAI, OctoAI, OctoAIEnvironment, Timeout, _credentials
+from octoai import (
+    ApiError,
+    ApiTimeoutError,
+    AsyncOctoAI,
+    OctoAI,
+    OctoAIEnvironment,
+    StreamInterrupted,
+    Timeout,
+    _credentials,
+)
 from tests.sdk.conftest import MESSAGES
 from tests.sdk.misbehaving import Exchange, answer, chunk, words
 
@@ -354,6 +363,48 @@ def test_a_stream_can_be_closed_by_another_thread(serve: Any) -> None:
         next(stream)
     closing.join()
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_stream_can_be_closed_by_another_thread_before_its_answer_begins(serve: Any, kept: bool) -> None:
+    left: list[float | None] = []
+
+    def script(x: Exchange) -> None:
+        if not x.json["stream"]:
+            x.reply(200, answer())
+        else:
+            left.append(x.seconds_until_closed())
+
+    server = serve(script)
+    client = OctoAI(base_url=server.url, api_key="k")
+    if kept:
+        client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+    stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+    began = time.monotonic()
+    closing = threading.Timer(0.2, stream.close)
+    closing.start()
+    with pytest.raises(StreamInterrupted, match="it was closed before"):
+        next(stream)
+    closing.join()
+    assert time.monotonic() - began < 1.5
+    deadline = time.monotonic() + 2
+    while not left and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert left[0] is not None
+    assert len(left) == 1
+    assert len(server.requests) == 1 + kept
+
+
+def test_a_stream_can_be_closed_by_another_thread_between_two_attempts(serve: Any) -> None:
+    server = serve(lambda x: x.reply(503, {}, retry_after=1))
+    client = OctoAI(base_url=server.url, api_key="k")
+    stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+    closing = threading.Timer(0.2, stream.close)
+    closing.start()
+    with pytest.raises(StreamInterrupted, match="it was closed before"):
+        next(stream)
+    closing.join()
+    assert len(server.requests) == 1
 
 
 def test_an_async_client_works_on_uvloop(serve: Any) -> None:

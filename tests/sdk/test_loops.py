@@ -110,4 +110,4 @@ def test_two_tasks_cannot_read_one_stream(serve: Any, begun: bool) -> None:
             return await asyncio.wait_for(reading, 5)
 
     assert {type(error) for error in asyncio.run(work())} == {RuntimeError, StreamInterrupted}
-    assert len(server.requests) == 1
+    assert len(server.requests) <= 1  # it may be closed before any is sent

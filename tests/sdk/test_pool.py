@@ -2,15 +2,175 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
+import socket
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from octoai import ApiTimeoutError, OctoAI, Timeout
+from octoai import ApiError, ApiTimeoutError, AsyncOctoAI, OctoAI, Timeout, _async_connection, _connection, _pool
+from octoai._sockets import tune
+from tests.sdk.conftest import MESSAGES
 from tests.sdk.misbehaving import Exchange, answer, chunk
+
+LONG = "x" * 8_000_000
+OK = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 13\r\n\r\n{"choices":1}'
+TOO_LARGE = (
+    b"HTTP/1.1 413 X\r\ncontent-type: application/json\r\n"
+    b'content-length: 34\r\n\r\n{"error":{"message":"too large it"}}'
+)
+
+
+@contextmanager
+def listening(serve_one: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a service that takes a request as it likes; its connections have little room for what it has not
+    read."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    taken: list[socket.socket] = []
+
+    def serve_all() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                taken.append(connection)
+                threading.Thread(target=serve_quietly, args=(connection,), daemon=True).start()
+
+    def serve_quietly(connection: socket.socket) -> None:
+        with suppress(OSError):
+            serve_one(connection)
+
+    thread = threading.Thread(target=serve_all, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(2)
+        for connection in taken:
+            connection.close()
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes little of a request before it has left."""
+
+    def tuned(raw: socket.socket) -> None:
+        tune(raw)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
+
+    monkeypatch.setattr(_pool, "tune", tuned)
+    monkeypatch.setattr(_async_connection, "tune", tuned)
+
+
+def head_of(connection: socket.socket) -> tuple[bytes, int]:
+    """The head of a request, and how much of its body is still to come."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        block = connection.recv(4096)
+        if not block:
+            raise ConnectionResetError
+        data += block
+    head, _, body = data.lower().partition(b"\r\n\r\n")
+    return head, int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]) - len(body)
+
+
+def take_slowly(connection: socket.socket, left: int, pause: float) -> None:
+    while left > 0:
+        left -= len(connection.recv(min(left, 200_000)))
+        time.sleep(pause)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_long_request_may_take_longer_than_one_wait(api: Any) -> None:
+    def serve_one(connection: socket.socket) -> None:
+        take_slowly(connection, head_of(connection)[1], 0.02)
+        connection.sendall(OK)
+        time.sleep(1)
+
+    with listening(serve_one) as url:
+        began = time.monotonic()
+        client = api.client(timeout=Timeout(read=0.5), max_retries=0)
+        assert api.call(client, "infer", url, {"x": LONG}) == {"choices": 1}
+        assert time.monotonic() - began > 0.8
+
+
+@pytest.mark.usefixtures("narrow")
+def test_the_first_token_of_a_long_request_is_waited_for_when_it_has_left(api: Any) -> None:
+    def serve_one(connection: socket.socket) -> None:
+        take_slowly(connection, head_of(connection)[1], 0.02)
+        event = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + event)
+        connection.close()
+
+    with listening(serve_one) as url:
+        client = api.client(base_url=url, timeout=Timeout(read=5, first_token=0.5), max_retries=0)
+        assert api.text(api.stream(client, messages=[{"role": "user", "content": LONG}])) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("timeout", "deadline"), [(Timeout(total=0.6), "total"), (Timeout(read=0.6), "read"), (Timeout(None, 0.6), "read")]
+)
+def test_a_long_request_that_does_not_leave_ends_in_time(api: Any, timeout: Timeout, deadline: str) -> None:
+    def serve_one(connection: socket.socket) -> None:
+        _, left = head_of(connection)
+        if deadline == "total":
+            take_slowly(connection, left, 0.3)
+        time.sleep(3)
+
+    with listening(serve_one) as url:
+        began = time.monotonic()
+        with pytest.raises(ApiTimeoutError) as caught:
+            api.call(api.client(timeout=timeout, max_retries=0), "infer", url, {"x": LONG})
+        assert caught.value.deadline == deadline
+        assert time.monotonic() - began < 1.8
+
+
+@pytest.mark.parametrize("timeout", [Timeout(read=4), None])
+def test_a_refusal_is_read_before_all_of_a_request_has_left(api: Any, timeout: Any) -> None:
+    served: list[bytes] = []
+
+    def serve_one(connection: socket.socket) -> None:
+        while True:
+            head, left = head_of(connection)
+            served.append(head)
+            if left > 1_000_000:
+                connection.sendall(TOO_LARGE)
+                time.sleep(5)  # and reads no more
+            connection.recv(left) if left > 0 else None
+            connection.sendall(OK)
+
+    with listening(serve_one) as url:
+        client = api.client(timeout=timeout, max_retries=0)
+        began = time.monotonic()
+        with pytest.raises(ApiError, match="too large it") as caught:
+            api.call(client, "infer", url, {"x": LONG})
+        assert caught.value.status_code == 413
+        assert api.call(client, "infer", url, {}) == {"choices": 1}  # by another connection
+        assert time.monotonic() - began < 2
+
+
+def test_an_answer_that_begins_before_all_of_a_request_has_left_is_no_refusal(api: Any) -> None:
+    def serve_one(connection: socket.socket) -> None:
+        _, left = head_of(connection)
+        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection.sendall(OK[:-5])
+        take_slowly(connection, left, 0)
+        connection.sendall(OK[-5:])
+        time.sleep(1)
+
+    with listening(serve_one) as url:
+        assert api.call(api.client(max_retries=0), "infer", url, {"x": LONG}) == {"choices": 1}
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux shows them")
@@ -80,3 +240,75 @@ def test_what_follows_the_end_delays_nobody(api: Any, serve: Any) -> None:
     began = time.monotonic()
     api.all(api.stream(client))
     assert time.monotonic() - began < 0.6
+
+
+def test_connections_of_services_that_nobody_asks_any_more_are_closed(api: Any, serve: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(_connection, "MAX_IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(_async_connection, "MAX_IDLE_SECONDS", 0.2)
+    closed: list[float | None] = []
+
+    def script(x: Exchange) -> None:
+        x.reply(200, {})
+        closed.append(x.seconds_until_closed(3))
+
+    others = [serve(script) for _ in range(3)]
+    last = serve(lambda x: x.reply(200, {}))
+    client = api.client()
+    for server in (*others, last):
+        api.call(client, "infer", server.url, {})
+    time.sleep(0.3)
+    api.call(client, "infer", last.url, {})
+    deadline = time.monotonic() + 1
+    while len(closed) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(closed) == 3
+    assert None not in closed
+
+
+def test_a_stream_that_outlives_its_client_leaves_no_connection(serve: Any) -> None:
+    closed: list[float | None] = []
+
+    def script(x: Exchange) -> None:
+        x.stream([chunk("a"), chunk("b", finish="stop")])
+        closed.append(x.seconds_until_closed(2))
+
+    server = serve(script)
+
+    async def work() -> None:
+        async with AsyncOctoAI(base_url=server.url, api_key="k") as client:
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            await anext(stream)
+        assert [each.choices[0].delta.content async for each in stream] == ["b"]
+        deadline = time.monotonic() + 1
+        while not closed and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(work())
+    assert len(closed) == 1
+    assert closed[0] is not None
+    assert closed[0] < 1
+
+
+def test_connections_of_a_forgotten_client_do_not_wait_for_the_garbage_collector(serve: Any) -> None:
+    closed: list[float | None] = []
+
+    def script(x: Exchange) -> None:
+        x.reply(200, answer())
+        closed.append(x.seconds_until_closed(2))
+
+    server = serve(script)
+
+    async def work() -> None:
+        client = AsyncOctoAI(base_url=server.url, api_key="k")
+        await client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
+        del client
+        deadline = time.monotonic() + 1
+        while not closed and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        assert closed
+
+    gc.disable()
+    try:
+        asyncio.run(work())
+    finally:
+        gc.enable()

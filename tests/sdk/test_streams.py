@@ -315,6 +315,33 @@ def test_a_stream_that_is_closed_while_it_is_read_says_so(serve: Any) -> None:
     asyncio.run(read())
 
 
+@pytest.mark.parametrize("proxied", [False, True])
+def test_a_stream_that_is_closed_before_its_answer_begins_is_left_at_once(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, proxied: bool
+) -> None:
+    left: list[float | None] = []
+    server = serve(lambda x: left.append(x.seconds_until_closed(3)))
+    if proxied:
+        monkeypatch.setenv("HTTP_PROXY", server.url)
+
+    async def read() -> None:
+        async with AsyncOctoAI(base_url="http://service.invalid" if proxied else server.url, api_key="k") as client:
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            asyncio.get_running_loop().call_later(0.3, lambda: closing.append(asyncio.create_task(stream.close())))
+            began = time.monotonic()
+            with pytest.raises(StreamInterrupted, match="it was closed before"):
+                await anext(stream)
+            assert time.monotonic() - began < 1.5
+
+    closing: list[Any] = []
+    asyncio.run(read())
+    deadline = time.monotonic() + 2
+    while not left and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(left) == 1
+    assert left[0] is not None
+
+
 def test_ten_streams_in_a_row_use_one_connection(api: Any, serve: Any) -> None:
     def script(x: Exchange) -> None:
         x.begin_stream()
