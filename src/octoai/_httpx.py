@@ -1,7 +1,5 @@
-"""The seam over `httpx2`, or over the `httpx`/`httpx2` client a user brings (told apart by nothing: same methods).
-
-Used behind proxies, and where a user brings a client. Imports neither library at import.
-"""
+"""The seam over `httpx2` behind a proxy, or over the `httpx`/`httpx2` client a user brings (told apart by nothing: same
+methods). Imports neither library at import."""
 
 from __future__ import annotations
 
@@ -79,6 +77,11 @@ def _classes(client: Any, *names: str) -> _Classes:
     return tuple(getattr(module, name) for module in modules for name in names if hasattr(module, name))
 
 
+def _refused(error: BaseException) -> Any:
+    """The answer, where a user's hook has raised for its status."""
+    return getattr(error, "response", None)
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
     while cause is not None:
@@ -130,13 +133,13 @@ class HttpxTransport:
     def send(self, request: Request, deadlines: Deadlines) -> Response:
         client = self._client()
         failures = _Failures(client)
-        wait = deadlines.waiting()
-        connect = deadlines.connecting()
-        timeout = (connect, wait, wait, connect)
+        connect, wait = deadlines.connecting(), deadlines.waiting()
         try:
-            response = client.send(_request(client, request, timeout), **_SEND_OPTIONS)
+            response = client.send(_request(client, request, (connect, wait, wait, connect)), **_SEND_OPTIONS)
         except failures.all as error:
-            raise failures.mapped(error, request, deadlines) from error
+            response = _refused(error)
+            if response is None:
+                raise failures.mapped(error, request, deadlines) from error
         return HttpxResponse(response, failures)
 
     def close(self) -> None:
@@ -151,8 +154,7 @@ class HttpxTransport:
         if own is None:
             _INHERITED.extend(list(self._own.values()))
             made = _new_client("Client")
-            own = self._own.setdefault(os.getpid(), made)
-            if own is not made:
+            if (own := self._own.setdefault(os.getpid(), made)) is not made:
                 made.close()  # another thread was faster
         return own
 
@@ -175,8 +177,7 @@ class HttpxResponse:
         ends, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
         try:
             while left > 0 and time.monotonic() < ends:
-                part = self.receive(None)
-                if not part:
+                if not (part := self.receive(None)):
                     break
                 left -= len(part)
         except OSError:
@@ -188,11 +189,8 @@ class HttpxResponse:
 
 
 class AsyncHttpxTransport:
-    """One `httpx2` client for each event loop, since its connections belong to the loop that opened them.
-
-    It is closed when that loop shuts its asynchronous generators down, as `asyncio.run` does at its end: the only
-    hook a loop offers.
-    """
+    """One `httpx2` client for each event loop, since its connections belong to the loop that opened them. It is closed
+    when that loop shuts its asynchronous generators down, as `asyncio.run` does at its end: the only hook it offers."""
 
     def __init__(self, client: Any) -> None:
         if client is None:
@@ -228,14 +226,15 @@ class AsyncHttpxTransport:
             async with asyncio.timeout(deadlines.left()) as limit:
                 deadlines.on_stop = lambda: limit.reschedule(0)
                 response = await client.send(prepared, **_SEND_OPTIONS)
-                deadlines.on_stop = None
         except failures.all as error:
-            deadlines.on_stop = None
+            response = _refused(error)
             mapped = failures.mapped(error, request, deadlines)
             is_kept = not any("connect_" in event for event in seen)
-            if is_kept and isinstance(mapped, ApiConnectionError) and mapped.retryable:
-                raise _DiedError(mapped) from error
-            raise mapped from error
+            if response is None:
+                died = is_kept and isinstance(mapped, ApiConnectionError) and mapped.retryable
+                raise (_DiedError(mapped) if died else mapped) from error
+        finally:
+            deadlines.on_stop = None
         # From here on each wait has its own limit, which is ours.
         prepared.extensions.get("timeout", {})["read"] = None
         return AsyncHttpxResponse(response, failures)
@@ -290,8 +289,7 @@ class AsyncHttpxResponse:
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
                 while left > 0:
-                    part = await anext(self._parts, b"")
-                    if not part:
+                    if not (part := await anext(self._parts, b"")):
                         break
                     left -= len(part)
         except self._failures.all:

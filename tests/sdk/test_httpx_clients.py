@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from octoai import ApiConnectionError, BadRequestError, ConfigurationError, OctoAI
+from octoai import ApiConnectionError, BadRequestError, ConfigurationError, NotFoundError, OctoAI
 from tests.sdk.conftest import MESSAGES
 from tests.sdk.misbehaving import Exchange, answer, words
 
@@ -55,6 +55,33 @@ def test_an_answer_that_a_hook_has_read_is_read_again(api: Any, serve: Any, libr
     assert api.chat(client).choices[0].message.content == "hello"
     with pytest.raises(BadRequestError, match="too hot"):
         api.chat(client)
+    if api.kind == "sync":
+        made.close()
+    else:
+        api.run(made.aclose())
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
+def test_an_answer_that_a_hook_has_refused_is_that_answer(api: Any, serve: Any, library: str, reads: bool) -> None:
+    def refuse(response: Any) -> None:
+        if reads:
+            response.read()
+        response.raise_for_status()
+
+    async def refuse_later(response: Any) -> None:
+        if reads:
+            await response.aread()
+        response.raise_for_status()
+
+    module = pytest.importorskip(library)
+    server = serve(lambda x: x.reply(404, {"message": "no such model"}))
+    hooks = {"response": [refuse if api.kind == "sync" else refuse_later]}
+    made = (module.Client if api.kind == "sync" else module.AsyncClient)(event_hooks=hooks)
+    with pytest.raises(NotFoundError, match="no such model" if reads else "answered 404") as caught:
+        api.chat(api.client(base_url=server.url, httpx_client=made))
+    assert caught.value.status_code == 404
+    assert len(server.requests) == 1
     if api.kind == "sync":
         made.close()
     else:
