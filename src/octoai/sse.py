@@ -6,9 +6,10 @@ Knows nothing of what the data means.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
+_LITTLE_BYTES = 4 * 1024
 _BOM = b"\xef\xbb\xbf"
 _FIELDS = frozenset({b"", b"data", b"event", b"id", b"retry"})
 _LF, _CR = b"\n\r"  # as numbers: `in` takes several times as long to find bytes in bytes
@@ -45,17 +46,37 @@ class EventDecoder:
         if self._after_cr or _CR in block:
             block = self._with_lf_only(block)
         if self._rest:
-            block = self._rest + block
+            if len(self._rest) < _LITTLE_BYTES:
+                block = self._rest + block
+            elif not (block := self._with_rest(block)):
+                return []
         texts = block.split(b"\n\n")
         self._rest = texts.pop()
         if len(self._rest) > self._max_bytes:
-            raise EventTooLargeError(f"an event of more than {self._max_bytes} bytes")
+            raise self._too_large()
         return texts
 
     def rest(self) -> bytes:
         """At the end of the stream: the lines of an event whose closing blank line never came. The rules discard it."""
         rest, self._rest = self._rest, b""
-        return rest
+        return bytes(rest)
+
+    def _with_rest(self, block: bytes) -> bytes:
+        """What has come of a large event, and the block that ends it; nothing while it goes on. To look for the end in
+        all of it again, or to copy it, at every block would take the square of its size."""
+        rest: Any = self._rest
+        ends = block.find(b"\n\n") >= 0 or (rest[-1] == _LF and block.startswith(b"\n"))
+        if ends:
+            return bytes(rest) + block
+        if isinstance(rest, bytes):
+            self._rest = rest = bytearray(rest)  # type: ignore[assignment]  # which grows in place
+        rest += block
+        if len(rest) > self._max_bytes:
+            raise self._too_large()
+        return b""
+
+    def _too_large(self) -> EventTooLargeError:
+        return EventTooLargeError(f"an event of more than {self._max_bytes} bytes")
 
     def _without_bom(self, block: bytes) -> bytes:
         block, self._rest = self._rest + block, b""
