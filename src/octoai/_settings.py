@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from octoai import _credentials
 from octoai._deadlines import Timeout
+from octoai.environment import _ConfiguredEnvironment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ class Settings:
         if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
             raise TypeError(f"max_retries must be a whole number, 0 or more, not {max_retries!r}")
         # The constants stand for "as configured"; an environment of the user's own names its address.
-        own = environment.text_gen if "text_gen" in vars(environment) else None
+        own = None if isinstance(environment, _ConfiguredEnvironment) else getattr(environment, "text_gen", None)
+        if not own and not isinstance(environment, _ConfiguredEnvironment):
+            kind = type(environment).__name__
+            raise TypeError(f"environment must be an OctoAIEnvironment, with an address as text_gen, not {kind}")
         self.access = _credentials.resolve(base_url=base_url or own, token=api_key)
         self.timeout = Timeout.of(timeout)
         self.max_retries = max_retries

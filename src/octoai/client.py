@@ -1,7 +1,6 @@
 """`OctoAI` and `AsyncOctoAI`: what users make. Light to make: everything else is imported at the first call.
 
-The two have the same methods. What a call does is in `_sync` and `_async`.
-"""
+The two have the same methods. What a call does is in `_sync` and `_async`."""
 
 from __future__ import annotations
 
@@ -79,12 +78,13 @@ class OctoAI:
       408, 409, 429 and 5xx.
     - `default_headers`: sent with every request; None as a value leaves a header out.
     - `httpx_client`: your own `httpx.Client` or `httpx2.Client`. You close it. Such a client's patience is fixed for a
-      whole request: total silence in mid-stream ends after the shorter of `read` and `first_token`, not after `idle`.
-      So it is where the environment names a proxy.
+      whole request: total silence in mid-stream ends after the shorter of `read` and `first_token`, not after `idle`,
+      and a head that drips is not bounded by `total`. So it is where the environment names a proxy.
     - `transport`: for tests, anything with `send` and `close` as in `octoai._transport.Transport`.
+    - `follow_redirects`: ignored, as old code may pass it. Redirects are followed where that is safe.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each is one that users name
         self,
         *,
         environment: OctoAIEnvironment = OctoAIEnvironment.PRODUCTION,
@@ -95,6 +95,7 @@ class OctoAI:
         max_retries: int = 2,
         default_headers: Mapping[str, Any] | None = None,
         transport: Transport | None = None,
+        follow_redirects: bool | None = None,
     ) -> None:
         self._settings = Settings(
             environment=environment,
@@ -182,7 +183,7 @@ class AsyncOctoAI:
     """As `OctoAI`, for `asyncio`; the arguments mean the same. A callable `api_key` may be a coroutine function, and
     `httpx_client` is an `httpx.AsyncClient` or `httpx2.AsyncClient`. One client may serve several event loops."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each is one that users name
         self,
         *,
         environment: OctoAIEnvironment = OctoAIEnvironment.PRODUCTION,
@@ -193,6 +194,7 @@ class AsyncOctoAI:
         max_retries: int = 2,
         default_headers: Mapping[str, Any] | None = None,
         transport: AsyncTransport | None = None,
+        follow_redirects: bool | None = None,
     ) -> None:
         self._settings = Settings(
             environment=environment,

@@ -188,6 +188,30 @@ def test_both_clients_have_the_same_methods() -> None:
         assert sync.parameters.keys() == other.parameters.keys()
 
 
+@pytest.mark.parametrize("kind", [OctoAI, AsyncOctoAI])
+def test_an_environment_of_ones_own_names_its_address(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fixed(OctoAIEnvironment):
+        text_gen = "http://mine:9000"
+
+        def __init__(self) -> None: ...
+
+    class Computed(OctoAIEnvironment):
+        def __init__(self) -> None: ...
+
+        @property
+        def text_gen(self) -> str:  # type: ignore[override]
+            return "http://mine:9000"
+
+    monkeypatch.setenv("OCTOAI_BASE_URL", "http://configured:9000")
+    for own in (Fixed(), Computed(), OctoAIEnvironment(default="", image_gen="", text_gen="http://mine:9000")):
+        assert kind(environment=own).base_url == "http://mine:9000"
+    for configured in (OctoAIEnvironment.PRODUCTION, copy.deepcopy(OctoAIEnvironment.SECURE_LINK)):
+        assert kind(environment=configured, follow_redirects=True).base_url == "http://configured:9000"
+    for none in (None, "http://mine:9000", OctoAIEnvironment):
+        with pytest.raises(TypeError, match="environment must be an OctoAIEnvironment"):
+            kind(environment=none)
+
+
 def test_an_async_client_serves_two_event_loops(serve: Any) -> None:
     server = serve(lambda x: x.stream(words()) if x.json["stream"] else x.reply(200, answer()))
     client = AsyncOctoAI(base_url=server.url, api_key="k", max_retries=0)
