@@ -69,12 +69,16 @@ def record(model: type[R], raw: RawResponse) -> R:
     return answer
 
 
-def nearly(model: type[R], body: bytes) -> R | None:
-    """What is wrong only in details, as the model; None where it is nothing of the kind."""
+def nearly(model: type[R], body: bytes, *, in_stream: bool = False) -> R | None:
+    """What is wrong only in details, as the model; None where it is nothing of the kind. In a stream, usage may come
+    without choices."""
     if "choices" not in model.model_fields:
         return None
     try:
-        return lenient.read(model, json.loads(body))
+        value = json.loads(body)
+        if in_stream and isinstance(value, dict) and isinstance(value.get("usage"), dict):
+            value["choices"] = [] if value.get("choices") is None else value["choices"]
+        return lenient.read(model, value)
     except (ValueError, RecursionError):
         return None
 
@@ -93,7 +97,12 @@ def response_url(raw: RawResponse) -> str | None:
     if status is None or status in ("failed", "error", "cancelled", "canceled", "expired"):
         message = f"the inference will not complete: its status is {status!r}"
         raise ResponseError(status_code=raw.status_code, body=state, headers=raw.headers, message=message)
-    return str(state.get("response_url") or "") if status == "completed" else None
+    if status != "completed":
+        return None
+    url = state.get("response_url")
+    if not url or not isinstance(url, str):
+        raise _not_understood(raw, "the inference is completed, but its response_url, where the result is, is missing")
+    return url
 
 
 def request_id(headers: Mapping[str, str]) -> str | None:

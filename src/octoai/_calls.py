@@ -25,6 +25,7 @@ _HEADERS = {
     "x-fern-sdk-name": "octoai",
     "x-fern-sdk-version": __version__,
 }
+_FOR_ANYBODY = frozenset({"accept", "accept-encoding", "user-agent"})
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 _NAME_CHARS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
 _OPTIONS = frozenset(
@@ -62,7 +63,8 @@ class Call:
 
 
 def redirected(request: Request, status: int, headers: Mapping[str, str]) -> Request | None:
-    """Where a redirect leads, if it may be followed: to the same origin, with the same method and body."""
+    """Where a redirect leads, if it may be followed: to the same origin, with the same method and body. What is only
+    asked for may be elsewhere, as results in a store are, which gets to know nothing of ours."""
     location = headers.get("location")
     if not location or not _keeps_method(request.method, status):
         return None
@@ -70,9 +72,11 @@ def redirected(request: Request, status: int, headers: Mapping[str, str]) -> Req
         url = _credentials.checked_url(urljoin(request.url, location))
     except (ValueError, ConfigurationError):
         return None
-    if _credentials.origin(url) != _credentials.origin(request.url):
+    if _credentials.origin(url) == _credentials.origin(request.url):
+        return Request(request.method, url, request.headers, request.body)
+    if request.method != "GET":
         return None
-    return Request(request.method, url, request.headers, request.body)
+    return Request("GET", url, {name: value for name, value in request.headers.items() if name in _FOR_ANYBODY})
 
 
 def _keeps_method(method: str, status: int) -> bool:

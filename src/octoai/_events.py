@@ -118,7 +118,7 @@ class EventReader(Generic[T]):
     def describe(self, error: ApiError, raw: RawResponse | None, attempts: int) -> None:
         """Say in an error what is known of the stream it happened in."""
         error.attempts = max(error.attempts, attempts)
-        if isinstance(error, ApiTimeoutError):
+        if isinstance(error, ApiTimeoutError | ResponseError):
             error.partial = self.partial
         if raw is not None and error.status_code is None:
             error.headers = error.headers or dict(raw.headers)
@@ -180,11 +180,13 @@ class EventReader(Generic[T]):
 
     def _refuse_error(self, data: bytes, name: str) -> None:
         body = _answers.json_or_text(data)
-        is_error = isinstance(body, dict) and (body.get("error") or body.get("object") == "error")
-        if is_error or name == "error":
+        if name == "error" or (isinstance(body, dict) and self._is_error(body)):
             error = StreamError(body=body, partial=self.partial)
             error.message = f"the service reported an error in the stream: {error.message or body}"
             raise error
+
+    def _is_error(self, body: dict[str, Any]) -> bool:
+        return bool(body.get("error")) or body.get("object") == "error"
 
     def _value(self, data: bytes) -> T | Nothing:
         """What the user gets of an event's data, if anything. What it says of the stream is noted."""
@@ -205,7 +207,7 @@ class ChunkReader(EventReader[R]):
         try:
             chunk: Any = self._validate(data)
         except ValidationError as error:
-            chunk = _answers.nearly(self._model, data)
+            chunk = _answers.nearly(self._model, data, in_stream=True)
             if chunk is None:
                 message = f"an event of the stream is not a {self._model.__name__}: {_answers.first_fault(error)}"
                 raise ResponseError(body=data.decode(errors="replace"), message=message) from error
@@ -231,7 +233,12 @@ class JsonReader(EventReader[Any]):
     def __init__(self, map_fn: Callable[[Any], Any] | None = None) -> None:
         super().__init__()
         self._map = map_fn
+        self._has_events = False
         self.started = True
+
+    def _is_error(self, body: dict[str, Any]) -> bool:
+        """Other endpoints have errors that are numbers, and no failures."""
+        return isinstance(body.get("error"), dict | str) and super()._is_error(body)
 
     def has_unread(self) -> bool:
         """Without calling the user's function for what nobody has asked for."""
@@ -244,7 +251,7 @@ class JsonReader(EventReader[Any]):
     def _missing(self) -> ApiError | None:
         if self._open or (self._compression is not None and self._compression.is_cut):
             return super()._missing()
-        if self.events or self.done or not self._foreign:
+        if self._has_events or self.done or not self._foreign:
             return None
         return ResponseError(message="the answer is not an event stream: it holds lines of other kinds, and no event")
 
@@ -254,15 +261,18 @@ class JsonReader(EventReader[Any]):
         except ValueError as error:
             body = data.decode(errors="replace")
             raise ResponseError(body=body, message=f"an event of the stream is not JSON: {error}") from error
-        if isinstance(value, dict) and isinstance(value.get("choices"), list):
+        has_choices = isinstance(value, dict) and isinstance(value.get("choices"), list)
+        if has_choices:
             for choice in value["choices"]:
                 if isinstance(choice, dict) and not _OF_CHOICES.isdisjoint(choice):
-                    index = choice["index"] if isinstance(choice.get("index"), int) else 0
+                    index = _gather.index_of(choice)
                     self._open.add(index)
                     if choice.get("finish_reason") is not None:
                         self._finished.add(index)
         value = value if self._map is None else self._map(value)
-        self.events.append(data)
+        if has_choices:  # of others there is no text, and they may be large
+            self.events.append(data)
+        self._has_events = True
         self.moved = True
         return value
 

@@ -17,8 +17,20 @@ def text_of(events: Iterable[bytes]) -> str:
         chunk = json.loads(data)
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
         if isinstance(choices, list):
-            parts.extend(_text(choice) for choice in choices if isinstance(choice, dict) and not choice.get("index"))
+            parts.extend(_text(choice) for choice in choices if isinstance(choice, dict) and not index_of(choice))
     return "".join(parts)
+
+
+def index_of(choice: Mapping[str, Any]) -> int:
+    """As the types read it: 1.0 and "1" are 1, and what is no whole number is 0."""
+    index = choice.get("index")
+    if isinstance(index, int):
+        return index
+    try:
+        number = float(index)  # type: ignore[arg-type]  # which raises
+    except (TypeError, ValueError):
+        return 0
+    return int(number) if number.is_integer() else 0
 
 
 def _text(choice: Mapping[str, Any]) -> str:
@@ -48,8 +60,7 @@ def _gathered(events: Iterable[bytes]) -> tuple[dict[str, Any], list[dict[str, A
     for data in events:
         chunk = json.loads(data)
         for part in chunk.pop("choices", None) or ():
-            index = part.get("index")
-            index = index if isinstance(index, int) else 0
+            index = index_of(part)
             _merge_choice(choices.setdefault(index, {"index": index}), part)
         answer.update({key: value for key, value in chunk.items() if value not in (None, {}) or key not in answer})
     return answer, [choices[index] for index in sorted(choices)]

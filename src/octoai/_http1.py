@@ -124,7 +124,8 @@ class ResponseParser:
             self._keep_alive = self._keep_alive and self._chunked and length is None
         elif length is not None:
             lengths = {part.strip() for part in length.split(",")}
-            if len(lengths) != 1 or not (text := lengths.pop()).isdigit() or not text.isascii():
+            text = lengths.pop()
+            if lengths or not text.isdigit() or not text.isascii() or len(text) > 18:
                 raise ProtocolError("the content-length of the answer is malformed")
             self._left = int(text)
             self.done = self._left == 0

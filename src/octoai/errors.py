@@ -184,7 +184,12 @@ class StreamError(ApiError):
 
 
 class ResponseError(ApiError):
-    """The answer is not what the API says it is: not JSON, without choices, not an event stream."""
+    """The answer is not what the API says it is: not JSON, without choices, not an event stream. `partial`: the text
+    of a stream until then."""
+
+    def __init__(self, *, partial: str = "", **facts: Any) -> None:
+        super().__init__(**facts)
+        self.partial = partial
 
 
 class ConfigurationError(ApiError):

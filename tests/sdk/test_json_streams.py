@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -74,3 +75,29 @@ def test_choices_of_another_meaning_do_not_need_an_end(api: Any, serve: Any) -> 
     events = [{"question": 1, "choices": [{"label": "a"}, {"label": "b"}]}]
     server = serve(lambda x: x.stream(events, done=False))
     assert api.all(api.client().infer_stream(server.url, {})) == events
+
+
+def test_an_error_that_is_a_number_is_no_failure(api: Any, serve: Any) -> None:
+    events = [{"step": 1, "error": 0.25}, {"step": 2, "error": [0.5]}]
+    server = serve(lambda x: x.stream(events))
+    assert api.all(api.client().infer_stream(server.url, {})) == events
+
+
+@pytest.mark.parametrize("event", [b'data: {"error":{"message":"boom"}}', b'event: error\ndata: {"boom":1}'])
+def test_an_error_that_says_something_is_a_failure(api: Any, serve: Any, event: bytes) -> None:
+    with pytest.raises(StreamError, match="boom"):
+        api.all(stream_of(api, serve, event + b"\n\n"))
+
+
+def test_events_that_are_read_are_not_kept(api: Any, serve: Any) -> None:
+    large = {"frame": "x" * 200_000}
+    stream = api.client().infer_stream(serve(lambda x: x.stream([large] * 40)).url, {})
+    tracemalloc.start()
+    try:
+        api.take(stream, 5)
+        before = tracemalloc.get_traced_memory()[0]
+        assert all(each == large for each in api.take(stream, 30))
+        assert tracemalloc.get_traced_memory()[0] - before < 3_000_000
+    finally:
+        tracemalloc.stop()
+    api.all(stream)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from octoai import ResponseError
+from octoai import ResponseError, _gather
 from octoai.text_gen import ChatCompletionChunk, ChatCompletionResponse, ToolCall, UsageStats
 from tests.sdk.misbehaving import Exchange, answer, chunk
 
@@ -218,3 +218,33 @@ def test_what_is_plainly_no_chunk_is_an_error(api: Any, serve: Any, data: Any) -
 
     with pytest.raises(ResponseError):
         api.all(api.stream(api.client(base_url=serve(script).url)))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.0, 1.0), ("0", "1"), (0, "1.0")])
+def test_choices_are_told_apart_however_their_index_is_written(api: Any, serve: Any, first: Any, second: Any) -> None:
+    parts = [("A", first, None), ("B", second, None), ("a", first, "stop"), ("b", second, "stop")]
+    server = serve(lambda x: x.stream([chunk(text, index=index, finish=finish) for text, index, finish in parts]))
+    stream = api.stream(api.client(base_url=server.url))
+    assert [(each.index, each.message.content) for each in api.final(stream).choices] == [(0, "Aa"), (1, "Bb")]
+    assert stream._reader.partial == "Aa"
+
+
+@pytest.mark.parametrize("index", [1.5, "x", None, [], "nan", float("1e400")])
+def test_an_index_that_is_none_is_the_first(index: Any) -> None:
+    assert _gather.index_of({"index": index}) == 0
+
+
+@pytest.mark.parametrize("choices", [{"choices": None}, {}])
+def test_usage_without_choices_loses_no_stream(api: Any, serve: Any, choices: Any) -> None:
+    last = {**without(chunk(), "choices"), **choices, "usage": COUNTS}
+    server = serve(lambda x: x.stream([chunk("a", finish="stop"), last]))
+    whole = api.final(api.stream(api.client(base_url=server.url)))
+    assert whole.choices[0].message.content == "a"
+    assert whole.usage.total_tokens == 3
+
+
+def test_an_event_that_is_no_chunk_tells_what_came_before_it(api: Any, serve: Any) -> None:
+    server = serve(lambda x: x.stream([chunk("a"), {"type": "ping"}]))
+    with pytest.raises(ResponseError, match="not a ChatCompletionChunk") as caught:
+        api.final(api.stream(api.client(base_url=server.url)))
+    assert caught.value.partial == "a"

@@ -66,6 +66,28 @@ def test_any_bytes_give_the_same_events_however_cut(data: bytes, places: list[in
     assert [event for piece in cut(data, places) for event in decoder.feed(piece)] == whole
 
 
+@pytest.mark.parametrize("size", [1, 3, 1000, 1460])
+def test_a_large_event_comes_in_blocks_of_any_size(size: int) -> None:
+    data = b"data: " + b"x" * 20_000 + b"\ndata: y\n\n" + b"data: z\n\n"
+    decoder = EventDecoder()
+    found = [event for at in range(0, len(data), size) for event in decoder.feed(data[at : at + size])]
+    assert found == [Event(b"x" * 20_000 + b"\ny"), Event(b"z")]
+    decoder = EventDecoder(max_bytes=15_000)
+    with pytest.raises(EventTooLargeError):
+        for at in range(0, len(data), size):
+            decoder.feed(data[at : at + size])
+
+
+def test_the_time_for_a_large_event_grows_with_its_size() -> None:
+    def seconds(num_blocks: int) -> float:
+        decoder, block, began = EventDecoder(), b"x" * 1460, time.process_time()
+        for _ in range(num_blocks):
+            decoder.feed(block)
+        return time.process_time() - began
+
+    assert min(seconds(8000) for _ in range(3)) < 30 * min(seconds(1000) for _ in range(3)) + 0.02
+
+
 def test_an_event_ends_at_a_carriage_return() -> None:
     decoder = EventDecoder()
     assert decoder.feed(b"data: a\r\r") == [Event(b"a")]
@@ -183,6 +205,12 @@ def test_a_body_until_the_end_of_the_connection() -> None:
     parser.end()
     assert parser.done
     assert not parser.reusable
+
+
+@pytest.mark.parametrize("length", [b"9" * 19, b"9" * 5000, b"1, 2", b"-1"])
+def test_a_length_that_is_none_is_refused(length: bytes) -> None:
+    with pytest.raises(ProtocolError, match="content-length"):
+        ResponseParser().feed(b"HTTP/1.1 200 OK\r\ncontent-length: " + length + b"\r\n\r\n")
 
 
 def test_bytes_nobody_asked_for_spoil_the_connection() -> None:

@@ -434,6 +434,34 @@ def test_redirects_stay_within_the_origin(api: Any, serve: Any) -> None:
     assert not other.requests
 
 
+def test_a_result_may_be_elsewhere_which_gets_no_token(api: Any, serve: Any) -> None:
+    store = serve(lambda x: x.reply(200, {"out": 1}))
+
+    def script(x: Exchange) -> None:
+        if x.target == "/poll":
+            x.reply(200, {"status": "completed", "response_url": f"{server.url}/result"})
+        else:
+            x.reply(302, {}, location=f"{store.url}/signed?x=1")
+
+    server = serve(script)
+    client = api.client(default_headers={"x-secret": "s"})
+    future = InferenceFuture(response_id="r", poll_url=f"{server.url}/poll")
+    assert api.call(client, "get_future_result", future) == {"out": 1}
+    assert server.requests[1].headers["authorization"] == "Bearer test-token"
+    (asked,) = store.requests
+    assert asked.target == "/signed?x=1"
+    assert asked.headers.keys() == {"host", "accept", "accept-encoding", "user-agent"}
+
+
+@pytest.mark.parametrize("more", [{}, {"response_url": None}, {"response_url": 3}])
+def test_a_result_without_a_place_is_an_api_error(api: Any, serve: Any, more: Any) -> None:
+    future = InferenceFuture(
+        response_id="r", poll_url=serve(lambda x: x.reply(200, {"status": "completed", **more})).url
+    )
+    with pytest.raises(ResponseError, match="response_url"):
+        api.call(api.client(), "get_future_result", future)
+
+
 @pytest.mark.parametrize("host", ["text.octoai.run", "OctoAI.cloud.", "api.securelink.octo.ai:443"])
 def test_dead_hosts_are_never_contacted(api: Any, host: str) -> None:
     url = f"https://{host}/v1"
