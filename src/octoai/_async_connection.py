@@ -59,7 +59,7 @@ class Connection(asyncio.BufferedProtocol):
         if len(message) <= _PIECE_BYTES:
             self._transport.write(message)
             return memoryview(b"")
-        self._transport.set_write_buffer_limits(0)  # full until all of a piece has left
+        self._transport.set_write_buffer_limits(1, 0)  # full until all of a piece has left
         return self.send(memoryview(message))
 
     def send(self, rest: memoryview) -> memoryview:

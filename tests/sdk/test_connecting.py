@@ -372,6 +372,15 @@ def test_a_service_is_trusted_whose_authority_the_environment_or_the_system_name
 
 
 @pytest.mark.usefixtures("default_authorities")
+def test_a_long_request_leaves_by_tls(api: Any, encrypted: str, certificate: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    client = api.client(base_url=encrypted, timeout=Timeout(read=5), max_retries=0)
+    for length in (5_000_000, 3, 100_000):
+        messages = [{"role": "user", "content": "x" * length}]
+        assert api.chat(client, messages=messages).choices[0].message.content == "hello"
+
+
+@pytest.mark.usefixtures("default_authorities")
 @pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="where OpenSSL knows the system's authorities")
 def test_an_openssl_of_another_distribution_finds_the_systems_authorities(
     api: Any, encrypted: str, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
