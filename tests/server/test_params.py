@@ -199,8 +199,70 @@ def test_of_a_body_with_many_wrong_values_the_first_are_told_in_no_time() -> Non
 
 
 def test_more_wrong_values_than_anybody_could_list_are_one_refusal() -> None:
-    refusal = refused(params.completion, {"model": "m", "prompt": [-1] * (params.MAX_LISTED_PROBLEMS + 1)})
+    bias = dict.fromkeys(range(params.MAX_LISTED_PROBLEMS + 1), "wrong")
+    refusal = refused(params.chat, {**CHAT, "logit_bias": bias})
     assert [row["loc"] for row in refusal.detail] == [["body"]]
+
+
+def filled(path: str, value: str, number: int) -> bytes:
+    before, after = path.split("…")
+    return (before + f"{value}," * (number - 1) + value + after).encode()
+
+
+@pytest.mark.parametrize("value", ["1", "{}", "[]", '""'])
+@pytest.mark.parametrize(
+    ("decode", "path"),
+    [
+        (params.completion, '{"model":"m","prompt":[…]}'),
+        (params.completion, '{"model":"m","prompt":"a","messages":[…]}'),
+        (params.chat, '{"model":"m","messages":[…]}'),
+        (params.chat, '{"model":"m","messages":[{"role":"user","content":[…]}]}'),
+        (params.chat, '{"model":"m","messages":[{"role":"user","tool_calls":[…]}]}'),
+        (params.chat, '{"model":"m","modalities":[…],"messages":[]}'),
+        (params.chat, '{"model":"m","metadata":[…],"messages":[]}'),
+    ],
+)
+def test_no_body_takes_long_to_refuse_whatever_it_is_full_of(decode: Any, path: str, value: str) -> None:
+    most = params.MAX_VALUES if value == "1" else params.MAX_LISTS_AND_TEXTS
+    for number, limit in ((most - 9, 0.6), (9_900_000 // (len(value) + 1), 0.4)):
+        body = filled(path, value, number)
+        began = time.process_time()
+        refusal = refusal_of(decode, body)
+        # 0.1 s where it is as it should be; before values were counted, up to 12 s.
+        assert time.process_time() - began < limit
+        assert refusal is None or len(json.dumps(refusal.body())) < 5_000
+
+
+def refusal_of(decode: Any, body: bytes) -> Refusal | None:
+    try:
+        decode(body)
+    except Refusal as refusal:
+        return refusal
+    return None
+
+
+def test_what_stands_in_a_text_is_not_counted_as_values() -> None:
+    for text in ("[" * 400_000, '"' * 400_000, '\\"],' * 200_000, "\\" * 400_001, '{"a": [1, "b\\""]}\n' * 20_000):
+        assert only(completion(prompt=text)).text == text
+        message = {"role": "user", "content": [{"type": "text", "text": text}]}
+        assert only(chat(messages=[message])).messages == (message,)
+
+
+def test_a_prompt_may_have_as_many_tokens_as_the_longest_contexts() -> None:
+    tokens = [100_000] * 1_000_000
+    assert only(completion(prompt=tokens)).tokens == tokens
+    refusal = refused(params.completion, {**TEXT, "prompt": tokens + tokens})
+    assert (refusal.status, refusal.param) == (422, None)
+    assert f"at most {params.MAX_VALUES} values" in refusal.message
+    texts = ["a"] * (params.MAX_LISTS_AND_TEXTS + 1)
+    assert f"{params.MAX_LISTS_AND_TEXTS} texts" in refused(params.chat, {**CHAT, "metadata": texts}).message
+
+
+def test_of_a_long_key_only_the_beginning_is_answered() -> None:
+    for body in ({"logit_bias": {"k" * 1_000_000: "x"}}, {"logit_bias": {"k" * 1_000_000: 1}}):
+        refusal = refused(params.chat, {**CHAT, **body})
+        assert refusal.detail[0]["loc"] == ["body", "logit_bias", "k" * 64]
+        assert len(json.dumps(refusal.body())) < 1_500
 
 
 # Types

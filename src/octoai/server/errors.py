@@ -15,7 +15,7 @@
     ├── TooLarge              413  body_too_large
     ├── HeadTooLarge          431  headers_too_large
     ├── InvalidBody           422  with FastAPI's `detail` list, as OctoAI documented
-    ├── RateLimited           429  rate_limit_exceeded      always with `retry-after`
+    ├── RateLimited           429  rate_limit_exceeded      with `retry-after`, unless it is larger than the limit itself
     ├── InternalError         500  our fault
     ├── EngineFailed          502  the engine broke off, or answered what it should not
     └── Unavailable           503  draining, overloaded, engine not ready; always with `retry-after`
@@ -181,7 +181,8 @@ class HeadTooLarge(Refusal):
 
 
 class InvalidBody(Refusal):
-    """The body is JSON but not what the endpoint takes. `detail` names wrong fields, a hundred at most."""
+    """The body is JSON but not what the endpoint takes. `detail` names wrong fields, a hundred at most, and of a list
+    the first wrong value."""
 
     status = 422
     type = "invalid_request_error"

@@ -17,12 +17,18 @@ from typing_extensions import TypedDict
 from octoai.server.engines.base import Generation
 from octoai.server.errors import BadRequest, InvalidBody, MalformedBody, UnsupportedParameter
 from octoai.server.json_schema import bounded
-from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, MessageParam
+from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, Messages
 
 DEFAULT_MAX_TOKENS = 512
 MAX_PROMPTS = 128
 MAX_PROBLEMS = 100  # that are told of one body: who has more finds out nothing by them
+MAX_SHOWN_KEY = 64  # characters of a caller's own key: each is answered several times
 MAX_LISTED_PROBLEMS = 10_000  # to list three million takes nine seconds and three gigabytes
+# Nobody else is served while a body is read. Of small values ten megabytes are millions, and each list or text among
+# them costs much more than a number, of which a prompt of token ids has as many as the longest contexts.
+MAX_VALUES = 2**20
+MAX_LISTS_AND_TEXTS = 2**17
+COUNTED_BYTES = 2**18  # a body of fewer bytes cannot have too many
 
 # Parameters of today's OpenAI clients that would change the answer in a way nothing here can do. The harmless rest
 # (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) is accepted and changes nothing.
@@ -65,7 +71,7 @@ class _BodyParams(TypedDict, total=False):
     stream: Optional[bool]
     max_completion_tokens: Annotated[Optional[int], Field(ge=1, le=2**31 - 1)]
     octoai: Optional[dict[str, Any]]
-    modalities: Optional[list[str]]
+    modalities: Optional[Annotated[list[str], Field(fail_fast=True)]]
 
 
 class ChatBody(ChatParams, _BodyParams, total=False):
@@ -74,16 +80,17 @@ class ChatBody(ChatParams, _BodyParams, total=False):
 
 class CompletionBody(CompletionParams, _BodyParams, total=False):
     __pydantic_config__ = CompletionParams.__pydantic_config__  # type: ignore[misc]
-    messages: Annotated[Any, GetPydanticSchema(lambda _source, handler: handler(Optional[list[MessageParam]]))]
-    # `prompt` as on the wire: bounded, and null for "start from nothing".
+    messages: Annotated[Any, GetPydanticSchema(lambda _source, handler: handler(Optional[Messages]))]
+    # `prompt` as on the wire: bounded, and null for "start from nothing". Each of these is tried, and fails at the first
+    # value that is not its own: an error for every value of every one of them would take ten times as long.
     prompt: Annotated[
         Union[
             str,
-            Annotated[list[_TokenId], Field(min_length=1)],
-            Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)],
+            Annotated[list[_TokenId], Field(min_length=1, fail_fast=True)],
+            Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
             Annotated[
-                list[Annotated[list[_TokenId], Field(min_length=1)]],
-                Field(min_length=1, max_length=MAX_PROMPTS),
+                list[Annotated[list[_TokenId], Field(min_length=1, fail_fast=True)]],
+                Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
             ],
             None,
         ],
@@ -224,7 +231,7 @@ def _old_vllm_options(extension: Mapping[str, Any]) -> dict[str, Any]:
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise _invalid(("logit_bias", key[:64]), "Keys should be token ids: whole numbers", "int_parsing")
+            raise _invalid(("logit_bias", key[:MAX_SHOWN_KEY]), "Keys should be token ids: whole numbers", "int_parsing")
     return {int(key): value for key, value in bias.items()}
 
 
@@ -279,6 +286,8 @@ def _refuse_impossible(params: Mapping[str, Any]) -> None:
 
 
 def _checked(adapter: TypeAdapter[Any], body: bytes) -> dict[str, Any]:
+    if len(body) > COUNTED_BYTES:
+        _refuse_countless(body)
     try:
         params: dict[str, Any] = adapter.validator.validate_json(body)
         return params
@@ -289,6 +298,19 @@ def _checked(adapter: TypeAdapter[Any], body: bytes) -> dict[str, Any]:
     if problems[0]["type"] == "json_invalid":
         raise MalformedBody(f"The body is not valid JSON: {problems[0]['msg'].removeprefix('Invalid JSON: ')}")
     raise InvalidBody(_detail(problems, _lenient_json(body)))
+
+
+def _refuse_countless(body: bytes) -> None:
+    """422 for more values than are read, keys among them, before any of them takes memory."""
+    plain = body.replace(rb"\\", b"").replace(rb'\"', b"")  # what quotes are left begin a text or end it
+    num_texts = plain.count(b'"') // 2
+    if num_texts <= MAX_LISTS_AND_TEXTS:
+        between = b"".join(plain.split(b'"')[::2])
+        num_lists = between.count(b"[") + between.count(b"{")
+        if num_texts + num_lists <= MAX_LISTS_AND_TEXTS and between.count(b",") <= MAX_VALUES:
+            return
+    said = f"A body has at most {MAX_VALUES} values, and {MAX_LISTS_AND_TEXTS} texts, lists and objects among them"
+    raise _invalid((), said, "too_long")
 
 
 def _lenient_json(body: bytes) -> Any:
@@ -321,7 +343,7 @@ def _place(location: Sequence[str | int], data: Any, *, missing: bool) -> tuple[
     for number, part in enumerate(location):
         is_last = number == len(location) - 1
         if isinstance(data, dict) and (part in data or (is_last and missing)):
-            place.append(part)
+            place.append(part[:MAX_SHOWN_KEY] if isinstance(part, str) else part)
             data = data.get(part)
         elif isinstance(data, list) and isinstance(part, int):
             place.append(part)

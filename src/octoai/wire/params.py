@@ -67,11 +67,15 @@ class _ToolCall(TypedDict):
 class MessageParam(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
     role: Required[Annotated[str, Field(min_length=1, max_length=64)]]
-    content: NotRequired[Union[str, list[_ContentPart], None]]
+    content: NotRequired[Union[str, Annotated[list[_ContentPart], Field(fail_fast=True)], None]]
     reasoning_content: NotRequired[Optional[str]]
-    tool_calls: NotRequired[Optional[list[_ToolCall]]]
+    tool_calls: NotRequired[Optional[Annotated[list[_ToolCall], Field(fail_fast=True)]]]
     tool_call_id: NotRequired[Optional[str]]
     name: NotRequired[Optional[str]]
+
+
+# Of a list the first wrong value is told: an error for each of a million would hold everybody else up for a second.
+Messages = Annotated[list[MessageParam], Field(fail_fast=True)]
 
 
 class _FunctionDefinition(TypedDict):
@@ -155,7 +159,7 @@ class ChatParams(SamplingParams, total=False):
     messages: Required[
         Annotated[
             Sequence[Union[ChatMessage, Mapping[str, Any]]],
-            _checked_as(Annotated[list[MessageParam], Field(min_length=1)]),
+            _checked_as(Annotated[Messages, Field(min_length=1)]),
         ]
     ]
     logprobs: Optional[bool]
