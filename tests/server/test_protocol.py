@@ -220,6 +220,92 @@ def test_a_connection_that_rests_is_closed_after_a_while_and_not_before(in_proce
         assert 0.2 < time.monotonic() - began < 3
 
 
+POSTED = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+NEVER_WHOLE = {
+    "nothing": (b"", b""),
+    "half a head": (POSTED, b""),
+    "a head that trickles": (POSTED + b"x-long: ", b"x"),
+    "a refused body that does not come": (POSTED + b"content-length: 100000\r\n\r\n{", b""),
+    "a refused body that trickles": (POSTED + b"content-length: 100000\r\n\r\n{", b"x"),
+    "a body for nobody that trickles": (b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n{", b"x"),
+}
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["at once", "behind a request"])
+def test_a_connection_is_not_kept_for_what_never_comes_whole(in_process: Start, is_first: bool) -> None:
+    service = in_process(ScriptedEngine())
+    service._server.config.timeout_keep_alive = 1
+    began = time.monotonic()
+    kept = {kind: socket.create_connection(("127.0.0.1", service.port), timeout=0.01) for kind in NEVER_WHOLE}
+    for kind, connection in kept.items():
+        connection.sendall((b"" if is_first else asked(service)) + NEVER_WHOLE[kind][0])
+    while kept:
+        assert time.monotonic() - began < 5, list(kept)
+        for kind in [kind for kind, connection in kept.items() if is_over(connection, NEVER_WHOLE[kind][1])]:
+            kept.pop(kind).close()
+            assert time.monotonic() - began > 0.9
+
+
+def is_over(connection: socket.socket, more: bytes) -> bool:
+    """Send more, and see whether it was closed."""
+    try:
+        connection.sendall(more)
+        return connection.recv(65536) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def test_half_a_head_behind_it_does_not_end_an_answer_that_takes_longer(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(["Hello", *[0.3, " world"] * 8]))
+    service._server.config.timeout_keep_alive = 1
+    second = asked(service)
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(asked(service) + second[:50])
+        assert statuses(connection, 1) == [b"200"]
+        time.sleep(0.5)
+        connection.sendall(second[50:])
+        assert statuses(connection, 1) == [b"200"]
+
+
+def test_a_refused_body_that_comes_in_the_end_leaves_its_connection_as_good_as_new(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    service._server.config.timeout_keep_alive = 1
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(POSTED + b"content-length: 2\r\n\r\n{")
+        assert statuses(connection, 1) == [b"401"]
+        time.sleep(0.7)
+        connection.sendall(b"}")
+        time.sleep(0.7)
+        connection.sendall(asked(service))
+        assert statuses(connection, 1) == [b"200"]
+
+
+def test_what_is_no_http_is_not_answered_in_the_middle_of_an_answer(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(["Hello", 8.0, " world"]))
+    for behind in (b"", asked(service, stream=True)):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+            connection.sendall(asked(service, stream=True))
+            received = connection.recv(65536)
+            connection.sendall(behind + b"nonsense\r\n\r\n")
+            while block := connection.recv(65536):
+                received += block
+        assert received.startswith(b"HTTP/1.1 200 ")
+        assert received.count(b"HTTP/1.1") == 1
+        assert not received.endswith(b"0\r\n\r\n")
+        until(lambda: is_idle(service), 2)
+
+
+def test_what_is_no_http_is_answered_where_no_answer_has_begun(in_process: Start) -> None:
+    service = in_process(ScriptedEngine([0.5, "Hello"]))
+    chunked = POSTED + f"authorization: Bearer {service.token}\r\ntransfer-encoding: chunked\r\n\r\nnonsense\r\n".encode()
+    for sent in (chunked, asked(service) + b"nonsense\r\n\r\n", asked(service) * 2 + b"nonsense\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+            connection.sendall(sent)
+            assert statuses(connection, 1) == [b"400"]
+
+
 def test_who_has_sent_ahead_and_leaves_is_noticed_at_once(in_process: Start) -> None:
     service = in_process(ScriptedEngine(["Hello", 8.0, " world"]))
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:

@@ -49,8 +49,9 @@ class Edge(Recording):
             incoming.end(b"%d" % size)
 
 
-def connected() -> tuple[Any, Held]:
+def connected(keep_alive: float = 75) -> tuple[Any, Held]:
     config = uvicorn.Config(lambda *_: None, log_config=None, lifespan="off", ws="none")  # type: ignore[arg-type]
+    config.timeout_keep_alive = keep_alive  # type: ignore[assignment]
     config.load()
     pipe = Held()
     protocol: Any = protocol_for(Edge())(config, ServerState(), {})  # type: ignore[arg-type]
@@ -179,8 +180,8 @@ def test_a_connection_that_is_closed_does_not_wait_for_its_client_for_ever(
     monkeypatch.setattr(protocol_module, "LINGER_SECONDS", 0.05)
 
     async def main() -> None:
-        protocol, pipe = connected()
-        protocol.timeout_keep_alive, pipe.num_unread = 0.01, 1000
+        protocol, pipe = connected(keep_alive=0.01)
+        pipe.num_unread = 1000
         if how == "is refused":
             protocol.data_received(b"nonsense\r\n\r\n")
         else:

@@ -15,7 +15,7 @@
     ├── TooLarge              413  body_too_large
     ├── HeadTooLarge          431  headers_too_large
     ├── InvalidBody           422  with FastAPI's `detail` list, as OctoAI documented
-    ├── RateLimited           429  rate_limit_exceeded      with `retry-after`, unless it is larger than the limit itself
+    ├── RateLimited           429  rate_limit_exceeded      with `retry-after`, where it would ever be let through
     ├── InternalError         500  our fault
     ├── EngineFailed          502  the engine broke off, or answered what it should not
     └── Unavailable           503  draining, overloaded, engine not ready; always with `retry-after`

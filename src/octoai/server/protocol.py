@@ -47,11 +47,15 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     _known: KnownHead | None = None
     _num_missing = 0  # bytes of a body that the parser does not see: its head was known, or offers an upgrade
     _is_behind = False  # between two answers its client does not read
-    _rests_since: float | None = None  # where the next request is waited for
+    _rests_since: float | None = None  # where a request is waited for, the rest of its head, or that of a refused body
     _resting: asyncio.TimerHandle | None = None
     _lingering: asyncio.TimerHandle | None = None
 
     # ---- what the loop calls ----
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self._rest()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._answering is not None:  # `cycle` is the newest that came, which may wait behind it
@@ -82,7 +86,6 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         """Returns what the parser has left: what follows a head that asks for another protocol."""
         is_whole_head, before, rest = self._is_between, self.cycle, b""
         self._head_bytes += len(data)
-        self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
@@ -125,7 +128,11 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self._refuse(MalformedRequest("This is not a request in HTTP/1.1."))
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Before there is a request, nobody else can: the same body and the same headers as any refusal."""
+        """Before there is a request, nobody else can: the same body and the same headers as any refusal. In the middle
+        of an answer it would be read as a part of that."""
+        if self._is_in_an_answer():
+            self.close()
+            return
         body = orjson.dumps(refusal.body())
         head = (
             f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\ncontent-type: application/json\r\n"
@@ -133,6 +140,14 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         )
         self.transport.write(head.encode() + body)
         self.close()
+
+    def _is_in_an_answer(self) -> bool:
+        answering, newest = self._answering, self.cycle
+        if answering is not None and not answering.response_complete:
+            return answering.status is not None
+        if newest is None or newest.response_complete:
+            return False
+        return bool(self.pipeline) or isinstance(newest, Incoming) or bool(newest.response_started)
 
     def close(self) -> None:
         self.transport.close()
@@ -162,6 +177,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self.headers = []
         self.expect_100_continue = False
         self._is_between = False
+        self._rests_since = self.loop.time()  # so long may its head take, however often more of it comes
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._reads_head:
@@ -173,6 +189,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
     def on_headers_complete(self) -> None:
         self._reads_head, self._head_bytes = False, 0
+        self._rests_since = None
         if self.parser.should_upgrade():  # to the parser such a message ends with its head
             self._num_missing = heads.length_of_offer(self.parser.get_method(), self.headers)
         path = self._posted_to()
@@ -230,6 +247,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             return
         self._reads_head, self._is_between, self._head_bytes = True, True, 0
         incoming = self.cycle
+        if incoming.response_complete:  # the rest of what was refused
+            self._rests_since = self.loop.time()
         if not isinstance(incoming, Incoming):
             super().on_message_complete()
         elif not incoming.response_complete:
@@ -271,9 +290,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if self.transport.is_closing():
             self._linger()
             return
-        self._rests_since = self.loop.time()
-        if self._resting is None:
-            self._resting = self.loop.call_later(self.timeout_keep_alive, self._close_if_resting)
+        self._rest()
         if self.flow.write_paused:  # who does not read its answers is given no more of them
             self._is_behind = True
             self.flow.pause_reading()
@@ -294,13 +311,16 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             self._is_behind = False
             self._go_on()
 
-    def _unset_keepalive_if_required(self) -> None:
-        self._rests_since = None
+    def _rest(self) -> None:
+        """One timer for all the rests of a connection: to set one for each would be a tenth of what uvicorn does."""
+        self._rests_since = self.loop.time()
+        if self._resting is None:
+            self._resting = self.loop.call_later(self.timeout_keep_alive, self._close_if_resting)
 
     def _close_if_resting(self) -> None:
-        """One timer for all the rests of a connection: to set one for each would be a tenth of what uvicorn does."""
         self._resting = None
-        if self._rests_since is None or self.transport.is_closing():
+        is_answering = self.cycle is not None and not self.cycle.response_complete  # and rests when that is done
+        if self._rests_since is None or is_answering or self.transport.is_closing():
             return
         left = self._rests_since + self.timeout_keep_alive - self.loop.time()
         if left <= 0:
