@@ -299,7 +299,9 @@ def test_what_is_no_http_is_not_answered_in_the_middle_of_an_answer(in_process: 
 
 def test_what_is_no_http_is_answered_where_no_answer_has_begun(in_process: Start) -> None:
     service = in_process(ScriptedEngine([0.5, "Hello"]))
-    chunked = POSTED + f"authorization: Bearer {service.token}\r\ntransfer-encoding: chunked\r\n\r\nnonsense\r\n".encode()
+    chunked = (
+        POSTED + f"authorization: Bearer {service.token}\r\ntransfer-encoding: chunked\r\n\r\nnonsense\r\n".encode()
+    )
     for sent in (chunked, asked(service) + b"nonsense\r\n\r\n", asked(service) * 2 + b"nonsense\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
             connection.sendall(sent)

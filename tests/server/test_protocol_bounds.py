@@ -1,20 +1,28 @@
-"""What a client without a token can make its connection keep is bounded."""
+"""What clients can make their connections keep, without a token and with one, is bounded."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from octoai.server import accounts
 from octoai.server import protocol as protocol_module
-from octoai.server.incoming import ClientLeft, Incoming
+from octoai.server.engines.scripted import ScriptedEngine
+from octoai.server.errors import Unavailable
+from octoai.server.incoming import Bodies, ClientLeft, Incoming
 from octoai.server.protocol import MAX_HEAD_BYTES, protocol_for
+from tests.running import InProcess
 from tests.server.test_heads import LINE, Pipe, Recording, request
+from tests.server.test_protocol import Start, asked, statuses
+from tests.talking import until
 
 CHUNKED = LINE + b"host: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"
 
@@ -196,3 +204,59 @@ def test_a_connection_that_is_closed_does_not_wait_for_its_client_for_ever(
         protocol.connection_lost(None)
 
     asyncio.run(main())
+
+
+def large(service: InProcess, num_bytes: int, token: str = "") -> bytes:
+    message = asked(service, user="x" * num_bytes)
+    return message.replace(service.token.encode(), token.encode()) if token else message
+
+
+def test_large_bodies_on_their_way_are_bounded_together_and_shared_between_accounts(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol_module, "Bodies", partial(Bodies, 3_000_000))
+    service = in_process(ScriptedEngine())
+    bodies: Bodies = service._server.config.http.bodies  # type: ignore[union-attr]
+    service.books(lambda db: accounts.create(db, "acme"))
+    acme = service.mint("acme", "acme").text
+    kept = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(4)]
+    kept[0].sendall(large(service, 1_000_000, acme)[:900_000])
+    until(lambda: bodies.num_left < 2_300_000)
+    for connection in kept[1:]:  # with another one it would have more than it leaves to others
+        connection.sendall(large(service, 1_000_000, acme)[:900_000])
+        assert statuses(connection, 1) == [b"503"]
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        for message in (large(service, 700_000), large(service, 10, acme), large(service, 700_000)):
+            connection.sendall(message)
+            assert statuses(connection, 1) == [b"200"]
+    for connection in kept:
+        connection.close()
+    until(lambda: bodies.num_left == 3_000_000)
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(large(service, 1_300_000, acme))
+        assert statuses(connection, 1) == [b"200"]
+    assert bodies.num_left == 3_000_000
+
+
+def test_a_refusal_for_large_bodies_says_when_to_come_again() -> None:
+    bodies = Bodies(300)
+    bodies.hold("one", 150)
+    with pytest.raises(Unavailable) as caught:
+        bodies.hold("one", 1)
+    assert (caught.value.status, caught.value.code, caught.value.headers) == (503, "overloaded", {"retry-after": "1"})
+    for other in ("two", "three"):
+        bodies.hold(other, (bodies.num_left) // 2)
+        with pytest.raises(Unavailable):
+            bodies.hold(other, 2)
+    bodies.free("one", 150)
+    bodies.hold("three", 75)
+
+
+@pytest.mark.parametrize("token", ["", "octoai_nobody"], ids=["answered", "refused"])
+def test_a_connection_does_not_keep_the_body_of_its_last_request(in_process: Start, token: str) -> None:
+    service = in_process(ScriptedEngine())
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(large(service, 1_000_000, token))
+        assert statuses(connection, 1) == [b"401" if token else b"200"]
+        (kept,) = service._server.server_state.connections
+        assert len(kept.cycle._body) < 200_000  # type: ignore[union-attr]

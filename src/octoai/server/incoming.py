@@ -15,12 +15,15 @@ from http import HTTPStatus
 from uvicorn.protocols.http.flow_control import FlowControl
 
 from octoai.server.accounts import Caller
-from octoai.server.errors import TooLarge, TooSlow
+from octoai.server.errors import TooLarge, TooSlow, Unavailable
 from octoai.server.heads import Head
 
 VERSION_HEADER = (b"openai-version", b"2020-10-01")
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+MAX_BODIES_BYTES = 2**28
+UNCOUNTED_BYTES = 64 * 1024  # what a connection may have before its request is asked for it
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -29,11 +32,35 @@ class ClientLeft(Exception):
     """There is nobody to answer any more."""
 
 
+class Bodies:
+    """The room for large bodies on their way, and whose they are. No account has more of it than it leaves to others:
+    one alone comes to half, two to a third each."""
+
+    def __init__(self, max_bytes: int = MAX_BODIES_BYTES) -> None:
+        self.num_left = max_bytes
+        self._held: dict[str, int] = {}
+
+    def hold(self, account: str, num_bytes: int) -> None:
+        """Raises Unavailable, with no more held than before."""
+        held = self._held.get(account, 0) + num_bytes
+        if held > self.num_left - num_bytes:
+            raise Unavailable("Too many large bodies are on their way here at once.", retry_after=1, code="overloaded")
+        self._held[account] = held
+        self.num_left -= num_bytes
+
+    def free(self, account: str, num_bytes: int) -> None:
+        self.num_left += num_bytes
+        self._held[account] -= num_bytes
+        if not self._held[account]:
+            del self._held[account]
+
+
 class Connection:
     """What a request needs of its connection; `protocol` has it."""
 
     transport: asyncio.Transport
     flow: FlowControl
+    bodies: Bodies  # of all connections
 
     def fixed_head(self) -> bytes:
         """Header lines that every answer has."""
@@ -78,19 +105,23 @@ class Incoming:
     # ---- what is asked ----
 
     async def body(self, max_bytes: int, seconds: float) -> bytes:
-        """The whole body, never much more than the limit of it in memory. Raises TooLarge, TooSlow, ClientLeft."""
+        """The whole body, once; never much more than the limit of it in memory. Raises TooLarge, TooSlow, Unavailable,
+        ClientLeft."""
         if self._num_body_bytes is not None and self._num_body_bytes > max_bytes:
             raise TooLarge(max_bytes)
-        if self.more_body:
-            await self._rest_of_body(max_bytes, seconds)
-        if len(self._body) > max_bytes:
-            raise TooLarge(max_bytes)
-        self._body = body = bytes(self._body)
-        return body
+        try:
+            if self.more_body:
+                await self._rest_of_body(max_bytes, seconds)
+            if len(self._body) > max_bytes:
+                raise TooLarge(max_bytes)
+            return bytes(self._body)
+        finally:
+            self._body = b""  # its connection keeps this request until the next one
 
     async def _rest_of_body(self, max_bytes: int, seconds: float) -> None:
         if self.head.expects_continue:
             self._connection.transport.write(_CONTINUE)
+        account, num_held = "" if self.caller is None else self.caller.account.id, 0
         try:
             async with asyncio.timeout(seconds):
                 while self.more_body:
@@ -98,11 +129,17 @@ class Incoming:
                         raise ClientLeft
                     if len(self._body) > max_bytes:
                         raise TooLarge(max_bytes)
+                    if len(self._body) - num_held > UNCOUNTED_BYTES:
+                        self._connection.bodies.hold(account, len(self._body) - num_held)
+                        num_held = len(self._body)
                     self._connection.flow.resume_reading()  # it was paused where nobody asked for what came
                     self._waiter = asyncio.get_running_loop().create_future()
                     await self._waiter
         except TimeoutError:
             raise TooSlow(f"The request body did not arrive within {seconds:.0f} s.") from None
+        finally:
+            if num_held:
+                self._connection.bodies.free(account, num_held)
 
     # ---- what is answered ----
 

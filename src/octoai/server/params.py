@@ -81,8 +81,8 @@ class ChatBody(ChatParams, _BodyParams, total=False):
 class CompletionBody(CompletionParams, _BodyParams, total=False):
     __pydantic_config__ = CompletionParams.__pydantic_config__  # type: ignore[misc]
     messages: Annotated[Any, GetPydanticSchema(lambda _source, handler: handler(Optional[Messages]))]
-    # `prompt` as on the wire: bounded, and null for "start from nothing". Each of these is tried, and fails at the first
-    # value that is not its own: an error for every value of every one of them would take ten times as long.
+    # `prompt` as on the wire: bounded, and null for "start from nothing". Each kind is tried, and fails at its first
+    # wrong value: an error for each value of each of them would take ten times as long.
     prompt: Annotated[
         Union[
             str,
@@ -231,7 +231,9 @@ def _old_vllm_options(extension: Mapping[str, Any]) -> dict[str, Any]:
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise _invalid(("logit_bias", key[:MAX_SHOWN_KEY]), "Keys should be token ids: whole numbers", "int_parsing")
+            raise _invalid(
+                ("logit_bias", key[:MAX_SHOWN_KEY]), "Keys should be token ids: whole numbers", "int_parsing"
+            )
     return {int(key): value for key, value in bias.items()}
 
 
@@ -302,7 +304,7 @@ def _checked(adapter: TypeAdapter[Any], body: bytes) -> dict[str, Any]:
 
 def _refuse_countless(body: bytes) -> None:
     """422 for more values than are read, keys among them, before any of them takes memory."""
-    plain = body.replace(rb"\\", b"").replace(rb'\"', b"")  # what quotes are left begin a text or end it
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")  # what quotes are left begin a text or end it
     num_texts = plain.count(b'"') // 2
     if num_texts <= MAX_LISTS_AND_TEXTS:
         between = b"".join(plain.split(b'"')[::2])

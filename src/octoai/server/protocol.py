@@ -25,14 +25,14 @@ from octoai.server.edge import Edge
 from octoai.server.errors import HeadTooLarge, MalformedRequest, Refusal
 from octoai.server.heads import Head, KnownHead
 from octoai.server.ids import new_request_id
-from octoai.server.incoming import Connection, Incoming
+from octoai.server.incoming import Bodies, Connection, Incoming
 
 MAX_HEAD_BYTES = 64 * 1024
 LINGER_SECONDS = 30.0  # for a client to read some of what it was sent before its connection was closed
 
 
 class ServiceProtocol(HttpToolsProtocol, Connection):
-    """`edge` and `awake` are the server's (see `protocol_for`)."""
+    """`edge`, `awake` and `bodies` are the server's (see `protocol_for`)."""
 
     edge: Edge
     awake: Awake
@@ -339,4 +339,4 @@ def num_unacknowledged(raw: Any) -> int:
 
 def protocol_for(edge: Edge) -> type[ServiceProtocol]:
     """uvicorn makes one for each connection, and does not say of whose."""
-    return type("ServiceProtocol", (ServiceProtocol,), {"edge": edge, "awake": Awake()})
+    return type("ServiceProtocol", (ServiceProtocol,), {"edge": edge, "awake": Awake(), "bodies": Bodies()})
