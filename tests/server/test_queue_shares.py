@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -214,3 +215,18 @@ def test_what_was_had_while_nobody_waited_is_held_against_nobody() -> None:
 )
 def test_no_request_comes_to_more_than_its_contexts(generation: Generation, context: int | None, most: int) -> None:
     assert generation.most_tokens(context) == most
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "description": "a" * 40_000}}]},
+        {"schema": {"description": "a" * 40_000}},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "a" * 40_000}}]}]},
+    ],
+    ids=["tools", "schema", "calls"],
+)
+def test_what_a_request_comes_to_has_all_that_the_model_reads(more: dict[str, Any]) -> None:
+    plain = {"max_tokens": 100, "messages": [{"role": "user", "content": "Hi"}]}
+    assert Generation(**plain).most_tokens(None) < 110
+    assert 10_100 < Generation(**{**plain, **more}).most_tokens(None) < 10_200

@@ -59,7 +59,11 @@ class Generation:
             return BYTES_PER_TOKEN * len(self.tokens)
         if self.messages is None:
             return len(self.text or "")
-        return sum(len(str(message.get("content"))) for message in self.messages)
+        size = sum(len(str(message.get("content"))) for message in self.messages)
+        size += sum(len(str(message["tool_calls"])) for message in self.messages if "tool_calls" in message)
+        if self.tools or self.schema:
+            size += len(str(self.tools)) + len(str(self.schema))
+        return size
 
     def most_tokens(self, context_length: int | None) -> int:
         """About what the prompt and the longest answers come to, before anything is counted: no choice comes to more
