@@ -18,7 +18,7 @@ from typing import Any
 import anyio.lowlevel
 import uvicorn
 
-from octoai.server import app, idle
+from octoai.server import app, descriptors, idle
 from octoai.server.errors import Refusal
 from octoai.server.heap import Heap
 from octoai.server.listener import BACKLOG, doors
@@ -57,6 +57,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._ending = asyncio.Event()
         self._heap = Heap()
+        self._descriptors = descriptors.Descriptors()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -67,6 +68,7 @@ class _Server(uvicorn.Server):
         beside an engine on the same cores, waking up is what an idle service costs."""
         while not await self.on_tick(0):
             self._heap.look(len(self.server_state.tasks))
+            self._descriptors.look()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._ending.wait()
@@ -85,6 +87,7 @@ async def serve(
 ) -> None:
     """Until `stop` is asked for. Raises CannotServe where an engine cannot be started or the port is another's by now,
     StoreError."""
+    descriptors.raise_limit()
     await anyio.lowlevel.checkpoint()  # loads anyio's half for this loop now, not in the first request
     await service.start()
     try:

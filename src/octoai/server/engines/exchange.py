@@ -89,7 +89,7 @@ class Pool:
                     )
                 return cast("Connection", (await made)[1])
         except (OSError, TimeoutError) as error:
-            raise CannotConnect(str(error)) from None
+            raise CannotConnect(*error.args) from None
 
     def _take_back(self, connection: Connection) -> None:
         if self.keeps_alive and connection.is_usable and len(self._idle) < MAX_IDLE:

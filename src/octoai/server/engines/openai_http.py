@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from octoai.server import descriptors
 from octoai.server.engines.answer import Answer
 from octoai.server.engines.arrivals import Arrivals
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
@@ -191,6 +192,9 @@ class OpenAIEngine:
 
     def _failed(self, error: OSError) -> Refusal:
         """What can become of a connection, as a refusal."""
+        if error.errno in descriptors.OUT:
+            log.error("no file descriptor is left for a connection to an engine: raise the limit (ulimit -n)")
+            return Unavailable("Too many requests are under way here.", retry_after=1, code="overloaded")
         if isinstance(error, CannotConnect):
             self._is_ready = False
             return Unavailable("The engine does not answer.", retry_after=PROBE_SECONDS)
