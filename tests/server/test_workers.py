@@ -8,7 +8,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -420,6 +422,26 @@ def test_workers_that_cannot_start_end_the_start_in_one_line(tmp_path: Path, eng
     (line,) = service.log.read_text().splitlines()
     assert line.startswith("octoai: cannot write a journal in ")
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False, stdout=subprocess.DEVNULL).returncode == 1
+
+
+def test_a_worker_that_meets_what_nobody_thought_of_says_so_and_ends(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(20)
+    with ours, theirs, socket.create_server(("127.0.0.1", 0)) as listener, (tmp_path / "log").open("wb") as log:
+        inherited = (theirs.fileno(), listener.fileno())
+        command = [sys.executable, "-m", "octoai.server.worker", *map(str, inherited)]
+        worker = subprocess.Popen(command, pass_fds=inherited, stderr=log)
+        theirs.close()
+        try:
+            with ours.makefile("rw") as said:
+                print(json.dumps({"kind": "serve", "settings": {"workers": "nonsense"}}), file=said, flush=True)
+                last = json.loads(said.readline())
+            assert worker.wait(10) == 1
+        finally:
+            worker.kill()
+            worker.wait()
+    assert last == {"kind": "failed", "reason": "a fault of ours, which the log has: ValidationError"}
+    assert "Traceback" in (tmp_path / "log").read_text()
 
 
 def test_they_serve_what_lies_in_a_directory_whose_name_is_not_unicode(tmp_path: Path, engine: Upstream) -> None:

@@ -10,6 +10,7 @@ asks for the metrics of all (`scrape`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -26,6 +27,8 @@ from octoai.server.serving import CannotServe, Stop
 from octoai.server.settings import BadSettings, Settings
 from octoai.server.store import StoreError
 
+log = logging.getLogger("octoai.worker")
+
 SCRAPE_SECONDS = 5.0
 
 
@@ -35,25 +38,27 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     channel, listener = (socket.socket(fileno=int(each)) for each in sys.argv[1:])
     with serving.runner() as runner, listener:
-        status = runner.run(_main(channel, listener))
-        # Not by way of the threads: one may still wait for a database that is away.
-        os._exit(status)
+        status = 1
+        try:
+            status = runner.run(_main(channel, listener))
+        except Exception:
+            log.exception("a worker failed")
+        finally:
+            # Not by way of the threads: one may still wait for a database that is away.
+            os._exit(status)
 
 
 async def _main(end: socket.socket, listener: socket.socket) -> int:
     channel = await Channel.over(end)
-    messages = channel.messages()
-    settings = Settings.model_validate((await anext(messages))["settings"])
-    logs.set_up(settings.log_level)
-    worker = _Worker(channel)
-    obeying = asyncio.create_task(worker.obey(messages))
     try:
-        await worker.serve(settings, listener)
+        await _Worker(channel).run(listener)
     except (BadSettings, CannotServe, JournalError, StoreError) as error:
         channel.tell("failed", reason=str(error))
         return 1
+    except Exception as error:
+        channel.tell("failed", reason=f"a fault of ours, which the log has: {type(error).__name__}")
+        raise
     finally:
-        obeying.cancel()
         await channel.close()
     return 0
 
@@ -63,6 +68,16 @@ class _Worker:
         self._channel = channel
         self._stop = Stop()
         self._service: Service | None = None
+
+    async def run(self, listener: socket.socket) -> None:
+        messages = self._channel.messages()
+        settings = Settings.model_validate((await anext(messages))["settings"])
+        logs.set_up(settings.log_level)
+        obeying = asyncio.create_task(self.obey(messages))
+        try:
+            await self.serve(settings, listener)
+        finally:
+            obeying.cancel()
 
     async def serve(self, settings: Settings, listener: socket.socket) -> None:
         if not await self._prepared(settings):
