@@ -265,3 +265,19 @@ def test_a_hub_that_cannot_be_reached_is_one_line(work: Path) -> None:
     with pytest.raises(PullFailed, match="the hub cannot be reached") as caught:
         fetch(SOURCE, work, lambda *_: None, {"HF_ENDPOINT": "http://127.0.0.1:1"}, sleep=lambda _: None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("repo", ["org/name.git", "org/na--me", f"org/{'n' * 120}"])
+def test_a_name_that_no_hub_takes_is_one_line(work: Path, repo: str) -> None:
+    source = HfSource("hf", repo, "m.gguf")
+    with pytest.raises(PullFailed, match=f"cannot pull {repo}: .*orrect its `repo`") as caught:
+        fetch(source, work, lambda *_: None, {"HF_ENDPOINT": "http://127.0.0.1:1"})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:port", "http://user:secret@hub:port"])
+def test_an_endpoint_that_is_no_address_is_one_line(work: Path, endpoint: str) -> None:
+    with pytest.raises(PullFailed, match="this HF_ENDPOINT and HF_TOKEN; correct them") as caught:
+        fetch(SOURCE, work, lambda *_: None, {"HF_ENDPOINT": endpoint})
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)

@@ -34,7 +34,7 @@ def fetch(
 ) -> Fetched:
     """The file, in `work`, where an earlier pull may have left a part of it."""
     import httpx  # what huggingface_hub sends requests with
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     endpoint = environ.get("HF_ENDPOINT", "").rstrip("/") or None
     try:
@@ -47,6 +47,13 @@ def fetch(
         raise PullFailed(f"cannot pull {source.repo}: HF_HUB_OFFLINE is set; unset it") from None
     except HfHubHTTPError as error:
         raise PullFailed(f"cannot pull {source.repo}/{source.filename}: {_reason(error)}") from error
+    except HFValidationError as error:  # a rule of the hub's that the configuration does not know
+        raise PullFailed(f"cannot pull {source.repo}: {str(error).splitlines()[0]} Correct its `repo`") from None
+    except (httpx.InvalidURL, ValueError):  # whose words may hold a password
+        raise PullFailed(
+            f"cannot pull {source.repo}/{source.filename}: no hub can be asked with this HF_ENDPOINT and HF_TOKEN; "
+            "correct them"
+        ) from None
     except httpx.HTTPError as error:
         raise PullFailed(
             f"cannot pull {source.repo}/{source.filename}: the hub cannot be reached ({error}); "
