@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -21,6 +22,17 @@ NAME = "some-kernels"
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    """Answers with the files of a directory. `refusals` are the statuses for addresses that end so."""
+
+    refusals: ClassVar[dict[str, int]] = {}
+
+    def do_GET(self) -> None:
+        for end, status in self.refusals.items():
+            if self.path.endswith(end):
+                self.send_error(status)
+                return
+        super().do_GET()
+
     def log_message(self, *_args: object) -> None:
         pass
 
@@ -95,6 +107,33 @@ def test_a_version_that_the_index_does_not_have(work: Path, environ: dict[str, s
     assert "does not have the source of some-kernels 1.6: check pip's settings" in why_not(
         "1.6", "0" * 64, work, environ
     )
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "words"),
+    [
+        (f"{NAME}/", 401, "the package index answered 401"),
+        (f"{NAME}/", 500, "the package index answered 500"),
+        (f"{NAME}/", 404, "the package index does not have"),
+        (".tar.gz", 403, "403 Forbidden"),
+        (".tar.gz", 404, "404 Not Found"),
+    ],
+)
+def test_what_an_index_with_a_password_answers_is_said_without_it(
+    work: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, end: str, status: int, words: str
+) -> None:
+    monkeypatch.setattr(Quiet, "refusals", {end: status})
+    url = environ["PIP_INDEX_URL"].replace("//", "//user:secret@")
+    said = why_not("1.5", "0" * 64, work, environ | {"PIP_INDEX_URL": url})
+    assert words in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("url", ["http://[user:secret@x/simple", "http://user:secret@127.0.0.1:port/simple"])
+def test_an_index_whose_address_is_none_is_one_line(work: Path, environ: dict[str, str], url: str) -> None:
+    said = why_not("1.5", "0" * 64, work, environ | {"PIP_INDEX_URL": url})
+    assert "check PIP_INDEX_URL" in said
+    assert "secret" not in said
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import ast
 import ssl
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from octoai.server.logs import without_password
 from octoai.server.sources.base import PullFailed, require_space
 from octoai.server.sources.pypi import pip_environment
 
@@ -31,10 +32,17 @@ def unpack(name: str, version: str, sha256: str, work: Path, environ: Mapping[st
     what = f"the source of {name} {version}"
     require_space(work, _UNPACKED_BYTES)
     settings = _pip_settings(environ)
+    refused: list[int] = []
+
+    def note(response: httpx2.Response) -> None:
+        if response.status_code >= 400:
+            refused.append(response.status_code)
+
     try:
         client: Any = PyPIClient(  # its own types do not say that it is what the finder wants
             verify=ssl.create_default_context(cafile=settings.get("cert")),
             trusted_hosts=settings.get("trusted-host", "").split(),
+            event_hooks={"response": [note]},
         )
         with client:
             finder = PackageFinder(
@@ -46,14 +54,31 @@ def unpack(name: str, version: str, sha256: str, work: Path, environ: Mapping[st
             # The index may publish no hashes: the archive itself is checked.
             found = finder.find_best_match(f"{name}=={version}").best
             if found is None:
-                raise PullFailed(f"the package index does not have {what}: check pip's settings (PIP_INDEX_URL)")
+                raise PullFailed(_why_none(what, refused))
             return finder.download_and_unpack(found.link, work, work, hashes={"sha256": [sha256]})
     except HashMismatchError:
         raise PullFailed(f"the checksum of {what} is not the pinned one: check the package index") from None
     except UnpackError as error:
-        raise PullFailed(f"cannot unpack {what}: {error}") from None
+        raise PullFailed(f"cannot unpack {what}: {_said(error)}") from None
+    except (httpx2.InvalidURL, ValueError):  # whose words may hold a password
+        raise PullFailed(
+            f"cannot download {what}: what pip's settings name is no package index: check PIP_INDEX_URL"
+        ) from None
     except (httpx2.HTTPError, OSError) as error:  # of certificates and the disk too
-        raise PullFailed(f"cannot download {what} ({error}): check the network, or pip's settings") from None
+        raise PullFailed(f"cannot download {what} ({_said(error)}): check the network, or pip's settings") from None
+
+
+def _why_none(what: str, refused: Sequence[int]) -> str:
+    """`refused` are the statuses of answers that were not the page of the package."""
+    others = [status for status in refused if status != 404]
+    if others:
+        return f"the package index answered {others[0]} when asked for {what}: check pip's settings, or try again later"
+    return f"the package index does not have {what}: check pip's settings (PIP_INDEX_URL)"
+
+
+def _said(error: Exception) -> str:
+    """What it says, on one line: the address in it may be that of an index with a password."""
+    return without_password((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _pip_settings(environ: Mapping[str, str]) -> dict[str, str]:
