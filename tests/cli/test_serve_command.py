@@ -73,6 +73,15 @@ def test_a_password_in_an_engines_url_is_not_said(tmp_path: Path, text: str) -> 
     assert "secret" not in serve(tmp_path)[1]
 
 
+@pytest.mark.parametrize("key", ["secret\nx-other: 1", "secret\x7f", "secretä"])
+def test_an_engine_key_that_no_header_can_hold_is_refused_and_not_said(tmp_path: Path, key: str) -> None:
+    (tmp_path / "octoai.toml").write_text(f"{FAR}\nengine_key_env = 'FAR_KEY'")
+    status, line = serve(tmp_path, FAR_KEY=key)
+    assert status == 1
+    assert "engine_key_env: FAR_KEY holds more than a key" in line
+    assert "secret" not in line
+
+
 def test_a_damaged_journal_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     async def abandoned() -> Path:
         journal = Journal.open(tmp_path / "data" / "journal")

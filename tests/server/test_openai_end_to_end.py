@@ -9,11 +9,14 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 
+from octoai.server import app
 from octoai.server.engines.exchange import Pool
 from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.settings import Settings
 from tests.running import InProcess
 from tests.server.misbehaving import (
     InThread,
@@ -31,6 +34,17 @@ def upstream() -> Iterator[InThread]:
     running = InThread(Upstream())
     yield running
     running.close()
+
+
+def test_a_key_that_comes_from_a_file_goes_without_its_line_break(
+    upstream: InThread, in_process: Callable[..., InProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAR_KEY", "the-key\n")
+    model = {"id": "far", "engine_url": upstream.url, "engine_key_env": "FAR_KEY"}
+    settings = Settings.model_validate({"data_dir": tmp_path, "cache_dir": tmp_path, "models": [model]})
+    (deployment,) = app.router(settings, app.catalogue(settings), {}).deployments
+    assert chat(in_process(deployment.engine))[0] == 200
+    assert {headers["authorization"] for _, headers, _ in upstream.upstream.requests} == {"Bearer the-key"}
 
 
 def test_the_service_passes_on_and_breaks_off_as_its_engine_does(

@@ -154,9 +154,12 @@ def _engine_key(chosen: ModelSettings) -> str | None:
     """Looked up when the service starts: other commands read the same file where the variable is not set."""
     if chosen.engine_key_env is None:
         return None
-    key = os.environ.get(chosen.engine_key_env)
+    key = os.environ.get(chosen.engine_key_env, "").strip()  # a secret that is a file ends with a line break
+    where = f"model {chosen.id!r}: engine_key_env: {chosen.engine_key_env}"
     if not key:
-        raise BadSettings(f"model {chosen.id!r}: engine_key_env: {chosen.engine_key_env} is not set in the environment")
+        raise BadSettings(f"{where} is not set in the environment")
+    if not (key.isascii() and key.isprintable()):
+        raise BadSettings(f"{where} holds more than a key: expected visible ASCII characters on one line")
     return key
 
 
