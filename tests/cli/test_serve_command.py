@@ -1,4 +1,4 @@
-"""What `octoai serve` says when it cannot: one line, and a status of 1."""
+"""What `octoai serve` says: where it cannot, one line, and a status of 1."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import asyncio
 import os
 import subprocess
 import sys
-from contextlib import closing
+import time
+from contextlib import closing, suppress
 from pathlib import Path
 
+import httpx
 import pytest
 
+from octoai import _credentials
+from octoai._credentials import Credentials
 from octoai.server import tokens
 from octoai.server.journal import Journal
 from octoai.server.store import Place, connect
+from tests.running import Serve
 from tests.server.test_applier import settlement
+from tests.talking import until
 
 FAR = "[[models]]\nid = 'x'\nengine_url = 'http://127.0.0.1:9'"
 
@@ -121,5 +127,69 @@ def test_where_the_first_token_cannot_be_left_none_is_made(tmp_path: Path) -> No
     status, line = serve(tmp_path, "--data-dir", "data", OCTOAI_CONFIG_DIR=str(tmp_path / "config"))
     assert status == 1
     assert "File exists" in line
+    with closing(connect(Place(tmp_path / "data"))) as db:
+        assert tokens.is_empty(db)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_service_goes_on_when_nobody_reads_its_lines(tmp_path: Path, workers: str) -> None:
+    (tmp_path / "octoai.toml").write_text(FAR)
+    nobody, output = os.pipe()
+    os.close(nobody)
+    command = [sys.executable, "-m", "octoai", "serve", "--port", "0", "--workers", workers, "--data-dir", "data"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=subprocess.PIPE, text=True) as service:
+        os.close(output)
+        try:
+            until(lambda: is_live(_credentials.read()), seconds=60)
+            time.sleep(1)  # it says that it is ready a moment later
+            assert service.poll() is None
+        finally:
+            service.terminate()
+        _, said = service.communicate(timeout=30)
+    assert service.returncode == 0, said
+    assert "Traceback" not in said and "Exception" not in said
+
+
+def is_live(stored: Credentials | None) -> bool:
+    if stored is None:
+        return False
+    with suppress(OSError):
+        return httpx.get(f"{stored.endpoint}/health/live").status_code == 200
+    return False
+
+
+OTHERS = 'endpoint = "https://llm.example"\ntoken = "another service\'s"\n'
+
+
+def test_the_credentials_of_another_service_stay(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text(FAR)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "credentials.toml").write_text(OTHERS)
+    service = Serve(tmp_path)
+    try:
+        (token,) = (line.rpartition(" ")[2] for line in service.lines if "your API token" in line)
+        (kept,) = (line for line in service.lines if "stays as it is" in line)
+        assert "for https://llm.example;" in kept
+        assert f"set OCTOAI_BASE_URL={service.url}" in kept
+        headers = {"authorization": f"Bearer {token}"}
+        assert httpx.get(f"{service.url}/v1/models", headers=headers).status_code == 200
+    finally:
+        service.stop()
+    assert (tmp_path / "config" / "credentials.toml").read_text() == OTHERS
+
+
+def test_a_first_token_that_can_be_neither_stored_nor_printed_is_not_made(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text(FAR)
+    (tmp_path / "credentials.toml").write_text(OTHERS)
+    command = [sys.executable, "-m", "octoai", "serve", "--port", "0", "--data-dir", "data"]
+    environ = os.environ | {"OCTOAI_CONFIG_DIR": str(tmp_path)}
+    with (
+        open("/dev/full", "w") as full,
+        subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=full, stderr=subprocess.PIPE, text=True) as service,
+    ):
+        _, said = service.communicate(timeout=60)
+    assert service.returncode == 1
+    (line,) = said.splitlines()
+    assert "the first API token cannot be printed" in line
     with closing(connect(Place(tmp_path / "data"))) as db:
         assert tokens.is_empty(db)

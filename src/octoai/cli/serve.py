@@ -76,6 +76,7 @@ def serve(args: argparse.Namespace) -> int:
 def _profile(settings: Settings, model: str, source: Path) -> tuple[Path, LlamaOptions] | None:
     """How a profile says to run the model in that file, and the file to run then. One line about it."""
     from octoai.optimizer.profile import BadProfile, Profiles
+    from octoai.server.run import say
 
     try:
         known = Profiles(settings.cache_dir).find(source)
@@ -85,14 +86,16 @@ def _profile(settings: Settings, model: str, source: Path) -> tuple[Path, LlamaO
     if known is None:
         return None
     profile, weights = known
-    print(f"octoai: profile of {model}: {profile}", flush=True)
+    say(f"octoai: profile of {model}: {profile}")
     return weights, profile.candidate.options
 
 
 def _say_unknown(model: str, command: list[str], settings: Settings) -> None:
+    from octoai.server.run import say
+
     asked = shlex.join(["octoai", *command[3:]])  # what is before it is Python's
     what = "is run while nobody asks" if settings.optimize_when_idle == "on" else "finds what is fastest here"
-    print(f"octoai: {model} runs with the defaults; `{asked}` {what}", flush=True)
+    say(f"octoai: {model} runs with the defaults; `{asked}` {what}")
 
 
 def _optimization(settings: Settings, model: str, args: argparse.Namespace) -> list[str]:

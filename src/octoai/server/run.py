@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,19 +17,21 @@ from functools import partial
 from pathlib import Path
 
 from octoai import _credentials
+from octoai._credentials import Credentials
 from octoai.server import accounts, app, listener, serving, tokens
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.errors import Refusal
 from octoai.server.idle import Chore
 from octoai.server.listener import CannotListen
+from octoai.server.logs import without_password
 from octoai.server.router import Router
 from octoai.server.serving import CannotServe, Stop
 from octoai.server.settings import Settings
 from octoai.server.store import Connection
 from octoai.server.supervisor import Supervisor
 
-__all__ = ["CannotListen", "CannotServe", "Search", "serve"]
+__all__ = ["CannotListen", "CannotServe", "Search", "say", "serve"]
 
 log = logging.getLogger("octoai.run")
 
@@ -62,6 +65,14 @@ def serve(
     return 0
 
 
+def say(line: str) -> None:
+    """To the person who started the service, who may have gone: it goes on as it would with them."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = None  # what is left of the line would fail again with the next, and when Python ends
+
+
 async def _use(search: Search, settings: Settings, router: Router) -> None:
     """From the next moment on in which nobody is served."""
     found = await asyncio.to_thread(search.found)
@@ -85,7 +96,7 @@ def _serve_alone(settings: Settings, router: Router, chores: Sequence[Chore]) ->
         _begin(db, settings, router, url)
 
     async def main() -> None:
-        await serving.serve(service, listening, _signalled(), lambda: _say_ready(url), chores)
+        await serving.serve(service, listening, _signalled(), lambda: say(f"octoai ready on {url}"), chores)
 
     with serving.runner() as runner, listening:
         runner.run(main())
@@ -98,7 +109,7 @@ def _serve_in_workers(settings: Settings, router: Router) -> None:
         _begin(db, settings, router, url)
 
     async def main() -> None:
-        await Supervisor(settings, port, _signalled()).run(lambda: _say_ready(url))
+        await Supervisor(settings, port, _signalled()).run(lambda: say(f"octoai ready on {url}"))
 
     with closing(port):
         asyncio.run(main())
@@ -112,17 +123,13 @@ def _signalled() -> Stop:
     return stop
 
 
-def _say_ready(url: str) -> None:
-    print(f"octoai ready on {url}", flush=True)
-
-
 def _begin(db: Connection, settings: Settings, router: Router, url: str) -> None:
     """What is done and said once, before anybody is served."""
     _bootstrap(db, url)
     if settings.ledger == "off":
-        print("octoai: the ledger is off: nothing is recorded, billed or limited", flush=True)
+        say("octoai: the ledger is off: nothing is recorded, billed or limited")
     for line in _stand_in_lines(router):
-        print(line, flush=True)
+        say(line)
 
 
 def _bootstrap(db: Connection, url: str) -> None:
@@ -132,14 +139,22 @@ def _bootstrap(db: Connection, url: str) -> None:
         accounts.ensure_default(db)
         minted = tokens.mint(db, BOOTSTRAP_NAME, scopes=tokens.SCOPES) if tokens.is_empty(db) else None
         if minted is not None:
-            # Before it is kept: one that could not be written would be lost, and the next start would make no other.
-            path = _credentials.write(endpoint=url, token=minted.text)
-    if minted is not None:
-        print(
-            f"octoai: your API token, shown once: {minted.text}\noctoai: endpoint and token are in {path}", flush=True
-        )
-    elif stored is not None and stored.token and stored.endpoint != url and tokens.is_valid(db, stored.token):
+            # Before it is kept: one that reached nobody would be lost, and the next start would make no other.
+            _leave(minted.text, url, stored)
+    if minted is None and stored and stored.token and stored.endpoint != url and tokens.is_valid(db, stored.token):
         _credentials.write(endpoint=url, token=stored.token)
+
+
+def _leave(token: str, url: str, stored: Credentials | None) -> None:
+    """Print the first token, and store it where `stored` is not for another service. Raises CannotServe, OSError."""
+    shown = f"octoai: your API token, shown once: {token}"
+    if stored is None or _credentials.origin(stored.endpoint) == _credentials.origin(url):
+        say(f"{shown}\noctoai: endpoint and token are in {_credentials.write(endpoint=url, token=token)}")
+        return
+    other = f"{_credentials.path()} stays as it is, for {without_password(stored.endpoint)}"
+    say(f"{shown}\noctoai: {other}; to use this service set OCTOAI_BASE_URL={url} and OCTOAI_TOKEN")
+    if sys.stdout is None:  # nobody was told
+        raise CannotServe(f"the first API token cannot be printed, and {other}: give it a standard output")
 
 
 def _stand_in_lines(router: Router) -> Iterator[str]:
