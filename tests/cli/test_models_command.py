@@ -43,6 +43,18 @@ def test_pulling_what_is_there_says_so_and_prints_the_path(cache: Path, capsys: 
     assert capsys.readouterr() == (f"{path}\n", "octoai: smollm2-135m-instruct is already here\n")
 
 
+def test_pulling_a_file_of_ones_own_verifies_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF of somebody else")
+    (tmp_path / "octoai.toml").write_text(f"[[models]]\nid = 'm'\npath = 'm.gguf'\nsha256 = '{'0' * 64}'")
+    assert run("pull", "m") == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "the weights of 'm' are not the expected ones" in said.err
+
+
 def test_an_unknown_id_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("pull", EMBEDDED_MODEL_ID, "llama-3-8b-instrukt") == 1
     out, err = capsys.readouterr()

@@ -88,6 +88,14 @@ def test_an_engine_key_that_no_header_can_hold_is_refused_and_not_said(tmp_path:
     assert "secret" not in line
 
 
+def test_weights_that_are_not_the_expected_ones_are_not_served(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF of somebody else")
+    (tmp_path / "octoai.toml").write_text(f"[[models]]\nid = 'm'\npath = 'm.gguf'\nsha256 = '{'0' * 64}'")
+    status, line = serve(tmp_path, OCTOAI_CACHE_DIR=str(tmp_path / "cache"))
+    assert status == 1
+    assert "the weights of 'm' are not the expected ones" in line
+
+
 def test_a_damaged_journal_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     async def abandoned() -> Path:
         journal = Journal.open(tmp_path / "data" / "journal")

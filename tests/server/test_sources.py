@@ -38,6 +38,34 @@ def test_a_changed_file_is_refused_and_kept(tmp_path: Path) -> None:
     assert weights.exists()
 
 
+def test_a_file_is_verified_before_it_is_used_and_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, digest, read = tmp_path / "m.gguf", hashlib.file_digest, list[str]()
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
+    weights.write_bytes(b"GGUF")
+    model = Model("m", source=FileSource("file", weights), sha256=hashlib.sha256(b"GGUF").hexdigest())
+    for _ in range(3):
+        assert WeightStore(tmp_path / "cache").verified(model) == weights
+    assert read == [str(weights)]
+    weights.write_bytes(b"GGUG")
+    for _ in range(2):
+        with pytest.raises(PullFailed, match="not the expected ones"):
+            WeightStore(tmp_path / "cache").verified(model)
+    assert len(read) == 3
+
+
+def test_where_nothing_can_be_kept_a_file_is_verified_every_time(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "cache").touch()
+    model = Model("m", source=FileSource("file", tmp_path / "m.gguf"), sha256=hashlib.sha256(b"GGUF").hexdigest())
+    for _ in range(2):
+        assert WeightStore(tmp_path / "cache").verified(model) == tmp_path / "m.gguf"
+    (tmp_path / "m.gguf").write_bytes(b"GGUG")
+    with pytest.raises(PullFailed, match="not the expected ones"):
+        WeightStore(tmp_path / "cache").verified(model)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     model = Model("m", source=FileSource("file", tmp_path / "none.gguf"))
     store = WeightStore(tmp_path)

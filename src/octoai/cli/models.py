@@ -78,7 +78,7 @@ def _catalogue_and_store() -> tuple[Catalogue, WeightStore]:
 
 
 def pulled(store: WeightStore, model: Model) -> Path:
-    if present := store.path(model):
+    if present := store.verified(model):
         print(f"octoai: {model.id} is already here", file=sys.stderr)
         return present
     if model.source is None:

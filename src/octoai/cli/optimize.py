@@ -73,7 +73,7 @@ def optimize(args: argparse.Namespace) -> int:
             )
         model = app.catalogue(settings)[chosen.id]
         store = WeightStore(settings.cache_dir)
-        source = store.path(model) or pulled(store, model)
+        source = store.verified(model) or pulled(store, model)
         if is_chore and _has_profile(settings, source):
             return 0
         wish = Wish(

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from octoai.server.catalogue import FileSource, HfSource, Model, PypiSource
@@ -35,9 +35,28 @@ class WeightStore:
         self._environ = os.environ if environ is None else environ
 
     def path(self, model: Model) -> Path | None:
-        """The file of a model's weights, if it is here. Its checksum was verified when it came."""
+        """The file of a model's weights, if it is here. What was pulled was verified when it came."""
         path = model.source.path if isinstance(model.source, FileSource) else self._place(model)
         return path if path.is_file() else None
+
+    def verified(self, model: Model) -> Path | None:
+        """The same, to be used: a file of the user's own is read first to verify it, once for as long as it stays as
+        it is. Raises `PullFailed`."""
+        path = self.path(model)
+        if path is None or not isinstance(model.source, FileSource) or model.sha256 is None:
+            return path
+        status, name = path.stat(), hashlib.sha256(os.fsencode(path.absolute())).hexdigest()
+        mark = self._cache / "verified" / name[:16]
+        version = (model.sha256, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        as_it_is = " ".join(map(str, version)).encode()
+        with suppress(OSError):
+            if mark.read_bytes() == as_it_is:
+                return path
+        _local(model, path)
+        with suppress(OSError):  # where nothing can be kept, the next start reads it again
+            create(create(self._cache) / "verified")
+            mark.write_bytes(as_it_is)
+        return path
 
     def pull(self, model: Model, progress: Progress = _silent) -> Path:
         """The file of a model's weights, brought here first if need be. Raises `PullFailed`."""
