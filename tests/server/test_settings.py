@@ -255,6 +255,8 @@ def test_only_a_configuration_that_says_so_has_a_stand_in(environ: dict[str, str
     assert load(path=write(tmp_path, "stand_in = 'y'\n" + own), environ=environ).stand_in == "y"
     assert load(path=write(tmp_path, "port = 1"), environ=environ).stand_in == EMBEDDED_MODEL_ID
     assert load(path=write(tmp_path, "stand_in = ''"), environ=environ).stand_in == ""
+    assert load(path=None, environ=environ | {"OCTOAI_STAND_IN": ""}).stand_in == ""
+    assert load(path=None, environ=environ | {"OCTOAI_LOG_LEVEL": ""}).log_level == "info"  # of others it says nothing
 
 
 def test_settings_are_frozen(environ: dict[str, str]) -> None:

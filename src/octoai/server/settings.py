@@ -176,7 +176,10 @@ def load(
         # The default configuration says so: ids of the past are served by the first model, openly.
         values.setdefault("stand_in", values["models"][0].get("id"))
     variables = {key: f"OCTOAI_{key.upper()}" for key in (*_FROM_ENVIRONMENT, *_PLACES)}
-    said_by = {key: variable for key, variable in variables.items() if environ.get(variable)}
+    # An empty one says nothing, except where that is a value.
+    said_by = {
+        key: name for key, name in variables.items() if environ.get(name) or (key == "stand_in" and name in environ)
+    }
     values |= {key: _PLACES[key](environ) if key in _PLACES else environ[said_by[key]] for key in said_by}
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     values |= given
