@@ -15,7 +15,7 @@ from octoai.server.accounts import PLANS
 from octoai.server.admin.bodies import BODIES
 from octoai.server.docs import document
 from octoai.server.engines.scripted import ScriptedEngine
-from octoai.server.store import Place, requests
+from octoai.server.store import Place, keys, requests
 from octoai.server.tokens import SCOPES, is_well_formed
 from tests.running import InProcess
 from tests.server.test_applier import settlement
@@ -211,6 +211,23 @@ def test_a_token_is_made_used_changed_and_revoked(service: InProcess) -> None:
         assert gone["revoked_at"] == pytest.approx(time.time(), abs=5)
         assert status_with(service, text) == 401
     assert text not in json.dumps(call(service, "GET", "tokens"))
+
+
+def test_a_token_with_an_idempotency_key_is_made_once_and_its_text_kept_nowhere(service: InProcess) -> None:
+    made = call(service, "POST", "tokens", {"name": "backend"}, idempotency_key="k1")
+    assert is_well_formed(made["token"])
+    for _ in range(2):
+        _, code, message = refused(service, "POST", "tokens", {"name": "backend"}, status=409, idempotency_key="k1")
+        assert code == "conflict"
+        assert f"{made['id']} was made under this Idempotency-Key" in message
+    _, code, _ = refused(service, "POST", "tokens", {"name": "other"}, status=409, idempotency_key="k1")
+    assert code == "idempotency_key_conflict"
+    assert [row["id"] for row in call(service, "GET", "tokens")["data"] if row["name"] == "backend"] == [made["id"]]
+    kept = service.books(lambda db: keys.find(db, "default", "k1"))
+    assert kept is not None and kept.answer is not None
+    assert json.loads(kept.answer)["id"] == made["id"]
+    assert made["token"].encode() not in kept.answer
+    call(service, "POST", "tokens", {"name": "backend"}, idempotency_key="k2")
 
 
 def test_tokens_are_listed_by_account(service: InProcess) -> None:

@@ -62,7 +62,14 @@ OPERATIONS = (
     Operation(
         "GET", _TOKENS, tokens.list_tokens, "Every token, oldest first, without its text.", query=("account", *_PAGE)
     ),
-    Operation("POST", _TOKENS, tokens.create_token, "A new token. `token` is its text, shown this once.", "NewToken"),
+    Operation(
+        "POST",
+        _TOKENS,
+        tokens.create_token,
+        "A new token. `token` is its text, shown this once. With an `Idempotency-Key`, one only.",
+        "NewToken",
+        conflict="The `Idempotency-Key` was used for another request, or for this one: the text is not shown again",
+    ),
     Operation("GET", _TOKEN, tokens.show_token, "A token, without its text."),
     Operation("PATCH", _TOKEN, tokens.update_token, "Change what is given, nothing else.", "TokenChanges"),
     Operation("DELETE", _TOKEN, tokens.revoke_token, "Revoke it: it is refused from now on."),

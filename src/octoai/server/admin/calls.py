@@ -11,7 +11,7 @@ import orjson
 from starlette.requests import Request
 
 from octoai.server.accounts import Caller
-from octoai.server.errors import BadRequest, KeyConflict
+from octoai.server.errors import BadRequest, KeyConflict, StateConflict
 from octoai.server.idempotency import Key
 from octoai.server.service import Service
 from octoai.server.store import keys
@@ -79,9 +79,11 @@ def listed(data: list[Json], has_more: bool) -> Json:
     }
 
 
-def once(db: Connection, call: Call, write: Callable[[Connection], Json]) -> Json:
+def once(db: Connection, call: Call, write: Callable[[Connection], Json], *, shown_once: str | None = None) -> Json:
     """Do it, and keep the answer in the same transaction under the call's Idempotency-Key, if it has one; or give the
-    answer that is kept. Raises KeyConflict where the key was used for something else."""
+    answer that is kept. Raises KeyConflict where the key was used for something else.
+
+    `shown_once` names what of the answer is a secret and not kept: who asks again is told so by a StateConflict."""
     key, account, request_id = call.key, call.caller.account.id, str(call.request.state.request_id)
     if key is None:
         return write(db)
@@ -89,8 +91,15 @@ def once(db: Connection, call: Call, write: Callable[[Connection], Json]) -> Jso
     before = keys.claim(db, account, key.value, claimed)
     if before is None:
         answer = write(db)
-        keys.keep(db, account, key.value, request_id, orjson.dumps(answer))
+        kept = {name: value for name, value in answer.items() if name != shown_once}
+        keys.keep(db, account, key.value, request_id, orjson.dumps(kept))
         return answer
     if before.body_hash != key.body_hash or before.answer is None:
         raise KeyConflict("This Idempotency-Key was used for another request.")
-    return cast("Json", orjson.loads(before.answer))
+    stored = cast("Json", orjson.loads(before.answer))
+    if shown_once is not None:
+        raise StateConflict(
+            f"{stored['id']} was made under this Idempotency-Key; its `{shown_once}` was shown then and is not kept. "
+            "If it did not arrive, revoke that one and make another under another key."
+        )
+    return stored

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from octoai.server import accounts, tokens, views
 from octoai.server.admin.bodies import split_limits
-from octoai.server.admin.calls import Call, Json, listed, page
+from octoai.server.admin.calls import Call, Json, listed, once, page
 from octoai.server.store import tokens as table
 from octoai.server.store.database import Connection
 
@@ -35,7 +35,7 @@ async def create_token(call: Call) -> Json:
         )
         return views.token(tokens.find(db, minted.id)) | {"token": minted.text}
 
-    return await call.service.write(write)
+    return await call.service.write(lambda db: once(db, call, write, shown_once="token"))
 
 
 async def show_token(call: Call) -> Json:
