@@ -755,6 +755,35 @@ def test_one_line_is_logged_per_request_without_its_text(in_process: Start, capl
     assert service.token not in everything
 
 
+def test_every_refusal_is_one_line_that_says_who_and_why_without_the_text(
+    in_process: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = in_process(ScriptedEngine((EngineFailed("it broke"),)))
+    limited = service.mint("limited", limits={"requests_per_minute": 1})
+    caplog.set_level(logging.INFO)
+    chat(service, model="no-such-model")
+    chat(service, messages=[{"role": "user", "content": {"zebra": "zebra"}}])
+    ask(service, "/v1/models", authorization="Bearer octoai_zebra")
+    ask(service, "/v1/nowhere")
+    for _ in range(2):
+        ask(service, "/v1/chat/completions", request(service), authorization=f"Bearer {limited.text}")
+    until(lambda: is_idle(service))
+    lines = [record.fields for record in caplog.records if record.name == "octoai.refusal"]  # type: ignore[attr-defined]
+    assert [(line["status"], line["error"], line["param"], line["account"]) for line in lines] == [
+        (404, "model_not_found", "model", "default"),
+        (422, "invalid_value", "messages.0.content", "default"),
+        (401, "invalid_api_key", None, None),
+        (404, "unknown_url", None, None),
+        (429, "rate_limit_exceeded", None, "default"),
+    ]
+    assert "`no-such-model`" in lines[0]["reason"]
+    assert (lines[2]["method"], lines[2]["path"]) == ("GET", "/v1/models")
+    assert lines[4]["token"] == limited.id
+    (job,) = [record.fields for record in caplog.records if record.name == "octoai.request"]  # type: ignore[attr-defined]
+    assert job["error"] == "engine_failed"
+    assert "zebra" not in str(lines)
+
+
 def test_many_clients_at_once_are_all_answered(in_process: Start) -> None:
     service = in_process(ScriptedEngine(("a", 0.01, "b"), num_slots=3))
     answers: list[int] = []

@@ -1,4 +1,5 @@
-"""The outermost layer: an id on every answer, every refusal in the one error shape, nothing internal to a client."""
+"""The outermost layer: an id on every answer, every refusal in the one error shape and in the log, and nothing internal
+to a client."""
 
 from __future__ import annotations
 
@@ -13,15 +14,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from octoai.server.accounts import Caller
 from octoai.server.api import limit_headers, raw
-from octoai.server.errors import InternalError, MethodNotAllowed, Refusal, Unavailable, UnknownPath
+from octoai.server.errors import (
+    BadRequest,
+    InternalError,
+    InvalidBody,
+    MethodNotAllowed,
+    Refusal,
+    Unavailable,
+    UnknownPath,
+)
 from octoai.server.ids import new_request_id
 from octoai.server.incoming import VERSION_HEADER, ClientLeft, Headers, Incoming
+from octoai.server.logs import Bounded
 from octoai.server.service import Service
 from octoai.server.store.database import StoreAway
 from octoai.server.streaming import BrokenOff, SlowReader
 
 log = logging.getLogger("octoai.http")
+refusal_log = logging.getLogger("octoai.refusal")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH"})
@@ -38,6 +50,7 @@ class Edge:
         self.posts = posts
         self.posts_by_url = {path.encode(): path for path in posts}
         self.service = service
+        self._refusal_log = Bounded(refusal_log)
 
     async def answer(self, incoming: Incoming) -> None:
         endpoint = self.posts[incoming.head.path]
@@ -59,8 +72,10 @@ class Edge:
         if incoming.status is not None:
             return  # too late for another answer; the connection is cut
         headers, body = self._refused(refusal)
-        if incoming.limit_headers is None and not _says_limits(headers):
-            incoming.limit_headers = await limit_headers(self.service, incoming.caller)
+        if incoming.limit_headers is None:  # it did not become a job, which has a line of its own
+            self._log(refusal, incoming.request_id, incoming.caller, "POST", incoming.head.path)
+            if not _says_limits(headers):
+                incoming.limit_headers = await limit_headers(self.service, incoming.caller)
         incoming.begin(refusal.status, headers)
         incoming.end(body)
 
@@ -77,15 +92,16 @@ class Edge:
         except ClientDisconnect:
             pass
         except HTTPException as error:
-            await self._refuse(_refusal_of_routes(error, scope), answer)
+            await self._refuse(_refusal_of_routes(error, scope), answer, scope)
         except Exception as error:  # noqa: BLE001  # as above
-            await self._refuse(_refusal_of(error, request_id), answer)
+            await self._refuse(_refusal_of(error, request_id), answer, scope)
         finally:
             self._count(scope, answer)
 
-    async def _refuse(self, refusal: Refusal, answer: _Answer) -> None:
+    async def _refuse(self, refusal: Refusal, answer: _Answer, scope: Scope) -> None:
         if answer.status is not None:
             return  # too late for another answer; the connection is cut
+        self._log(refusal, answer.request_id, scope["state"].get("caller"), scope["method"][:20], scope["path"][:200])
         headers, body = self._refused(refusal)
         await answer.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await answer.send({"type": "http.response.body", "body": body})
@@ -95,6 +111,23 @@ class Edge:
         body = orjson.dumps(refusal.body())
         headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
         return raw(headers), body
+
+    def _log(self, refusal: Refusal, request_id: str, caller: Caller | None, method: str, path: str) -> None:
+        """Why a client is not served, in the words of a request's own line. What is said of a body may repeat it."""
+        account = None if caller is None else caller.account.id
+        self._refusal_log.info(
+            "refused",
+            {"error": refusal.code or refusal.type, "account": account},
+            lambda: {
+                "request_id": request_id,
+                "token": None if caller is None else caller.token.id,
+                "method": method,
+                "path": path,
+                "status": refusal.status,
+                "param": None if refusal.param is None else refusal.param[:200],
+                "reason": None if isinstance(refusal, BadRequest | InvalidBody) else refusal.message,
+            },
+        )
 
     def _count(self, scope: MutableMapping[str, Any], answer: _Answer) -> None:
         handler = getattr(scope.get("endpoint"), "__name__", "unknown")
