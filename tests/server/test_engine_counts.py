@@ -452,16 +452,52 @@ def test_a_server_without_such_a_path_cannot_tell(dialect: str) -> None:
         *((answers(200, said), EngineFailed) for said in (b"{}", b"[]", b"5", b"null", b"no", b'{"tokens": 5}')),
         (answers(200, b'{"count": "many", "prompt": 5}'), EngineFailed),
         (raw(b"", 0), EngineFailed),
-        (raw(b"", 30), EngineFailed),
     ],
 )
 @pytest.mark.parametrize("dialect", ["llama.cpp", "vllm"])
-def test_its_refusals_to_count_become_ours(
-    dialect: str, reply: Reply, kind: type[Refusal], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("octoai.server.engines.openai_http.COUNT_SECONDS", 0.3)
+def test_its_refusals_to_count_become_ours(dialect: str, reply: Reply, kind: type[Refusal]) -> None:
     with pytest.raises(kind):
         counts(dialect, reply, TEXT)
+
+
+@pytest.mark.parametrize("count", [-500, True, 5.0, "12", 2**31, 1e300])
+def test_a_count_that_is_no_number_of_tokens_is_not_believed(count: Any) -> None:
+    with pytest.raises(EngineFailed):
+        counts("vllm", by_path(tokenize={"count": count}), TEXT)
+
+
+@pytest.mark.parametrize("dialect", ["llama.cpp", "vllm"])
+def test_a_server_that_takes_too_long_to_count_cannot_tell(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octoai.server.engines.openai_http.COUNT_SECONDS", 0.1)
+    assert counts(dialect, raw(b"", 30), TEXT)[0] == [None]
+    slow = raw(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{", 30)
+    assert counts(dialect, slow, TEXT)[0] == [None]
+
+
+def test_a_long_prompt_has_more_time_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octoai.server.engines.openai_http.COUNT_SECONDS", 0.1)
+
+    async def slowly(upstream: Upstream, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.6)
+        await VLLM(upstream, writer)
+
+    long = Generation(max_tokens=1, text="word " * 200_000)
+    assert counts("vllm", slowly, TEXT, long)[0] == [None, 5]
+
+
+@pytest.mark.parametrize("num_tokens", [700_000, 5_000_000])
+def test_all_the_tokens_of_a_long_prompt_may_be_listed(num_tokens: int) -> None:
+    listed = b'{"count": %d, "tokens": [%s10]}' % (num_tokens, b"100000," * num_tokens)  # the second: 35 MB
+    assert counts("vllm", answers(200, listed), TEXT)[0] == [num_tokens if len(listed) < 32 * 2**20 else None]
+
+
+@pytest.mark.parametrize("dialect", ["llama.cpp", "vllm"])
+def test_what_stands_for_an_image_is_not_taken_for_its_tokens(dialect: str) -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://a.b/c"}}
+    texts = Generation(max_tokens=1, messages=[user([{"type": "text", "text": "Hi"}])])
+    images = Generation(max_tokens=1, messages=[user("Hi"), user([{"type": "text", "text": "Hi"}, image])])
+    said = by_path(apply_template={"prompt": "<Hi>"}, tokenize={"count": 4, "tokens": [1, 2, 3, 4]})
+    assert counts(dialect, said, texts, images)[0] == [4, None]
 
 
 def test_a_server_that_is_not_there_counts_nothing(tmp_path: Path) -> None:

@@ -310,6 +310,7 @@ def test_a_server_that_comes_later_is_found_and_one_that_goes_is_noticed(
         *(b"", b"not json", b"[]", b"5", b"null", b'{"data": 5}', b'{"data": [1, null]}', b"{}", b"\xff\xfe"),
         b'{"data": [{"id": "up", "meta": [], "max_model_len": "many"}]}',
         b'{"data": [{"id": "up", "meta": "x"}]}',
+        *(b'{"data": [{"id": "up", "max_model_len": %s}]}' % said for said in (b"-1", b"true", b"9.5", b"%d" % 2**40)),
         b'{"data": [{"id": "other"}, {"id": "third"}]}',
     ],
 )

@@ -65,6 +65,11 @@ class Generation:
             size += len(str(self.tools)) + len(str(self.schema))
         return size
 
+    @property
+    def has_images(self) -> bool:
+        contents = [message.get("content") for message in self.messages or ()]
+        return any(part["type"] != "text" for parts in contents if isinstance(parts, list) for part in parts)
+
     def most_tokens(self, context_length: int | None) -> int:
         """About what the prompt and the longest answers come to, before anything is counted: no choice comes to more
         than a context, whatever was asked."""

@@ -16,10 +16,12 @@ from typing import Any
 import orjson
 
 from octoai.server.engines.base import Generation
+from octoai.server.engines.choices import tokens_of
 from octoai.server.errors import BadRequest
 
-# Requests (path from the server's root, body) out, their answers in, the number of tokens at the end.
-Counting = Generator[tuple[str, bytes], Mapping[str, Any], int]
+# Requests (path from the server's root, body) out, their answers in, the number of tokens at the end: None where it
+# cannot tell, as of images, which both count as the few tokens that stand for them (vLLM until 0.16).
+Counting = Generator[tuple[str, bytes], Mapping[str, Any], int | None]
 
 _JSON_SCHEMA_NAME = "answer"
 _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
@@ -62,7 +64,7 @@ class Dialect:
             body["response_format"] = self._response_format(generation.schema)
         if generation.tools:
             body |= {"tools": generation.tools, "tool_choice": generation.tool_choice or "auto"}
-        return _dumped(body)
+        return dumped(body)
 
     def counting(self, generation: Generation, model: str) -> Counting | None:
         """How to ask for the prompt's tokens without generating, of a server that can be asked."""
@@ -123,6 +125,8 @@ class LlamaDialect(Dialect):
         text = generation.text
         if text is None:
             text = (yield "/apply-template", self.body(generation, model))["prompt"]
+            if generation.has_images:
+                return None
         asked = {"content": text, "add_special": True, "parse_special": True}
         return len((yield "/tokenize", orjson.dumps(asked))["tokens"])
 
@@ -143,7 +147,7 @@ class VllmDialect(Dialect):
     """vLLM, which continues a prefilled answer only when told to; llama.cpp does by itself."""
 
     def counting(self, generation: Generation, model: str) -> Counting | None:
-        return self._counting(generation, model)
+        return None if generation.has_images else self._counting(generation, model)
 
     def _counting(self, generation: Generation, model: str) -> Counting:
         if generation.tokens is not None:
@@ -151,7 +155,7 @@ class VllmDialect(Dialect):
         asked = {"model": model, **self._prompt(generation)}
         if generation.tools:
             asked["tools"] = generation.tools
-        return int((yield "/tokenize", _dumped(asked))["count"])
+        return tokens_of((yield "/tokenize", dumped(asked))["count"])
 
     def _prompt(self, generation: Generation) -> dict[str, Any]:
         values = Dialect._prompt(self, generation)
@@ -176,7 +180,8 @@ def _samplers(generation: Generation) -> list[str]:
     return [name for name, acts in acting.items() if acts]
 
 
-def _dumped(body: Mapping[str, Any]) -> bytes:
+def dumped(body: Mapping[str, Any]) -> bytes:
+    """Raises BadRequest."""
     try:
         return orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
     except orjson.JSONEncodeError as error:  # a number of more than 64 bits, in a schema or a tool

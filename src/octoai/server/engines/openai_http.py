@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import orjson
@@ -23,7 +23,7 @@ from octoai.server.engines.arrivals import Arrivals
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.exchange import CannotConnect, Exchange, Pool
-from octoai.server.engines.plain import Habits
+from octoai.server.engines.plain import MAX_TOKENS, Habits
 from octoai.server.engines.refusals import refusal
 from octoai.server.errors import EngineFailed, Refusal, Unavailable
 from octoai.server.logs import without_password
@@ -32,6 +32,7 @@ log = logging.getLogger("octoai.engine")
 
 PROBE_SECONDS = 5.0
 COUNT_SECONDS = 5.0
+COUNTED_BYTES_PER_SECOND = 700_000  # of a slow text
 END_SECONDS = 0.5
 # What comes faster goes on together. To be woken for a token costs as much as what is done with it, and most of all
 # beside an engine that has emptied the processor's caches meanwhile.
@@ -39,6 +40,7 @@ STREAM_GATHER_SECONDS = 1 / 30  # text that moves as often is smooth to the eye,
 WHOLE_GATHER_SECONDS = 0.1  # nobody sees it before the answer is whole
 MAX_ERROR_BYTES = 64 * 1024
 MAX_SAID_BYTES = 4 * 1024 * 1024  # of an answer to a short question
+MAX_COUNTED_BYTES = 32 * 1024 * 1024  # of one that lists tokens: more than any window has
 UNKNOWN = (404, 405, 501)  # of a server that has no such path
 
 
@@ -100,7 +102,8 @@ class OpenAIEngine:
             meta = described.get("meta")
             meta = meta if isinstance(meta, dict) else {}
             window = described.get("max_model_len") or meta.get("n_ctx")
-            self.context_length = window if isinstance(window, int) else self.context_length
+            if type(window) is int and 0 < window < MAX_TOKENS:
+                self.context_length = window
         return described
 
     async def close(self) -> None:
@@ -124,21 +127,24 @@ class OpenAIEngine:
                 if answer is None:
                     return None
         except StopIteration as counted:
-            return int(counted.value)
+            return cast("int | None", counted.value)
         except (KeyError, TypeError, ValueError):
             raise EngineFailed("The engine counted tokens in a shape that is not the protocol's.") from None
 
     async def _asked(self, path: str, body: bytes, generation: Generation) -> Mapping[str, Any] | None:
-        """The whole answer to a short question, None from a server that does not know it."""
+        """The whole answer to a question about a prompt; None from a server that does not know it, or where the answer
+        takes too long, or is too long."""
+        seconds = COUNT_SECONDS + len(body) / COUNTED_BYTES_PER_SECOND
         with self._failures, closing(self._pool.exchange("POST", self._root + path, body)) as exchange:
             try:
-                async with asyncio.timeout(COUNT_SECONDS):
-                    status = await exchange.answered(COUNT_SECONDS)
-                    said = await exchange.body(MAX_SAID_BYTES if status == 200 else MAX_ERROR_BYTES, COUNT_SECONDS)
+                async with asyncio.timeout(seconds):
+                    status = await exchange.answered(seconds)
+                    said = await exchange.body(MAX_COUNTED_BYTES if status == 200 else MAX_ERROR_BYTES, seconds)
             except TimeoutError:
-                raise EngineFailed(f"The engine did not count tokens in {COUNT_SECONDS:.0f} s.") from None
+                return None
+            is_whole = exchange.is_over
         if status == 200:
-            return dict(orjson.loads(said))
+            return dict(orjson.loads(said)) if is_whole else None
         if status in UNKNOWN:
             return None
         raise refusal(status, said, generation, self.context_length)
