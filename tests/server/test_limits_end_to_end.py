@@ -7,13 +7,14 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from octoai.server import accounts
 from octoai.server.billing import nanos
+from octoai.server.engines.base import Event, Generation
 from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, EngineFailed
 from octoai.server.store import entries
@@ -85,6 +86,21 @@ class Client:
         microseconds = int(seconds * 1_000_000)
         self.service.read(lambda db: None)
         self.service.books(lambda db: db.execute("UPDATE reservations SET at_us = at_us - ?", (microseconds,)))
+
+
+class Uncounting(ScriptedEngine):
+    """Cannot tell beforehand how many tokens a prompt has; afterwards it says so many."""
+
+    def __init__(self, num_prompt: int, *, context_length: int = 131_072) -> None:
+        super().__init__(("a ", 0.3, "b "), num_slots=20, context_length=context_length)
+        self.num_prompt = num_prompt
+
+    async def count_tokens(self, generation: Generation) -> int | None:
+        return None
+
+    async def _play(self, generation: Generation, prompt_tokens: int) -> AsyncGenerator[Sequence[Event]]:
+        async for batch in super()._play(generation, self.num_prompt):
+            yield batch
 
 
 def codes(answers: Sequence[Answer]) -> Counter[int]:
@@ -197,6 +213,43 @@ def test_a_soft_budget_only_warns(in_process: Start) -> None:
     assert said.startswith("HTTP/1.1 200")
     assert "soft budget of the account is 0.0000002 USD, 0.00000028 are spent" in said
     assert said.count("x-octoai-budget-warning") == 1
+
+
+TEXT = "d" * 20_000  # five thousand tokens
+PARAMETERS = {"type": "object", "description": TEXT}
+IMAGE = {"type": "image_url", "image_url": {"url": "https://a.b/c"}}
+BESIDE: Mapping[str, tuple[int, Mapping[str, Any]]] = {  # each with how many tokens the prompt then has
+    "tools": (5000, {"tools": [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}]}),
+    "a small tool": (300, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+    "a schema": (5000, {"response_format": {"type": "json_object", "schema": PARAMETERS}}),
+    "an image": (5000, {"messages": [{"role": "user", "content": [IMAGE]}]}),
+}
+
+
+@pytest.mark.parametrize(("num_prompt", "beside"), BESIDE.values(), ids=BESIDE.keys())
+def test_credit_holds_whatever_a_prompt_is_made_of_where_the_engine_cannot_count_it(
+    in_process: Start, num_prompt: int, beside: Mapping[str, Any]
+) -> None:
+    credit = (num_prompt + 5) * PRICE  # what one of them comes to
+    client = Client(in_process(Uncounting(num_prompt)), credit=credit)
+    assert codes(client.at_once(10, max_tokens=5, **beside)) == {402: 10}
+    client.service.books(lambda db: accounts.credit(db, "acme", 200_000 * PRICE))
+    assert client.ask(max_tokens=5, **beside)[0] == 200
+    assert client.balance() == (200_000 + 5 - 2) * PRICE
+
+
+def test_a_prompt_that_is_only_estimated_takes_nothing_of_the_room_for_its_answer(in_process: Start) -> None:
+    service = in_process(Uncounting(1200, context_length=4096))
+    client = Client(service, limits={"completion_tokens_per_minute": 100, "prompt_tokens_per_minute": 1_000_000})
+    messages = [{"role": "user", "content": "d" * 5000}]
+    assert codes(client.at_once(20, messages=messages)) == {200: 2, 429: 18}
+
+
+def test_a_number_that_json_has_no_room_for_is_refused_where_a_prompt_is_estimated(in_process: Start) -> None:
+    client = Client(in_process(Uncounting(10)), limits={"prompt_tokens_per_minute": 1000})
+    status, _, text = client.ask(messages=[{"role": "user", "content": "Hi", "more": 10**30}])
+    assert (status, json.loads(text)["code"]) == (400, "invalid_value")
+    assert client.held() == (0, 0)
 
 
 # Rates

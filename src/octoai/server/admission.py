@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import orjson
-
 from octoai.server.accounts import Caller
 from octoai.server.billing import Price
 from octoai.server.books import Books
 from octoai.server.catalogue import Model
-from octoai.server.engines.base import Generation, Usage
+from octoai.server.engines.base import LONGEST_CONTEXT, Generation, Usage
+from octoai.server.engines.dialects import dumped
 from octoai.server.errors import KeyConflict, Unavailable
 from octoai.server.idempotency import Key, Recording, Recordings, unpacked
 from octoai.server.ids import new_record_id
@@ -183,14 +182,15 @@ class Admission:
             return request, None
         request = _within_minute(caller, request)
         prompts = [await self._prompt_tokens(caller, generation, deployment) for generation in request.generations]
-        most = _most_completion_tokens(request, prompts, deployment.context_length)
+        num_prompt = sum(most for most, _ in prompts)
+        most = _most_completion_tokens(request, [least for _, least in prompts], deployment.context_length)
         wanted = Reservation(
             id=tab.id,
             account=caller.account.id,
             token_id=caller.token.id,
             at_us=now_us(),
-            nanos=tab.price.most(sum(prompts), most),
-            prompt_tokens=sum(prompts),
+            nanos=tab.price.most(num_prompt, most),
+            prompt_tokens=num_prompt,
             completion_tokens=most,
             lease_us=now_us() + LEASE_US,
         )
@@ -198,15 +198,19 @@ class Admission:
         tab.reservation = None if standings is None else wanted
         return request, standings
 
-    async def _prompt_tokens(self, caller: Caller, generation: Generation, deployment: Deployment) -> int:
-        """As the engine counts them, where a limit depends on it; the most it can be where the engine cannot tell."""
+    async def _prompt_tokens(self, caller: Caller, generation: Generation, deployment: Deployment) -> tuple[int, int]:
+        """The most and the least they can be: as the engine counts them, where a limit depends on it and the engine can
+        tell."""
         if not caller.needs_prompt_tokens:
-            return 0
+            return 0, 0
         counted = await deployment.engine.count_tokens(generation)
-        return _most_prompt_tokens(generation) if counted is None else counted
+        if counted is None:
+            return _most_prompt_tokens(generation, deployment.context_length), 0
+        return counted, counted
 
 
-_PER_MESSAGE = 16  # tokens that a chat template may put around a message
+# Tokens that a chat template may put around a message or a tool, and what it may say of how tools are called.
+_PER_MESSAGE, _OF_TOOLS = 16, 512
 
 
 def _take_over(db: Connection, account: str, key: Key, claimed: KeyRow) -> KeyRow | None:
@@ -237,6 +241,7 @@ def _within_minute(caller: Caller, request: TextRequest) -> TextRequest:
 
 
 def _most_completion_tokens(request: TextRequest, prompts: Sequence[int], context_length: int | None) -> int:
+    """Beside prompts of so many tokens at least."""
     most = 0
     for generation, prompt_tokens in zip(request.generations, prompts, strict=True):
         left = generation.max_tokens if context_length is None else max(0, context_length - prompt_tokens)
@@ -244,13 +249,17 @@ def _most_completion_tokens(request: TextRequest, prompts: Sequence[int], contex
     return most
 
 
-def _most_prompt_tokens(generation: Generation) -> int:
-    """A token is at least a byte of text."""
+def _most_prompt_tokens(generation: Generation, context_length: int | None) -> int:
+    """A token is at least a byte of text; images are no more than the window, whatever the length of their URLs."""
     if generation.tokens is not None:
         return len(generation.tokens) + 1
     if generation.messages is None:
         return len((generation.text or "").encode()) + 1
-    return sum(len(orjson.dumps(message)) + _PER_MESSAGE for message in generation.messages) + _PER_MESSAGE
+    said = filter(None, (*generation.messages, *generation.tools, generation.schema))
+    most = sum(len(dumped(each)) + _PER_MESSAGE for each in said) + _PER_MESSAGE
+    if generation.tools:
+        most += _OF_TOOLS
+    return most + (context_length or LONGEST_CONTEXT) if generation.has_images else most
 
 
 def _conflict() -> KeyConflict:
