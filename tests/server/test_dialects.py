@@ -121,6 +121,16 @@ def test_prompts_are_text_or_tokens() -> None:
     assert body("vllm", Generation(max_tokens=1, text="x", logprobs=0))["logprobs"] == 0
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "none"])
+def test_ollama_which_ignores_how_tools_are_chosen_knows_of_none_where_none_may_be_called(choice: str | None) -> None:
+    asked = Generation(max_tokens=1, messages=[{"role": "user", "content": "x"}], tools=TOOLS, tool_choice=choice)
+    assert ("tools" in body("ollama", asked)) == (choice != "none")
+    assert body("openai", asked)["tools"] == TOOLS
+
+
 @pytest.mark.parametrize(
     ("dialect", "given", "name"),
     [
@@ -129,8 +139,11 @@ def test_prompts_are_text_or_tokens() -> None:
         ("openai", {"repetition_penalty": 1.1}, "repetition_penalty"),
         ("openai", {"ignore_eos": True}, "ignore_eos"),
         ("ollama", {"logit_bias": {1: 1.0}}, "logit_bias"),
-        ("llama.cpp", {"tools": [{"function": {"name": "f"}}]}, "tools"),
-        ("llama.cpp", {"tools": [{"function": {"name": "f"}}], "tool_choice": "none"}, None),
+        ("llama.cpp", {"tools": TOOLS}, "tools"),
+        ("llama.cpp", {"tools": TOOLS, "tool_choice": "none"}, None),
+        ("ollama", {"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ("ollama", {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        *(("ollama", {"tools": TOOLS, "tool_choice": choice}, None) for choice in (None, "auto", "none")),
         ("vllm", {"top_k": 5, "min_p": 0.1, "ignore_eos": True}, None),
         ("openai", {}, None),
     ],

@@ -62,13 +62,17 @@ class Dialect:
             body |= self._logprobs(generation.logprobs, is_chat=generation.messages is not None)
         if generation.schema is not None:
             body["response_format"] = self._response_format(generation.schema)
-        if generation.tools:
+        if generation.tools and self._may_call(generation):
             body |= {"tools": generation.tools, "tool_choice": generation.tool_choice or "auto"}
         return dumped(body)
 
     def counting(self, generation: Generation, model: str) -> Counting | None:
         """How to ask for the prompt's tokens without generating, of a server that can be asked."""
         return None
+
+    def _may_call(self, generation: Generation) -> bool:
+        """A server that ignores `tool_choice` calls none only where it knows of none."""
+        return generation.tool_choice != "none" or "tool_choice" not in self.refused
 
     def _prompt(self, generation: Generation) -> dict[str, Any]:
         if generation.messages is None:
@@ -203,6 +207,7 @@ _GIVEN: dict[str, Any] = {
     "presence_penalty": lambda g: g.presence_penalty != 0,
     "prompt": lambda g: g.tokens is not None,
     "repetition_penalty": lambda g: g.repetition_penalty != 1,
+    "tool_choice": lambda g: bool(g.tools) and g.tool_choice not in (None, "auto", "none"),
     "tools": lambda g: bool(g.tools) and g.tool_choice != "none",
     "top_k": lambda g: g.top_k != 0,
 }
@@ -228,7 +233,9 @@ DIALECTS: Mapping[str, Dialect] = {
         ),
         Dialect(
             "ollama",
-            refused=frozenset({"ignore_eos", "logit_bias", "min_p", "prompt", "repetition_penalty", "top_k"}),
+            refused=frozenset(
+                {"ignore_eos", "logit_bias", "min_p", "prompt", "repetition_penalty", "tool_choice", "top_k"}
+            ),
             extra={"stream_options": {"include_usage": True}},
             max_choices=1,
         ),
