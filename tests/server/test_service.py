@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from octoai.server import streaming, tokens
-from octoai.server.engines.base import Event, Generation
+from octoai.server.engines.base import Event, Finished, Generation, Started, Usage
 from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Unavailable
 from octoai.server.ledger import Tab
@@ -383,6 +383,12 @@ def test_three_streamed_choices_open_and_close_once_each(in_process: Start) -> N
     until(lambda: is_idle(service))
 
 
+def test_seeds_of_choices_stay_within_64_bits(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    assert chat(service, n=3, seed=2**63 - 2)[0] == 200
+    assert sorted(generation.seed for generation in service.engine.seen) == [-(2**63), 2**63 - 2, 2**63 - 1]
+
+
 class AtOnce(ScriptedEngine):
     """Gives a whole answer in one batch."""
 
@@ -693,6 +699,20 @@ def test_metrics_have_vllms_names_and_labels(in_process: Start) -> None:
     assert metric(service, "vllm:generation_tokens_total") == 5
     assert metric(service, "vllm:prompt_tokens_total") == 2
     assert any('finished_reason="stop"' in line for line in lines)
+
+
+def test_no_word_of_an_engine_becomes_a_label(in_process: Start) -> None:
+    class Wordy(ScriptedEngine):
+        async def _play(self, generation: Generation, prompt_tokens: int) -> AsyncGenerator[Sequence[Event]]:
+            yield (Started(prompt_tokens), Finished({0: f"zebra{len(self.seen)}"}, Usage(prompt_tokens)))
+
+    service = in_process(Wordy())
+    assert [chat(service)[2]["choices"][0]["finish_reason"] for _ in range(3)] == [*("zebra1", "zebra2", "zebra3")]
+    until(lambda: is_idle(service))
+    text = ask(service, "/metrics")[2].decode()
+    assert "zebra" not in text
+    (other,) = [line for line in text.splitlines() if 'finished_reason="other"' in line]
+    assert other.endswith(" 3.0")
 
 
 def test_nothing_that_a_client_sends_becomes_a_label(in_process: Start) -> None:

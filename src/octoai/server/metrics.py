@@ -1,6 +1,6 @@
 """Prometheus metrics: vLLM's names, so that every dashboard for vLLM works here, and our own under `octoai_`.
 
-Labels come from the configuration only: a name that a client sends never becomes one.
+Labels come from the configuration only: a name that a client sends never becomes one, nor does a word of an engine.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from octoai.server.metering import Meter
 from octoai.server.params import TextRequest
 from octoai.server.router import Deployment
 
+_REASONS = frozenset(("stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error"))
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN = (
     0.001,
@@ -263,7 +264,7 @@ def _count_jobs(of: SimpleNamespace, ended: Sequence[_Ended]) -> None:
     _count_times(of, times)
     finished = [meter.reasons for meter, outcome in zip(meters, outcomes, strict=True) if outcome == "finished"]
     for reason, num in collections.Counter(chain.from_iterable(map(dict.values, finished))).items():
-        of.success(reason).value += num
+        of.success(reason if reason in _REASONS else "other").value += num
     if len(finished) < len(ended):
         of.success("abort").value += len(ended) - len(finished)
         of.aborted.value += outcomes.count("aborted")

@@ -355,12 +355,13 @@ def _numbered(generations: Sequence[Generation]) -> list[tuple[int, int, Generat
 
 
 def _split(generation: Generation, first: int, max_choices: int) -> list[tuple[int, Generation]]:
-    """Requests of at most `max_choices` choices each. A given seed is counted up, or all choices would be the same."""
+    """Requests of at most `max_choices` choices each. A given seed is counted up, or all choices would be the same; it
+    stays within 64 bits, with a sign."""
     if generation.n <= max_choices:
         return [(first, generation)]
     parts = []
     for done in range(0, generation.n, max_choices):
-        seed = None if generation.seed is None else generation.seed + done
+        seed = None if generation.seed is None else (generation.seed + done + 2**63) % 2**64 - 2**63
         part = replace(generation, n=min(max_choices, generation.n - done), seed=seed)
         parts.append((first + done, part))
     return parts
