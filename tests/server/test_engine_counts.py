@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -375,6 +377,35 @@ def test_a_request_left_unanswered_is_not_sent_again() -> None:
         assert sum(line.startswith("POST") for line, _, _ in upstream.requests) == 1
 
     run(main())
+
+
+async def flooding(_: Upstream, writer: asyncio.StreamWriter) -> None:
+    """More than anybody reads ahead, and then a reset."""
+    writer.write(HEAD + b"".join(chunk(event("word ")) for _ in range(8000)))
+    with suppress(TimeoutError):
+        await asyncio.wait_for(writer.drain(), 0.2)
+    linger = struct.pack("ii", 1, 0)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
+def test_an_engine_that_has_just_reset_its_connection_can_be_left(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def main() -> None:
+        told: list[Sequence[Event]] = []
+        long = Generation(max_tokens=9000, messages=[{"role": "user", "content": "Hi"}])
+        async with up(Upstream(flooding)) as engine, aclosing(engine.generate(long, told.append)) as batches:
+            await anext(batches)
+            await asyncio.sleep(0.6)
+        ((started, delta),) = told
+        assert started == Started(0)
+        assert isinstance(delta, Delta)
+        assert delta.completion_tokens > 100
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
 
 
 # Counting a prompt beforehand

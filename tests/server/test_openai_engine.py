@@ -124,12 +124,23 @@ def test_an_answer_that_is_not_whole_is_a_failure(reply: Reply, deltas: int) -> 
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
-        *((400, BadRequest), (422, BadRequest), (429, Unavailable), (503, Unavailable)),
+        *((400, BadRequest), (413, BadRequest), (422, BadRequest), (429, Unavailable), (503, Unavailable)),
         *((500, EngineFailed), (401, EngineFailed), (404, EngineFailed), (204, EngineFailed)),
     ],
 )
 def test_its_refusals_become_ours(status: int, kind: type[Refusal]) -> None:
     refused(answers(status, b'{"error": {"message": "no"}}' if status != 204 else b""), kind)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [(b"60", "60"), (b"0", "1"), (b"9" * 8, "3600"), (b"9" * 5000, "1"), (b"Mon, 30 Nov 2026 10:00:00 GMT", "1")],
+)
+def test_when_it_is_to_be_asked_again_goes_on(status: int, said: bytes, told: str) -> None:
+    busy = refused(answers(status, b"{}", b"Retry-After: " + said), Unavailable)
+    assert busy.headers["retry-after"] == told
+    assert refused(answers(status, b"{}"), Unavailable).headers["retry-after"] == "1"
 
 
 def test_its_word_on_a_prompt_too_long_becomes_ours() -> None:

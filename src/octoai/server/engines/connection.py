@@ -22,6 +22,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.status = 0
+        self.retry_after = b""
         self.now = loop.time
         self._loop = loop
         self._transport: asyncio.Transport = cast("asyncio.Transport", None)
@@ -50,6 +51,7 @@ class Connection(asyncio.Protocol):
 
     async def ask(self, message: bytes, seconds: float) -> int:
         self.status = self._num_head = 0
+        self.retry_after = b""
         self._is_asked = True
         self._has_length = self._is_over = self._is_kept = False
         self._transport.write(message)
@@ -95,7 +97,10 @@ class Connection(asyncio.Protocol):
         self._has_hung_up = True
         if self._transport.is_closing() or not self._transport.can_write_eof():  # TLS has no halves
             return False
-        self._transport.write_eof()
+        try:
+            self._transport.write_eof()
+        except OSError:  # the engine has just reset it
+            return False
         return True
 
     def abort(self) -> None:
@@ -221,8 +226,11 @@ class Connection(asyncio.Protocol):
             raise ConnectionResetError("it said something unasked")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() in (b"content-length", b"transfer-encoding"):
+        name = name.lower()
+        if name in (b"content-length", b"transfer-encoding"):
             self._has_length = True
+        elif name == b"retry-after":
+            self.retry_after = value
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()

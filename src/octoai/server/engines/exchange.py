@@ -112,6 +112,11 @@ class Exchange:
         return 0 if self._connection is None else self._connection.status
 
     @property
+    def retry_after(self) -> bytes:
+        """What the answer says of when to come again."""
+        return b"" if self._connection is None else self._connection.retry_after
+
+    @property
     def is_over(self) -> bool:
         """Whether the answer was read to the end of its body."""
         return self._connection is not None and self._connection.is_over

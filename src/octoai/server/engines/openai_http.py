@@ -142,12 +142,12 @@ class OpenAIEngine:
                     said = await exchange.body(MAX_COUNTED_BYTES if status == 200 else MAX_ERROR_BYTES, seconds)
             except TimeoutError:
                 return None
-            is_whole = exchange.is_over
+            is_whole, retry_after = exchange.is_over, exchange.retry_after
         if status == 200:
             return dict(orjson.loads(said)) if is_whole else None
         if status in UNKNOWN:
             return None
-        raise refusal(status, said, generation, self.context_length)
+        raise refusal(status, said, generation, self.context_length, retry_after)
 
     async def generate(
         self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
@@ -194,7 +194,7 @@ class OpenAIEngine:
             raise EngineFailed(f"The engine did not answer for {self._stall_seconds:.0f} s.") from None
         if status != 200:
             said = await exchange.body(MAX_ERROR_BYTES, self._stall_seconds)
-            raise refusal(status, said, generation, self.context_length)
+            raise refusal(status, said, generation, self.context_length, exchange.retry_after)
 
     def _failed(self, error: OSError) -> Refusal:
         """What can become of a connection, as a refusal."""

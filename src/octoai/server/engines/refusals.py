@@ -18,9 +18,12 @@ _WINDOW = re.compile(r"context length is (?:only )?(\d+) tokens")
 _PROMPT_TOKENS = re.compile(r"(?<!\d)(?<!upper bound for )(\d+) (?:in the messages|input tokens|in the prompt)")
 # Of a prompt that fills the window to the last token it says what is left of `max_tokens`, which was not ours.
 _NO_ROOM = "max_tokens must be at least 1, got 0"
+MAX_RETRY_SECONDS = 3600
 
 
-def refusal(status: int, body: bytes, generation: Generation, context_length: int | None = None) -> Refusal:
+def refusal(
+    status: int, body: bytes, generation: Generation, context_length: int | None = None, retry_after: bytes = b""
+) -> Refusal:
     """What a server's error answer means for our caller. Its own wording is kept where the caller can act on it."""
     try:
         said = orjson.loads(body)
@@ -37,11 +40,18 @@ def refusal(status: int, body: bytes, generation: Generation, context_length: in
         return too_long
     if status in (400, 422):
         return BadRequest(f"The engine refused: {message}", param=error.get("param") or _suspect(message, param))
+    if status == 413:
+        return BadRequest(f"{param}: too large for the engine ({message}). Shorten it.", param=param)
     if "image input is not supported" in message:
         return BadRequest("messages: this model takes text only, no images", param="messages")
     if status in (429, 503):
-        return Unavailable("The engine is busy.", retry_after=1)
+        return Unavailable("The engine is busy.", retry_after=_seconds(retry_after))
     return EngineFailed(f"The engine answered {status}.")
+
+
+def _seconds(retry_after: bytes) -> int:
+    """As the engine says, where it says a number; a moment where not."""
+    return min(int(retry_after), MAX_RETRY_SECONDS) if retry_after.isdigit() and len(retry_after) < 10 else 1
 
 
 def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | None:
