@@ -47,7 +47,7 @@ LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
 def generation(number: int) -> Generation:
-    return Generation(max_tokens=9, messages=[{"role": "user", "content": "Hi"}], seed=number)
+    return Generation(max_tokens=100_000, messages=[{"role": "user", "content": "Hi"}], seed=number)
 
 
 def token(count: int, **more: Any) -> bytes:

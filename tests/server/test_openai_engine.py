@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import pytest
 from octoai.server.engines import openai_http
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.engines.reader import SLACK_TOKENS
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Refusal, Unavailable
 from tests.server.misbehaving import (
     DONE,
@@ -260,6 +262,70 @@ def test_leaving_closes_the_connection_within_a_second() -> None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await _soon(lambda: upstream.num_generating == 0)
+
+    run(main())
+
+
+def running_away(*, says_counts: bool) -> Reply:
+    """Never stops, whatever was asked."""
+
+    async def reply(_: Upstream, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD)
+        for number in itertools.count(1):
+            usage = {"prompt_tokens": 4, "completion_tokens": number, "total_tokens": 4 + number}
+            writer.write(chunk(event("word ", **({"usage": usage} if says_counts else {}))))
+            await writer.drain()
+            await asyncio.sleep(0.0001 if number % 10 else 0.001)
+
+    return reply
+
+
+@pytest.mark.parametrize("generation", [GENERATION, UNSEEN], ids=["stream", "unseen"])
+@pytest.mark.parametrize(("says_counts", "most"), [(True, 9 + SLACK_TOKENS), (False, 9 * 16 + SLACK_TOKENS)])
+def test_an_engine_that_does_not_stop_is_left(generation: Generation, says_counts: bool, most: int) -> None:
+    async def main() -> None:
+        upstream = Upstream(running_away(says_counts=says_counts))
+        for on_text in (None, lambda _: True):  # also where its reader need not wake up
+            told: list[Sequence[Event]] = []
+            async with up(upstream) as engine:
+                with pytest.raises(EngineFailed, match="max_tokens"):
+                    async for _ in engine.generate(generation, told.append, on_text):
+                        pass
+                await _soon(lambda: upstream.num_generating == 0)
+            ((_, delta),) = told
+            assert isinstance(delta, Delta)
+            assert most < delta.completion_tokens < most + 1000
+
+    run(main())
+
+
+def test_an_engine_is_asked_for_no_more_than_its_window_and_left_where_it_says_more() -> None:
+    async def main() -> None:
+        models = json.dumps({"data": [{"id": "up", "max_model_len": 20}]}).encode()
+        async with up(Upstream(running_away(says_counts=True), answers(200, models))) as engine:
+            with pytest.raises(EngineFailed, match="max_tokens"):
+                await generated(engine, Generation(max_tokens=10**9, text="x"))
+
+    run(main())
+
+
+def summed(count: int) -> dict[str, object]:
+    return {"usage": {"prompt_tokens": 4, "completion_tokens": count}}
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [*(event(letter) for letter in "nine tokens that come in single letters, as some servers make them up")] * 2,
+        [event("a", **summed(9)), event("b", **summed(20))],  # guessed ahead
+        [event("a", **summed(9)), event("", "length", **summed(9000))],  # thoughts that nobody was told
+    ],
+    ids=["letters", "guesses", "thoughts"],
+)
+def test_an_answer_may_seem_longer_than_it_is(blocks: list[bytes]) -> None:
+    async def main() -> None:
+        async with up(Upstream(says(*blocks, event("", "length"), DONE))) as engine:
+            assert isinstance((await generated(engine))[-1], Finished)
 
     run(main())
 

@@ -18,7 +18,7 @@ from octoai.server.engines.timed import timed
 from octoai.server.errors import EngineFailed
 from tests.server.singly import singly
 
-ONE = Generation(max_tokens=8, messages=[{"role": "user", "content": "x"}])
+ONE = Generation(max_tokens=100_000, messages=[{"role": "user", "content": "x"}])
 TEXTS = st.one_of(
     st.text(max_size=4),
     st.sampled_from([" word", "[DONE]", '"', "\\", "é", "\n", "\u2028", '","x":"', "", "7", '":7,']),
@@ -228,8 +228,8 @@ def test_what_differs_with_times_is_read_in_full(given: bytes, other: bytes) -> 
 
 def test_llama_cpps_events_after_the_first_are_read_as_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
-    decoded = reader._decoded
-    monkeypatch.setattr(reader, "_decoded", lambda data: parsed.append(data) or decoded(data))
+    decoded = reader.decoded
+    monkeypatch.setattr(reader, "decoded", lambda data: parsed.append(data) or decoded(data))
     answer = Answer(ONE)
     for number in range(1, 9):
         event = TIMED.replace(b'_n":9', b'_n":%d' % number).replace(b"7152", b"715%d" % number)
@@ -314,8 +314,8 @@ TOLD = b'{"prompt_tokens":31,"total_tokens":33,"completion_tokens":2,"prompt_tok
 
 
 def test_events_without_text_are_known_by_those_of_earlier_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded, parsed = reader._decoded, []
-    monkeypatch.setattr(reader, "_decoded", lambda data: parsed.append(data) or decoded(data))
+    decoded, parsed = reader.decoded, []
+    monkeypatch.setattr(reader, "decoded", lambda data: parsed.append(data) or decoded(data))
     habits, answers = Habits(), []
     for number in range(3):
         block = b"".join(b"data: %b\n\n" % (event % TOLD) for event in (ROLE, ENDED, SUM)) + b"data: [DONE]\n\n"
@@ -359,3 +359,23 @@ def test_what_is_learnt_of_events_without_text_is_bounded() -> None:
         event = b'{"choices":[],"x%d":null}' % number
         learnt.learn(event, json.loads(event))
     assert len(learnt._shapes) <= MAX_KNOWN < 1000
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        b'"format":{"type":"x","text":"plain"}',
+        b'"meta":{"content":"none"}',
+        b'"timings":{"cache_n":0,"prompt_n":3,"predicted_n":1,"predicted_ms":1.5},"__verbose":{"content":"x","a":1}',
+        b'"__verbose":{"content":"x"},"timings":{"cache_n":0,"prompt_n":3,"predicted_n":1,"predicted_ms":1.5}',
+        b'"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1},"meta":{"text":"x"}',
+    ],
+)
+@pytest.mark.parametrize("text", ["\\n", "\\u00e9", ""])
+def test_what_always_stands_beside_the_text_is_not_taken_for_it(others: bytes, text: str) -> None:
+    """Also where the first texts have none that could be found: each is in an escape."""
+    choice = b'{"index":0,"delta":{"content":"%b"},"finish_reason":null}'
+    events = [b'data: {"choices":[%b],%b}\n\n' % (choice % each, others) for each in [text.encode()] * 4 + [b"a"] * 4]
+    answer = Answer(ONE)
+    said = [each for block in events for each in singly(answer.events(block)) if isinstance(each, Delta)]
+    assert "".join(each.text for each in said) == json.loads(f'"{text}"') * 4 + "a" * 4

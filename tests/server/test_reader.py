@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,11 @@ def test_a_sum_of_none_does_not_make_an_answer_free(last: int | None) -> None:
     answer = Answer(GENERATION)
     given = event("a") + event("b") + event("", "stop", **usage(7, 2)) + sums(7, last) + DONE
     assert end(answer.events(given)).usage == Usage(7, 0, 2)
+
+
+def test_a_server_that_does_not_say_what_was_cached_has_cached_nothing() -> None:
+    old = {"timings": {"prompt_n": 7, "predicted_n": 2}}
+    assert end(Answer(GENERATION).events(event("a", **old) + event("", "stop", **old) + DONE)).usage == Usage(7, 0, 2)
 
 
 # The end
@@ -182,6 +188,26 @@ def test_calls_with_numbers_keep_them() -> None:
         (1, "b", None),
         (0, None, {"arguments": "{}"}),
     ]
+
+
+def test_calls_that_all_have_the_same_number_are_told_apart_by_their_ids() -> None:
+    """As Ollama's, each whole and in an event of its own; or in pieces of which only the first has an id."""
+    a, b = ({"index": 0, "id": each, "function": {"name": "f", "arguments": "{"}} for each in "ab")
+    more = {"index": 0, "id": "", "function": {"arguments": "}"}}
+    assert [number for number, *_ in calls(calling(a), calling(more), calling(b, a | {"id": "c"}), calling(more))] == [
+        *(0, 0, 1, 2, 2)
+    ]
+    other = a | {"index": 1, "id": "d"}  # the second has its number, which is taken
+    assert [number for number, *_ in calls(calling(a, b, other), calling(more | {"index": 1}))] == [0, 1, 2, 2]
+    assert [number for number, *_ in calls(calling(a), calling(a, choice=1), calling(b))] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("ids", ["aaaa", "abcd", ["a", None, None, ""], ["", "a", "a", "a"]])
+def test_pieces_of_one_call_are_one_call_whatever_their_ids(ids: Sequence[str | None]) -> None:
+    """The same in each piece, another in each (as vLLM's were), in the first alone, or late."""
+    names = [{"name": "f", "arguments": ""}, *({"arguments": each} for each in ("{", "}", ""))]
+    pieces = [{"index": 0, "id": id_, "function": name} for id_, name in zip(ids, names, strict=True)]
+    assert [number for number, *_ in calls(*map(calling, pieces))] == [0] * 4
 
 
 @pytest.mark.parametrize(("given", "told"), [({"x": 1}, '{"x":1}'), ([], "[]"), ("{}", "{}"), (None, None)])

@@ -39,8 +39,8 @@ def test_what_a_model_thinks_is_told_from_what_it_says_and_read_as_quickly() -> 
 
 def test_llama_cpps_thoughts_are_known_by_their_shape_too(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
-    decoded = reader._decoded
-    monkeypatch.setattr(reader, "_decoded", lambda data: parsed.append(data) or decoded(data))
+    decoded = reader.decoded
+    monkeypatch.setattr(reader, "decoded", lambda data: parsed.append(data) or decoded(data))
     answer, events = Answer(ONE), []
     for number in range(1, 21):
         event = TIMED.replace(b'_n":9', b'_n":%d' % number)

@@ -1,7 +1,7 @@
 """What an event says, checked: of a choice its number, its text, what the model thinks, and the tools that it calls; of
 its usage how many tokens there are.
 
-Pure. What is not the protocol's raises ValueError, TypeError or AttributeError.
+Pure. What is not the protocol's raises ValueError, TypeError or AttributeError; what is no event at all, EngineFailed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,20 @@ from typing import Any
 import orjson
 
 from octoai.server.engines.plain import MAX_TOKENS
+from octoai.server.errors import EngineFailed
 
 Choice = Mapping[str, Any]
 Call = Mapping[str, Any]
+
+
+def decoded(payload: bytes) -> Mapping[str, Any]:
+    try:
+        chunk = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        raise EngineFailed("The engine sent an event that is not JSON.") from None
+    if not isinstance(chunk, dict):
+        raise EngineFailed("The engine sent an event that is not an object.")
+    return chunk
 
 
 def number_of(choice: Choice, num_choices: int) -> int:
@@ -68,29 +79,59 @@ def _string(value: Any) -> str:
 
 class Calls:
     """The calls of tools in one answer. They come in pieces, which are put together by a number; not every server says
-    one."""
+    one, and some say the same of every call."""
 
     def __init__(self) -> None:
-        self._last: dict[int, tuple[int, str, bool]] = {}  # number, id, and whether it has its name, by choice
+        self._of_choices: dict[int, _Numbers] = {}
 
     def numbered(self, choice: int, calls: Any) -> Sequence[Call]:
         if not isinstance(calls, list):
             raise TypeError(calls)
-        return [self._numbered(choice, call) for call in calls]
+        numbers = self._of_choices.setdefault(choice, _Numbers())
+        return [_numbered(call, numbers) for call in calls]
 
-    def _numbered(self, choice: int, call: Call) -> Call:
-        id_, number, function = _string(call.get("id")), call.get("index"), call.get("function")
-        has_name = bool(function and function.get("name"))
-        last, last_id, had_name = self._last.get(choice, (-1, "", False))
-        if number is None:  # another id begins another call, and without ids another name
+
+def _numbered(call: Call, numbers: _Numbers) -> Call:
+    id_, function = _string(call.get("id")), call.get("function")
+    has_name = bool(function and function.get("name"))
+    numbered = {**call, "index": numbers.of(call.get("index"), id_, has_name=has_name)}
+    return {**numbered, "function": _function(function)} if function else numbered
+
+
+class _Numbers:
+    """Of the calls of one choice."""
+
+    def __init__(self) -> None:
+        self._last = -1
+        self._known: dict[int, tuple[str, bool]] = {}  # id, and whether it has its name
+        self._meant: dict[int, int] = {}  # by the number that the server says
+
+    def of(self, said: Any, id_: str, *, has_name: bool) -> int:
+        """Of the call that a piece belongs to."""
+        if said is None:  # another id begins another call, and without ids another name
+            last_id, had_name = self._known.get(self._last, ("", False))
             begins = id_ != last_id if id_ else has_name and had_name
-            number = last + 1 if begins else max(0, last)
-        if type(number) is not int or number < 0:
-            raise ValueError(number)
-        is_same = number == last
-        self._last[choice] = number, id_ or (last_id if is_same else ""), has_name or (is_same and had_name)
-        numbered = {**call, "index": number}
-        return {**numbered, "function": _function(function)} if function else numbered
+            said = number = self._next() if begins else max(0, self._last)
+        elif type(said) is not int or said < 0:
+            raise ValueError(said)
+        else:
+            number = self._number(said, id_, has_name=has_name)
+        self._last = self._meant[said] = number
+        known_id, had_name = self._known.get(number, ("", False))
+        self._known[number] = id_ or known_id, has_name or had_name
+        return number
+
+    def _number(self, said: int, id_: str, *, has_name: bool) -> int:
+        """Ollama says 0 of every call: another id that comes with a name begins another. Without one it does not: vLLM
+        has made up an id for every piece."""
+        number = self._meant.get(said, said)
+        known_id, _ = self._known.get(number, ("", False))
+        is_another = has_name and id_ != known_id if id_ and known_id else False
+        is_taken = said not in self._meant and said in self._known
+        return self._next() if is_another or is_taken else number
+
+    def _next(self) -> int:
+        return max(self._known, default=-1) + 1
 
 
 def _function(function: Mapping[str, Any]) -> Mapping[str, Any]:

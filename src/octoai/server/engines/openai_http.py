@@ -152,7 +152,8 @@ class OpenAIEngine:
     async def generate(
         self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
     ) -> AsyncGenerator[Sequence[Event]]:
-        body = self.dialect.body(self._within(generation), self.model)
+        generation = self._within(generation)
+        body = self.dialect.body(generation, self.model)
         exchange = self._pool.exchange("POST", self._base + self.dialect.path(generation), body)
         answer, is_told = Answer(generation, self._habits), False
         arrivals = Arrivals(answer, on_progress=self._on_progress, on_text=on_text)

@@ -12,18 +12,29 @@ from typing import Any
 import orjson
 
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
-from octoai.server.engines.choices import Calls, number_of, reason_of, reasoning_of, text_of, thought_of, tokens_of
+from octoai.server.engines.choices import (
+    Calls,
+    decoded,
+    number_of,
+    reason_of,
+    reasoning_of,
+    text_of,
+    thought_of,
+    tokens_of,
+)
 from octoai.server.engines.logprobs import entries
 from octoai.server.engines.odd import Said
-from octoai.server.engines.plain import MAX_TOKENS, Habits, Plain, plain
+from octoai.server.engines.plain import MAX_TOKENS, Habits, Plain
 from octoai.server.engines.refusals import message_of, refusal
-from octoai.server.engines.timed import Timed, timed
+from octoai.server.engines.timed import Timed, learnt
 from octoai.server.errors import EngineFailed, Refusal
 from octoai.sse import parsed
 
 DONE = b"[DONE]"
 _END = b"data: " + DONE
 MAX_TRIES = 3  # at learning what an answer's plain events look like
+SLACK_TOKENS = 64  # over `max_tokens`: an end, or tokens guessed ahead
+EVENTS_PER_TOKEN = 16  # at most, where only events are counted: one may be a single character
 
 
 class Reader:
@@ -43,6 +54,7 @@ class Reader:
     def __init__(self, generation: Generation | None = None, habits: Habits | None = None) -> None:
         self._generation = generation
         self._num_choices = MAX_TOKENS if generation is None else generation.n
+        self._max_tokens = MAX_TOKENS if generation is None else generation.max_tokens
         self._counted: dict[int, int] = {}
         self._counted_at_text: dict[int, int] = {}  # by the last text; tokens without one belong to what comes next
         self._choices: set[int] = set()  # of which something was said
@@ -61,6 +73,14 @@ class Reader:
             if number < end:
                 self._read_text(texts[number], events)
                 number += 1
+        self._check_length()
+
+    def _check_length(self) -> None:
+        """An engine that does not stop is left: nobody has asked for more than `max_tokens`, or promised to pay."""
+        most = self._max_tokens * (EVENTS_PER_TOKEN if self._completion_tokens is None else 1) + SLACK_TOKENS
+        for number, count in self._counted.items():
+            if count > most and number not in self._reasons:
+                raise EngineFailed("The engine did not stop at max_tokens.")
 
     def _read_plain(self, shape: Plain | Timed, texts: Sequence[bytes], start: int, events: list[Event]) -> int:
         """How many were read at once, from `start` on."""
@@ -112,7 +132,7 @@ class Reader:
 
     def _read_data(self, text: bytes, data: bytes, events: list[Event]) -> Mapping[str, Any]:
         """Returns what is in it."""
-        chunk, had_text = _decoded(data), False
+        chunk, had_text = decoded(data), False
         try:
             had_text = self._read(chunk, events)
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -157,22 +177,11 @@ class Reader:
         self._is_guess = shape is not None
         if shape is None and chunk is not None and isinstance(event, Delta):
             self._num_tries -= 1
-            shape = self._learnt(text, chunk, event)
+            shape = learnt(text, chunk, event)
+            if isinstance(shape, Plain):
+                self._habits.remember(text, shape)
         if shape is not None and shape.has_counts == (self._completion_tokens is not None):
             self._plain, self._said_when_plain = shape, self._said()
-
-    def _learnt(self, text: bytes, chunk: Mapping[str, Any], event: Delta) -> Plain | Timed | None:
-        if event.index or bool(event.text) == bool(event.reasoning) or event.tool_calls or event.logprobs:
-            return None
-        shape = timed(text) if chunk.get("timings") else plain(text)
-        if shape is None or shape.is_reasoning != _thinks(event):
-            return None
-        if isinstance(shape, Timed):
-            return None if chunk.get("usage") else shape
-        if shape.has_counts != bool(chunk.get("usage")):
-            return None
-        self._habits.remember(text, shape)
-        return shape
 
     def _said(self) -> tuple[int, int, bool]:
         """Of what the engine counts, that which plain events do not say."""
@@ -244,7 +253,7 @@ class Reader:
         self._cached_tokens = min(self._cached_tokens, self._prompt_tokens)
 
     def _read_timings(self, timings: Mapping[str, Any]) -> None:
-        self._cached_tokens = tokens_of(timings["cache_n"]) or 0
+        self._cached_tokens = tokens_of(timings.get("cache_n")) or 0  # older ones do not say
         self._prompt_tokens = self._cached_tokens + (tokens_of(timings["prompt_n"]) or 0)
         self._completion_tokens = tokens_of(timings["predicted_n"])
 
@@ -284,16 +293,6 @@ class Reader:
         reasoning_tokens = min(self._told_thought or self._num_thought, completion_tokens)
         usage = Usage(self._prompt_tokens, self._cached_tokens, completion_tokens, reasoning_tokens)
         return Finished(self._reasons, usage)
-
-
-def _decoded(payload: bytes) -> Mapping[str, Any]:
-    try:
-        chunk = orjson.loads(payload)
-    except orjson.JSONDecodeError:
-        raise EngineFailed("The engine sent an event that is not JSON.") from None
-    if not isinstance(chunk, dict):
-        raise EngineFailed("The engine sent an event that is not an object.")
-    return chunk
 
 
 def _thinks(event: Delta) -> bool:

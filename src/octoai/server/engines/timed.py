@@ -7,9 +7,11 @@ was a fifth of what a token cost beside a model that empties the processor's cac
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from octoai.server.engines.plain import BACKSLASH, MAX_RUN, REASONING, TEXT
+from octoai.server.engines.base import Delta
+from octoai.server.engines.plain import BACKSLASH, MAX_RUN, REASONING, TEXT, Plain, plain
 
 _CREATED = re.compile(rb'"created": ?([0-9]+)')
 _COUNT = re.compile(rb'"timings": ?\{[^{}]*"predicted_n": ?([0-9]{1,9})(?=[,}])')
@@ -90,3 +92,18 @@ def timed(event: bytes) -> Timed | None:
         return Timed(begins, middle, ends, is_reasoning=is_reasoning)
     when = slice(created.start(1) - quote, created.end(1) - quote)
     return Timed(begins, middle, ends, when, is_reasoning=is_reasoning)
+
+
+def learnt(event: bytes, chunk: Mapping[str, Any], delta: Delta) -> Plain | Timed | None:
+    """The shape of an event, with times or without, of which `chunk` and `delta` were made; None where it has none."""
+    said = delta.text or delta.reasoning
+    if delta.index or bool(delta.text) == bool(delta.reasoning) or delta.tool_calls or delta.logprobs:
+        return None
+    shape = timed(event) if chunk.get("timings") else plain(event)
+    if shape is None or shape.is_reasoning != bool(delta.reasoning):
+        return None
+    if shape.read((event,), 0)[0] != [said]:
+        return None  # what looked like its text is something else of that name
+    if isinstance(shape, Timed):
+        return None if chunk.get("usage") else shape
+    return shape if shape.has_counts == bool(chunk.get("usage")) else None
