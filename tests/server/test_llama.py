@@ -24,7 +24,7 @@ from octoai.server.engines.held import HeldFiles
 from octoai.server.engines.kernels import NO_KERNELS
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
-from octoai.server.errors import EngineFailed
+from octoai.server.errors import EngineFailed, Refusal
 from tests.server.singly import singly
 
 pytestmark = pytest.mark.model
@@ -144,6 +144,53 @@ def test_it_changes_when_nothing_runs_and_who_comes_meanwhile_waits(embedded_mod
             await until(engine, False, 5)
             await until(engine, True, 30)
             assert engine.num_restarts == 1
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_waits_for_who_reads_its_answer_is_no_engine_that_hangs(embedded_model: Path) -> None:
+    long = replace(HELLO, max_tokens=100, ignore_eos=True)
+
+    async def main() -> None:
+        options = LlamaOptions(context_length=512, num_slots=2, stall_seconds=1.0)
+        engine = LlamaEngine(embedded_model, model="m", options=options)
+        await engine.start()
+        try:
+            slow = engine.generate(long)
+            await anext(slow)
+            await asyncio.sleep(2.5)
+            assert engine.num_restarts == 0
+            assert [event async for batch in slow for event in batch][-1].usage.completion_tokens == 100
+
+            slow = engine.generate(long)
+            await anext(slow)
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGSTOP)  # now it hangs, and somebody waits for it
+            with pytest.raises(Refusal):
+                async with asyncio.timeout(10):
+                    await told(engine)
+            await slow.aclose()
+            await until(engine, True, 60)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+def test_the_slot_of_an_answer_is_free_before_its_end_is_read(embedded_model: Path) -> None:
+    async def main() -> None:
+        options = LlamaOptions(context_length=512, num_slots=1)
+        engine = LlamaEngine(embedded_model, model="m", options=options)
+        await engine.start()
+        try:
+            slow = engine.generate(HELLO)
+            while not isinstance((await anext(slow))[-1], Finished):
+                pass
+            async with asyncio.timeout(10):
+                assert await told(engine)
+            assert [batch async for batch in slow] == []
         finally:
             await engine.close()
 

@@ -1,8 +1,8 @@
 """llama.cpp in a child process of ours, supervised.
 
 The child serves on a unix socket in a directory only we can enter, with a random key. It dies with us. When it
-crashes, or makes no progress for `stall_seconds` while requests run, it is killed and started again with back-off;
-its running requests end with `EngineFailed`, and until it is back nothing is accepted.
+crashes, or makes no progress for `stall_seconds` while somebody waits for it, it is killed and started again with
+back-off; its running requests end with `EngineFailed`, and until it is back nothing is accepted.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LlamaEngine:
         self._reading: Reading | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._last_words: deque[str] = deque(maxlen=20)
-        self._num_running = 0
+        self._num_running = self._num_awaiting = 0
         self._quiet = asyncio.Event()
         self._last_progress = 0.0
         self._patient_until = 0.0
@@ -167,7 +167,7 @@ class LlamaEngine:
         return DIALECTS["llama.cpp"].unsupported(generation)
 
     async def count_tokens(self, generation: Generation) -> int | None:
-        async with self._running():
+        async with self._running(generation):
             reading = self._reading if self._child else None
             assert reading is not None
             return await reading.count_tokens(generation)
@@ -176,30 +176,38 @@ class LlamaEngine:
         self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
     ) -> AsyncGenerator[Sequence[Event]]:
         self._check_tokens(generation)
-        async with self._running():
+        async with self._running(generation):
             reading = self._reading if self._child else None
             assert reading is not None
-            self._patient_until = max(
-                self._patient_until, time.monotonic() + generation.num_prompt_bytes / TOKENIZED_BYTES_PER_SECOND
-            )
             async with aclosing(reading.generate(generation, on_left, on_text)) as batches:
                 async for batch in batches:
-                    yield batch
+                    self._num_awaiting -= 1  # until who reads it asks for more, which may be long
+                    try:
+                        yield batch
+                    finally:
+                        self._await()
 
     @asynccontextmanager
-    async def _running(self) -> AsyncIterator[None]:
-        """While it runs, the child is not changed for another one, and has to make progress."""
+    async def _running(self, generation: Generation) -> AsyncIterator[None]:
+        """While it runs, the child is not changed for another one, and has to make progress where it is waited for."""
         while self._changing is not None:
             await self._changing.wait()
-        if self._num_running == 0:
-            self._made_progress()
+        tokenized = time.monotonic() + generation.num_prompt_bytes / TOKENIZED_BYTES_PER_SECOND
+        self._patient_until = max(self._patient_until, tokenized)
         self._num_running += 1
+        self._await()
         try:
             yield
         finally:
+            self._num_awaiting -= 1
             self._num_running -= 1
             if self._num_running == 0:
                 self._quiet.set()
+
+    def _await(self) -> None:
+        if self._num_awaiting == 0:
+            self._made_progress()  # as far as anybody has asked
+        self._num_awaiting += 1
 
     @property
     def _child(self) -> OpenAIEngine:
@@ -250,7 +258,7 @@ class LlamaEngine:
                 if done:
                     return f"exited with {process.returncode}"
                 silent = time.monotonic() - max(self._last_progress, self._patient_until)
-                if self._num_running and silent > self.options.stall_seconds:
+                if self._num_awaiting and silent > self.options.stall_seconds:
                     return f"made no progress for {self.options.stall_seconds:g} s"
         finally:
             exited.cancel()

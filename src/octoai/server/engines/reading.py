@@ -71,7 +71,8 @@ class Reading:
     async def generate(
         self, generation: Generation, on_left: OnLeft | None, on_text: OnText | None
     ) -> AsyncGenerator[Sequence[Event]]:
-        """As of an `Engine`."""
+        """As of an `Engine`. The slot is free before the end of the answer is given: who reads it may take long."""
+        end: Sequence[Event] = ()
         async with self._turns:
             prompt, has_begun = Prompt(), False
             self._burst.arrive(prompt)
@@ -86,6 +87,9 @@ class Reading:
                     async for batch in batches:
                         self._num_answering += not has_begun
                         has_begun = True
+                        if isinstance(batch[-1], Finished):
+                            end = prompt.counted(batch)
+                            break
                         yield prompt.counted(batch)
             finally:
                 self._burst.end(prompt)
@@ -94,6 +98,7 @@ class Reading:
                     self._slots.put_back(prompt.slot, prompt.held, self._num_saved(prompt))
                 if on_left is not None and prompt.num_read and not prompt.is_counted:
                     on_left((Started(prompt.num_read, prompt.num_read - prompt.num_computed),))
+        yield end
 
     async def count_tokens(self, generation: Generation) -> int | None:
         """As of an `Engine`."""
