@@ -417,6 +417,27 @@ def test_a_server_that_accepts_and_says_nothing_does_not_hold_up_the_start(monke
     run(main())
 
 
+def test_a_server_too_busy_with_its_answers_to_list_its_models_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_http, "PROBE_SECONDS", 0.2)
+
+    async def main() -> None:
+        upstream = Upstream(forever)
+        async with up(upstream) as engine:
+            long = Generation(max_tokens=9000, text="x")
+            async with aclosing(engine.generate(long, on_text=lambda _: True)) as batches:
+                await anext(batches)
+                reading = asyncio.ensure_future(anext(batches))
+                upstream.models = raw(b"", 30.0)
+                for _ in range(20):
+                    await asyncio.sleep(0.05)
+                    assert engine.is_ready
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+            await _soon(lambda: not engine.is_ready)
+
+    run(main())
+
+
 def test_one_that_wants_another_key_is_not_ready() -> None:
     async def main() -> None:
         async with up(Upstream(models=answers(401, b"{}"))) as engine:

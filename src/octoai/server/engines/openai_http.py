@@ -57,7 +57,7 @@ class OpenAIEngine:
         num_slots: int = 256,
         context_length: int | None = None,
         stall_seconds: float = 300.0,
-        on_progress: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None] | None = None,
     ) -> None:
         self.url = url
         self.model = model
@@ -70,10 +70,10 @@ class OpenAIEngine:
         self._base = "/v1" if url.startswith("unix:") else urlsplit(url).path.rstrip("/")
         self._root = self._base.removesuffix("/v1")
         self._stall_seconds = stall_seconds
-        self._on_progress = on_progress
+        self._on_progress = on_progress or self._heard
         self._habits = Habits()
         self._failures = _Failures(self._failed)
-        self._is_ready = False
+        self._is_ready = self._was_heard = False
         self._probe: asyncio.Task[None] | None = None
 
     @property
@@ -90,13 +90,16 @@ class OpenAIEngine:
 
     async def connect(self) -> Mapping[str, Any] | None:
         """Whether it answers, and what it says of its model. Sets `is_ready` and `context_length`."""
-        listed = None
+        listed, is_busy, self._was_heard = None, False, False
         exchange = self._pool.exchange("GET", self._base + "/models")
-        with closing(exchange), suppress(OSError, ValueError):  # TimeoutError is an OSError
-            async with asyncio.timeout(PROBE_SECONDS):
-                if await exchange.answered(PROBE_SECONDS) == 200:
-                    listed = orjson.loads(await exchange.body(MAX_SAID_BYTES, PROBE_SECONDS))
-        self._is_ready = isinstance(listed, dict)
+        with closing(exchange), suppress(OSError, ValueError):
+            try:
+                async with asyncio.timeout(PROBE_SECONDS):
+                    if await exchange.answered(PROBE_SECONDS) == 200:
+                        listed = orjson.loads(await exchange.body(MAX_SAID_BYTES, PROBE_SECONDS))
+            except TimeoutError:
+                is_busy = self._was_heard  # with its answers, of which something came meanwhile
+        self._is_ready = is_busy or isinstance(listed, dict)
         described = _described(listed, self.model) if isinstance(listed, dict) else None
         if described is not None:
             meta = described.get("meta")
@@ -105,6 +108,9 @@ class OpenAIEngine:
             if type(window) is int and 0 < window < MAX_TOKENS:
                 self.context_length = window
         return described
+
+    def _heard(self) -> None:
+        self._was_heard = True
 
     async def close(self) -> None:
         if self._probe is not None:
