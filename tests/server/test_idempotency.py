@@ -7,17 +7,21 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
 from octoai import OctoAI
-from octoai.server import accounts
+from octoai.server import accounts, idempotency
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import BadRequest, EngineFailed
-from octoai.server.store import Place
+from octoai.server.idempotency import Key, Recording, Recordings
+from octoai.server.ledger import now_us
+from octoai.server.store import Place, keys
 from octoai.server.store.requests import COLUMNS, RequestRow
 from tests.load.accounts import Books
 from tests.load.clients import Request, Target, Told
@@ -91,6 +95,54 @@ def test_the_same_request_under_the_same_key_is_the_same_answer_billed_once(serv
     assert row.completion_tokens == 5
     assert len(service.engine.seen) == 1
     assert net_nanos(service) == row.cost_nanos > 0
+
+
+def test_a_key_is_new_again_after_the_time_that_it_is_kept(service: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idempotency, "KEEP_SECONDS", 0.3)
+    first = ask(service, PATH, request(service), idempotency_key="k1")
+    assert ask(service, PATH, request(service), idempotency_key="k1")[1]["idempotent-replayed"] == "true"
+    time.sleep(0.4)
+    service.read(lambda db: None)
+    service.books(lambda db: keys.prune(db, now_us()))
+    again = ask(service, PATH, request(service, max_tokens=7), idempotency_key="k1")
+    assert (first[0], again[0]) == (200, 200)
+    assert "idempotent-replayed" not in again[1]
+    assert len(rows(service)) == 2
+
+
+def recorded(recordings: Recordings, number: int, answer: Sequence[bytes]) -> float:
+    """The seconds that it takes to keep an answer that is whole."""
+    recording = Recording(Key.of(f"key-{number}", PATH, b"{}"), f"req_{number}")
+    recordings.begin("default", recording)
+    recording.begin(200, [(b"content-type", b"application/json"), (b"x-octoai-cost", b"0.000012")])
+    for block in answer:
+        recording.add(bytes(bytearray(block)))  # a copy of its own
+    recording.end(b"end")
+    began = time.perf_counter()
+    recordings.end("default", recording)
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize("answer", [[b"x" * 290], [b"x" * 200] * 8], ids=["whole", "stream"])
+def test_however_many_answers_are_kept_they_take_no_more_memory_than_they_may(answer: Sequence[bytes]) -> None:
+    recordings = Recordings()
+    tracemalloc.start()
+    try:
+        for number in range(25_000):
+            recorded(recordings, number, answer)
+        assert tracemalloc.get_traced_memory()[0] < 1.1 * idempotency.MAX_RECENT_BYTES
+    finally:
+        tracemalloc.stop()
+    assert recordings.find("default", Key.of("key-24999", PATH, b"{}")) is not None
+    assert recordings.find("default", Key.of("key-0", PATH, b"{}")) is None
+
+
+def test_to_keep_an_answer_takes_no_longer_for_those_that_are_kept_already() -> None:
+    recordings = Recordings()
+    first = median([recorded(recordings, number, [b"x"]) for number in range(100)])
+    for number in range(100, 10_000):
+        recorded(recordings, number, [b"x"])
+    assert median([recorded(recordings, 10_000 + number, [b"x"]) for number in range(100)]) < 20 * first
 
 
 def test_another_process_finds_the_stored_answer(service: InProcess, in_process: Start) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import re
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,6 +23,7 @@ from octoai.server.errors import BadRequest
 KEEP_SECONDS = 24 * 3600.0
 MAX_STORED_BYTES = 1024 * 1024
 MAX_RECENT_BYTES = 32 * 1024 * 1024
+OVERHEAD_BYTES = 2048  # of a recording beside its body: the objects that it is, its head and its key
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 Head = tuple[int, Sequence[tuple[bytes, bytes]]]
@@ -44,9 +46,14 @@ class Key:
         return cls(value, hashlib.sha256(path.encode() + b"\0" + body).digest())
 
 
-@dataclass(eq=False)
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+@dataclass(eq=False, slots=True)
 class Recording:
-    """An answer under a key: as far as it has been given, and then whole. `num_readers` connections wait for it."""
+    """An answer under a key: as far as it has been given, and then whole. `num_readers` connections wait for it. The
+    key is kept for a day from `began_us` on."""
 
     key: Key
     request_id: str
@@ -56,12 +63,18 @@ class Recording:
     is_done: bool = False
     error: BaseException | None = None
     is_abandoned: bool = False  # nobody was left to read it; it is being ended
+    began_us: int = field(default_factory=_now_us)
     _more: asyncio.Event = field(default_factory=asyncio.Event)
     _abandon: Callable[[], None] | None = None
 
     @property
     def size_bytes(self) -> int:
-        return sum(map(len, self.blocks))
+        """Of memory, once it is whole."""
+        return OVERHEAD_BYTES + sum(map(len, self.blocks))
+
+    @property
+    def is_over_age(self) -> bool:
+        return self.is_done and _now_us() - self.began_us >= KEEP_SECONDS * 1_000_000
 
     def begin(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.head = (status, headers)
@@ -75,6 +88,8 @@ class Recording:
         """Its last block: it is whole."""
         self.is_done = True
         self.add(block)
+        self.blocks = [b"".join(self.blocks)]  # who reads the list of before has its end in that
+        self._abandon = None
 
     def fail(self, error: BaseException) -> None:
         """It will not be whole: those who joined get the same error."""
@@ -101,13 +116,14 @@ class Recording:
 
     async def replayed(self) -> AsyncIterator[Head | bytes]:
         """The head, and every block from the first on. Raises what ended the answer before it was whole."""
-        has_head, sent = False, 0
+        blocks: Sequence[bytes] | None = None
+        sent = 0
         while True:
-            if self.head is not None and not has_head:
-                has_head = True
+            if blocks is None and self.head is not None:
+                blocks = self.blocks  # this list to the end: a whole recording gets another
                 yield self.head
-            while sent < len(self.blocks):
-                yield self.blocks[sent]
+            while blocks is not None and sent < len(blocks):
+                yield blocks[sent]
                 sent += 1
             if self.is_done:
                 break
@@ -131,47 +147,51 @@ def pack(status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> st
     return base64.b64encode(packed).decode() if len(packed) <= MAX_STORED_BYTES else None
 
 
-def unpacked(key: Key, request_id: str, packed: bytes) -> Recording:
+def unpacked(key: Key, request_id: str, packed: bytes, began_us: int) -> Recording:
     """The inverse: a recording that is done."""
     head, _, body = zlib.decompress(packed).partition(b"\n")
     said = orjson.loads(head)
     headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in said["headers"]]
-    return Recording(key, request_id, (said["status"], headers), [body], 0, is_done=True)
+    return Recording(key, request_id, (said["status"], headers), [body], 0, is_done=True, began_us=began_us)
 
 
 class Recordings:
-    """Those of this process, by account and key: the running ones, and the latest that are done."""
+    """Those of this process, by account and key: the running ones, and the latest that are done, oldest first."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], Recording] = OrderedDict()
+        self._running: dict[tuple[str, str], Recording] = {}
+        self._done: OrderedDict[tuple[str, str], Recording] = OrderedDict()
         self._done_bytes = 0
 
     def find(self, account: str, key: Key) -> Recording | None:
-        return self._kept.get((account, key.value))
+        ident = (account, key.value)
+        found = self._running.get(ident) or self._done.get(ident)
+        if found is None or not found.is_over_age:
+            return found
+        self._done_bytes -= self._done.pop(ident).size_bytes
+        return None
 
     def begin(self, account: str, recording: Recording) -> None:
-        self._kept[account, recording.key.value] = recording
+        """Where `find` found none."""
+        self._running[account, recording.key.value] = recording
 
     def replace(self, account: str, recording: Recording, stored: Recording) -> None:
         """What was to be recorded has an answer already; who joined in the meantime is given that."""
         recording.head, recording.blocks, recording.request_id = stored.head, stored.blocks, stored.request_id
-        recording.is_done = True
+        recording.began_us, recording.is_done = stored.began_us, True
         recording.tell()
         self.end(account, recording)
 
     def end(self, account: str, recording: Recording) -> None:
         """Kept for a while where it is whole, forgotten where it is not."""
         ident = (account, recording.key.value)
-        if self._kept.get(ident) is not recording:
+        if self._running.get(ident) is not recording:
             return
+        del self._running[ident]
         if recording.error is not None or not recording.is_done:
-            del self._kept[ident]
             return
+        self._done[ident] = recording
         self._done_bytes += recording.size_bytes
-        self._kept.move_to_end(ident)
-        for old, each in tuple(self._kept.items()):
-            if self._done_bytes <= MAX_RECENT_BYTES:
-                break
-            if each.is_done:
-                self._done_bytes -= each.size_bytes
-                del self._kept[old]
+        while self._done_bytes > MAX_RECENT_BYTES:
+            _, oldest = self._done.popitem(last=False)
+            self._done_bytes -= oldest.size_bytes
