@@ -15,9 +15,10 @@ import psycopg
 import pytest
 
 from octoai.cli import missing
-from octoai.server.store import Conflict, Place, StoreAway, StoreError, connect
+from octoai.server.store import Conflict, Place, StoreAway, StoreError, connect, postgres
 from octoai.server.store.postgres import PostgresConnection
 from tests.postgres import PASSWORD, PostgresServer, ServerMissing, programs
+from tests.talking import until
 
 
 @pytest.fixture
@@ -110,6 +111,73 @@ def test_a_transaction_whose_connection_is_lost_fails_whole(connection: Postgres
         end_connections(postgres_url)
         list(rows)
     assert ids(connection) == []
+
+
+def test_who_stands_still_in_a_transaction_loses_it_and_holds_up_nobody(
+    connection: PostgresConnection, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "IDLE_SECONDS", 1)
+    other = PostgresConnection(postgres_url)
+    with pytest.raises(StoreAway), connection.transaction():
+        connection.execute("INSERT INTO things VALUES (1)")
+        began = time.monotonic()
+        with other.transaction():
+            other.execute("INSERT INTO things VALUES (2)")
+        assert time.monotonic() - began < 3
+        connection.execute("INSERT INTO things VALUES (3)")
+    assert ids(connection) == [2]
+    other.close()
+
+
+def test_a_statement_may_take_longer_than_a_pause_between_two(
+    connection: PostgresConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "IDLE_SECONDS", 1)
+    with connection.transaction():
+        connection.execute("INSERT INTO things VALUES (1)")
+        connection.row("SELECT pg_sleep(1.5)")
+    assert ids(connection) == [1]
+
+
+def test_a_lock_that_is_not_given_up_is_told_with_what_to_do(
+    connection: PostgresConnection, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "LOCK_SECONDS", 1)
+    with psycopg.connect(postgres_url) as other:
+        other.execute("SELECT pg_advisory_xact_lock(%s)", (postgres._WRITER_LOCK,))
+        began = time.monotonic()
+        said = r"locked for 1 s; pg_locks says which, pg_terminate_backend"
+        with pytest.raises(StoreAway, match=said), connection.transaction():
+            connection.execute("INSERT INTO things VALUES (1)")
+        assert time.monotonic() - began < 3
+    with connection.transaction():
+        connection.execute("INSERT INTO things VALUES (2)")
+    assert ids(connection) == [2]
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_a_writer_sees_what_the_one_before_has_written_whatever_the_databases_default(
+    postgres_url: str, connection: PostgresConnection, level: str
+) -> None:
+    name = postgres_url.rpartition("/")[2]
+    connection.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = '{level}'")
+    one, other = PostgresConnection(postgres_url), PostgresConnection(postgres_url)
+    seen: list[list[int]] = []
+
+    def look() -> None:
+        with other.transaction():
+            seen.append(ids(other))
+
+    with one.transaction():
+        looking = threading.Thread(target=look)
+        looking.start()
+        waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory' AND datname = current_database()"
+        until(lambda: connection.row(waits) is not None, 5)
+        one.execute("INSERT INTO things VALUES (1)")
+    looking.join()
+    assert seen == [[1]]
+    one.close()
+    other.close()
 
 
 def test_a_failure_that_was_caught_does_not_look_written(connection: PostgresConnection) -> None:

@@ -30,6 +30,11 @@ from octoai.server.store.schema import MIGRATIONS, statements
 HOW = "database must be postgresql://user@host/name"
 _WRITER_LOCK = 0x6F63746F6169  # "octoai": whoever writes holds it
 STREAM_ROWS = 1000
+# A writer that is frozen (a paused container, a machine that was lost) keeps its lock for as long as the server waits
+# for its next statement; none of ours needs so long for that. Others wait for the lock for longer than that, not
+# without end.
+IDLE_SECONDS = 5
+LOCK_SECONDS = 10
 
 # What the URL does not say itself. A host that vanished is noticed in about 10 s: 5 + 2 x 2 s without an answer to
 # keepalives, or 10 s (in milliseconds here) without one to what was sent.
@@ -42,6 +47,14 @@ _DEFAULTS: dict[str, str | int] = {
     "tcp_user_timeout": 10_000,
     "target_session_attrs": "read-write",  # of several hosts, the one that is not a standby
 }
+
+
+_AWAY = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    psycopg.errors.ReadOnlySqlTransaction,
+    psycopg.errors.IdleInTransactionSessionTimeout,
+)
 
 
 class PostgresConnection:
@@ -78,8 +91,15 @@ class PostgresConnection:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        # One writer at a time, as on SQLite: no two can wait for each other, and what is read stays so to the end.
-        with self._begun(f"BEGIN; SELECT pg_advisory_xact_lock({_WRITER_LOCK})"):
+        # One writer at a time, as on SQLite: no two can wait for each other, and what is read stays so to the end. Each
+        # sees what the one before has written, whatever the database's own default is. SET LOCAL, since a pooler may
+        # give the next transaction to somebody else.
+        with self._begun(
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; "
+            f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'; "
+            f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'; "
+            f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})"
+        ):
             yield
             self._commit()
 
@@ -240,7 +260,12 @@ def _told() -> Iterator[None]:
         raise Conflict(_line(error)) from error
     except psycopg.errors.DiskFull as error:
         raise StoreFull(f"the database has no room: {_line(error)}") from error
-    except (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction) as error:
+    except psycopg.errors.LockNotAvailable as error:
+        raise StoreAway(
+            f"the database is away: another session has kept it locked for {LOCK_SECONDS} s; pg_locks says which, "
+            "pg_terminate_backend(pid) ends it"
+        ) from error
+    except _AWAY as error:
         raise StoreAway(f"the database is away: {_line(error)}") from error
     except psycopg.Error as error:
         raise StoreError(f"cannot use the database: {_line(error)}") from error
