@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ from octoai.server import accounts, streaming
 from octoai.server.engines.base import Event
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.ledger import now_us
-from octoai.server.store import Connection, StoreAway, keys, sqlite
+from octoai.server.store import Connection, Place, StoreAway, connect, keys, requests, sqlite
+from octoai.server.store.entries import balance_nanos
 from octoai.server.store.keys import KeyRow
 from tests.running import InProcess
+from tests.server.test_applier import COST, settlement
 from tests.server.test_idempotency import PATH, SLOW, leave, net_nanos, rows, statuses, talk
 from tests.talking import ask, is_idle, request, until
 
@@ -115,6 +119,56 @@ def test_an_attempt_is_given_back_also_where_its_key_was_taken_over_unheard(
     monkeypatch.setattr(books, "write", late)
     assert talk(slow, "k1").rest().count(b"w39 ") == 1
     until(lambda: is_idle(slow) and statuses(slow) == ["refunded", "settled"], 2)
+
+
+def test_a_retry_while_the_database_is_away_is_billed_instead_of_the_first_and_answered_once(
+    slow: InProcess, talk: Any, in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
+    leave(slow, talk, "k0")  # known from here on
+    lock = sqlite3.connect(slow.settings.data_dir / "octoai.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    leave(slow, talk, "k1")
+    said = talk(slow, "k1").rest()
+    lock.execute("ROLLBACK")
+    lock.close()
+    assert said.count(b"w39 ") == 1
+    until(lambda: statuses(slow) == ["refunded", "settled", "settled"], 5)
+    finished = next(row for row in rows(slow) if row.outcome == "finished")
+    assert key_of(slow).request == finished.id
+    assert net_nanos(slow) == finished.cost_nanos + rows(slow)[0].cost_nanos
+    other = InProcess(ScriptedEngine(("other",)), slow.settings.data_dir)
+    try:
+        _, headers, text = ask(other, PATH, request(other, stream=True), idempotency_key="k1")
+    finally:
+        other.close()
+    assert headers["idempotent-replayed"] == "true"
+    assert text.count(b"w39 ") == 1
+
+
+@pytest.mark.parametrize("portion", [1, 2, 100])
+def test_attempts_that_come_from_the_journal_alone_are_billed_as_one_however_often_it_is_read(
+    place: Place, portion: int
+) -> None:
+    answer = base64.b64encode(b"the answer").decode()
+    records = [
+        record | {"kind": kind, "key": "k1", "key_body": "ab", "opened_us": record["opened_us"] + number}
+        for number, record in enumerate([settlement(1), settlement(2), settlement(3) | {"answer": answer}])
+        for kind in ("intent", "settlement")
+    ]
+    with closing(connect(place)) as db:
+        with db.transaction():
+            accounts.ensure_default(db)
+        for start in (0, *range(len(records))):
+            for at in range(start, len(records), portion):
+                with db.transaction():
+                    requests.apply(db, records[at : at + portion], now_us())
+            row = keys.find(db, "default", "k1")
+            assert row is not None
+            assert (row.request, row.answer, row.num_attempts) == (records[-1]["id"], b"the answer", 3)
+            found = [requests.of_id(db, record["id"]) for record in records[::2]]
+            assert [each.status for each in found if each] == ["refunded", "refunded", "settled"]
+            assert balance_nanos(db, "default") == -COST
 
 
 @pytest.mark.parametrize("payer", ["account", "token"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,15 +71,6 @@ def claim_again(db: Connection, account: str, key: str, before: KeyRow, claimed:
     return changed == 1
 
 
-def replaced(db: Connection, account: str, key: str, request: str) -> str | None:
-    """Whose charge is to be given back now that this request runs, if anybody's; it is not told again."""
-    row = find(db, account, key)
-    if row is None or row.request != request or row.replaces is None:
-        return None
-    db.execute("UPDATE keys SET replaces = NULL WHERE account = ? AND key = ?", (account, key))
-    return row.refunds
-
-
 _AS_BEFORE = (
     "UPDATE keys SET request = replaces, replaces = NULL, num_attempts = num_attempts - 1, "
     "request_id = COALESCE((SELECT r.request_id FROM requests r WHERE r.id = keys.replaces), request_id) "
@@ -107,20 +97,39 @@ def release_of_journal(db: Connection, journal: str) -> None:
     )
 
 
-def note(db: Connection, records: Iterable[dict[str, Any]]) -> None:
-    """Keep the answers of settled requests that had a key. The key stands already where the database was there when
-    the request came; where it was away, it is written now."""
-    for record in records:
-        if record.get("key") is None:
-            continue
-        claimed = KeyRow(
-            *(bytes.fromhex(record["key_body"]), record["id"], record["request_id"]),
-            *(record["journal"], record["opened_us"]),
-        )
-        claim(db, record["account"], record["key"], claimed)
-        answer = record.get("answer")
-        if answer is not None:
-            keep(db, record["account"], record["key"], record["id"], base64.b64decode(answer))
+def note(db: Connection, record: dict[str, Any]) -> str | None:
+    """Keep the key of a request that runs or has run, and its answer once there is one. Returns whose charge is to be
+    given back for it, if anybody's; that is not told again.
+
+    The key is the request's already where the database was there when it came. Where it was away the key is claimed
+    now, also from an earlier request, which had ended without an answer when this one began."""
+    account, key, request = record["account"], record["key"], record["id"]
+    claimed = KeyRow(
+        *(bytes.fromhex(record["key_body"]), request, record["request_id"]),
+        *(record["journal"], record["opened_us"]),
+    )
+    standing = claim(db, account, key, claimed)
+    if standing is not None and standing.request != request:
+        standing = _claimed_late(db, account, key, standing, claimed)
+    if record.get("answer") is not None:
+        keep(db, account, key, request, base64.b64decode(record["answer"]))
+    if standing is None or standing.request != request or standing.replaces is None:
+        return None
+    db.execute("UPDATE keys SET replaces = NULL WHERE account = ? AND key = ?", (account, key))
+    return standing.refunds
+
+
+def _claimed_late(db: Connection, account: str, key: str, standing: KeyRow, claimed: KeyRow) -> KeyRow | None:
+    """What stands under the key when a request that began while the database was away has been given it, if the one
+    before was the same and had ended without an answer."""
+    is_same = standing.body_hash == claimed.body_hash and standing.claimed_us < claimed.claimed_us
+    if not is_same or standing.answer is not None:
+        return standing
+    row = db.row("SELECT status FROM requests WHERE id = ?", (standing.request,))
+    if row == ("open",):
+        return standing
+    claim_again(db, account, key, standing, claimed, standing.replaces if row is None else standing.request)
+    return find(db, account, key)
 
 
 def keep(db: Connection, account: str, key: str, request: str, answer: bytes) -> None:

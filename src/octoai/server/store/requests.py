@@ -98,20 +98,17 @@ def apply(db: Connection, records: Iterable[Record], now_us: int) -> None:
             rows[after.id] = changed[after.id] = after
     _write(db, changed.values())
     post(db, due)
-    _give_back_replaced(db, records, now_us)
+    _note_keys(db, records, now_us)
     leases = [(row.lease_us, row.id) for row in changed.values() if row.is_reserved and row.status == "open"]
     reservations.renew(db, leases)
-    keys.note(db, records)
     tokens.used(db, {row.token_id: row.opened_us // 1_000_000 for row in changed.values()})
 
 
-def _give_back_replaced(db: Connection, records: Sequence[Record], now_us: int) -> None:
+def _note_keys(db: Connection, records: Sequence[Record], now_us: int) -> None:
     """A request that is made again under its Idempotency-Key is not billed twice: what it was charged when it ended
     without an answer is given back. Only now that the new one runs: until then it might not."""
     for record in records:
-        if record.get("key") is None:
-            continue
-        row = charged(db, keys.replaced(db, record["account"], record["key"], record["id"]))
+        row = None if record.get("key") is None else charged(db, keys.note(db, record))
         if row is not None:
             refund(db, row, f"asked again under its Idempotency-Key, as {record['request_id']}", now_us)
 
