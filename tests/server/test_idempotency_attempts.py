@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from octoai.server import accounts, streaming
+from octoai.server import accounts, admission, ledger, streaming
 from octoai.server.engines.base import Event
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.ledger import now_us
@@ -202,6 +203,28 @@ def test_a_retry_does_not_join_an_attempt_that_is_being_ended(in_process: Start,
     assert talk(service, "k1", stream=stream).rest().count(b"w39 ") == 1
     until(lambda: is_idle(service), 2)
     assert statuses(service) == ["refunded", "settled"]
+
+
+def test_a_key_is_not_taken_over_from_a_request_that_waits_long_for_its_turn(
+    in_process: Start, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "ELSEWHERE_SECONDS", 0.8)
+    monkeypatch.setattr(ledger, "RENEW_SECONDS", 0.1)
+    service = in_process(ScriptedEngine(SLOW * 2, num_slots=1))
+    elsewhere = InProcess(ScriptedEngine(("other",)), service.settings.data_dir)
+    try:
+        other = talk(service, "other")
+        other.until(b"w1 ")
+        waiting = talk(service, "k1")
+        until(lambda: attempts(service, "k1") == [1], 2)
+        body = request(elsewhere, stream=True)
+        status, headers, text = ask(elsewhere, PATH, body, idempotency_key="k1")
+        assert (status, headers["retry-after"], json.loads(text)["code"]) == (503, "5", "still_running")
+        assert waiting.rest().count(b"w39 ") == 2
+        assert ask(elsewhere, PATH, body, idempotency_key="k1")[1]["idempotent-replayed"] == "true"
+    finally:
+        elsewhere.close()
+    assert attempts(service, "k1") == [1]
 
 
 def test_who_joined_does_not_lose_the_answer_to_a_first_client_that_stops_reading(

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import socket
+import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from octoai.server import accounts
+from octoai.server import accounts, admission, ledger, tokens
+from octoai.server.accounts import Caller
 from octoai.server.billing import nanos
 from octoai.server.engines.base import Event, Generation
 from octoai.server.engines.scripted import ScriptedEngine, Step
-from octoai.server.errors import BadRequest, EngineFailed
-from octoai.server.store import entries
+from octoai.server.errors import BadRequest, EngineFailed, OutOfCredit
+from octoai.server.limits import Standings
+from octoai.server.remaining import Remaining
+from octoai.server.store import Place, connect, entries, sqlite
+from octoai.server.store.reservations import Reservation, Standing
 from tests.running import InProcess
 from tests.talking import Talk, ask, is_idle, request, until
 
@@ -193,6 +200,84 @@ def test_nothing_stays_held_of_clients_that_leave_at_any_moment(in_process: Star
             time.sleep(number * 0.0007)
     until(lambda: is_idle(service), 3)
     until(lambda: client.held() == (0, 0), 3)
+
+
+def test_what_waits_longer_than_a_lease_for_its_turn_holds_what_it_reserved(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "LEASE_US", 1_000_000)
+    monkeypatch.setattr(ledger, "LEASE_US", 1_000_000)
+    monkeypatch.setattr(ledger, "RENEW_SECONDS", 0.2)
+    service = in_process(ScriptedEngine(SLOW[:400], num_slots=1))
+    client = Client(service, credit=ONE, limits={"concurrent_requests": 1})
+    other = threading.Thread(target=ask, args=(service, PATH, request(service)))
+    other.start()
+    until(lambda: service.queue.num_running == 1, 2)
+    waiting = client.stream()
+    until(lambda: service.queue.num_waiting == 1, 2)
+    time.sleep(1.7)
+    assert client.ask()[0] == 402
+    waiting.close()
+    other.join()
+    until(lambda: client.held() == (0, 0), 3)
+
+
+def test_what_is_not_used_while_the_database_is_away_can_be_used_again(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
+    service = in_process(ScriptedEngine(("a ",)))
+    client = Client(service, credit=3 * ONE)
+    assert client.ask()[0] == 200
+    service.read(lambda db: None)
+    lock = sqlite3.connect(service.settings.data_dir / "octoai.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    answers = [client.ask() for _ in range(10)]
+    lock.execute("ROLLBACK")
+    lock.close()
+    assert codes(answers) == {200: 10}
+    until(lambda: client.balance() == 3 * ONE - 11 * 3 * PRICE, 5)
+
+
+def test_what_was_used_while_the_database_is_away_is_gone(caller: Caller) -> None:
+    remaining, wanted = Remaining(), reservation(caller)
+    remaining.heard(caller, left(caller, 2 * ONE))
+    remaining.hold(caller, wanted)
+    remaining.hold(caller, reservation(caller, "2"))
+    with pytest.raises(OutOfCredit):
+        remaining.hold(caller, reservation(caller, "3"))
+    remaining.release(wanted, 10)
+    remaining.hold(caller, replace(wanted, nanos=ONE - 10))
+    with pytest.raises(OutOfCredit):
+        remaining.hold(caller, replace(wanted, id="4", nanos=1))
+
+
+def test_what_began_while_the_database_was_away_is_held_also_when_it_was_heard_of_since(caller: Caller) -> None:
+    remaining, wanted = Remaining(), reservation(caller)
+    remaining.heard(caller, left(caller, 2 * ONE))
+    remaining.hold(caller, wanted)
+    remaining.heard(caller, left(caller, 2 * ONE))  # it is back, and does not know of that
+    remaining.release(wanted, 10)
+    remaining.hold(caller, replace(wanted, nanos=2 * ONE - 10))
+    with pytest.raises(OutOfCredit):
+        remaining.hold(caller, replace(wanted, id="2", nanos=1))
+
+
+@pytest.fixture
+def caller(place: Place) -> Caller:
+    with closing(connect(place)) as db, db.transaction():
+        account = accounts.create(db, "acme", plan="unlimited", is_prepaid=True)
+        token = tokens.find(db, tokens.mint(db, "acme", "acme").id)
+    assert token is not None
+    return Caller(account, token)
+
+
+def reservation(caller: Caller, id_: str = "1") -> Reservation:
+    return Reservation(id_, caller.account.id, caller.token.id, 1, ONE, 2, 50, 2)
+
+
+def left(caller: Caller, nanos: int) -> Standings:
+    return Standings(Standing(caller.account.limits, credit_nanos=nanos), Standing(caller.token.limits), 1)
 
 
 def test_a_request_that_can_never_be_paid_is_refused_before_the_engine_is_asked(in_process: Start) -> None:

@@ -24,11 +24,10 @@ import pytest
 from octoai.server import accounts, tokens
 from octoai.server.books import Books, open_journal
 from octoai.server.errors import OutOfCredit
-from octoai.server.ledger import Ledger
 from octoai.server.limits import standings
+from octoai.server.remaining import Remaining
 from octoai.server.store import Connection, Place, connect, requests
 from octoai.server.store.reservations import Reservation
-from octoai.server.store.writer import Writer
 from tests.load.clients import Load, Request, Target, Told, ask
 from tests.load.crashes import Crashes
 from tests.load.places import serve
@@ -494,10 +493,10 @@ def test_while_the_database_is_away_each_gives_out_its_part_of_what_is_left(tmp_
     wanted = Reservation(id="1", account=account.id, token_id=minted.id, **now)
     passed = 0
     for _ in range(3):
-        ledger = Ledger(None, Writer(place), num_processes=3)
-        ledger._heard(caller, held, wanted)
+        remaining = Remaining(num_processes=3)
+        remaining.heard(caller, held)
         with suppress(OutOfCredit):
             while True:
-                ledger._reserve_unheard(caller, wanted)
+                remaining.hold(caller, wanted)
                 passed += 1
     assert passed == 6  # two each: no more than there are

@@ -1,7 +1,7 @@
 """May this request run now, on whose account, and has it been answered before? What a `Job` needs beyond its engine.
 
-Limits and Idempotency-Keys are asked of the database in one transaction, for callers that have limits and requests
-that have a key; for all others nothing is asked at all.
+Limits are asked of the database, in one transaction with what is reserved, for callers that have some, and before that
+Idempotency-Keys for requests that have one; for all others nothing is asked at all.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class Admission:
             self.ledger.release_key(tab)
             self.ended(caller, recording, error)
             raise
+        self.ledger.admitted(tab)
         return Admitted(request_id, request, tab, standings, recording)
 
     def ended(self, caller: Caller, recording: Recording | None, error: BaseException | None) -> None:
@@ -194,9 +195,7 @@ class Admission:
             completion_tokens=most,
             lease_us=now_us() + LEASE_US,
         )
-        standings = await self.ledger.reserve(caller, wanted, tab.refunds)
-        tab.reservation = None if standings is None else wanted
-        return request, standings
+        return request, await self.ledger.reserve(tab, wanted)
 
     async def _prompt_tokens(self, caller: Caller, generation: Generation, deployment: Deployment) -> tuple[int, int]:
         """The most and the least they can be: as the engine counts them, where a limit depends on it and the engine can

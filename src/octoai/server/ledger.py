@@ -19,11 +19,12 @@ from typing import Any
 from octoai.server.accounts import Caller
 from octoai.server.billing import Price
 from octoai.server.engines.base import NOTHING, Usage
-from octoai.server.errors import OutOfCredit, Unavailable
+from octoai.server.errors import Unavailable
 from octoai.server.journal import START, Journal, JournalError, JournalFailed, JournalFull, Position
 from octoai.server.limits import Standings, reserve
+from octoai.server.remaining import Remaining
 from octoai.server.store import keys, reservations
-from octoai.server.store.database import StoreAway, StoreError
+from octoai.server.store.database import Connection, StoreAway, StoreError
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.writer import Writer
 
@@ -59,6 +60,7 @@ class Tab:
     usage: Callable[[], Usage]
     is_stream: bool = False
     reservation: Reservation | None = None
+    unheard: Reservation | None = None  # as that, but the database does not know of it
     key: tuple[str, str] | None = None  # an Idempotency-Key and the hash, in hexadecimal, of what came with it
     refunds: str | None = None  # whose charge is given back when this runs: of the request before under that key
     opened_us: int = field(default=0, init=False)
@@ -113,10 +115,14 @@ class Tab:
         is_written, settled = self._is_written, self._settled
         if settled is None:
             self.ledger.closed(self)
-            record = self._record("settlement", settled_us := now_us())
-            record |= _counts(self.usage())
+            record, usage = self._record("settlement", settled_us := now_us()), self.usage()
+            record |= _counts(usage)
             record["outcome"], record["settled_us"], record["answer"] = outcome, settled_us, answer
-            self._settled = settled = self.ledger.settle(record, self.reservation, self.price, is_first=not is_written)
+            if (held := self.reservation or self.unheard) is not None:
+                self.ledger.remaining.release(held, self.price.charge(usage))
+            self._settled = settled = self.ledger.settle(
+                record, is_reserved=self.reservation is not None, is_first=not is_written
+            )
         if isinstance(settled, asyncio.Task):
             await asyncio.shield(settled)
         elif is_written and self._opened is not None:
@@ -129,9 +135,7 @@ class Tab:
         if self.opened_us:
             await self.settle(outcome)
             return
-        self.ledger.release_key(self)
-        if self.reservation is not None:
-            await self.ledger.give_back(self.reservation)
+        await self.ledger.give_back(self)
 
     def _record(self, kind: str, at_us: int) -> dict[str, Any]:
         key, key_body = self.key or (None, None)
@@ -172,9 +176,10 @@ class Ledger:
         self.journal = journal
         self.writer = writer
         self.tabs: set[Tab] = set()
+        self.remaining = Remaining(num_processes)
+        self._waiting: set[Tab] = set()  # for their turns, with a key or a reservation
+        self._renew_at = 0.0
         self._away_seconds = away_seconds if serves_when_away else 0.0
-        self._num_processes = num_processes
-        self._left: dict[str, int] = {}  # nano-dollars, by payer, as last heard from the database
         self._checkpoints: asyncio.Task[None] | None = None
         self._again: set[asyncio.Future[Position]] = set()
         self._unwritten: dict[Tab, None] = {}
@@ -224,9 +229,15 @@ class Ledger:
         written.set_result(START)
         return written
 
+    def admitted(self, tab: Tab) -> None:
+        """It may run when its turn comes; until then it keeps its key and what it reserved, however long that takes."""
+        if self.journal is not None and (tab.key is not None or tab.reservation is not None):
+            self._waiting.add(tab)
+
     def opened(self, tab: Tab) -> None:
         """Its intent is written soon: as soon as its engine has been asked where it is alone, so that it is on disk
         when that answers; in a moment, unless it is settled before, where each record is work for many."""
+        self._waiting.discard(tab)
         self.tabs.add(tab)
         self._unwritten[tab] = None
         if self._write_at is None:
@@ -265,41 +276,42 @@ class Ledger:
         except (JournalFull, JournalFailed):
             raise _no_room() from None
 
-    async def reserve(self, caller: Caller, wanted: Reservation, refunds: str | None = None) -> Standings | None:
-        """Hold what a request may need; what the one that it `refunds` was charged is there for it. Raises OutOfCredit,
-        RateLimited; None while the database is away, when money is counted from what was last heard and rates are
-        not."""
+    async def reserve(self, tab: Tab, wanted: Reservation) -> Standings | None:
+        """Hold what a request may need; what the one that it refunds was charged is there for it. Raises OutOfCredit,
+        RateLimited; None while the database is away, when money is counted from what remains and rates are not."""
         if self.journal is None:
             return None
         if self.writer.away_seconds is None:
             try:
                 # On disk or not: a reservation does not outlive what it is for.
                 held = await self.writer.run(
-                    lambda db: reserve(db, caller, wanted, refunds), seconds=LIMIT_SECONDS, is_durable=False
+                    lambda db: reserve(db, tab.caller, wanted, tab.refunds), seconds=LIMIT_SECONDS, is_durable=False
                 )
             except StoreAway:
                 # It may come to be held after all, when nobody wants it any more.
                 self.writer.later(lambda db: reservations.release(db, wanted.id))
                 self.check()
             else:
-                self._heard(caller, held, wanted)
+                tab.reservation = wanted
+                self.remaining.heard(tab.caller, held)
                 return held
-        self._reserve_unheard(caller, wanted)
+        self.remaining.hold(tab.caller, wanted)
+        tab.unheard = wanted
         return None
 
     def settle(
-        self, record: dict[str, Any], reservation: Reservation | None, price: Price, *, is_first: bool
+        self, record: dict[str, Any], *, is_reserved: bool, is_first: bool
     ) -> asyncio.Future[Position] | asyncio.Task[None]:
         """Write a settlement now. A task where there is something to wait for. `is_first`: nothing of the request is on
         disk yet."""
-        on_refused = None if reservation is not None else partial(self._record_again, record)
+        on_refused = None if is_reserved else partial(self._record_again, record)
         written = self.append(record, soon=None, on_refused=on_refused)
-        if is_first or reservation is not None:
+        if is_first or is_reserved:
             self.sync()
         elif self._sync_at is None:  # when the answer has left: to wake the journal's thread takes its time
             self._sync_at = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._sync_settled)
-        if reservation is not None:
-            return asyncio.ensure_future(self._settled(record, written, reservation, price))
+        if is_reserved:
+            return asyncio.ensure_future(self._settled(record, written))
         if written.done() and written.exception() is not None:
             return asyncio.ensure_future(self._recorded(record, written))
         return written
@@ -309,13 +321,8 @@ class Ledger:
         if self.journal is not None:
             self.journal.sync_soon()
 
-    async def _settled(
-        self, record: dict[str, Any], written: asyncio.Future[Position], reservation: Reservation, price: Price
-    ) -> None:
+    async def _settled(self, record: dict[str, Any], written: asyncio.Future[Position]) -> None:
         position = await self._recorded(record, written)
-        if self._left:
-            usage = Usage(record["prompt_tokens"], record["cached_tokens"], record["completion_tokens"])
-            self._release_unheard(reservation, reservation.nanos - price.charge(usage))
         with contextlib.suppress(StoreError):  # the journal has it
             # The next request of the same caller must find what this one no longer holds.
             await self.writer.reached(position, seconds=LIMIT_SECONDS)
@@ -328,13 +335,17 @@ class Ledger:
         self._again.add(again)
         again.add_done_callback(self._again.discard)
 
-    async def give_back(self, reservation: Reservation) -> None:
-        """Of a request that never ran."""
-        self._release_unheard(reservation, reservation.nanos)
-        try:
-            await self.writer.run(lambda db: reservations.release(db, reservation.id), seconds=LIMIT_SECONDS)
-        except StoreError:
-            log.warning("the reservation of %s is given back when its lease ends", reservation.id)
+    async def give_back(self, tab: Tab) -> None:
+        """Of a request that never ran: its key, and what it reserved."""
+        self._waiting.discard(tab)
+        self.release_key(tab)
+        if (held := tab.reservation or tab.unheard) is not None:
+            self.remaining.release(held)
+        if tab.reservation is not None:
+            try:
+                await self.writer.run(lambda db: reservations.release(db, tab.id), seconds=LIMIT_SECONDS)
+            except StoreError:
+                log.warning("the reservation of %s is given back when its lease ends", tab.id)
 
     def release_key(self, tab: Tab) -> None:
         """Of a request that never ran: its Idempotency-Key is as it was before."""
@@ -360,30 +371,21 @@ class Ledger:
             await asyncio.sleep(CHECKPOINT_SECONDS)
             for tab in tuple(self.tabs):
                 tab.checkpoint()
+            self._renew_waiting()
 
-    def _heard(self, caller: Caller, held: Standings, wanted: Reservation) -> None:
-        for payer, standing in ((caller.account.id, held.account), (caller.token.id, held.token)):
-            if standing.left_nanos is None:
-                self._left.pop(payer, None)
-            else:
-                self._left[payer] = standing.left_nanos // self._num_processes
+    def _renew_waiting(self) -> None:
+        """Also where the database is away now: when that is back, before others are given what these hold."""
+        if not self._waiting or time.monotonic() < self._renew_at:
+            return
+        self._renew_at, at_us = time.monotonic() + RENEW_SECONDS, now_us()
+        leases = [(at_us + LEASE_US, tab.id) for tab in self._waiting if tab.reservation is not None]
+        claims = [(at_us, tab.caller.account.id, tab.key[0], tab.id) for tab in self._waiting if tab.key is not None]
 
-    def _reserve_unheard(self, caller: Caller, wanted: Reservation) -> None:
-        account, token = caller.account, caller.token
-        bounded = [account.id] if account.is_prepaid or account.limits.hard_budget_nanos is not None else []
-        bounded += [token.id] if token.limits.hard_budget_nanos is not None else []
-        for payer in bounded:
-            if payer not in self._left:
-                raise Unavailable("The database of accounts does not answer.", retry_after=5, code="database_away")
-            if self._left[payer] < wanted.nanos:
-                raise OutOfCredit("The database is away, and what was last known to be left does not cover this.")
-        for payer in bounded:
-            self._left[payer] -= wanted.nanos
+        def renew(db: Connection) -> None:
+            reservations.renew(db, leases)
+            keys.renew(db, claims)
 
-    def _release_unheard(self, reservation: Reservation, nanos: int) -> None:
-        for payer in (reservation.account, reservation.token_id):
-            if payer in self._left:
-                self._left[payer] += nanos
+        self.writer.later(renew, is_kept=True)
 
 
 def _counts(usage: Usage) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ MAX_REFUNDS = 3
 @dataclass(frozen=True, slots=True)
 class KeyRow:
     """`request` is our id of the newest request made under the key, by the process whose journal is named, at
-    `claimed_us`; `answer` what it was given, once it has ended; `replaces` the one before, which ended without an
-    answer, until `request` runs."""
+    `claimed_us`, which moves on while it waits for its turn; `answer` what it was given, once it has ended; `replaces`
+    the one before, which ended without an answer, until `request` runs."""
 
     body_hash: bytes
     request: str
@@ -69,6 +70,13 @@ def claim_again(db: Connection, account: str, key: str, before: KeyRow, claimed:
         ),
     )
     return changed == 1
+
+
+def renew(db: Connection, claims: Sequence[tuple[int, str, str, str]]) -> None:
+    """(now, account, key, request) of requests that wait for their turns: nobody else takes their keys over."""
+    db.execute_many(
+        "UPDATE keys SET claimed_us = ? WHERE account = ? AND key = ? AND request = ? AND answer IS NULL", claims
+    )
 
 
 _AS_BEFORE = (

@@ -1,0 +1,48 @@
+"""What callers with budgets or prepaid credit may still spend while the database is away: what was last heard from it,
+less what has begun since. Rates are not counted then. Knows nothing of requests but what they reserve."""
+
+from __future__ import annotations
+
+from octoai.server.accounts import Caller
+from octoai.server.errors import OutOfCredit, Unavailable
+from octoai.server.limits import Standings
+from octoai.server.store.reservations import Reservation
+
+
+class Remaining:
+    """Each of `num_processes` has its part of what is left."""
+
+    def __init__(self, num_processes: int = 1) -> None:
+        self._num_processes = num_processes
+        self._left: dict[str, int] = {}  # nano-dollars, by payer
+        self._unheard: set[Reservation] = set()  # the database does not know of them
+
+    def heard(self, caller: Caller, standings: Standings) -> None:
+        """From the database: how things stand, all reservations that it knows of being held."""
+        for payer, standing in ((caller.account.id, standings.account), (caller.token.id, standings.token)):
+            if standing.left_nanos is None:
+                self._left.pop(payer, None)
+            else:
+                unheard = sum(each.nanos for each in self._unheard if payer in (each.account, each.token_id))
+                self._left[payer] = standing.left_nanos // self._num_processes - unheard
+
+    def hold(self, caller: Caller, wanted: Reservation) -> None:
+        """Without the database. Raises OutOfCredit, and Unavailable where nothing was heard of the caller."""
+        account, token = caller.account, caller.token
+        bounded = [account.id] if account.is_prepaid or account.limits.hard_budget_nanos is not None else []
+        bounded += [token.id] if token.limits.hard_budget_nanos is not None else []
+        for payer in bounded:
+            if payer not in self._left:
+                raise Unavailable("The database of accounts does not answer.", retry_after=5, code="database_away")
+            if self._left[payer] < wanted.nanos:
+                raise OutOfCredit("The database is away, and what was last known to be left does not cover this.")
+        for payer in bounded:
+            self._left[payer] -= wanted.nanos
+        self._unheard.add(wanted)
+
+    def release(self, reservation: Reservation, charged_nanos: int = 0) -> None:
+        """What a request that has ended, or never ran, did not come to."""
+        self._unheard.discard(reservation)
+        for payer in (reservation.account, reservation.token_id):
+            if payer in self._left:
+                self._left[payer] += reservation.nanos - charged_nanos
