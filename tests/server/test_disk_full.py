@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import itertools
 import json
@@ -10,16 +11,19 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from octoai.server import accounts
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.journal import files, writer
-from octoai.server.store import StoreFull
+from octoai.server.store import Connection, Place, StoreAway, StoreFull, connect
 from octoai.server.store import writer as applier
+from octoai.server.store.entries import balance_nanos
 from tests.load.accounts import Books, hold
 from tests.load.clients import Load, Request, Target, mixed
 from tests.load.upstream import MODEL, Order, Upstream
@@ -172,6 +176,38 @@ def test_the_database_may_be_full_while_the_journal_has_room(in_process: Start, 
     until(lambda: refusal(service)[0] == 200, 5)
     rows = service.read(lambda db: db.rows("SELECT status FROM requests"))
     assert {status for (status,) in rows} == {"settled"}
+
+
+def test_who_comes_after_one_that_found_the_disk_full_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """SQLite undoes the whole transaction then, by itself."""
+    place = Place(tmp_path)
+    with closing(connect(place)) as db, db.transaction():
+        accounts.create(db, "acme")
+
+    def fill(db: Connection) -> None:
+        db.execute("CREATE TABLE filler (block BLOB NOT NULL)")
+        db.execute_many("INSERT INTO filler VALUES (zeroblob(?))", [(4000,)] * 100)
+
+    async def main() -> None:
+        writer = applier.Writer(place)
+        writer.start()
+        gate = threading.Event()
+        try:
+            most = "PRAGMA max_page_count = {}".format(*await writer.run(lambda db: db.row("PRAGMA page_count")) or ())
+            first = asyncio.create_task(writer.run(lambda db: (db.row(most), gate.wait(5))))
+            await asyncio.sleep(0.2)  # so that the next two share a transaction
+            both = [asyncio.create_task(writer.run(do)) for do in (fill, lambda db: accounts.credit(db, "acme", 5))]
+            await asyncio.sleep(0.1)
+            gate.set()
+            await first
+            assert [type(each) for each in await asyncio.gather(*both, return_exceptions=True)] == [StoreAway] * 2
+            assert writer.is_full
+            assert await writer.run(lambda db: balance_nanos(db, "acme")) == 0
+            assert not writer.is_full
+        finally:
+            writer.close()
+
+    asyncio.run(main())
 
 
 @pytest.fixture

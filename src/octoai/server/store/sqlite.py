@@ -91,7 +91,9 @@ class SqliteConnection:
         self.execute("SAVEPOINT inner_step")
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if not self._connection.in_transaction:  # a full disk: whoever went on would commit each statement alone
+                raise StoreFull(f"the database {self.path} has undone the whole transaction: {error}") from error
             with contextlib.suppress(StoreError):
                 self.execute("ROLLBACK TO inner_step")
                 self.execute("RELEASE inner_step")

@@ -286,7 +286,7 @@ def _done(db: Connection, action: Action) -> tuple[Any, BaseException | None]:
     try:
         with db.savepoint():
             return action(db), None
-    except StoreAway:
+    except (StoreAway, StoreFull):
         raise
     except Exception as error:  # noqa: BLE001  # told to the one who asked
         return None, error
