@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
@@ -21,6 +22,7 @@ from octoai.server import accounts
 from octoai.server.books import Books, open_journal
 from octoai.server.journal import Journal
 from octoai.server.store import Place, connect
+from octoai.server.store.applier import Applier
 from octoai.server.store.audit import verify
 from octoai.server.store.database import StoreAway
 from octoai.server.store.entries import balance_nanos
@@ -155,6 +157,41 @@ def test_one_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: 
 
     run(main())
     assert balance(Place(tmp_path)) == -COST
+
+
+def test_what_becomes_durable_while_one_that_died_is_put_away_is_no_error(place: Place) -> None:
+    """Another thread tells it of that, just when its pipe is closed."""
+    errors: list[BaseException] = []
+
+    def tell(applier: Applier, stop: threading.Event) -> None:
+        try:
+            while not stop.is_set():
+                applier._is_told = False
+                applier.durable()
+                time.sleep(1e-5)  # others need the interpreter, too
+        except BaseException as error:  # noqa: BLE001  # told below
+            errors.append(error)
+
+    async def main() -> None:
+        async with kept(place) as (books, journal):
+            await books.writer.reached(await journal.append(settlement(0)))
+            applier, stop = books.writer._applier, threading.Event()
+            assert applier is not None
+            telling = threading.Thread(target=tell, args=(applier, stop))
+            telling.start()
+            try:
+                for number in range(1, 3):
+                    process = process_of(books)
+                    process.kill()
+                    await until(lambda gone=process: applier._process not in (None, gone))  # type: ignore[misc]
+                    await books.writer.reached(await journal.append(settlement(number), soon=True), seconds=20)
+            finally:
+                stop.set()
+                await asyncio.to_thread(telling.join)
+
+    run(main())
+    assert errors == []
+    assert balance(place) == -3 * COST
 
 
 def test_one_that_does_not_answer_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:

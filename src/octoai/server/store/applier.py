@@ -51,6 +51,7 @@ class Applier:
         self._applied = START
         self._heard: Callable[[News], None] = lambda _: None
         self._process: subprocess.Popen[bytes] | None = None
+        self._telling = threading.Lock()  # in any thread, while its pipe is closed in the loop's
         self._loop: asyncio.AbstractEventLoop | None = None
         self._said = b""
         self._is_told = False  # of something durable that it has not answered yet
@@ -91,7 +92,7 @@ class Applier:
         if self._is_closing or self._loop is None:
             return
         try:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "octoai.server.store.applier"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -100,31 +101,27 @@ class Applier:
         except OSError as error:  # no memory, no more processes
             self._failed(f"cannot be started: {error.strerror or error}")
             return
-        assert self._process.stdout is not None
-        assert self._process.stdin is not None
-        for pipe in (self._process.stdin, self._process.stdout):
+        assert process.stdout is not None
+        assert process.stdin is not None
+        for pipe in (process.stdin, process.stdout):
             os.set_blocking(pipe.fileno(), False)
         self._said, self._is_told = b"", True
-        self._loop.add_reader(self._process.stdout.fileno(), self._read, self._process)
-        self._write(
-            {
-                "data_dir": str(self._place.data_dir),
-                "url": self._place.url,
-                "journal": [str(self._journal.directory), self._journal.instance],
-                "applied": list(self._applied),
-                "log_level": logging.getLevelName(logging.getLogger().level),
-            }
-        )
+        self._loop.add_reader(process.stdout.fileno(), self._read, process)
+        options = {
+            "data_dir": str(self._place.data_dir),
+            "url": self._place.url,
+            "journal": [str(self._journal.directory), self._journal.instance],
+            "applied": list(self._applied),
+            "log_level": logging.getLevelName(logging.getLogger().level),
+        }
+        _send(process, options)
+        self._process = process  # only now: other threads may tell it something at once
         self._tell("durable")
 
     def _tell(self, what: str) -> None:
-        self._write({what: list(self._journal.durable)})
-
-    def _write(self, message: dict[str, Any]) -> None:
-        """One that does not read has enough to read: it will answer, and then be told. One that died is noticed."""
-        if self._process is not None and self._process.stdin is not None:
-            with suppress(BrokenPipeError, BlockingIOError):
-                os.write(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")
+        with self._telling:
+            if self._process is not None:
+                _send(self._process, {what: list(self._journal.durable)})
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -146,12 +143,13 @@ class Applier:
     def _ended(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.close()
+        with self._telling:
+            self._process = None
+            process.stdin.close()
         process.stdout.close()
         if self._is_closing or self._loop is None:
             return
         status = process.wait()
-        self._process = None
         self._failed(f"ended with {status}")
 
     def _failed(self, how: str) -> None:
@@ -159,6 +157,13 @@ class Applier:
         log.error("the process that writes to the database %s; it is started again", how)
         self._heard(News(self._applied, failure=f"the process that writes to the database {how}"))
         self._loop.call_later(RESTART_SECONDS, self._spawn)
+
+
+def _send(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+    """One that does not read has enough to read: it will answer, and then be told. One that died is noticed."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError, BlockingIOError):
+        os.write(process.stdin.fileno(), json.dumps(message).encode() + b"\n")
 
 
 # ── the process ──
