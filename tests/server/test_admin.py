@@ -149,7 +149,10 @@ def test_credit_is_granted_adjusted_and_listed_newest_first(service: InProcess) 
     assert ([each["id"] for each in listed["data"]], listed["has_more"]) == ([second["id"]], True)
     rest = call(service, "GET", f"accounts/acme/credit?after={second['id']}")
     assert ([each["note"] for each in rest["data"]], rest["has_more"]) == (["first"], False)
-    assert refused(service, "GET", "accounts/acme/credit?after=x", status=400)[0] == "after"
+    call(service, "POST", "accounts", {"id": "other"})
+    others = call(service, "POST", "accounts/other/credit", {"amount": "1"})
+    for after in ("x", "", "999999", "9" * 30, others["id"]):
+        assert refused(service, "GET", f"accounts/acme/credit?after={after}", status=400)[0] == "after"
 
 
 def test_credit_with_an_idempotency_key_is_given_once(service: InProcess) -> None:

@@ -75,12 +75,13 @@ async def close_account(call: Call) -> Json:
 
 async def list_entries(call: Call) -> Json:
     limit, after = call.limit, call.after
-    if after is not None and not (after.isascii() and after.isdigit() and len(after) < 19):
-        raise BadRequest("after: the `id` of an entry", param="after")
+    seq = int(after) if after and after.isascii() and after.isdigit() and len(after) < 19 else None
 
     def read(db: Connection) -> Json:
         accounts.find(db, call.id)
-        rows = entries.of_account(db, call.id, limit + 1, None if after is None else int(after))
+        if after is not None and (seq is None or not entries.is_of_account(db, call.id, seq)):
+            raise BadRequest("after: the `id` of an entry of the page before", param="after")
+        rows = entries.of_account(db, call.id, limit + 1, seq)
         return listed([views.entry(row) for row in rows[:limit]], len(rows) > limit)
 
     return await call.service.read(read)

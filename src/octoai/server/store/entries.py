@@ -103,6 +103,10 @@ def of_account(db: Connection, account: str, limit: int, before_seq: int | None 
     return [row_of(row) for row in db.rows(query, (*values, limit))]
 
 
+def is_of_account(db: Connection, account: str, seq: int) -> bool:
+    return db.row("SELECT 1 FROM entries WHERE seq = ? AND account = ?", (seq, account)) is not None
+
+
 def ledger_us(db: Connection, now_us: int) -> int:
     """When an entry would be written that is posted now: not before the newest one."""
     row = db.row("SELECT at_us FROM head WHERE id = 1")
