@@ -76,6 +76,15 @@ def test_a_change_of_the_catalogue_applies_from_the_start_that_found_it(db: Conn
     assert price_at(db, "a", 5 * HOUR) == (1, 1, 2)
 
 
+def test_a_start_that_changes_a_price_says_so(db: Connection, caplog: pytest.LogCaptureFixture) -> None:
+    synced(db, HOUR, model("a", 150, 600), model("b", 1, 1))
+    synced(db, 2 * HOUR, model("a", 150, 600), model("b", 1, 1))
+    assert caplog.messages == []
+    synced(db, 3 * HOUR, model("a", 200, 600), model("b", 1, 1))
+    (said,) = caplog.messages
+    assert said.startswith("a costs 0.20, 0.20 (cached) and 0.60 (output) USD per million tokens from now on")
+
+
 def test_a_clock_that_goes_back_does_not_change_the_order(db: Connection) -> None:
     synced(db, HOUR, model("a", 1, 1))
     synced(db, 9 * HOUR, model("a", 2, 2))

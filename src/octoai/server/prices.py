@@ -6,15 +6,18 @@ moment on that has not come yet. What a request is charged is fixed when it begi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 from octoai.server.accounts import BadAccount
 from octoai.server.billing import Price, PriceBook
-from octoai.server.catalogue import Catalogue, Model
+from octoai.server.catalogue import Catalogue, Model, price_usd_per_million
 from octoai.server.store import prices as table
 from octoai.server.store.accounts import next_version
 from octoai.server.store.database import Conflict, Connection
 from octoai.server.store.prices import PriceRow
+
+log = logging.getLogger("octoai.prices")
 
 CATALOGUE, OPERATOR = "catalogue", "operator"
 
@@ -27,7 +30,9 @@ def sync(db: Connection, catalogue: Catalogue, now_us: int) -> list[PriceRow]:
     """Bring in what the catalogue's prices have become, at every start; inside the caller's transaction.
 
     The first price that a model gets from the catalogue applies to all the time before it. Later ones apply from now
-    on, and only where the catalogue itself has changed: an operator's price stays in force until then.
+    on, and only where the catalogue itself has changed: an operator's price stays in force until then. Changed is what
+    is not as the last start found it, whichever service that was: one that goes back to the catalogue of before means
+    its prices too, and nothing tells it from one that was left behind.
     """
     if not due(table.all_(db), catalogue, now_us):
         return []
@@ -35,7 +40,18 @@ def sync(db: Connection, catalogue: Catalogue, now_us: int) -> list[PriceRow]:
     rows = due(table.all_(db), catalogue, now_us)
     for row in rows:
         table.add(db, row)
+        if row.valid_from_us:
+            _tell(row)
     return rows
+
+
+def _tell(row: PriceRow) -> None:
+    amounts = map(price_usd_per_million, (row.input_nanos, row.cached_input_nanos, row.output_nanos))
+    log.warning(
+        "%s costs %s, %s (cached) and %s (output) USD per million tokens from now on, by this service's catalogue, "
+        "where it was another price at the last start; services that share a database need the same catalogue",
+        *(row.model, *amounts),
+    )
 
 
 def due(rows: Iterable[PriceRow], catalogue: Catalogue, now_us: int) -> list[PriceRow]:
