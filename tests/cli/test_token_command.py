@@ -28,8 +28,15 @@ SEEN_SECONDS = 0.4
 
 def octoai(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "octoai", *arguments]
+    encoding = environ.get("PYTHONIOENCODING")
     return subprocess.run(
-        command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=30, check=False
+        command,
+        env={**os.environ, **environ},
+        capture_output=True,
+        encoding=encoding,
+        text=True,
+        timeout=30,
+        check=False,
     )
 
 
@@ -159,6 +166,14 @@ def test_the_data_directory_may_come_from_the_environment(tmp_path: Path) -> Non
     home = octoai("token", "create", "--name", "x", OCTOAI_DATA_DIR="~/there", HOME=str(tmp_path / "home"))
     assert home.returncode == 0
     assert (tmp_path / "home" / "there" / "octoai.db").is_file()
+
+
+def test_what_the_terminal_cannot_show_is_shown_by_its_number(tmp_path: Path) -> None:
+    place = {"OCTOAI_DATA_DIR": str(tmp_path), "PYTHONIOENCODING": "latin-1"}
+    octoai("token", "create", "--name", "Łódź", **place)
+    shown = octoai("token", "list", **place)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.rstrip().endswith("\\u0141ód\\u017a")
 
 
 @pytest.mark.parametrize("action", [("create", "--name", "x"), ("list",), ("revoke", "tok_1")])

@@ -7,6 +7,7 @@ Exit statuses: 0 done, 1 it could not be done (one line on standard error says w
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from octoai.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    _take_every_character()
     parser = argparse.ArgumentParser(prog="octoai", description="Text generation on your own machine.")
     parser.add_argument("--version", action="version", version=f"octoai {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -44,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _drop_output()
         said = error.strerror or str(error) or type(error).__name__
         return fail(said + (f": {error.filename}" if error.filename else ""))
+
+
+def _take_every_character() -> None:
+    """One that the output's encoding does not have is shown by its number, as on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _flush() -> None:
