@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +238,29 @@ def test_a_file_is_found_here_and_then_in_the_configuration_directory(environ: d
     assert load(path=None, environ=environ).port == 1
     write(tmp_path, "port = 2")
     assert load(path=None, environ=environ).port == 2
+
+
+_WHERE_NOBODY_MAY_ENTER = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    for capability in (1, 2):  # by which root enters everywhere; they are gone with the next program
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+os.chmod(".", 0)
+load = "import os; from octoai.server.settings import load; print(load(path=None, environ=os.environ).port)"
+os.execv(sys.executable, [sys.executable, "-P", "-c", load])
+"""
+
+
+def test_where_we_may_not_enter_is_no_file(environ: dict[str, str], tmp_path: Path) -> None:
+    closed, config = tmp_path / "closed", tmp_path / "config"
+    closed.mkdir()
+    config.mkdir()
+    (config / "octoai.toml").write_text("port = 1")
+    command = [sys.executable, "-c", _WHERE_NOBODY_MAY_ENTER]
+    said = os.environ | environ
+    ran = subprocess.run(command, cwd=closed, env=said, capture_output=True, text=True, timeout=60, check=False)
+    closed.chmod(0o700)
+    assert (ran.stderr, ran.stdout) == ("", "1\n")
 
 
 def test_models_of_the_command_line_replace_those_of_the_file(environ: dict[str, str], tmp_path: Path) -> None:

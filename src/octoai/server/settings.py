@@ -245,7 +245,7 @@ def _found(environ: Mapping[str, str]) -> Path | None:
     from octoai import _credentials
 
     for directory in (_here(), Path(_credentials.path(environ)).parent):
-        if (directory / FILENAME).is_file():
+        if os.path.isfile(directory / FILENAME):  # also False where we may not enter: Path.is_file raises there
             return directory / FILENAME
     return None
 
