@@ -323,3 +323,24 @@ def test_threads_of_the_configuration_go_before_those_of_a_profile(
     found = replace(FOUND, tuning=replace(FOUND.tuning, num_batch_threads=num_batch_threads))
     used = app.options(settings, chosen, app.catalogue(settings)[chosen.id], tmp_path / "x.gguf", found)
     assert (used.num_threads, used.tuning.num_batch_threads) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "nanos"), [("", 7000), ("cached_input_price = '1'", 1000), ("cached_input_price = '0'", 0)]
+)
+def test_a_cached_token_of_a_shipped_model_costs_what_is_said_or_what_any_other_does(
+    environ: dict[str, str], tmp_path: Path, said: str, nanos: int
+) -> None:
+    path = write(tmp_path, f"[[models]]\nid = 'smollm2'\ninput_price = '7'\noutput_price = '8'\n{said}")
+    model = load(path=path, environ=environ).models[0].described(Catalogue.load())
+    prices = (model.input_price_nanos, model.cached_input_price_nanos, model.output_price_nanos)
+    assert prices == (7000, nanos, 8000)
+
+
+def test_only_what_is_said_of_a_shipped_models_price_changes(environ: dict[str, str], tmp_path: Path) -> None:
+    shipped = Catalogue.load()
+    known = shipped[EMBEDDED_MODEL_ID]
+    for key in ("cached_input_price", "output_price"):
+        path = write(tmp_path, f"[[models]]\nid = 'smollm2'\n{key} = '7'")
+        changed = replace(known, **{f"{key}_nanos": 7000})
+        assert load(path=path, environ=environ).models[0].described(shipped) == changed

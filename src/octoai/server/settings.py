@@ -296,4 +296,5 @@ def _changed(said: Mapping[str, Any]) -> list[str]:
         "cached_input_price": "cached_input_price_nanos",
         "output_price": "output_price_nanos",
     }
-    return [names.get(key, key) for key in said if key != "aliases"]
+    follows = ["cached_input_price_nanos"] if "input_price" in said else []  # also where it is not said itself
+    return [*(names.get(key, key) for key in said if key != "aliases"), *follows]
