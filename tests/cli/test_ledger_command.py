@@ -242,3 +242,32 @@ def test_what_is_no_month_is_refused_in_one_line(text: str) -> None:
 def test_the_command_starts_without_the_heavy_half() -> None:
     program = "import sys, octoai.cli.ledger; print([name for name in sys.modules if name.startswith('octoai.server')])"
     assert subprocess.check_output([sys.executable, "-c", program]) == b"[]\n"
+
+
+WITHOUT_A_DATABASE = [
+    *("ledger verify", "ledger export", "ledger refund req_1 --note x", "usage", "statement 2026-11", "price list"),
+    *("account list", "account show acme", "account credit acme 1", "account adjust acme 1 --note x"),
+    *("account update acme", "account close acme", "account reopen acme"),
+    *("token list", "token update tok_1", "token revoke tok_1"),
+]
+
+
+@pytest.mark.parametrize("command", WITHOUT_A_DATABASE)
+def test_where_there_is_no_database_none_is_made_to_be_found_whole(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "mistyped"
+    assert main([*command.split(), "--data-dir", str(place)]) == 1
+    wanted = (
+        f"octoai: there is no database in '{place}': give the service's --data-dir, or make one with `octoai serve`\n"
+    )
+    assert capsys.readouterr() == ("", wanted)
+    assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["account create acme", "token create --name x", "price set smollm2 --input 1 --output 1"]
+)
+def test_what_creates_something_makes_the_database_for_it(command: str, tmp_path: Path) -> None:
+    assert main([*command.split(), "--data-dir", str(tmp_path / "new")]) == 0
+    assert main(["ledger", "verify", "--data-dir", str(tmp_path / "new")]) == 0

@@ -13,6 +13,7 @@ import pytest
 
 from octoai.cli import main
 from octoai.server.engines.scripted import ScriptedEngine
+from octoai.server.store import Place, connect
 from tests.running import InProcess
 from tests.talking import ask
 
@@ -22,6 +23,9 @@ SET = ("price", "set", "smollm2", "--input", "0.5", "--output", "0.25")
 
 @pytest.fixture
 def octoai(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Octoai:
+    """On a database that no service has seen yet."""
+    connect(Place(tmp_path / "data0")).close()
+
     def run(*arguments: str, status: int = 0) -> str:
         assert main([*arguments, "--data-dir", str(tmp_path / "data0")]) == status
         said = capsys.readouterr()

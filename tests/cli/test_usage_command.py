@@ -154,7 +154,8 @@ def test_the_commands_load_nothing_heavy_before_they_run() -> None:
     assert not [name for name in loaded if name.startswith(("octoai.server", "starlette", "orjson", "pydantic"))]
 
 
-def test_the_last_moment_that_can_be_written_is_understood(run: Run) -> None:
+def test_the_last_moment_that_can_be_written_is_understood(run: Run, tmp_path: Path) -> None:
+    connect(Place(tmp_path)).close()
     status, out, _ = run("--until", "9999-12-31T23:59:59.5Z")
     assert (status, out[-5:]) == (0, "0.00\n")
 
@@ -174,6 +175,7 @@ def test_where_there_is_no_room_for_what_is_printed_it_is_said_in_one_line(
 
 
 def test_a_closed_output_is_no_matter(tmp_path: Path) -> None:
+    connect(Place(tmp_path)).close()
     command = f'"{sys.executable}" -m octoai usage --data-dir "{tmp_path}" >&-'
     ran = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
@@ -194,6 +196,7 @@ def test_what_was_printed_before_something_went_wrong_is_there(
 
 def test_a_directory_that_was_deleted_is_no_matter(tmp_path: Path) -> None:
     """Where the command runs, without a configuration there."""
+    connect(Place(tmp_path)).close()
     gone = tmp_path / "gone"
     gone.mkdir()
     command = f'rmdir "{gone}" && "{sys.executable}" -m octoai usage --data-dir "{tmp_path}"'

@@ -76,7 +76,7 @@ def create(args: argparse.Namespace) -> int:
         print(f"created {args.id}; `octoai token create --account {args.id} --name NAME` makes a token for it")
         return 0
 
-    return with_database(args, run)
+    return with_database(args, run, creates=True)
 
 
 def update(args: argparse.Namespace) -> int:

@@ -82,7 +82,7 @@ def set_(args: argparse.Namespace) -> int:
         print(f"{name}: {said}, USD per million tokens, from {start} UTC")
         return 0
 
-    return with_database(args, run)
+    return with_database(args, run, creates=True)
 
 
 def _catalogue(settings: Settings) -> Catalogue:

@@ -70,7 +70,7 @@ def create(args: argparse.Namespace) -> int:
         print(minted.text)
         return 0
 
-    return with_database(args, run)
+    return with_database(args, run, creates=True)
 
 
 def update(args: argparse.Namespace) -> int:

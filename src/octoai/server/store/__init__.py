@@ -11,7 +11,7 @@ from pathlib import Path
 from octoai.server.store.database import Conflict, Connection, StoreAway, StoreError, StoreFull
 from octoai.server.store.sqlite import FILENAME, SqliteConnection
 
-__all__ = ["Conflict", "Connection", "Place", "StoreAway", "StoreError", "StoreFull", "connect"]
+__all__ = ["FILENAME", "Conflict", "Connection", "Place", "StoreAway", "StoreError", "StoreFull", "connect"]
 
 
 @dataclass(frozen=True, slots=True)
