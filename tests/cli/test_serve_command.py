@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -201,3 +202,13 @@ def test_a_first_token_that_can_be_neither_stored_nor_printed_is_not_made(tmp_pa
     assert "the first API token cannot be printed" in line
     with closing(connect(Place(tmp_path / "data"))) as db:
         assert tokens.is_empty(db)
+
+
+def test_a_signal_while_an_engine_is_waited_for_ends_the_start_without_a_word(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        (tmp_path / "octoai.toml").write_text(FAR.replace(":9", f":{silent.getsockname()[1]}"))
+        service = Serve(tmp_path, wait=False)
+        silent.settimeout(60)
+        with silent.accept()[0]:
+            assert service.stop() == 0
+    assert service.log.read_text() == ""

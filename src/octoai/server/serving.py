@@ -112,6 +112,7 @@ async def serve(
         raise CannotServe(refusal.message) from None
     finally:
         starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
         # Engines first: requests that outlived the drain end with an error event, not with silence.
         await asyncio.gather(*(engine.close() for engine in engines))
         server.end(at_once=stop.now.is_set())
