@@ -299,9 +299,13 @@ def test_one_after_the_other_killed_under_all_kinds_of_requests(
         crashes.close()
 
 
-def test_a_signal_drains_all_even_where_all_are_sent_it(tmp_path: Path, engine: Upstream) -> None:
-    """As a service manager sends it to every process of a service."""
-    service = serve(tmp_path, engine, "--workers", "2")
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGHUP, signal.SIGHUP)])
+def test_a_signal_drains_all_even_where_all_are_sent_it(
+    tmp_path: Path, engine: Upstream, signals: tuple[signal.Signals, ...], num_workers: str
+) -> None:
+    """As a service manager sends it to every process of a service; that a terminal closes, each is told twice."""
+    service = serve(tmp_path, engine, "--workers", num_workers)
     target = Target(service.url, service.token, MODEL)
     told = [Told(next(_numbers), "stream") for _ in range(12)]
 
@@ -312,8 +316,11 @@ def test_a_signal_drains_all_even_where_all_are_sent_it(tmp_path: Path, engine: 
     for thread in threads:
         thread.start()
     until(lambda: all(each.num_seen > 0 for each in told), 10)
-    for pid in (service.process.pid, *service.workers()):
-        os.kill(pid, signal.SIGTERM)
+    pids = (service.process.pid, *service.workers())
+    for number in signals:
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(0.1)
     for thread in threads:
         thread.join(20)
     assert service.process.wait(20) == 0
@@ -321,6 +328,21 @@ def test_a_signal_drains_all_even_where_all_are_sent_it(tmp_path: Path, engine: 
     assert all(each.is_finished and each.num_seen == 20 for each in told)
     assert list((service.data_dir / "journal").iterdir()) == []
     assert service.lines.count(f"octoai ready on {service.url}") == 1
+
+
+def test_a_terminal_that_closes_is_no_matter_where_that_signal_is_ignored(tmp_path: Path, engine: Upstream) -> None:
+    """As `nohup` has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        service = serve(tmp_path, engine)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    service.process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    target, told = Target(service.url, service.token, MODEL), Told(next(_numbers), "stream")
+    run(ask(target, Request(Order(told.number, num_tokens=2)), told))
+    assert told.is_finished
+    assert service.stop() == 0
 
 
 def test_a_signal_drains_where_nobody_reads_what_is_said(tmp_path: Path, engine: Upstream) -> None:

@@ -117,9 +117,12 @@ def _serve_in_workers(settings: Settings, router: Router) -> None:
 
 def _signalled() -> Stop:
     """Asked for by each signal that comes to this process."""
-    stop = Stop()
+    stop, loop = Stop(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.ask)
+        loop.add_signal_handler(number, stop.ask)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` has it ignored
+        # Both its shell and the system tell us of one terminal that closes: that is not asking twice.
+        loop.add_signal_handler(signal.SIGHUP, stop.drain.set)
     return stop
 
 

@@ -34,7 +34,8 @@ SCRAPE_SECONDS = 5.0
 
 def main() -> None:
     die_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):  # which whoever ends the service may send to us as well
+    # Which whoever ends the service may send to us as well.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     channel, listener = (socket.socket(fileno=int(each)) for each in sys.argv[1:])
     with serving.runner() as runner, listener:

@@ -23,7 +23,7 @@ _BRIEFLY = "300"  # looks, where nobody tells of company: some microseconds
 
 def main() -> None:
     die_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group; the service decides when we go
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # sent to a group; the service decides when we go
         signal.signal(number, signal.SIG_IGN)
     options = json.loads(sys.stdin.readline())
     if options["gives_way"] and not company.is_visible():

@@ -172,7 +172,7 @@ def _send(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
 def main() -> None:
     die_with_parent()
     _give_way()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the service decides when we go
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # the service decides when we go
         signal.signal(number, signal.SIG_IGN)
     options = json.loads(sys.stdin.buffer.readline())
     logs.set_up(options["log_level"])
