@@ -120,9 +120,21 @@ def read(file: str | os.PathLike[str] | None = None, *, environ: Mapping[str, st
 def write(endpoint: str, token: str, file: str | os.PathLike[str] | None = None) -> Path:
     """Store both for this user; readable by nobody else at any moment, replaced in one step."""
     name = os.fspath(file) if file is not None else _file(None)
+    try:
+        _replace(name, f"endpoint = {_quoted(endpoint)}\ntoken = {_quoted(token)}\n")
+    except OSError as error:
+        raise ConfigurationError(
+            message=f"cannot store the credentials in {name}: {error.strerror}; "
+            "set OCTOAI_CONFIG_DIR to a directory that can be written"
+        ) from error
+    from pathlib import Path
+
+    return Path(name)
+
+
+def _replace(name: str, content: str) -> None:
     os.makedirs(os.path.dirname(name) or ".", mode=0o700, exist_ok=True)
     scratch = f"{name}.{os.getpid()}.{os.urandom(4).hex()}"
-    content = f"endpoint = {_quoted(endpoint)}\ntoken = {_quoted(token)}\n"
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with open(descriptor, "w", encoding="utf-8") as opened:
@@ -131,9 +143,6 @@ def write(endpoint: str, token: str, file: str | os.PathLike[str] | None = None)
     except BaseException:
         os.unlink(scratch)
         raise
-    from pathlib import Path
-
-    return Path(name)
 
 
 def checked_base_url(url: str) -> str:

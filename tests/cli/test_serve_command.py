@@ -135,7 +135,9 @@ def test_where_the_first_token_cannot_be_left_none_is_made(tmp_path: Path) -> No
     (tmp_path / "config").write_text("in the way")
     status, line = serve(tmp_path, "--data-dir", "data", OCTOAI_CONFIG_DIR=str(tmp_path / "config"))
     assert status == 1
-    assert "File exists" in line
+    where = f"cannot store the credentials in {tmp_path / 'config' / 'credentials.toml'}: "
+    assert line.startswith(f"octoai: {where}")
+    assert line.endswith("set OCTOAI_CONFIG_DIR to a directory that can be written")
     with closing(connect(Place(tmp_path / "data"))) as db:
         assert tokens.is_empty(db)
 
