@@ -237,7 +237,7 @@ def test_without_the_server_extra_a_command_works_or_says_what_to_install(
     assert "Traceback" not in ran.stderr
     if ran.returncode != 0:
         assert ran.returncode == 1
-        assert "octoai[server]" in ran.stderr
+        assert "pip install 'octoai[server]>=1.12'" in ran.stderr
 
 
 @pytest.mark.parametrize(

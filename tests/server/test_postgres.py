@@ -295,8 +295,8 @@ def test_without_psycopg_one_line_says_what_to_install() -> None:
     program = "import sys; sys.modules['psycopg'] = None; import octoai.server.store.postgres"
     done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, check=False)
     assert "ModuleNotFoundError" in done.stderr.splitlines()[-1] and "psycopg" in done.stderr.splitlines()[-1]
-    assert "octoai[server,postgres]" in missing(ModuleNotFoundError(name="psycopg"))
-    assert "octoai[server]" in missing(ModuleNotFoundError(name="uvicorn.config"))
+    assert "octoai[server,postgres]>=1.12" in missing(ModuleNotFoundError(name="psycopg"))
+    assert "octoai[server]>=1.12" in missing(ModuleNotFoundError(name="uvicorn.config"))
 
 
 def test_where_there_is_no_server_the_tests_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

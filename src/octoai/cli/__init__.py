@@ -70,5 +70,5 @@ def missing(error: ModuleNotFoundError) -> str:
     """What to install, on one line."""
     package = (error.name or "a package").partition(".")[0]
     if package == "psycopg":
-        return "psycopg is not installed; a database in PostgreSQL needs: pip install 'octoai[server,postgres]'"
-    return f"{package} is not installed; the service needs: pip install 'octoai[server]'"
+        return "psycopg is not installed; a database in PostgreSQL needs: pip install 'octoai[server,postgres]>=1.12'"
+    return f"{package} is not installed; the service needs: pip install 'octoai[server]>=1.12'"

@@ -28,7 +28,7 @@ def library() -> Any:
     """The loaded library, silent: what it says goes nowhere."""
     found = importlib.util.find_spec("xllamacpp.xllamacpp")
     if found is None or found.origin is None:
-        raise ImportError("xllamacpp is missing: pip install 'octoai[server]'")
+        raise ImportError("xllamacpp is missing: pip install 'octoai[server]>=1.12'")
     loaded = ctypes.CDLL(found.origin)
     loaded.llama_log_set.argtypes = [_LOG, ctypes.c_void_p]
     loaded.llama_log_set(_SILENT, None)

@@ -30,7 +30,7 @@ def load(path: Path) -> None:
     installed. Must be called before a model is loaded. Raises CannotLoadKernels; the wheel's stay then."""
     wheel = importlib.util.find_spec("xllamacpp.xllamacpp")
     if wheel is None or wheel.origin is None:
-        raise CannotLoadKernels("xllamacpp is missing: pip install 'octoai[server]'")
+        raise CannotLoadKernels("xllamacpp is missing: pip install 'octoai[server]>=1.12'")
     # Globally: what kernels call of ggml is found in the wheel.
     ggml = ctypes.CDLL(wheel.origin, ctypes.RTLD_GLOBAL)
     for name in ("ggml_backend_reg_by_name", "ggml_backend_load"):
