@@ -63,4 +63,4 @@ bench: setup
 	@$(RUN) bench/fairness.py --short
 
 clean:
-	rm -rf $(VENV) .demo dist build
+	rm -rf $(VENV) dist build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -44,6 +45,28 @@ def test_the_other_programs_run(served: Serve, number: int) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
+
+
+def demo(place: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command, said = [sys.executable, str(ROOT / "examples/demo.py")], os.environ | environ
+    return subprocess.run(command, cwd=place, env=said, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.mark.model
+def test_the_demo_runs_whatever_is_said_of_another_service(embedded_model: Path, tmp_path: Path) -> None:
+    ran = demo(tmp_path, OCTOAI_WORKERS="2", OCTOAI_API_BASE="http://127.0.0.1:9")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count(" completion tokens, ") == 2
+
+
+@pytest.mark.model
+def test_a_demo_that_fails_says_why(embedded_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text("workers = 2\n")
+    ran = demo(tmp_path)
+    assert ran.returncode == 1
+    assert "the service did not start (exit status 1)" in ran.stderr
+    assert "octoai: workers" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_the_commands_about_accounts_run(tmp_path: Path) -> None:
