@@ -123,6 +123,25 @@ def test_a_token_is_made_as_asked_and_changed_as_asked(told: Octoai) -> None:
     assert listed(told) == [row | changed | {"expires_at": 32503679999}]
 
 
+def test_a_model_that_nobody_knows_is_allowed_and_said(
+    told: Octoai, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "octoai.toml").write_text("[[models]]\nid = 'mine'\nengine_url = 'http://h'\naliases = ['ours']")
+    config = ("--config", str(tmp_path / "octoai.toml"), "--data-dir", str(tmp_path / "data"))
+    known = [word for name in ("mine", "OURS", "smollm2") for word in ("--model", name)]
+    assert main(["token", "create", "--name", "x", *known, "--model", "smolm2", *config]) == 0
+    said = capsys.readouterr()
+    assert is_well_formed(said.out.strip())
+    warning, _ = said.err.splitlines()
+    assert warning.startswith("octoai: --model: unknown model 'smolm2': the nearest are smollm2-135m-instruct, ")
+    (row,) = listed(told)
+    assert row["models"] == ["mine", "OURS", "smollm2", "smolm2"]
+    assert main(["token", "update", row["id"], *known, *config]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["token", "update", row["id"], "--model", "mini", *config]) == 0
+    assert "unknown model 'mini': the nearest are mi" in capsys.readouterr().err
+
+
 def test_tokens_are_listed_by_account_with_what_became_of_them(told: Octoai) -> None:
     for account in ("acme", "beta"):
         told("account", "create", account)

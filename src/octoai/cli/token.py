@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from octoai.cli import limits
@@ -16,6 +17,7 @@ from octoai.cli.messages import fail
 from octoai.cli.words import minute
 
 if TYPE_CHECKING:
+    from octoai.server.settings import Settings
     from octoai.server.store import Connection
 
 SCOPES = ("inference", "usage", "admin")
@@ -59,13 +61,14 @@ def _add_settings(action: argparse.ArgumentParser) -> None:
 
 
 def create(args: argparse.Namespace) -> int:
-    def run(db: Connection, _: object) -> int:
+    def run(db: Connection, settings: Settings) -> int:
         from octoai.server import tokens
 
         chosen, own = limits.given(args), _given(args)
         own.setdefault("scopes", tokens.DEFAULT_SCOPES)
         with db.transaction():
             minted = tokens.mint(db, args.name, args.account, limits=chosen, **own)
+        _warn_of_unknown(own.get("models"), settings)
         print(f"octoai: token {minted.id} of {args.account}, shown once:", file=sys.stderr)
         print(minted.text)
         return 0
@@ -74,7 +77,7 @@ def create(args: argparse.Namespace) -> int:
 
 
 def update(args: argparse.Namespace) -> int:
-    def run(db: Connection, _: object) -> int:
+    def run(db: Connection, settings: Settings) -> int:
         from octoai.server import tokens
 
         changes = {**_given(args), **limits.given(args)}
@@ -82,6 +85,7 @@ def update(args: argparse.Namespace) -> int:
             changes["name"] = args.name
         with db.transaction():
             tokens.update(db, args.id, changes)
+        _warn_of_unknown(changes.get("models"), settings)
         print(f"updated {args.id}")
         return 0
 
@@ -131,6 +135,21 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     if args.expires is not None:
         given["expires_at"] = None if args.expires == "none" else _moment(args.expires)
     return given
+
+
+def _warn_of_unknown(models: Sequence[str] | None, settings: Settings) -> None:
+    """No more than that: a token may be there before the model."""
+    if not models:
+        return
+    from octoai.server import app
+    from octoai.server.catalogue import BadCatalogue
+
+    catalogue = app.catalogue(settings)
+    for name in models:
+        try:
+            catalogue.named(name)
+        except BadCatalogue as error:
+            print(f"octoai: --model: {error}; the token may use it once it is there", file=sys.stderr)
 
 
 def _moment(text: str) -> int:
