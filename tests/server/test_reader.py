@@ -192,14 +192,36 @@ def test_calls_with_numbers_keep_them() -> None:
 
 def test_calls_that_all_have_the_same_number_are_told_apart_by_their_ids() -> None:
     """As Ollama's, each whole and in an event of its own; or in pieces of which only the first has an id."""
-    a, b = ({"index": 0, "id": each, "function": {"name": "f", "arguments": "{"}} for each in "ab")
-    more = {"index": 0, "id": "", "function": {"arguments": "}"}}
-    assert [number for number, *_ in calls(calling(a), calling(more), calling(b, a | {"id": "c"}), calling(more))] == [
+    a, b, c = ({"index": 0, "id": each, "function": {"name": "f", "arguments": "{}"}} for each in "abc")
+    begun, more = a | {"function": {"name": "f", "arguments": '{"x": {}'}}, {"index": 0, "function": {"arguments": "}"}}
+    assert [number for number, *_ in calls(calling(begun), calling(more), calling(b, c), calling(more))] == [
         *(0, 0, 1, 2, 2)
     ]
-    other = a | {"index": 1, "id": "d"}  # the second has its number, which is taken
-    assert [number for number, *_ in calls(calling(a, b, other), calling(more | {"index": 1}))] == [0, 1, 2, 2]
     assert [number for number, *_ in calls(calling(a), calling(a, choice=1), calling(b))] == [0, 0, 1]
+    of_nothing = [{"index": 0, "id": each, "function": {"name": each}} for each in "fg"]  # another name is another call
+    assert [number for number, *_ in calls(*map(calling, of_nothing))] == [0, 1]
+
+
+@pytest.mark.parametrize("id_", ["d", "", None])
+def test_a_call_whose_number_was_given_to_another_has_the_next(id_: str | None) -> None:
+    a, b = ({"index": 0, "id": each, "function": {"name": "f", "arguments": "{}"}} for each in "ab")
+    other = {"index": 1, "id": id_, "function": {"name": "g", "arguments": "{"}}
+    more = {"index": 1, "function": {"arguments": "}"}}
+    assert [number for number, *_ in calls(calling(a, b, other), calling(more))] == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("last", [["}"], ["}", ""], ["}", " "]], ids=["its end", "nothing", "space"])
+def test_pieces_that_each_say_a_name_and_another_id_are_one_call(last: list[str]) -> None:
+    """As vLLM's were until about 0.8, where the tool was chosen. What it is called is said once."""
+    pieces = ['{"a": {', '"b": 1}', ', "c": "}"', *last]
+    said_of = [
+        {"index": 0, "id": f"made-up-{number}", "type": "function", "function": {"name": "f", "arguments": piece}}
+        for number, piece in enumerate(pieces)
+    ]
+    assert calls(*map(calling, said_of)) == [
+        (0, "made-up-0", {"name": "f", "arguments": pieces[0]}),
+        *((0, None, {"arguments": piece}) for piece in pieces[1:]),
+    ]
 
 
 @pytest.mark.parametrize("ids", ["aaaa", "abcd", ["a", None, None, ""], ["", "a", "a", "a"]])

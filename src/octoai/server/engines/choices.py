@@ -79,7 +79,8 @@ def _string(value: Any) -> str:
 
 class Calls:
     """The calls of tools in one answer. They come in pieces, which are put together by a number; not every server says
-    one, and some say the same of every call."""
+    one, and some say the same of every call. What a call is called is said once, with the first of its pieces that
+    has it: who puts them together may add up whatever comes."""
 
     def __init__(self) -> None:
         self._of_choices: dict[int, _Numbers] = {}
@@ -92,46 +93,79 @@ class Calls:
 
 
 def _numbered(call: Call, numbers: _Numbers) -> Call:
-    id_, function = _string(call.get("id")), call.get("function")
-    has_name = bool(function and function.get("name"))
-    numbered = {**call, "index": numbers.of(call.get("index"), id_, has_name=has_name)}
-    return {**numbered, "function": _function(function)} if function else numbered
+    id_, function = _string(call.get("id")), _function(call.get("function") or {})
+    name, arguments = function.get("name") or "", function.get("arguments") or ""
+    number = numbers.of(call.get("index"), id_, name, arguments)
+    known = numbers.known[number]
+    numbered = {**call, "index": number}
+    if known.id and id_:
+        del numbered["id"]
+    if function:
+        is_said = bool(name) and name == known.name
+        numbered["function"] = {key: function[key] for key in function if not (is_said and key == "name")}
+    known.add(id_, name, arguments)
+    return numbered
+
+
+class _Known:
+    """A call, as far as it has come."""
+
+    def __init__(self) -> None:
+        self.id = self.name = ""
+        self._arguments: list[str] = []
+
+    def add(self, id_: str, name: str, arguments: str) -> None:
+        self.id, self.name = self.id or id_, self.name or name
+        if arguments:
+            self._arguments.append(arguments)
+
+    def is_before(self, id_: str, name: str, arguments: str) -> bool:
+        """Whether what comes under the same number is another call: it has a name and another id, and nothing is
+        missing here. Ollama, which says 0 of every call, says each in one piece. vLLM made up an id for each piece, and
+        until about 0.8 said the name with it where the tool was chosen, also with a last piece of nothing."""
+        has_other = bool(self.id and id_ and name) and id_ != self.id
+        return has_other and (name != self.name or (bool(arguments.strip()) and self._is_whole()))
+
+    def _is_whole(self) -> bool:
+        if not self._arguments or not self._arguments[-1].rstrip().endswith("}"):
+            return False
+        try:
+            orjson.loads("".join(self._arguments))
+        except orjson.JSONDecodeError:
+            return False
+        return True
 
 
 class _Numbers:
     """Of the calls of one choice."""
 
     def __init__(self) -> None:
+        self.known: dict[int, _Known] = {}
         self._last = -1
-        self._known: dict[int, tuple[str, bool]] = {}  # id, and whether it has its name
         self._meant: dict[int, int] = {}  # by the number that the server says
 
-    def of(self, said: Any, id_: str, *, has_name: bool) -> int:
+    def of(self, said: Any, id_: str, name: str, arguments: str) -> int:
         """Of the call that a piece belongs to."""
         if said is None:  # another id begins another call, and without ids another name
-            last_id, had_name = self._known.get(self._last, ("", False))
-            begins = id_ != last_id if id_ else has_name and had_name
+            last = self.known.get(self._last) or _Known()
+            begins = id_ != last.id if id_ else name and last.name
             said = number = self._next() if begins else max(0, self._last)
         elif type(said) is not int or said < 0:
             raise ValueError(said)
         else:
-            number = self._number(said, id_, has_name=has_name)
+            number = self._number(said, id_, name, arguments)
         self._last = self._meant[said] = number
-        known_id, had_name = self._known.get(number, ("", False))
-        self._known[number] = id_ or known_id, has_name or had_name
+        self.known.setdefault(number, _Known())
         return number
 
-    def _number(self, said: int, id_: str, *, has_name: bool) -> int:
-        """Ollama says 0 of every call: another id that comes with a name begins another. Without one it does not: vLLM
-        has made up an id for every piece."""
+    def _number(self, said: int, id_: str, name: str, arguments: str) -> int:
         number = self._meant.get(said, said)
-        known_id, _ = self._known.get(number, ("", False))
-        is_another = has_name and id_ != known_id if id_ and known_id else False
-        is_taken = said not in self._meant and said in self._known
+        is_another = number in self.known and self.known[number].is_before(id_, name, arguments)
+        is_taken = said not in self._meant and said in self.known
         return self._next() if is_another or is_taken else number
 
     def _next(self) -> int:
-        return max(self._known, default=-1) + 1
+        return max(self.known, default=-1) + 1
 
 
 def _function(function: Mapping[str, Any]) -> Mapping[str, Any]:
