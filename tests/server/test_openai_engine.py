@@ -8,11 +8,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from octoai.server.engines import openai_http
+from octoai.server.engines.answer import Answer
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.reader import SLACK_TOKENS
@@ -145,6 +147,20 @@ def test_when_it_is_to_be_asked_again_goes_on(status: int, said: bytes, told: st
     assert refused(answers(status, b"{}"), Unavailable).headers["retry-after"] == "1"
 
 
+def test_when_to_ask_again_is_not_what_an_earlier_answer_said_on_the_connection() -> None:
+    async def main() -> None:
+        upstream = Upstream(answers(429, b"{}", b"Retry-After: 60"))
+        upstream.is_last = lambda _: False  # type: ignore[method-assign]
+        async with up(upstream) as engine:
+            for reply, told in ((upstream.reply, "60"), (answers(503, b"{}"), "1")):
+                upstream.reply = reply
+                with pytest.raises(Unavailable) as busy:
+                    await generated(engine)
+                assert busy.value.headers["retry-after"] == told
+
+    run(main())
+
+
 def test_its_word_on_a_prompt_too_long_becomes_ours() -> None:
     message = "This model's maximum context length is 4096 tokens. However, your request has 5000 input tokens."
     body = json.dumps({"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}).encode()
@@ -269,13 +285,16 @@ def test_leaving_closes_the_connection_within_a_second() -> None:
 def running_away(*, says_counts: bool) -> Reply:
     """Never stops, whatever was asked."""
 
+    def said(number: int) -> bytes:
+        usage = {"prompt_tokens": 4, "completion_tokens": number, "total_tokens": 4 + number}
+        return event("word ", **({"usage": usage} if says_counts else {}))
+
     async def reply(_: Upstream, writer: asyncio.StreamWriter) -> None:
         writer.write(HEAD)
-        for number in itertools.count(1):
-            usage = {"prompt_tokens": 4, "completion_tokens": number, "total_tokens": 4 + number}
-            writer.write(chunk(event("word ", **({"usage": usage} if says_counts else {}))))
+        for number in itertools.count(1, 50):
+            writer.write(chunk(b"".join(map(said, range(number, number + 50)))))
             await writer.drain()
-            await asyncio.sleep(0.0001 if number % 10 else 0.001)
+            await asyncio.sleep(0.0001)
 
     return reply
 
@@ -313,21 +332,51 @@ def summed(count: int) -> dict[str, object]:
     return {"usage": {"prompt_tokens": 4, "completion_tokens": count}}
 
 
-@pytest.mark.parametrize(
-    "blocks",
-    [
-        [*(event(letter) for letter in "nine tokens that come in single letters, as some servers make them up")] * 2,
-        [event("a", **summed(9)), event("b", **summed(20))],  # guessed ahead
-        [event("a", **summed(9)), event("", "length", **summed(9000))],  # thoughts that nobody was told
-    ],
-    ids=["letters", "guesses", "thoughts"],
-)
-def test_an_answer_may_seem_longer_than_it_is(blocks: list[bytes]) -> None:
-    async def main() -> None:
-        async with up(Upstream(says(*blocks, event("", "length"), DONE))) as engine:
-            assert isinstance((await generated(engine))[-1], Finished)
+def thinking(number: int, **more: object) -> bytes:
+    choice = {"index": 0, "delta": {"reasoning_content": "so "}, "finish_reason": None}
+    return b"data: " + json.dumps({"choices": [choice], **more}).encode() + b"\n\n"
 
-    run(main())
+
+def calling(piece: str) -> bytes:
+    call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": piece}}
+    return b"data: " + json.dumps({"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}).encode() + b"\n\n"
+
+
+LETTERS = [event(letter) for letter in "nine tokens" * 4000]  # as some servers make them up
+SUM = b"data: " + json.dumps({"choices": [], **summed(4000)}).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize("is_in_one_read", [True, False], ids=["at once", "singly"])
+@pytest.mark.parametrize(
+    ("max_tokens", "events"),
+    [
+        (4000, LETTERS),
+        (4000, [*LETTERS, SUM]),
+        (9, [event("a", **summed(9)), event("b", **summed(20))]),  # guessed ahead
+        (9, [event("a", **summed(9)), event("", "length", **summed(90_000))]),  # thoughts that nobody was told
+        (9, [*map(thinking, range(20_000)), event("a")]),
+        (9, [*(thinking(number, **summed(number)) for number in range(20_000)), event("a", **summed(20_001))]),
+        (9, [calling(letter) for letter in '{"x": "%s"}' % ("y" * 1000)]),
+    ],
+    ids=["letters", "letters and their sum", "guesses", "hidden", "thoughts", "thoughts in the sum", "calls"],
+)
+def test_an_answer_may_seem_longer_than_it_is(max_tokens: int, events: list[bytes], is_in_one_read: bool) -> None:
+    """By whatever it is counted, and however its events arrive."""
+    answer = Answer(replace(GENERATION, max_tokens=max_tokens))
+    for block in [b"".join(events)] if is_in_one_read else events:
+        answer.read(block, [])
+    assert isinstance(answer.events(event("", "length") + DONE)[-1], Finished)
+
+
+def test_the_sum_of_several_choices_is_held_against_what_all_may_have() -> None:
+    """Of which each event of this server says that of all, whosever text it has."""
+    two = replace(GENERATION, n=2, max_tokens=40_000)
+    answer = Answer(two)
+    for number in range(2, 80_001, 2):
+        answer.read(event("a", **summed(number)), [])
+    second = {"index": 1, "delta": {"content": "b"}, "finish_reason": "length"}
+    ended = b"data: " + json.dumps({"choices": [second], **summed(80_000)}).encode() + b"\n\n"
+    assert isinstance(answer.events(ended + event("", "length") + DONE)[-1], Finished)
 
 
 class Unimpressed(Upstream):

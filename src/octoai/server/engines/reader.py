@@ -33,7 +33,7 @@ from octoai.sse import parsed
 DONE = b"[DONE]"
 _END = b"data: " + DONE
 MAX_TRIES = 3  # at learning what an answer's plain events look like
-SLACK_TOKENS = 64  # over `max_tokens`: an end, or tokens guessed ahead
+SLACK_TOKENS = 2**15  # over `max_tokens`: not every server holds against it what a model thinks, or its calls of tools
 EVENTS_PER_TOKEN = 16  # at most, where only events are counted: one may be a single character
 
 
@@ -54,7 +54,7 @@ class Reader:
     def __init__(self, generation: Generation | None = None, habits: Habits | None = None) -> None:
         self._generation = generation
         self._num_choices = MAX_TOKENS if generation is None else generation.n
-        self._max_tokens = MAX_TOKENS if generation is None else generation.max_tokens
+        self._max_tokens = MAX_TOKENS if generation is None else generation.max_tokens * generation.n
         self._counted: dict[int, int] = {}
         self._counted_at_text: dict[int, int] = {}  # by the last text; tokens without one belong to what comes next
         self._choices: set[int] = set()  # of which something was said
@@ -77,10 +77,10 @@ class Reader:
 
     def _check_length(self) -> None:
         """An engine that does not stop is left: nobody has asked for more than `max_tokens`, or promised to pay."""
-        most = self._max_tokens * (EVENTS_PER_TOKEN if self._completion_tokens is None else 1) + SLACK_TOKENS
-        for number, count in self._counted.items():
-            if count > most and number not in self._reasons:
-                raise EngineFailed("The engine did not stop at max_tokens.")
+        told, counted = self._completion_tokens or 0, sum(self._counted.values())
+        is_long = told > self._max_tokens + SLACK_TOKENS or counted > self._max_tokens * EVENTS_PER_TOKEN + SLACK_TOKENS
+        if is_long and self._counted.keys() - self._reasons.keys():
+            raise EngineFailed("The engine did not stop at max_tokens.")
 
     def _read_plain(self, shape: Plain | Timed, texts: Sequence[bytes], start: int, events: list[Event]) -> int:
         """How many were read at once, from `start` on."""
