@@ -237,6 +237,20 @@ def test_llama_cpps_events_after_the_first_are_read_as_plain_ones(monkeypatch: p
     assert len(parsed) == 1
 
 
+@pytest.mark.parametrize("says_counts", [True, False])
+def test_an_escape_beside_the_text_is_no_part_of_it(says_counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a model's name that is a path on Windows."""
+    parsed: list[bytes] = []
+    decoded = reader.decoded
+    monkeypatch.setattr(reader, "decoded", lambda data: parsed.append(data) or decoded(data))
+    answer = Answer(ONE)
+    for number in range(1, 9):
+        event = saying("a", BOTH % (3 + number, number) if says_counts else "null")
+        event = event.replace(b"{", b'{"model":"C:\\\\m.gguf",', 1)
+        assert [*singly(answer.events(event))][-1] == Delta(0, "a", number)
+    assert len(parsed) == 1
+
+
 def test_events_like_the_first_are_known_by_their_shape() -> None:
     first = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"a"}}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1}}'  # noqa: E501
     shape = plain(first)

@@ -102,7 +102,8 @@ def learnt(event: bytes, chunk: Mapping[str, Any], delta: Delta) -> Plain | Time
     shape = timed(event) if chunk.get("timings") else plain(event)
     if shape is None or shape.is_reasoning != bool(delta.reasoning):
         return None
-    if shape.read((event,), 0)[0] != [said]:
+    text = TEXT.search(event)
+    if text is None or text[2] != said.encode():
         return None  # what looked like its text is something else of that name
     if isinstance(shape, Timed):
         return None if chunk.get("usage") else shape
