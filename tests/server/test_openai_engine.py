@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -483,6 +485,25 @@ def test_a_server_too_busy_with_its_answers_to_list_its_models_is_there(monkeypa
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
             await _soon(lambda: not engine.is_ready)
+
+    run(main())
+
+
+def test_a_server_that_cannot_be_asked_for_want_of_descriptors_is_not_away() -> None:
+    async def main() -> None:
+        async with up(Upstream(), dialect="llama.cpp") as engine:  # which keeps no connection
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+            try:
+                assert await engine.connect() is None
+                with pytest.raises(Unavailable) as full:
+                    await generated(engine)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert full.value.code == "overloaded"
+            assert engine.is_ready
 
     run(main())
 

@@ -92,13 +92,16 @@ class OpenAIEngine:
         """Whether it answers, and what it says of its model. Sets `is_ready` and `context_length`."""
         listed, is_busy, self._was_heard = None, False, False
         exchange = self._pool.exchange("GET", self._base + "/models")
-        with closing(exchange), suppress(OSError, ValueError):
+        with closing(exchange), suppress(ValueError):
             try:
                 async with asyncio.timeout(PROBE_SECONDS):
                     if await exchange.answered(PROBE_SECONDS) == 200:
                         listed = orjson.loads(await exchange.body(MAX_SAID_BYTES, PROBE_SECONDS))
             except TimeoutError:
                 is_busy = self._was_heard  # with its answers, of which something came meanwhile
+            except OSError as error:
+                if error.errno in descriptors.OUT:
+                    return None  # it is for want of ours, which says nothing of the engine
         self._is_ready = is_busy or isinstance(listed, dict)
         described = _described(listed, self.model) if isinstance(listed, dict) else None
         if described is not None:
