@@ -8,6 +8,7 @@ import random
 import socket
 import struct
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import uvloop
 
 from octoai.server.engines import exchange
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.engines.openai_http import OpenAIEngine
@@ -523,12 +525,31 @@ def test_all_the_tokens_of_a_long_prompt_may_be_listed(num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["llama.cpp", "vllm"])
-def test_what_stands_for_an_image_is_not_taken_for_its_tokens(dialect: str) -> None:
+@pytest.mark.parametrize("numbers", [[], [7], [7] * 1_000_000], ids=len)
+def test_of_the_tokens_listed_only_the_number_is_made(dialect: str, numbers: list[int]) -> None:
+    counting = DIALECTS[dialect].counting(TEXT, "up")
+    assert counting is not None
+    next(counting)
+    said = json.dumps({"count": len(numbers), "max_model_len": 8, "tokens": numbers}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(StopIteration) as counted:
+            counting.send(said)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert counted.value.value == len(numbers)
+
+
+@pytest.mark.parametrize("dialect", ["llama.cpp", "vllm"])
+def test_what_stands_for_an_image_is_not_taken_for_its_tokens_nor_the_image_sent(dialect: str) -> None:
     image = {"type": "image_url", "image_url": {"url": "https://a.b/c"}}
     texts = Generation(max_tokens=1, messages=[user([{"type": "text", "text": "Hi"}])])
     images = Generation(max_tokens=1, messages=[user("Hi"), user([{"type": "text", "text": "Hi"}, image])])
     said = by_path(apply_template={"prompt": "<Hi>"}, tokenize={"count": 4, "tokens": [1, 2, 3, 4]})
-    assert counts(dialect, said, texts, images)[0] == [4, None]
+    numbers, asked = counts(dialect, said, texts, images)
+    assert numbers == [4, None]
+    assert asked == counts(dialect, said, texts)[1]
 
 
 def test_a_server_that_is_not_there_counts_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Every sampling parameter is sent, also at its default: the servers' own defaults
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,9 +20,14 @@ from octoai.server.engines.base import Generation
 from octoai.server.engines.choices import tokens_of
 from octoai.server.errors import BadRequest
 
-# Requests (path from the server's root, body) out, their answers in, the number of tokens at the end: None where it
-# cannot tell, as of images, which both count as the few tokens that stand for them (vLLM until 0.16).
-Counting = Generator[tuple[str, bytes], Mapping[str, Any], int | None]
+# Requests (path from the server's root, body) out, their answers in, the number of tokens at the end. Images are not
+# asked about: both count the few tokens that stand for them (vLLM until 0.16).
+Counting = Generator[tuple[str, bytes], bytes, int]
+
+# Answers list the tokens too, which may be millions: they are looked at as text, or the lists would be made for their
+# lengths alone.
+_COUNT = re.compile(rb'"count": ?([0-9]{1,10})(?=[,} ])')
+_TOKENS = re.compile(rb'"tokens": ?\[')
 
 _JSON_SCHEMA_NAME = "answer"
 _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
@@ -120,7 +126,7 @@ class LlamaDialect(Dialect):
     """llama.cpp's server, also when it is somebody else's `llama-server`."""
 
     def counting(self, generation: Generation, model: str) -> Counting | None:
-        return self._counting(generation, model)
+        return None if generation.has_images else self._counting(generation, model)
 
     def _counting(self, generation: Generation, model: str) -> Counting:
         """As it does itself: the template, for which all of the request may matter, and then the tokens."""
@@ -128,11 +134,9 @@ class LlamaDialect(Dialect):
             return len(generation.tokens)
         text = generation.text
         if text is None:
-            text = (yield "/apply-template", self.body(generation, model))["prompt"]
-            if generation.has_images:
-                return None
+            text = orjson.loads((yield "/apply-template", self.body(generation, model)))["prompt"]
         asked = {"content": text, "add_special": True, "parse_special": True}
-        return len((yield "/tokenize", orjson.dumps(asked))["tokens"])
+        return _num_listed((yield "/tokenize", orjson.dumps(asked)))
 
     def _sampling(self, generation: Generation) -> dict[str, Any]:
         values = Dialect._sampling(self, generation)
@@ -159,7 +163,7 @@ class VllmDialect(Dialect):
         asked = {"model": model, **self._prompt(generation)}
         if generation.tools:
             asked["tools"] = generation.tools
-        return tokens_of((yield "/tokenize", dumped(asked))["count"])
+        return _num_said((yield "/tokenize", dumped(asked)))
 
     def _prompt(self, generation: Generation) -> dict[str, Any]:
         values = Dialect._prompt(self, generation)
@@ -167,6 +171,24 @@ class VllmDialect(Dialect):
         if last.get("role") == "assistant" and not last.get("tool_calls"):
             values |= {"add_generation_prompt": False, "continue_final_message": True}
         return values
+
+
+def _num_listed(said: bytes) -> int:
+    """How many tokens llama.cpp lists. Raises ValueError."""
+    begins = _TOKENS.search(said)
+    if begins is None:
+        raise ValueError(said[:100])
+    start = begins.end()
+    end = said.index(b"]", start)
+    return said.count(b",", start, end) + 1 if end > start else 0
+
+
+def _num_said(said: bytes) -> int:
+    """How many there are, as vLLM says. Raises ValueError."""
+    count = _COUNT.search(said)
+    if count is None:
+        raise ValueError(said[:100])
+    return tokens_of(int(count[1])) or 0
 
 
 def _samplers(generation: Generation) -> list[str]:

@@ -13,6 +13,7 @@ import orjson
 from octoai.server.engines.base import LONGEST_CONTEXT, Generation
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.exchange import Pool
+from octoai.server.engines.refusals import text_only
 from octoai.server.engines.special import SpecialTokens
 from octoai.server.errors import BadRequest, ContextLengthExceeded
 
@@ -40,11 +41,13 @@ class Control:
 
     async def tokens(self, generation: Generation) -> Sequence[int]:
         """The prompt as the server will read it. Raises Refused; ContextLengthExceeded where special tokens alone are
-        too many."""
+        too many, and BadRequest for images: the weights that it would see them with are never loaded."""
         if generation.tokens is not None:
             return generation.tokens
         text = generation.text
         if text is None:
+            if generation.has_images:
+                raise text_only()
             # Of all that may be in the body only what the template sees matters.
             asked = _ASKED.body(replace(generation, logit_bias={}), self._model)
             text = (await self._ask("/apply-template", asked)).get("prompt")

@@ -128,7 +128,7 @@ class OpenAIEngine:
         counting = self.dialect.counting(self._within(generation), self.model)
         if counting is None:
             return None
-        answer: Mapping[str, Any] | None = None
+        answer: bytes | None = None
         try:
             while True:
                 path, body = next(counting) if answer is None else counting.send(answer)
@@ -136,11 +136,11 @@ class OpenAIEngine:
                 if answer is None:
                     return None
         except StopIteration as counted:
-            return cast("int | None", counted.value)
+            return cast("int", counted.value)
         except (KeyError, TypeError, ValueError):
             raise EngineFailed("The engine counted tokens in a shape that is not the protocol's.") from None
 
-    async def _asked(self, path: str, body: bytes, generation: Generation) -> Mapping[str, Any] | None:
+    async def _asked(self, path: str, body: bytes, generation: Generation) -> bytes | None:
         """The whole answer to a question about a prompt; None from a server that does not know it, or where the answer
         takes too long, or is too long."""
         seconds = COUNT_SECONDS + len(body) / COUNTED_BYTES_PER_SECOND
@@ -153,7 +153,7 @@ class OpenAIEngine:
                 return None
             is_whole, retry_after = exchange.is_over, exchange.retry_after
         if status == 200:
-            return dict(orjson.loads(said)) if is_whole else None
+            return said if is_whole else None
         if status in UNKNOWN:
             return None
         raise refusal(status, said, generation, self.context_length, retry_after)

@@ -43,10 +43,14 @@ def refusal(
     if status == 413:
         return BadRequest(f"{param}: too large for the engine ({message}). Shorten it.", param=param)
     if "image input is not supported" in message:
-        return BadRequest("messages: this model takes text only, no images", param="messages")
+        return text_only()
     if status in (429, 503):
         return Unavailable("The engine is busy.", retry_after=_seconds(retry_after))
     return EngineFailed(f"The engine answered {status}.")
+
+
+def text_only() -> Refusal:
+    return BadRequest("messages: this model takes text only, no images", param="messages")
 
 
 def _seconds(retry_after: bytes) -> int:
