@@ -222,9 +222,10 @@ def test_no_request_comes_to_more_than_its_contexts(generation: Generation, cont
     [
         {"tools": [{"type": "function", "function": {"name": "f", "description": "a" * 40_000}}]},
         {"schema": {"description": "a" * 40_000}},
+        {"schema": {"description": "a" * 40_000, "maximum": 2**70}},
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "a" * 40_000}}]}]},
     ],
-    ids=["tools", "schema", "calls"],
+    ids=["tools", "schema", "large number", "calls"],
 )
 def test_what_a_request_comes_to_has_all_that_the_model_reads(more: dict[str, Any]) -> None:
     plain = {"max_tokens": 100, "messages": [{"role": "user", "content": "Hi"}]}

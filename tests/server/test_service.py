@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from octoai.server import streaming, tokens
+from octoai.server.engines import base
 from octoai.server.engines.base import Event, Finished, Generation, Started, Usage
 from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Unavailable
@@ -387,6 +388,20 @@ def test_seeds_of_choices_stay_within_64_bits(in_process: Start) -> None:
     service = in_process(ScriptedEngine())
     assert chat(service, n=3, seed=2**63 - 2)[0] == 200
     assert sorted(generation.seed for generation in service.engine.seen) == [-(2**63), 2**63 - 2, 2**63 - 1]
+
+
+def test_what_the_tools_of_a_request_come_to_is_found_out_once_for_all_its_choices(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+    num_json = base._num_json
+    monkeypatch.setattr(base, "_num_json", lambda value: measured.append(value) or num_json(value))
+    service = in_process(ScriptedEngine())
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    assert chat(service, n=8, tools=[tool])[0] == 200
+    assert len(service.engine.seen) == 8
+    assert len({generation.num_prompt_bytes for generation in service.engine.seen}) == 1
+    assert [value for value in measured if value] == [(tool,)]
 
 
 class AtOnce(ScriptedEngine):

@@ -362,8 +362,8 @@ def _split(generation: Generation, first: int, max_choices: int) -> list[tuple[i
     parts = []
     for done in range(0, generation.n, max_choices):
         seed = None if generation.seed is None else (generation.seed + done + 2**63) % 2**64 - 2**63
-        part = replace(generation, n=min(max_choices, generation.n - done), seed=seed)
-        parts.append((first + done, part))
+        n, prompt_bytes = min(max_choices, generation.n - done), generation.num_prompt_bytes  # looked at once for all
+        parts.append((first + done, replace(generation, n=n, seed=seed, prompt_bytes=prompt_bytes)))
     return parts
 
 

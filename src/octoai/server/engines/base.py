@@ -3,8 +3,8 @@
 Engines know neither accounts nor our HTTP API. What one cannot honour it says beforehand (`unsupported`), so that
 the request can be refused by name instead of being answered with something else.
 
-None of these values is changed once it is made. They are not `frozen`, because to make one would take three times as
-long then, and one is made for every token.
+None of these values is changed once it is made, but for what it remembers of itself. They are not `frozen`, because to
+make one would take three times as long then, and one is made for every token.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import orjson
 
 Message = Mapping[str, Any]
 BYTES_PER_TOKEN = 4  # of English, about
@@ -51,19 +53,22 @@ class Generation:
     tool_choice: str | Mapping[str, Any] | None = None
     slot: int | None = None
     is_stream: bool = True
+    prompt_bytes: int | None = field(default=None, repr=False, compare=False)  # once somebody has asked
 
     @property
     def num_prompt_bytes(self) -> int:
-        """About how much text there is to take apart."""
+        """About how much text there is to take apart. It is found out once: what is made of this by `replace` is of the
+        same text, and knows it."""
+        if self.prompt_bytes is None:
+            self.prompt_bytes = self._num_prompt_bytes()
+        return self.prompt_bytes
+
+    def _num_prompt_bytes(self) -> int:
         if self.tokens is not None:
             return BYTES_PER_TOKEN * len(self.tokens)
         if self.messages is None:
             return len(self.text or "")
-        size = sum(len(str(message.get("content"))) for message in self.messages)
-        size += sum(len(str(message["tool_calls"])) for message in self.messages if "tool_calls" in message)
-        if self.tools or self.schema:
-            size += len(str(self.tools)) + len(str(self.schema))
-        return size
+        return sum(map(_num_bytes, self.messages)) + _num_json(self.tools) + _num_json(self.schema)
 
     @property
     def has_images(self) -> bool:
@@ -75,6 +80,21 @@ class Generation:
         than a context, whatever was asked."""
         asked = self.num_prompt_bytes // BYTES_PER_TOKEN + self.max_tokens * self.n + 1
         return min(asked, (context_length or LONGEST_CONTEXT) * self.n)
+
+
+def _num_bytes(message: Message) -> int:
+    content = message.get("content")
+    size = len(content) if isinstance(content, str) else _num_json(content)
+    return size + _num_json(message["tool_calls"]) if "tool_calls" in message else size
+
+
+def _num_json(value: Any) -> int:
+    if not value:
+        return 0
+    try:
+        return len(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS))
+    except orjson.JSONEncodeError:  # a number of more than 64 bits
+        return len(str(value))
 
 
 @dataclass(slots=True)
