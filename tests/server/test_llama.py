@@ -179,6 +179,39 @@ def test_an_engine_that_waits_for_who_reads_its_answer_is_no_engine_that_hangs(e
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("num_words", [2, 400_000], ids=["short", "long"])
+def test_prompts_that_are_counted_give_an_engine_that_hangs_no_more_time(num_words: int, embedded_model: Path) -> None:
+    """Short ones one after another, or a long one that has been counted."""
+    prompt = Generation(max_tokens=1, text="word " * num_words)
+
+    async def main() -> None:
+        options = LlamaOptions(context_length=512, num_slots=2, stall_seconds=1.0)
+        engine = LlamaEngine(embedded_model, model="m", options=options)
+        await engine.start()
+        counting: list[asyncio.Task[int | None]] = []
+        try:
+            assert await engine.count_tokens(prompt) == num_words + 1
+            assert engine.num_restarts == 0
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGSTOP)
+            waiting = asyncio.create_task(told(engine))
+            async with asyncio.timeout(8):
+                while not waiting.done():
+                    await asyncio.sleep(0.3)
+                    if num_words == 2:
+                        counting.append(asyncio.create_task(engine.count_tokens(prompt)))
+            with pytest.raises(Refusal):
+                await waiting
+            await until(engine, True, 60)
+        finally:
+            for task in counting:
+                task.cancel()
+            await asyncio.gather(*counting, return_exceptions=True)
+            await engine.close()
+
+    asyncio.run(main())
+
+
 def test_the_slot_of_an_answer_is_free_before_its_end_is_read(embedded_model: Path) -> None:
     async def main() -> None:
         options = LlamaOptions(context_length=512, num_slots=1)

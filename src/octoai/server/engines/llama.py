@@ -78,7 +78,7 @@ class LlamaEngine:
         self._num_running = self._num_awaiting = 0
         self._quiet = asyncio.Event()
         self._last_progress = 0.0
-        self._patient_until = 0.0
+        self._patience: list[float] = []  # of each request that runs: until when it may be silent
         self._supervision: asyncio.Task[None] | None = None
         self._is_ready = False
         self._changing: asyncio.Event | None = None
@@ -192,13 +192,17 @@ class LlamaEngine:
         """While it runs, the child is not changed for another one, and has to make progress where it is waited for."""
         while self._changing is not None:
             await self._changing.wait()
-        tokenized = time.monotonic() + generation.num_prompt_bytes / TOKENIZED_BYTES_PER_SECOND
-        self._patient_until = max(self._patient_until, tokenized)
+        seconds = generation.num_prompt_bytes / TOKENIZED_BYTES_PER_SECOND
+        # Short ones have time enough, and are many: with each of them an engine that hangs would have more time.
+        until = time.monotonic() + seconds if seconds > self.options.stall_seconds / 2 else 0.0
+        self._patience.append(until)
         self._num_running += 1
         self._await()
         try:
             yield
         finally:
+            self._patience.remove(until)
+            self._last_progress = max(self._last_progress, min(until, time.monotonic()))  # so far it was excused
             self._num_awaiting -= 1
             self._num_running -= 1
             if self._num_running == 0:
@@ -257,7 +261,7 @@ class LlamaEngine:
                 done, _ = await asyncio.wait({exited}, timeout=min(1.0, self.options.stall_seconds / 4))
                 if done:
                     return f"exited with {process.returncode}"
-                silent = time.monotonic() - max(self._last_progress, self._patient_until)
+                silent = time.monotonic() - max(self._last_progress, *self._patience)
                 if self._num_awaiting and silent > self.options.stall_seconds:
                     return f"made no progress for {self.options.stall_seconds:g} s"
         finally:
