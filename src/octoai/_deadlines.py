@@ -25,7 +25,8 @@ class Timeout:
       in which nothing of a long request leaves. Default 600.
     - `total`: the whole call, with its retries and to the end of a stream. Default: no limit.
     - `first_token`: in a stream, from sending the request to the first content. Default 600; where only `idle` is
-      given, as long as that.
+      given, as long as that. While a long request leaves it begins anew with each part, but not by an `httpx` client
+      or a proxy, which do not tell: there it has to be enough for all of the request to leave.
     - `idle`: in a stream, between two content events. Keep-alive comments do not count. Default 60.
 
     A plain number `t` in place of a `Timeout` means: connect within `min(t, 10)`, and no wait longer than `t` for
@@ -122,8 +123,9 @@ class Deadlines:
         """Nobody wants the answer any more. Every deadline has passed, so that nothing is begun anew. May be called by
         another thread than the one that waits."""
         self._ends_at = -_NEVER
-        if self.on_stop is not None:
-            self.on_stop()
+        on_stop, self.on_stop = self.on_stop, None  # a wait is ended once
+        if on_stop is not None:
+            on_stop()
 
     def send(self) -> None:
         """An attempt begins, or a part of a long request has left: the waits begin anew."""

@@ -4,20 +4,19 @@ methods). Imports neither library at import."""
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from octoai._async_waits import end, until_stopped
 from octoai._deadlines import Deadlines
+from octoai._httpx_failures import Failures, refusal_in
 from octoai._tls import tls_context
-from octoai._transport import DRAIN_BYTES, DRAIN_SECONDS, AsyncResponse, Request, Response, connection_error
+from octoai._transport import DRAIN_BYTES, DRAIN_SECONDS, AsyncResponse, Request, Response
 from octoai.errors import ApiConnectionError, ApiError, ConfigurationError
 
-_Classes = tuple[type[BaseException], ...]
 _INHERITED: list[Any] = []  # clients of the parent process: kept, so that nothing closes them
 
 
@@ -70,59 +69,6 @@ async def _async_whole(response: Any) -> AsyncIterator[bytes]:
     yield response.content
 
 
-def _classes(client: Any, *names: str) -> _Classes:
-    """The library's own exceptions, found through the client's class: a user's may be a subclass."""
-    roots = [cls.__module__.partition(".")[0] for cls in type(client).__mro__]
-    modules = [sys.modules[root] for root in roots if root in ("httpx", "httpx2") and root in sys.modules]
-    return tuple(getattr(module, name) for module in modules for name in names if hasattr(module, name))
-
-
-def _refused(error: BaseException) -> Any:
-    """The answer, where a user's hook has raised for its status."""
-    return getattr(error, "response", None)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-class _Failures:
-    """What one library raises, mapped."""
-
-    def __init__(self, client: Any) -> None:
-        self.connect_timeouts: _Classes = _classes(client, "ConnectTimeout", "PoolTimeout")
-        self.timeouts: _Classes = (*_classes(client, "TimeoutException"), TimeoutError)
-        self.network: _Classes = (*_classes(client, "TransportError", "StreamError", "DecodingError"), OSError)
-        self.protocol: _Classes = _classes(client, "ProtocolError")
-        self.requests: _Classes = (*_classes(client, "InvalidURL", "UnsupportedProtocol"), UnicodeEncodeError)
-        self.all: _Classes = (*self.timeouts, *self.network, *self.requests, *_classes(client, "HTTPError"))
-
-    def mapped(self, error: BaseException, request: Request, deadlines: Deadlines) -> ApiError:
-        if self.is_timeout(error):
-            return deadlines.passed("connect" if isinstance(error, self.connect_timeouts) else "read")
-        if isinstance(error, self.requests):
-            return ConfigurationError(message=f"the request cannot be sent: {error}")
-        return connection_error(error, request, retryable=self._may_pass(error))
-
-    def is_timeout(self, error: BaseException) -> bool:
-        """Not where the kernel gave the connection up, which the libraries take for a timeout of theirs."""
-        given_up = any(getattr(cause, "errno", None) == errno.ETIMEDOUT for cause in _causes(error))
-        return isinstance(error, self.timeouts) and not given_up
-
-    def _may_pass(self, error: BaseException) -> bool:
-        """Not where a service has said what is no HTTP, nor where its certificate is not to be trusted."""
-        if isinstance(error, self.protocol):
-            return "without sending a response" in str(error)
-        return not any(type(cause).__name__ == "SSLCertVerificationError" for cause in _causes(error))
-
-    def unread(self, error: BaseException) -> OSError:
-        """The failure of a wait for the body, as our own connections have it."""
-        return (TimeoutError if self.is_timeout(error) else OSError)(str(error) or type(error).__name__)
-
-
 class HttpxTransport:
     """Synchronous. The library's read timeout is fixed for a request, so the longest of its waits bounds each one."""
 
@@ -132,12 +78,14 @@ class HttpxTransport:
 
     def send(self, request: Request, deadlines: Deadlines) -> Response:
         client = self._client()
-        failures = _Failures(client)
+        failures = Failures(client)
         connect, wait = deadlines.connecting(), deadlines.waiting()
+        prepared: Any = None
         try:
-            response = client.send(_request(client, request, (connect, wait, wait, connect)), **_SEND_OPTIONS)
+            prepared = _request(client, request, (connect, wait, wait, connect))
+            response = client.send(prepared, **_SEND_OPTIONS)
         except failures.all as error:
-            response = _refused(error)
+            response = refusal_in(error, prepared)
             if response is None:
                 raise failures.mapped(error, request, deadlines) from error
         return HttpxResponse(response, failures)
@@ -160,7 +108,7 @@ class HttpxTransport:
 
 
 class HttpxResponse:
-    def __init__(self, response: Any, failures: _Failures) -> None:
+    def __init__(self, response: Any, failures: Failures) -> None:
         self._response = response
         self._failures = failures
         self._parts: Iterator[bytes] = _whole(response) if response.is_stream_consumed else response.iter_raw()
@@ -213,9 +161,10 @@ class AsyncHttpxTransport:
             raise died.error from died
 
     async def _exchange(self, client: Any, request: Request, deadlines: Deadlines) -> AsyncResponse:
-        failures = _Failures(client)
+        failures = Failures(client)
         connect, wait = deadlines.connecting(), deadlines.waiting()
         seen: set[str] = set()
+        prepared: Any = None
 
         async def trace(event: str, _info: Any) -> None:
             seen.add(event)
@@ -223,21 +172,20 @@ class AsyncHttpxTransport:
         try:
             prepared = _request(client, request, (connect, wait, wait, connect))
             prepared.extensions["trace"] = trace
-            async with asyncio.timeout(deadlines.left()) as limit:
-                deadlines.on_stop = lambda: limit.reschedule(0)
+            async with until_stopped(deadlines, deadlines.left()):
                 response = await client.send(prepared, **_SEND_OPTIONS)
         except failures.all as error:
-            response = _refused(error)
+            response = refusal_in(error, prepared)
             mapped = failures.mapped(error, request, deadlines)
             is_kept = not any("connect_" in event for event in seen)
             if response is None:
                 died = is_kept and isinstance(mapped, ApiConnectionError) and mapped.retryable
                 raise (_DiedError(mapped) if died else mapped) from error
-        finally:
-            deadlines.on_stop = None
         # From here on each wait has its own limit, which is ours.
         prepared.extensions.get("timeout", {})["read"] = None
-        return AsyncHttpxResponse(response, failures)
+        received = AsyncHttpxResponse(response, failures)
+        deadlines.on_stop = received.stop
+        return received
 
     async def close(self) -> None:
         """Those of the running loop; other loops close their own."""
@@ -269,17 +217,18 @@ async def _open_until_closed(client: Any) -> AsyncGenerator[Any, None]:
 
 
 class AsyncHttpxResponse:
-    def __init__(self, response: Any, failures: _Failures) -> None:
+    def __init__(self, response: Any, failures: Failures) -> None:
         self._response = response
         self._failures = failures
         consumed = response.is_stream_consumed
         self._parts: AsyncIterator[bytes] = _async_whole(response) if consumed else response.aiter_raw()
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = _headers(response)
+        self._wait: asyncio.Timeout | None = None
 
     async def receive(self, seconds: float | None) -> bytes:
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds) as self._wait:
                 return await anext(self._parts, b"")
         except self._failures.all as error:
             raise self._failures.unread(error) from error
@@ -295,6 +244,11 @@ class AsyncHttpxResponse:
         except self._failures.all:
             pass  # the answer is complete; only the connection is lost
         await self.close()
+
+    def stop(self) -> None:
+        """End the wait for bytes that is in progress."""
+        if self._wait is not None:
+            end(self._wait)
 
     async def close(self) -> None:
         await self._response.aclose()

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import ssl
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from octoai import ApiConnectionError, BadRequestError, ConfigurationError, NotFoundError, OctoAI
+from octoai import (
+    ApiConnectionError,
+    AsyncOctoAI,
+    BadRequestError,
+    ConfigurationError,
+    NotFoundError,
+    OctoAI,
+    StreamInterrupted,
+)
 from tests.sdk.conftest import MESSAGES
 from tests.sdk.misbehaving import Exchange, answer, words
 
@@ -86,6 +97,100 @@ def test_an_answer_that_a_hook_has_refused_is_that_answer(api: Any, serve: Any, 
         made.close()
     else:
         api.run(made.aclose())
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
+def test_a_good_answer_that_a_hook_has_refused_is_none(api: Any, serve: Any, library: str, reads: bool) -> None:
+    module = pytest.importorskip(library)
+
+    def refuse(response: Any) -> None:
+        if reads:
+            response.read()
+        raise module.HTTPStatusError("the signature is wrong", request=response.request, response=response)
+
+    async def refuse_later(response: Any) -> None:
+        if reads:
+            await response.aread()
+        raise module.HTTPStatusError("the signature is wrong", request=response.request, response=response)
+
+    server = serve(lambda x: x.reply(200, answer()))
+    with own_client(api, module, {"response": [refuse if api.kind == "sync" else refuse_later]}) as own:
+        client = api.client(base_url=server.url, httpx_client=own)
+        with pytest.raises(ApiConnectionError, match="ended the call: the signature is wrong"):
+            api.chat(client)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
+def test_what_another_service_tells_a_hook_is_no_answer(api: Any, serve: Any, library: str) -> None:
+    module = pytest.importorskip(library)
+    keys = serve(lambda x: x.reply(404, {"message": "no such secret"}))
+    service = serve(lambda x: x.reply(200, answer()))
+
+    def sign(_request: Any) -> None:
+        module.get(keys.url).raise_for_status()
+
+    async def sign_later(_request: Any) -> None:
+        async with module.AsyncClient() as asking:
+            (await asking.get(keys.url)).raise_for_status()
+
+    hooks = {"request": [sign if api.kind == "sync" else sign_later]}
+    told = pytest.raises(ApiConnectionError, match=f"a hook of the HTTP client ended the call.*{keys.url}")
+    with own_client(api, module, hooks) as own, told:
+        api.chat(api.client(base_url=service.url, httpx_client=own))
+    assert not service.requests
+
+
+@contextmanager
+def own_client(api: Any, module: Any, hooks: dict[str, Any]) -> Iterator[Any]:
+    own = (module.Client if api.kind == "sync" else module.AsyncClient)(event_hooks=hooks)
+    try:
+        yield own
+    finally:
+        own.close() if api.kind == "sync" else api.run(own.aclose())
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_a_stream_of_an_own_client_may_be_closed_twice_while_it_is_opened(serve: Any, turns: int) -> None:
+    httpx = pytest.importorskip("httpx")
+    server = serve(lambda x: x.seconds_until_closed(3))
+
+    async def close_twice() -> None:
+        async with httpx.AsyncClient() as own:
+            client = AsyncOctoAI(base_url=server.url, api_key="k", httpx_client=own)
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            reading = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0.1)
+            await stream.close()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await stream.close()
+            with pytest.raises(StreamInterrupted, match="it was closed before"):
+                await asyncio.wait_for(reading, 2)
+
+    asyncio.run(close_twice())
+
+
+@pytest.mark.parametrize("brought", [False, True])
+def test_a_stream_may_be_closed_while_its_refusal_stalls(serve: Any, brought: bool) -> None:
+    httpx = pytest.importorskip("httpx")
+
+    def script(x: Exchange) -> None:
+        x.send(b"HTTP/1.1 404 X\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{")
+        x.seconds_until_closed(3)
+
+    async def close() -> None:
+        async with httpx.AsyncClient() as own:
+            client = AsyncOctoAI(base_url=serve(script).url, api_key="k", httpx_client=own if brought else None)
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            reading = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0.2)
+            await stream.close()
+            with pytest.raises(StreamInterrupted, match="it was closed before"):
+                await asyncio.wait_for(reading, 2)
+
+    asyncio.run(close())
 
 
 @pytest.mark.parametrize("proxy", ["socks5h://127.0.0.1:9", "foo://127.0.0.1:9", "http://[::1", "http://a:b:c"])
