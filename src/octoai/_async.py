@@ -8,10 +8,12 @@ import inspect
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
 
 from octoai import _answers, _calls, _endpoints, _events
+from octoai._async_waits import until_stopped
 from octoai._deadlines import Deadlines
 from octoai._events import NOTHING, Nothing
 from octoai._network import async_transport
@@ -52,7 +54,9 @@ class Shell:
                 wait = call.policy.delay(failures, error, chance=random.random())  # noqa: S311  # jitter, no secret
                 if wait is None or not deadlines.allow(wait):
                     raise
-            await asyncio.sleep(wait)
+            with suppress(TimeoutError):  # nobody wants the answer any more
+                async with until_stopped(deadlines, None):
+                    await asyncio.sleep(wait)
 
     async def answer(self, call: _calls.Call) -> RawResponse:
         """The whole answer to a call."""
@@ -149,7 +153,8 @@ class AsyncEventStream(Generic[T]):
 
     The request is sent when the first event is asked for, or on entering the context; its errors show then. A loop
     that was left early can be gone on with. `close()` and leaving the context close the connection at once, and so it
-    is closed when nobody holds the stream any more.
+    is closed when nobody holds the stream any more. Another task may close it at any time; whoever waits for an event
+    has an error then.
     """
 
     def __init__(self, shell: Shell, call: _calls.Call, reader: _events.EventReader[T]) -> None:

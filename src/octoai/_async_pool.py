@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from octoai._async_connection import Connection
+from octoai._async_waits import until_stopped
 from octoai._deadlines import Deadlines
 from octoai._happy_eyeballs import connected
 from octoai._http1 import ProtocolError, ResponseParser
@@ -139,7 +140,7 @@ class AsyncSocketTransport:
         if scheme == "https":
             options.update(ssl=tls_context(), server_hostname=host)
         try:
-            async with asyncio.timeout(deadlines.connecting()):
+            async with until_stopped(deadlines, deadlines.connecting()):
                 # uvloop opens its sockets itself. A number is one address, and needs no thread that looks it up.
                 if isinstance(loop, asyncio.BaseEventLoop) and not _is_number(host):
                     options.update(host=None, port=None, sock=await connected(host, port))

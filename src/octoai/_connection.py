@@ -34,9 +34,13 @@ class Connection:
         """The peer sees it at once, even where a forked child has a copy of the descriptor, and so does a thread that
         is waiting for bytes. The child itself only lets go of its copy."""
         if self.pid == os.getpid():
-            with suppress(OSError):  # it is closed already
-                self.socket.shutdown(socket.SHUT_RDWR)
+            shut_down(self.socket)
         self.socket.close()
+
+
+def shut_down(raw: socket.socket) -> None:
+    with suppress(OSError):  # it is closed already
+        raw.shutdown(socket.SHUT_RDWR)
 
 
 def is_silent(raw: Any) -> bool:

@@ -7,11 +7,13 @@ exact deadlines: the socket's timeout is that of each wait.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 
-from octoai._connection import Connection, ready, received_at_once, sent_at_once
+from octoai._connection import Connection, ready, received_at_once, sent_at_once, shut_down
 from octoai._deadlines import Deadlines
 from octoai._http1 import ProtocolError, ResponseParser
 from octoai._sockets import connected_by, end_of, seconds_until, tune
@@ -122,19 +124,29 @@ class SocketTransport:
         context = tls_context() if scheme == "https" else None
         raw = None
         try:
-            raw = connected_by(ends, host, port)
+            raw = connected_by(ends, host, port, partial(_watch, deadlines))
             tune(raw)
             if context is not None:
                 raw.settimeout(seconds_until(ends))
-                raw = context.wrap_socket(raw, server_hostname=host)
-        except (OSError, UnicodeError, ValueError) as error:
+                with raw.dup() as twin:  # the handshake takes `raw` away
+                    _watch(deadlines, twin)
+                    raw = context.wrap_socket(raw, server_hostname=host)
+        except BaseException as error:
             if raw is not None:
                 raw.close()
+            if not isinstance(error, OSError | UnicodeError | ValueError):
+                raise
             if is_timeout(error):
                 raise deadlines.passed("connect") from error
             certificate = type(error).__name__ == "SSLCertVerificationError"
             raise connection_error(error, request, retryable=not certificate) from error
         return Connection(raw, origin)
+
+
+def _watch(deadlines: Deadlines, raw: socket.socket) -> None:
+    """Have what is waited for on this socket end when nobody wants the answer any more."""
+    deadlines.on_stop = partial(shut_down, raw)
+    deadlines.connecting()  # raises where that was so just before
 
 
 class SocketResponse:

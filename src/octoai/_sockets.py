@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 
 
-def connected_by(ends: float | None, host: str, port: int) -> socket.socket:
-    """The first of the host's addresses that answers, one after the other.
+def connected_by(ends: float | None, host: str, port: int, watch: Callable[[socket.socket], object]) -> socket.socket:
+    """The first of the host's addresses that answers, one after the other. `watch` sees each socket before it waits.
 
     All of them have one end. What is left until then is shared by those that are left, so that a silent one does not
     take the time of the next; where they are many, one that is far away still has a second, or half of what is left.
@@ -20,6 +21,7 @@ def connected_by(ends: float | None, host: str, port: int) -> socket.socket:
         try:
             raw = socket.socket(family, kind, protocol)  # fails where the kernel does not know the family
             raw.settimeout(None if left is None else _share(left, len(addresses) - number))
+            watch(raw)
             raw.connect(place)
             return raw
         except BaseException as error:

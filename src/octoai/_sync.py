@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
@@ -50,7 +51,7 @@ class Shell:
                 wait = call.policy.delay(failures, error, chance=random.random())  # noqa: S311  # jitter, no secret
                 if wait is None or not deadlines.allow(wait):
                     raise
-            time.sleep(wait)
+            _pause(wait, deadlines)
 
     def answer(self, call: _calls.Call) -> RawResponse:
         """The whole answer to a call."""
@@ -120,6 +121,14 @@ class Shell:
         return _calls.bearer(token() if callable(token) else token)
 
 
+def _pause(seconds: float, deadlines: Deadlines) -> None:
+    """Until then, or until nobody wants the answer any more."""
+    stopped = threading.Event()
+    deadlines.on_stop = stopped.set
+    if deadlines.allow(0):  # another thread may have stopped it just before
+        stopped.wait(seconds)
+
+
 def _body(response: Response, deadlines: Deadlines, *, whole: bool = True) -> bytes:
     """The body. Where not the `whole` is needed, what came of it before it broke off."""
     blocks = []
@@ -145,7 +154,9 @@ class EventStream(Generic[T]):
 
     The request is sent when the first event is asked for, or on entering the context; its errors show then. A loop
     that was left early can be gone on with. `close()` and leaving the context close the connection at once, and so it
-    is closed when nobody holds the stream any more.
+    is closed when nobody holds the stream any more. Another thread may close it at any time; whoever waits for an event
+    has an error then, but for two waits, which go on: while a name is looked up, and, by an `httpx` client or a proxy,
+    until the answer's head has come.
     """
 
     def __init__(self, shell: Shell, call: _calls.Call, reader: _events.EventReader[T]) -> None:

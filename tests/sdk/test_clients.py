@@ -420,14 +420,16 @@ def test_a_stream_can_be_closed_by_another_thread_before_its_answer_begins(serve
 
 
 def test_a_stream_can_be_closed_by_another_thread_between_two_attempts(serve: Any) -> None:
-    server = serve(lambda x: x.reply(503, {}, retry_after=1))
+    server = serve(lambda x: x.reply(503, {}, retry_after=5))
     client = OctoAI(base_url=server.url, api_key="k")
     stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+    began = time.monotonic()
     closing = threading.Timer(0.2, stream.close)
     closing.start()
     with pytest.raises(StreamInterrupted, match="it was closed before"):
         next(stream)
     closing.join()
+    assert time.monotonic() - began < 2
     assert len(server.requests) == 1
 
 

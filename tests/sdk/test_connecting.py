@@ -211,6 +211,34 @@ def test_the_handshake_has_no_time_of_its_own() -> None:
         assert time.monotonic() - began < 1.5
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="where a socket can be shut down while it connects")
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_stream_may_be_closed_while_it_connects(silent: tuple[str, int], forgotten: list[Any], scheme: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"{scheme}://127.0.0.1:{silent[1] if scheme == 'http' else mute.getsockname()[1]}"
+
+        async def close_later() -> None:
+            stream = AsyncOctoAI(api_key="k").infer_stream(url, {})
+            reading = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0.2)
+            await stream.close()
+            with pytest.raises(StreamInterrupted, match="it was closed before"):
+                await asyncio.wait_for(reading, 2)
+
+        asyncio.run(close_later())
+        stream = OctoAI(api_key="k").infer_stream(url, {})
+        began = time.monotonic()
+        closing = threading.Timer(0.2, stream.close)
+        closing.start()
+        with pytest.raises(StreamInterrupted, match="it was closed before"):
+            next(stream)
+        closing.join()
+        assert time.monotonic() - began < 2
+    del stream
+    gc.collect()
+    assert not forgotten
+
+
 def test_an_address_that_is_silent_leaves_time_for_the_next(
     serve: Any, resolve: Resolve, silent: tuple[str, int]
 ) -> None:

@@ -342,6 +342,22 @@ def test_a_stream_that_is_closed_before_its_answer_begins_is_left_at_once(
     assert left[0] is not None
 
 
+def test_a_stream_that_is_closed_between_two_attempts_is_left_at_once(serve: Any) -> None:
+    server = serve(lambda x: x.reply(503, {}, retry_after=5))
+
+    async def read() -> None:
+        async with AsyncOctoAI(base_url=server.url, api_key="k") as client:
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            reading = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0.3)
+            await stream.close()
+            with pytest.raises(StreamInterrupted, match="it was closed before"):
+                await asyncio.wait_for(reading, 2)
+
+    asyncio.run(read())
+    assert len(server.requests) == 1
+
+
 def test_ten_streams_in_a_row_use_one_connection(api: Any, serve: Any) -> None:
     def script(x: Exchange) -> None:
         x.begin_stream()
