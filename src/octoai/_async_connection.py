@@ -12,13 +12,12 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from octoai._connection import MAX_IDLE_SECONDS, is_silent
+from octoai._connection import MAX_IDLE_SECONDS, PIECE_BYTES, is_silent
 from octoai._http1 import ProtocolError, ResponseParser
 from octoai._sockets import tune
 from octoai._transport import Message, Origin
 
 _BLOCK_BYTES = 32 * 1024
-_PIECE_BYTES = 64 * 1024
 _MAX_BUFFERED_BYTES = 256 * 1024
 _NEVER = float("inf")
 
@@ -56,7 +55,7 @@ class Connection(asyncio.BufferedProtocol):
     def start(self, parser: ResponseParser, message: Message) -> memoryview:
         """Send a request. What is left of a long one, to be sent by `send`."""
         self.parser = parser
-        if len(message) <= _PIECE_BYTES:
+        if len(message) <= PIECE_BYTES:
             self._transport.write(message)
             return memoryview(b"")
         self._transport.set_write_buffer_limits(1, 0)  # full until all of a piece has left
@@ -66,8 +65,12 @@ class Connection(asyncio.BufferedProtocol):
         """The next piece, where the one before has left. What is left then."""
         if self._is_full:
             return rest
-        self._transport.write(rest[:_PIECE_BYTES])
-        return rest[_PIECE_BYTES:]
+        self._transport.write(rest[:PIECE_BYTES])
+        return rest[PIECE_BYTES:]
+
+    def send_all(self, rest: memoryview) -> None:
+        """Whenever it leaves: nobody waits for that."""
+        self._transport.write(rest)
 
     @property
     def has_sent(self) -> bool:

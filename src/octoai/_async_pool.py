@@ -232,8 +232,8 @@ class AsyncSocketResponse:
             connection.abort()
 
     async def _send_rest(self, connection: Connection, rest: memoryview, deadlines: Deadlines) -> None:
-        """The waits begin anew with each piece that has left. Nothing more is sent to a service that has refused the
-        request already."""
+        """The waits begin anew with each piece that has left. A service that has refused the request already may take
+        the rest of it before it says why; its answer is not kept waiting for that."""
         while rest and self.status < 300:
             left = connection.send(rest)
             if len(left) < len(rest):
@@ -244,6 +244,8 @@ class AsyncSocketResponse:
             else:
                 await connection.wait(deadlines.waiting())
         self._is_sent = not rest
+        if rest and not self._parser.done:
+            connection.send_all(rest)
 
     def _release(self, connection: Connection) -> None:
         self._connection = None

@@ -12,6 +12,7 @@ from typing import Any
 from octoai._transport import Origin
 
 MAX_IDLE_SECONDS = 30.0
+PIECE_BYTES = 64 * 1024  # of a long request
 _NOT_NOW = frozenset({"BlockingIOError", "SSLWantReadError", "SSLWantWriteError"})
 _MAX_MILLISECONDS = 2**31 - 1  # that `poll` can wait
 
@@ -64,10 +65,11 @@ def ready(raw: Any, seconds: float | None, *, reads: bool = True, writes: bool =
     return bool(event & ~select.POLLOUT), bool(event & ~select.POLLIN)
 
 
-def sent_at_once(raw: Any, data: bytes | memoryview) -> int:
-    """How much of it leaves without a wait, on a socket that does not block."""
+def sent_at_once(raw: Any, data: memoryview) -> int:
+    """How much of its next piece leaves without a wait, on a socket that does not block. TLS says so only of all that
+    it was given, however long that takes."""
     try:
-        return int(raw.send(data))
+        return int(raw.send(data[:PIECE_BYTES]))
     except OSError as error:
         if type(error).__name__ not in _NOT_NOW:
             raise

@@ -239,10 +239,15 @@ class SocketResponse:
         deadlines.waiting()  # none has passed
         self._socket.settimeout(0)
         try:
-            rest = memoryview(message)[sent_at_once(self._socket, message) :]
+            rest = memoryview(message)
+            rest = rest[sent_at_once(self._socket, rest) :]
             if rest:
                 self._send_rest(rest, deadlines)
-        except (BrokenPipeError, ConnectionResetError):
+        except (OSError, ProtocolError) as error:
+            if self._is_refused:
+                return  # the status stands, and whatever can still be read of the reason
+            if not isinstance(error, BrokenPipeError | ConnectionResetError):
+                raise
             # A service may refuse a request before it has read all of it: its answer, if there is one, says why.
             block = self._received(1.0)
             if not block:
@@ -250,21 +255,26 @@ class SocketResponse:
             self._first += self._parser.feed(block)
 
     def _send_rest(self, rest: memoryview, deadlines: Deadlines) -> None:
-        """What does not leave at once. The waits begin anew with each part of it that has left. Nothing more is sent to
-        a service that has refused the request already."""
-        while rest:
-            readable, writable = ready(self._socket, deadlines.waiting(), reads=not self.status, writes=True)
-            if not (readable or writable):
-                raise TimeoutError
-            if readable and not self.status:
+        """What does not leave at once. The waits begin anew with each part of it that has left. A service that has
+        refused the request already may take the rest of it before it says why, and then no more."""
+        self._is_sent = False
+        while rest and not (self._is_refused and (self._first or self._parser.done)):
+            reads = self._is_refused or not self.status
+            readable, writable = ready(self._socket, deadlines.waiting(), reads=reads, writes=True)
+            if readable and reads:
                 self._hear()
-                if self.status >= 300:
-                    self._is_sent = False
-                    return
+                continue
+            if not writable:
+                raise TimeoutError
             num_sent = sent_at_once(self._socket, rest)
             if num_sent:
                 rest = rest[num_sent:]
                 deadlines.send()
+        self._is_sent = not rest
+
+    @property
+    def _is_refused(self) -> bool:
+        return self.status >= 300
 
     def _hear(self) -> None:
         """What the service says before it has the whole request."""

@@ -7,10 +7,8 @@ import contextlib
 import errno
 import gc
 import os
-import shutil
 import socket
 import ssl
-import subprocess
 import sys
 import threading
 import time
@@ -293,20 +291,6 @@ def default_authorities(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _tls._context.cache_clear()
     yield
     _tls._context.cache_clear()
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """A file with a certificate of `localhost`, which is its own authority, and its key."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("makes a certificate with the command openssl")
-    file = tmp_path / "localhost.pem"
-    made = f"req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -keyout {file} -out {file}.crt -days 2"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    subprocess.run([openssl, *made.split(), *names], check=True, capture_output=True)
-    file.write_bytes(file.read_bytes() + Path(f"{file}.crt").read_bytes())
-    return file
 
 
 @pytest.fixture

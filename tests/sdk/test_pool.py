@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -107,15 +108,25 @@ def test_a_long_request_may_take_longer_than_one_wait(api: Any) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_the_first_token_of_a_long_request_is_waited_for_when_it_has_left(api: Any) -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_first_token_of_a_long_request_is_waited_for_when_it_has_left(
+    api: Any, certificate: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+
     def serve_one(connection: socket.socket) -> None:
-        take_slowly(connection, head_of(connection)[1], 0.02)
+        if scheme == "https":
+            connection = context.wrap_socket(connection, server_side=True)
+        take_slowly(connection, head_of(connection)[1], 0.02 if scheme == "http" else 0.002)  # of TLS, 16 KB at once
         event = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
         connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + event)
         connection.close()
 
     with listening(serve_one) as url:
-        client = api.client(base_url=url, timeout=Timeout(read=5, first_token=0.5), max_retries=0)
+        address = url.replace("http://127.0.0.1", f"{scheme}://localhost")
+        client = api.client(base_url=address, timeout=Timeout(read=5, first_token=0.5), max_retries=0)
         assert api.text(api.stream(client, messages=[{"role": "user", "content": LONG}])) == ["a"]
 
 
@@ -158,6 +169,27 @@ def test_a_refusal_is_read_before_all_of_a_request_has_left(api: Any, timeout: A
             api.call(client, "infer", url, {"x": LONG})
         assert caught.value.status_code == 413
         assert api.call(client, "infer", url, {}) == {"choices": 1}  # by another connection
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("ending", ["said", "cut off", "lost"])
+def test_a_refusal_may_say_why_only_when_all_of_a_request_has_left(api: Any, ending: str) -> None:
+    def serve_one(connection: socket.socket) -> None:
+        _, left = head_of(connection)
+        connection.sendall(TOO_LARGE[: -len(REFUSAL)])
+        time.sleep(0.1)
+        if ending == "lost":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        else:
+            take_slowly(connection, left, 0)
+            connection.sendall(REFUSAL if ending == "said" else REFUSAL[:5])
+        connection.close()
+
+    with listening(serve_one) as url:
+        began = time.monotonic()
+        with pytest.raises(ApiError, match="too large" if ending == "said" else "413") as caught:
+            api.call(api.client(timeout=Timeout(read=4), max_retries=0), "infer", url, {"x": LONG})
+        assert caught.value.status_code == 413
         assert time.monotonic() - began < 2
 
 
