@@ -237,8 +237,10 @@ class JsonReader(EventReader[Any]):
         self.started = True
 
     def _is_error(self, body: dict[str, Any]) -> bool:
-        """Other endpoints have errors that are numbers, and no failures."""
-        return isinstance(body.get("error"), dict | str) and super()._is_error(body)
+        """Other endpoints have errors that are numbers, and no failures unless a message says of what."""
+        error = body.get("error")
+        says = error is True or isinstance(error, dict | str) or body.get("object") == "error" or body.get("message")
+        return bool(says) and super()._is_error(body)
 
     def has_unread(self) -> bool:
         """Without calling the user's function for what nobody has asked for."""

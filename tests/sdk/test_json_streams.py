@@ -78,12 +78,30 @@ def test_choices_of_another_meaning_do_not_need_an_end(api: Any, serve: Any) -> 
 
 
 def test_an_error_that_is_a_number_is_no_failure(api: Any, serve: Any) -> None:
-    events = [{"step": 1, "error": 0.25}, {"step": 2, "error": [0.5]}]
+    events = [
+        {"step": 1, "error": 0.25},
+        {"step": 2, "error": [0.5]},
+        {"step": 3, "error": 0, "message": "exact"},
+        {"step": 4, "error": False, "message": "done", "object": "step"},
+        {"step": 5, "error": None},
+        {"step": 6, "error": {}},
+    ]
     server = serve(lambda x: x.stream(events))
     assert api.all(api.client().infer_stream(server.url, {})) == events
 
 
-@pytest.mark.parametrize("event", [b'data: {"error":{"message":"boom"}}', b'event: error\ndata: {"boom":1}'])
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"error":{"message":"boom"}}',
+        b'event: error\ndata: {"boom":1}',
+        b'data: {"object":"error","message":"boom","type":"InternalServerError","code":500}',
+        b'data: {"error":true,"message":"boom"}',
+        b'data: {"error":500,"message":"boom"}',
+        b'data: {"error":["out"],"message":"boom"}',
+        b'data: {"error":true,"reason":"boom"}',
+    ],
+)
 def test_an_error_that_says_something_is_a_failure(api: Any, serve: Any, event: bytes) -> None:
     with pytest.raises(StreamError, match="boom"):
         api.all(stream_of(api, serve, event + b"\n\n"))
