@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from octoai import _credentials
 from octoai._deadlines import Timeout
-from octoai.environment import _ConfiguredEnvironment
+from octoai.environment import OctoAIEnvironment, _ConfiguredEnvironment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
-
-    from octoai.environment import OctoAIEnvironment
 
 
 class Settings:
@@ -35,12 +33,14 @@ class Settings:
             raise TypeError(f"api_key must be a string or a callable, not {type(api_key).__name__}")
         if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
             raise TypeError(f"max_retries must be a whole number, 0 or more, not {max_retries!r}")
+        if not isinstance(environment, OctoAIEnvironment):
+            raise TypeError(f"environment must be an OctoAIEnvironment, not {type(environment).__name__}")
         # The constants stand for "as configured"; an environment of the user's own names its address.
-        own = None if isinstance(environment, _ConfiguredEnvironment) else getattr(environment, "text_gen", None)
-        if not own and not isinstance(environment, _ConfiguredEnvironment):
-            kind = type(environment).__name__
-            raise TypeError(f"environment must be an OctoAIEnvironment, with an address as text_gen, not {kind}")
-        self.access = _credentials.resolve(base_url=base_url or own, token=api_key)
+        if not base_url and not isinstance(environment, _ConfiguredEnvironment):
+            base_url = environment.text_gen
+            if not base_url:
+                raise TypeError("environment.text_gen must be the address of a service where base_url gives none")
+        self.access = _credentials.resolve(base_url=base_url, token=api_key)
         self.timeout = Timeout.of(timeout)
         self.max_retries = max_retries
         self.default_headers = dict(default_headers or {})

@@ -210,6 +210,12 @@ def test_an_environment_of_ones_own_names_its_address(kind: Any, monkeypatch: py
     for none in (None, "http://mine:9000", OctoAIEnvironment):
         with pytest.raises(TypeError, match="environment must be an OctoAIEnvironment"):
             kind(environment=none)
+        with pytest.raises(TypeError, match="environment must be an OctoAIEnvironment"):
+            kind(environment=none, base_url="http://mine:9000")
+    images = OctoAIEnvironment(default="", image_gen="http://images", text_gen="")
+    assert kind(environment=images, base_url="http://mine:9000").base_url == "http://mine:9000"
+    with pytest.raises(TypeError, match=r"environment\.text_gen must be the address"):
+        kind(environment=images)
 
 
 def test_an_async_client_serves_two_event_loops(serve: Any) -> None:
