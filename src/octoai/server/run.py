@@ -149,7 +149,8 @@ def _bootstrap(db: Connection, url: str) -> None:
 
 
 def _leave(token: str, url: str, stored: Credentials | None) -> None:
-    """Print the first token, and store it where `stored` is not for another service. Raises CannotServe, OSError."""
+    """Print the first token, and store it where `stored` is not for another service. Raises CannotServe,
+    ConfigurationError."""
     shown = f"octoai: your API token, shown once: {token}"
     if stored is None or _credentials.origin(stored.endpoint) == _credentials.origin(url):
         say(f"{shown}\noctoai: endpoint and token are in {_credentials.write(endpoint=url, token=token)}")
