@@ -23,7 +23,7 @@ R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 
 
-def status_error(raw: RawResponse, *, token_sent: bool, now: float) -> ApiError:
+def status_error(raw: RawResponse, *, lacked_token: bool, now: float) -> ApiError:
     """The error that an answer with a status of 300 or more is. `now`: the time of day, for dates in headers."""
     body = json_or_text(raw.body)
     error = status_class(raw.status_code)(
@@ -33,7 +33,7 @@ def status_error(raw: RawResponse, *, token_sent: bool, now: float) -> ApiError:
         retryable=_retry.is_retryable(raw.status_code, raw.headers),
         retry_after=_retry.retry_after(raw.headers, now),
     )
-    if isinstance(error, AuthenticationError) and not token_sent:
+    if isinstance(error, AuthenticationError) and lacked_token:
         said = (error.message or "the service wants a token").rstrip(".")
         error.message = (
             f"{said}. No token was sent: give one as OctoAI(api_key=…), "

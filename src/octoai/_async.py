@@ -104,7 +104,7 @@ class Shell:
         request = call.request(await self._token(call.url), failures)
         response = await self._send(request, deadlines)
         for _ in range(5):
-            follow = _calls.redirected(request, response.status, response.headers)
+            follow = call.redirected(request, response.status, response.headers)
             if follow is None:
                 break
             await response.close()
@@ -113,7 +113,7 @@ class Shell:
         if response.status < 300:
             return response
         raw = RawResponse(response.status, response.headers, await _body(response, deadlines, whole=False))
-        raise _answers.status_error(raw, token_sent="authorization" in request.headers, now=time.time())
+        raise _answers.status_error(raw, lacked_token=call.lacked_token(request), now=time.time())
 
     async def _send(self, request: Request, deadlines: Deadlines) -> AsyncResponse:
         deadlines.send()

@@ -41,7 +41,8 @@ _OPTIONS = frozenset(
 
 @dataclass(frozen=True)
 class Call:
-    """One call, however often it is sent. `headers` has lower-case names; the token is added to each attempt."""
+    """One call, however often it is sent. `headers` has lower-case names; the token is added to each attempt.
+    `may_lead_away`: its answer may be with another service."""
 
     method: str
     url: str
@@ -51,6 +52,7 @@ class Call:
     body: bytes | None = field(default=None, repr=False)
     streams: bool = False
     wants_token: bool = True
+    may_lead_away: bool = False
 
     def request(self, token: str | None, failures: int) -> Request:
         """The attempt after this many failed ones."""
@@ -61,22 +63,27 @@ class Call:
             headers["x-octoai-retry-count"] = str(failures)
         return Request(self.method, self.url, headers, self.body)
 
+    def redirected(self, request: Request, status: int, headers: Mapping[str, str]) -> Request | None:
+        """Where a redirect leads, if it may be followed: to the same origin, with the same method and body. Results may
+        be elsewhere, as those in a store are, which gets to know nothing of ours."""
+        location = headers.get("location")
+        if not location or not _keeps_method(request.method, status):
+            return None
+        try:
+            url = _credentials.checked_url(urljoin(request.url, location))
+        except (ValueError, ConfigurationError):
+            return None
+        if _credentials.origin(url) == _credentials.origin(request.url):
+            return Request(request.method, url, request.headers, request.body)
+        if not self.may_lead_away:
+            return None
+        return Request("GET", url, {name: value for name, value in request.headers.items() if name in _FOR_ANYBODY})
 
-def redirected(request: Request, status: int, headers: Mapping[str, str]) -> Request | None:
-    """Where a redirect leads, if it may be followed: to the same origin, with the same method and body. What is only
-    asked for may be elsewhere, as results in a store are, which gets to know nothing of ours."""
-    location = headers.get("location")
-    if not location or not _keeps_method(request.method, status):
-        return None
-    try:
-        url = _credentials.checked_url(urljoin(request.url, location))
-    except (ValueError, ConfigurationError):
-        return None
-    if _credentials.origin(url) == _credentials.origin(request.url):
-        return Request(request.method, url, request.headers, request.body)
-    if request.method != "GET":
-        return None
-    return Request("GET", url, {name: value for name, value in request.headers.items() if name in _FOR_ANYBODY})
+    def lacked_token(self, request: Request) -> bool:
+        """Whether this last request of an attempt asked the call's own service, and without a token."""
+        return "authorization" not in request.headers and _credentials.origin(request.url) == _credentials.origin(
+            self.url
+        )
 
 
 def _keeps_method(method: str, status: int) -> bool:

@@ -59,7 +59,8 @@ def infer(defaults: Defaults, endpoint_url: str, inputs: Any, *, streams: bool =
 
 
 def poll(defaults: Defaults, url: str) -> Call:
-    return defaults.call("GET", _credentials.checked_url(url))
+    """What became of an inference, or its result."""
+    return dataclasses.replace(defaults.call("GET", _credentials.checked_url(url)), may_lead_away=True)
 
 
 def health(defaults: Defaults, endpoint_url: str) -> Call:

@@ -453,6 +453,33 @@ def test_a_result_may_be_elsewhere_which_gets_no_token(api: Any, serve: Any) -> 
     assert asked.headers.keys() == {"host", "accept", "accept-encoding", "user-agent"}
 
 
+def test_a_place_of_results_that_refuses_does_not_want_our_token(api: Any, serve: Any) -> None:
+    store = serve(lambda x: x.reply(401, b"<Error>expired</Error>", content_type="application/xml"))
+
+    def script(x: Exchange) -> None:
+        if x.target == "/away":
+            x.reply(302, {}, location=f"{store.url}/signed")
+        else:
+            x.reply(401, {"message": "who are you?"})
+
+    server = serve(script)
+    client = api.client(base_url=server.url, api_key=None)
+    with pytest.raises(AuthenticationError) as caught:
+        api.call(client, "get_future_result", InferenceFuture(response_id="r", poll_url=f"{server.url}/away"))
+    assert "No token was sent" not in str(caught.value)
+    with pytest.raises(AuthenticationError, match="No token was sent"):
+        api.call(client, "get_future_result", InferenceFuture(response_id="r", poll_url=f"{server.url}/here"))
+
+
+def test_the_health_of_another_service_is_not_asked(api: Any, serve: Any) -> None:
+    login = serve(lambda x: x.reply(200, b"<html>Sign in</html>", content_type="text/html"))
+    server = serve(lambda x: x.reply(302, {}, location=f"{login.url}/login" if x.target == "/out" else "/out"))
+    with pytest.raises(ApiError, match=f"redirects to {login.url}/login, which is not followed"):
+        api.call(api.client(), "health_check", f"{server.url}/health")
+    assert len(server.requests) == 2
+    assert not login.requests
+
+
 @pytest.mark.parametrize("more", [{}, {"response_url": None}, {"response_url": 3}])
 def test_a_result_without_a_place_is_an_api_error(api: Any, serve: Any, more: Any) -> None:
     future = InferenceFuture(
