@@ -47,11 +47,14 @@ def serve() -> Iterator[Callable[[Script], Server]]:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
+    return make_certificate(tmp_path / "localhost.pem")
+
+
+def make_certificate(file: Path) -> Path:
     """A file with a certificate of `localhost`, which is its own authority, and its key."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("makes a certificate with the command openssl")
-    file = tmp_path / "localhost.pem"
     made = f"req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -keyout {file} -out {file}.crt -days 2"
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     subprocess.run([openssl, *made.split(), *names], check=True, capture_output=True)

@@ -31,7 +31,7 @@ from octoai import (
 )
 from octoai._deadlines import Deadlines
 from octoai._transport import Request, failure
-from tests.sdk.conftest import MESSAGES
+from tests.sdk.conftest import MESSAGES, make_certificate
 from tests.sdk.misbehaving import answer
 
 Resolve = Callable[[list[tuple[str, int]]], None]
@@ -350,16 +350,17 @@ def test_a_handshake_that_stalls_keeps_nobody_else_waiting() -> None:
 def test_the_authorities_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Any] = []
 
-    class Noted(ssl.SSLContext):
-        def load_verify_locations(self, *places: Any, **named: Any) -> None:
+    def noted(name: str) -> None:
+        load = getattr(ssl.SSLContext, name)
+
+        def note(context: ssl.SSLContext, *places: Any, **named: Any) -> None:
             read.append(places)
-            super().load_verify_locations(*places, **named)
+            load(context, *places, **named)
 
-        def set_default_verify_paths(self) -> None:
-            read.append("default")
-            super().set_default_verify_paths()
+        monkeypatch.setattr(ssl.SSLContext, name, note)
 
-    monkeypatch.setattr(ssl, "SSLContext", Noted)
+    noted("load_verify_locations")
+    noted("set_default_verify_paths")
 
     async def twice(url: str) -> None:
         for _ in range(2):
@@ -401,6 +402,44 @@ def test_an_openssl_of_another_distribution_finds_the_systems_authorities(
     monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: nowhere)
     monkeypatch.setattr(_tls, "_FILES", ("/nowhere", str(certificate)))
     assert api.chat(api.client(base_url=encrypted)).choices[0].message.content == "hello"
+
+
+@pytest.mark.usefixtures("default_authorities")
+def test_authorities_that_have_been_exchanged_are_those_of_new_connections(
+    api: Any, encrypted: str, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = make_certificate(tmp_path / "another.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    client = api.client(base_url=encrypted, max_retries=0)
+    with pytest.raises(ApiConnectionError, match="certificate verify failed"):
+        api.chat(client)
+    exchanged = tmp_path / "exchanged.pem"
+    exchanged.write_bytes(certificate.read_bytes())
+    exchanged.replace(file)
+    assert api.chat(client).choices[0].message.content == "hello"
+
+
+@pytest.mark.usefixtures("default_authorities")
+def test_the_settings_of_tls_are_pythons_own(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As those of every other program that the same variables are set for."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
+    ours, pythons = _tls.tls_context(), ssl.create_default_context()
+    for name in ("verify_flags", "verify_mode", "check_hostname", "options", "minimum_version", "keylog_filename"):
+        assert getattr(ours, name) == getattr(pythons, name)
+    assert ours.keylog_filename == str(tmp_path / "keys")
+
+
+@pytest.mark.usefixtures("default_authorities")
+def test_a_file_for_keys_that_cannot_be_written_is_named(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "nowhere" / "keys"))
+    with pytest.raises(ConfigurationError, match=f"SSLKEYLOGFILE={tmp_path}/nowhere/keys should be a file"):
+        _tls.tls_context()
 
 
 @pytest.mark.usefixtures("default_authorities")
