@@ -18,7 +18,7 @@ from octoai.server import protocol as protocol_module
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import Unavailable
 from octoai.server.incoming import Bodies, ClientLeft, Incoming
-from octoai.server.protocol import MAX_HEAD_BYTES, protocol_for
+from octoai.server.protocol import MAX_AHEAD, MAX_HEAD_BYTES, protocol_for
 from tests.running import InProcess
 from tests.server.test_heads import LINE, Pipe, Recording, request
 from tests.server.test_protocol import Start, asked, statuses
@@ -120,6 +120,22 @@ def test_requests_sent_ahead_are_read_as_they_are_answered_and_no_faster() -> No
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("num", [MAX_AHEAD, 10 * MAX_AHEAD])
+def test_no_more_requests_are_kept_ahead_than_anybody_sends(num: int) -> None:
+    async def main() -> None:
+        protocol, pipe = connected()
+        protocol.data_received(request("a", b"1", "") + b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * num)
+        assert len(protocol.pipeline) == MAX_AHEAD
+        assert pipe.is_closed == (num > MAX_AHEAD)
+        assert pipe.written.startswith(b"HTTP/1.1 400 ") == (num > MAX_AHEAD)
+        assert (f"More than {MAX_AHEAD} requests came ahead".encode() in pipe.written) == (num > MAX_AHEAD)
+        protocol.pipeline.clear()
+        protocol.connection_lost(None)
+        await settle()
+
+    asyncio.run(main())
+
+
 LINES: dict[str, Callable[[int], bytes]] = {
     "many lines": lambda _: b"a: " + b"b" * 1000 + b"\r\n",
     "one line": lambda number: b"b" * 1000 if number else b"a: ",
@@ -181,7 +197,7 @@ def test_who_reads_slowly_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("how", ["rests", "says that it closes", "is refused", "closes its half"])
+@pytest.mark.parametrize("how", ["rests", "says that it closes", "is refused", "closes its half", "sends on"])
 def test_a_connection_that_is_closed_does_not_wait_for_its_client_for_ever(
     monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -192,6 +208,9 @@ def test_a_connection_that_is_closed_does_not_wait_for_its_client_for_ever(
         pipe.num_unread = 1000
         if how == "is refused":
             protocol.data_received(b"nonsense\r\n\r\n")
+        elif how == "sends on":
+            protocol.pause_writing()
+            protocol.data_received(request("a", b"1", "") * 5)
         else:
             protocol.data_received(request("a", b"1", "close" if how == "says that it closes" else ""))
         if how == "closes its half":

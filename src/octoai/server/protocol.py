@@ -28,6 +28,7 @@ from octoai.server.ids import new_request_id
 from octoai.server.incoming import Bodies, Connection, Incoming
 
 MAX_HEAD_BYTES = 64 * 1024
+MAX_AHEAD = 1024  # requests behind one that is answered: one read may have ten times as many, and each takes 2 KB
 LINGER_SECONDS = 30.0  # for a client to read some of what it was sent before its connection was closed
 
 
@@ -89,7 +90,10 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
-            self.send_400_response("")
+            if len(self.pipeline) < MAX_AHEAD:
+                self.send_400_response("")
+            else:
+                self._refuse(MalformedRequest(f"More than {MAX_AHEAD} requests came ahead of their answers."))
             return b""
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
@@ -190,6 +194,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     def on_headers_complete(self) -> None:
         self._reads_head, self._head_bytes = False, 0
         self._rests_since = None
+        if len(self.pipeline) >= MAX_AHEAD:
+            raise OverflowError  # the parser's only way to stop
         if self.parser.should_upgrade():  # to the parser such a message ends with its head
             self._num_missing = heads.length_of_offer(self.parser.get_method(), self.headers)
         path = self._posted_to()
@@ -319,7 +325,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
     def _close_if_resting(self) -> None:
         self._resting = None
-        is_answering = self.cycle is not None and not self.cycle.response_complete  # and rests when that is done
+        is_whole = self.cycle is None or self.cycle.response_complete
+        is_answering = not is_whole and not self._is_behind  # and rests when that is done
         if self._rests_since is None or is_answering or self.transport.is_closing():
             return
         left = self._rests_since + self.timeout_keep_alive - self.loop.time()
