@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import itertools
 import json
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from octoai.server.descriptors import WANTED
+from octoai.server.descriptors import WANTED, raise_limit
 from tests.load.upstream import Upstream
 from tests.running import Serve
 from tests.talking import until
@@ -95,3 +96,20 @@ def test_it_takes_as_many_as_it_may_and_says_when_none_is_left(service: Serve) -
     assert {said["code"] for status, said in answers if status == 503} == {"overloaded"}
     assert "for a connection to an engine" in service.log.read_text()
     assert asked(service, chat, number=100, num_tokens=3)[0] == 200
+
+
+@pytest.mark.parametrize("call", ["getrlimit", "setrlimit"])
+@pytest.mark.parametrize("error", [OSError(errno.EPERM, "refused"), ValueError("not allowed")])
+def test_a_system_that_refuses_leaves_the_limit_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    asked = []
+
+    def refuse(*values: object) -> None:
+        asked.append(values)
+        raise error
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
+    monkeypatch.setattr(resource, call, refuse)
+    raise_limit()
+    assert asked

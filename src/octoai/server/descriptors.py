@@ -10,6 +10,7 @@ import logging
 import socket
 import sys
 import time
+from contextlib import suppress
 
 log = logging.getLogger("octoai.descriptors")
 
@@ -21,15 +22,16 @@ OUT = (errno.EMFILE, errno.ENFILE)
 
 
 def raise_limit() -> None:
-    """To what is wanted, as far as this process may."""
+    """To what is wanted, as far as this process may. Where the system refuses, it stays as it is."""
     if sys.platform == "win32":
         return
     import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
-    if soft != resource.RLIM_INFINITY and soft < allowed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    with suppress(OSError, ValueError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        allowed = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
+        if soft != resource.RLIM_INFINITY and soft < allowed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 class Descriptors:
