@@ -34,7 +34,7 @@ _REFUSALS = {
     "409": "The `Idempotency-Key` was used for another request",
     "413": "A body over 10 MB",
     "422": "A field that is missing, of the wrong type or out of range; `detail` names each, of a list the first value "
-    "that is wrong. Or more values than are read: a million, of them 131,072 texts, lists and objects",
+    "that is wrong. Or more values than are read: two million, of them 131,072 texts, lists and objects",
     "429": "`rate_limit_exceeded`; `retry-after` says when this very request would be let through, where that is ever: "
     "one that alone is more than the limit has none",
     "502": "The engine broke off",
