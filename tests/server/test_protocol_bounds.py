@@ -239,36 +239,59 @@ def test_large_bodies_on_their_way_are_bounded_together_and_shared_between_accou
     service.books(lambda db: accounts.create(db, "acme"))
     acme = service.mint("acme", "acme").text
     kept = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(4)]
-    kept[0].sendall(large(service, 1_000_000, acme)[:900_000])
-    until(lambda: bodies.num_left < 2_300_000)
-    for connection in kept[1:]:  # with another one it would have more than it leaves to others
+    for connection in kept[:2]:
         connection.sendall(large(service, 1_000_000, acme)[:900_000])
+    until(lambda: bodies.num_left < 1_000_000)
+    for connection, expect in zip(kept[2:], (b"", b"expect: 100-continue\r\n"), strict=True):  # it would have all of it
+        head = large(service, 1_000_000, acme).partition(b"\r\n\r\n")[0]
+        connection.sendall(head + b"\r\n" + expect + b"\r\n")
         assert statuses(connection, 1) == [b"503"]
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
-        for message in (large(service, 700_000), large(service, 10, acme), large(service, 700_000)):
+        for message in (large(service, 450_000), large(service, 10, acme), large(service, 450_000)):
             connection.sendall(message)
             assert statuses(connection, 1) == [b"200"]
     for connection in kept:
         connection.close()
     until(lambda: bodies.num_left == 3_000_000)
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
-        connection.sendall(large(service, 1_300_000, acme))
+        connection.sendall(large(service, 2_500_000, acme))
         assert statuses(connection, 1) == [b"200"]
     assert bodies.num_left == 3_000_000
 
 
-def test_a_refusal_for_large_bodies_says_when_to_come_again() -> None:
-    bodies = Bodies(300)
-    bodies.hold("one", 150)
-    with pytest.raises(Unavailable) as caught:
-        bodies.hold("one", 1)
+def test_a_body_of_unknown_length_has_the_room_that_it_has_come_to(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol_module, "Bodies", partial(Bodies, 1_000_000))
+    service = in_process(ScriptedEngine())
+    bodies: Bodies = service._server.config.http.bodies  # type: ignore[union-attr]
+    head, _, body = large(service, 2_000_000).partition(b"\r\n\r\n")
+    head = head[: head.rindex(b"content-length")] + b"transfer-encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(head + b"%x\r\n%b" % (len(body), body[:700_000]))
+        until(lambda: bodies.num_left < 400_000)
+        connection.sendall(body[700_000:] + b"\r\n0\r\n\r\n")
+        assert statuses(connection, 1) == [b"503"]
+    assert bodies.num_left == 1_000_000
+
+
+def test_who_is_alone_leaves_an_eighth_of_the_room_and_others_no_less_than_they_have() -> None:
+    bodies = Bodies(800)
+    bodies.hold("one", 700)
+    for name, num_bytes in (("one", 1), ("two", 51)):
+        with pytest.raises(Unavailable) as caught:
+            bodies.hold(name, num_bytes)
     assert (caught.value.status, caught.value.code, caught.value.headers) == (503, "overloaded", {"retry-after": "1"})
-    for other in ("two", "three"):
-        bodies.hold(other, (bodies.num_left) // 2)
+    bodies.hold("two", 50)
+    bodies.free("one", 700)
+    bodies.hold("one", 350)
+    for name, num_bytes in (("one", 51), ("two", 176)):
         with pytest.raises(Unavailable):
-            bodies.hold(other, 2)
-    bodies.free("one", 150)
-    bodies.hold("three", 75)
+            bodies.hold(name, num_bytes)
+    bodies.free("one", 350)
+    bodies.hold("two", 650)
+    bodies.free("two", 700)
+    assert bodies.num_left == 800
 
 
 @pytest.mark.parametrize("token", ["", "octoai_nobody"], ids=["answered", "refused"])

@@ -33,17 +33,19 @@ class ClientLeft(Exception):
 
 
 class Bodies:
-    """The room for large bodies on their way, and whose they are. No account has more of it than it leaves to others:
-    one alone comes to half, two to a third each."""
+    """The room for large bodies on their way, and whose they are. An account that is alone with it leaves an eighth of
+    it to who may come; one among others has no more of it than it leaves to them."""
 
     def __init__(self, max_bytes: int = MAX_BODIES_BYTES) -> None:
         self.num_left = max_bytes
+        self._num_kept = max_bytes // 8
         self._held: dict[str, int] = {}
 
     def hold(self, account: str, num_bytes: int) -> None:
         """Raises Unavailable, with no more held than before."""
         held = self._held.get(account, 0) + num_bytes
-        if held > self.num_left - num_bytes:
+        is_alone = self._held.keys() <= {account}
+        if self.num_left - num_bytes < (self._num_kept if is_alone else held):
             raise Unavailable("Too many large bodies are on their way here at once.", retry_after=1, code="overloaded")
         self._held[account] = held
         self.num_left -= num_bytes
@@ -119,19 +121,18 @@ class Incoming:
             self._body = b""  # its connection keeps this request until the next one
 
     async def _rest_of_body(self, max_bytes: int, seconds: float) -> None:
-        if self.head.expects_continue:
-            self._connection.transport.write(_CONTINUE)
         account, num_held = "" if self.caller is None else self.caller.account.id, 0
         try:
+            num_held = self._hold(account, num_held)  # where it does not fit, its client hears that before it sends it
+            if self.head.expects_continue:
+                self._connection.transport.write(_CONTINUE)
             async with asyncio.timeout(seconds):
                 while self.more_body:
                     if self.disconnected:
                         raise ClientLeft
                     if len(self._body) > max_bytes:
                         raise TooLarge(max_bytes)
-                    if len(self._body) - num_held > UNCOUNTED_BYTES:
-                        self._connection.bodies.hold(account, len(self._body) - num_held)
-                        num_held = len(self._body)
+                    num_held = self._hold(account, num_held)
                     self._connection.flow.resume_reading()  # it was paused where nobody asked for what came
                     self._waiter = asyncio.get_running_loop().create_future()
                     await self._waiter
@@ -140,6 +141,14 @@ class Incoming:
         finally:
             if num_held:
                 self._connection.bodies.free(account, num_held)
+
+    def _hold(self, account: str, num_held: int) -> int:
+        """Have room for all of the body, or for what has come where nobody knows how much it will be."""
+        num_due = self._num_body_bytes or len(self._body)
+        if num_due - num_held <= UNCOUNTED_BYTES:
+            return num_held
+        self._connection.bodies.hold(account, num_due - num_held)
+        return num_due
 
     # ---- what is answered ----
 
