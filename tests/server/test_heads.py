@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 
 from octoai.server import heads, ids, tokens
 from octoai.server.engines.scripted import ScriptedEngine
+from octoai.server.errors import Refusal
 from octoai.server.heads import Head, KnownHead
 from octoai.server.incoming import Incoming
 from octoai.server.protocol import protocol_for
@@ -41,6 +42,9 @@ class Recording:
         incoming.request_id = "x"
         incoming.begin(200, [(b"content-length", b"%d" % len(body))])
         incoming.end(body)
+
+    def refuse_unread(self, refusal: Refusal, _request_id: str) -> bytes:
+        return json.dumps(refusal.body()).encode()
 
 
 class Pipe(asyncio.Transport):

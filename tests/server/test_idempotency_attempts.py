@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import closing
@@ -16,6 +18,7 @@ import pytest
 from octoai.server import accounts, admission, ledger, streaming
 from octoai.server.engines.base import Event
 from octoai.server.engines.scripted import ScriptedEngine
+from octoai.server.errors import Unavailable
 from octoai.server.ledger import now_us
 from octoai.server.store import Connection, Place, StoreAway, connect, keys, requests, sqlite
 from octoai.server.store.entries import balance_nanos
@@ -69,6 +72,28 @@ def test_an_attempt_is_not_given_back_for_one_that_was_refused(slow: InProcess, 
         assert ask(slow, PATH, request(slow, stream=True), idempotency_key="k1")[0] == 429
     until(lambda: attempts(slow, "k1") == [1], 2)
     assert (net_nanos(slow), statuses(slow)) == (charged, ["settled"])
+
+
+def test_who_joined_an_answer_that_is_refused_has_a_line_of_its_own(
+    in_process: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    service = in_process(ScriptedEngine([0.5, Unavailable("it is gone", retry_after=1, code="engine_not_ready")]))
+    answers: list[int] = []
+    asking = [
+        threading.Thread(target=lambda: answers.append(ask(service, PATH, request(service), idempotency_key="k1")[0]))
+        for _ in range(3)
+    ]
+    for each in asking:
+        each.start()
+    for each in asking:
+        each.join()
+    assert answers == [503] * 3
+    until(lambda: is_idle(service))
+    lines = [(each.name, each.fields["error"]) for each in caplog.records if hasattr(each, "fields")]
+    jobs = [error for name, error in lines if name == "octoai.request"]
+    assert jobs == ["engine_not_ready"]
+    assert [error for name, error in lines if name == "octoai.refusal"] == ["engine_not_ready"] * 2
 
 
 def test_an_attempt_is_not_given_back_for_one_that_left_the_queue(slow: InProcess, talk: Any) -> None:

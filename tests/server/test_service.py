@@ -802,6 +802,10 @@ def test_every_refusal_is_one_line_that_says_who_and_why_without_the_text(
     ask(service, "/v1/nowhere")
     for _ in range(2):
         ask(service, "/v1/chat/completions", request(service), authorization=f"Bearer {limited.text}")
+    unread = Talk(service)
+    unread.socket.sendall(b"zebra\r\n\r\n")
+    answered = unread.rest()
+    unread.close()
     until(lambda: is_idle(service))
     lines = [record.fields for record in caplog.records if record.name == "octoai.refusal"]  # type: ignore[attr-defined]
     assert [(line["status"], line["error"], line["param"], line["account"]) for line in lines] == [
@@ -810,7 +814,10 @@ def test_every_refusal_is_one_line_that_says_who_and_why_without_the_text(
         (401, "invalid_api_key", None, None),
         (404, "unknown_url", None, None),
         (429, "rate_limit_exceeded", None, "default"),
+        (400, "invalid_http", None, None),
     ]
+    assert metric(service, "octoai_refusals_total") == len(lines) + 1  # with that of the job
+    assert f"x-request-id: {lines[5]['request_id']}\r\n".encode() in answered
     assert "`no-such-model`" in lines[0]["reason"]
     assert (lines[2]["method"], lines[2]["path"]) == ("GET", "/v1/models")
     assert lines[4]["token"] == limited.id

@@ -64,6 +64,7 @@ class Generating:
 
 
 async def _replay(recording: Recording, incoming: Incoming, service: Service) -> None:
+    incoming.has_joined = True
     try:
         incoming.limit_headers = await limit_headers(service, incoming.caller)
     except BaseException:

@@ -72,12 +72,17 @@ class Edge:
         if incoming.status is not None:
             return  # too late for another answer; the connection is cut
         headers, body = self._refused(refusal)
-        if incoming.limit_headers is None:  # it did not become a job, which has a line of its own
+        if incoming.limit_headers is None or incoming.has_joined:  # it did not become a job, which has its own line
             self._log(refusal, incoming.request_id, incoming.caller, "POST", incoming.head.path)
-            if not _says_limits(headers):
-                incoming.limit_headers = await limit_headers(self.service, incoming.caller)
+        if incoming.limit_headers is None and not _says_limits(headers):
+            incoming.limit_headers = await limit_headers(self.service, incoming.caller)
         incoming.begin(refusal.status, headers)
         incoming.end(body)
+
+    def refuse_unread(self, refusal: Refusal, request_id: str) -> bytes:
+        """The body of the answer to what cannot be read as a request."""
+        self._log(refusal, request_id, None, None, None)
+        return self._refused(refusal)[1]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,7 +117,9 @@ class Edge:
         headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
         return raw(headers), body
 
-    def _log(self, refusal: Refusal, request_id: str, caller: Caller | None, method: str, path: str) -> None:
+    def _log(
+        self, refusal: Refusal, request_id: str, caller: Caller | None, method: str | None, path: str | None
+    ) -> None:
         """Why a client is not served, in the words of a request's own line. What is said of a body may repeat it."""
         account = None if caller is None else caller.account.id
         self._refusal_log.info(

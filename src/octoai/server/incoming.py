@@ -88,6 +88,7 @@ class Incoming:
     is_given_id = False
     caller: Caller | None = None
     limit_headers: Headers | None = None
+    has_joined = False  # the answer of another request, under its key
     status: int | None = None
     on_left: Callable[[], None] | None = None  # called once, in the loop, when the client has left
     more_body = True

@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import unquote
 
 import httptools
-import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -137,10 +136,11 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if self._is_in_an_answer():
             self.close()
             return
-        body = orjson.dumps(refusal.body())
+        request_id = new_request_id()
+        body = self.edge.refuse_unread(refusal, request_id)
         head = (
             f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nx-request-id: {new_request_id()}\r\nconnection: close\r\n\r\n"
+            f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
         self.close()
