@@ -300,11 +300,14 @@ def test_one_after_the_other_killed_under_all_kinds_of_requests(
 
 
 @pytest.mark.parametrize("num_workers", ["1", "2"])
-@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGHUP, signal.SIGHUP)])
+@pytest.mark.parametrize(
+    "signals", [(signal.SIGTERM,), (signal.SIGHUP, signal.SIGHUP), (signal.SIGHUP, signal.SIGTERM)]
+)
 def test_a_signal_drains_all_even_where_all_are_sent_it(
     tmp_path: Path, engine: Upstream, signals: tuple[signal.Signals, ...], num_workers: str
 ) -> None:
-    """As a service manager sends it to every process of a service; that a terminal closes, each is told twice."""
+    """As a service manager sends it to every process of a service; that a terminal closes, each is told twice, or by
+    that and by the end of its session."""
     service = serve(tmp_path, engine, "--workers", num_workers)
     target = Target(service.url, service.token, MODEL)
     told = [Told(next(_numbers), "stream") for _ in range(12)]
@@ -328,6 +331,35 @@ def test_a_signal_drains_all_even_where_all_are_sent_it(
     assert all(each.is_finished and each.num_seen == 20 for each in told)
     assert list((service.data_dir / "journal").iterdir()) == []
     assert service.lines.count(f"octoai ready on {service.url}") == 1
+
+
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+def test_who_stops_it_at_once_finds_what_was_generated_in_the_ledger(
+    tmp_path: Path, engine: Upstream, num_workers: str
+) -> None:
+    service = serve(tmp_path, engine, "--workers", num_workers)
+    told = [Told(next(_numbers), "stream" if number % 2 else "whole") for number in range(6)]
+    target = Target(service.url, service.token, MODEL)
+
+    def one(each: Told) -> None:
+        run(ask(target, Request(Order(each.number, num_tokens=100, pace=0.2), stream=each.how == "stream"), each))
+
+    threads = [threading.Thread(target=one, args=(each,)) for each in told]
+    for thread in threads:
+        thread.start()
+    until(lambda: all(each.num_seen > 2 for each in told if each.how == "stream"), 10)
+    for _ in range(2):
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert service.process.wait(10) == 0
+    for thread in threads:
+        thread.join(20)
+    service.stop()
+    assert "Traceback" not in service.log.read_text()
+    with closing(connect(Place(service.data_dir))) as db:
+        rows = db.rows("SELECT status, completion_tokens FROM requests")
+    assert len(rows) == len(told)
+    assert all(status == "settled" and num_tokens > 0 for status, num_tokens in rows), rows
 
 
 def test_a_terminal_that_closes_is_no_matter_where_that_signal_is_ignored(tmp_path: Path, engine: Upstream) -> None:

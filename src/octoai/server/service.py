@@ -142,10 +142,10 @@ class Service:
     def is_ready(self) -> bool:
         return not self.is_draining and all(deployment.engine.is_ready for deployment in self.router.deployments)
 
-    async def drain(self) -> None:
-        """Accept nothing more; return when every running request has ended, or after `drain_seconds`."""
+    async def drain(self, seconds: float | None = None) -> None:
+        """Accept nothing more; return when every running request has ended, or after so long (`drain_seconds`)."""
         self.is_draining = True
-        with anyio.move_on_after(self.drain_seconds):
+        with anyio.move_on_after(self.drain_seconds if seconds is None else seconds):
             await self._idle.wait()
 
 

@@ -30,6 +30,7 @@ from octoai.server.store import Connection, StoreAway
 KEEP_ALIVE_SECONDS = 75
 DATABASE_POLL_SECONDS = 0.5
 TICK_SECONDS = 1.0
+SETTLE_SECONDS = 2.0  # for requests that are left in the end
 GC_THRESHOLD = 20_000  # objects made and not yet freed, Python's own default being 700
 
 
@@ -39,14 +40,16 @@ class CannotServe(Exception):
 
 @dataclass
 class Stop:
-    """The first asks for an orderly end, the second for an immediate one."""
+    """The first `ask` is for an orderly end, the second for an immediate one. Who only sets `drain` has not asked."""
 
     drain: asyncio.Event = field(default_factory=asyncio.Event)
     now: asyncio.Event = field(default_factory=asyncio.Event)
+    _is_asked: bool = False
 
     def ask(self) -> None:
-        if self.drain.is_set():
+        if self._is_asked:
             self.now.set()
+        self._is_asked = True
         self.drain.set()
 
 
@@ -117,6 +120,7 @@ async def serve(
         await asyncio.gather(*(engine.close() for engine in engines))
         server.end(at_once=stop.now.is_set())
         await serving
+        await _settled(service, server)
         await service.close()
 
 
@@ -172,6 +176,14 @@ async def _drain(service: Service, stop: Stop) -> None:
     await asyncio.wait([draining, now], return_when=asyncio.FIRST_COMPLETED)
     draining.cancel()
     now.cancel()
+
+
+async def _settled(service: Service, server: _Server) -> None:
+    """What still runs is left, so that its usage is in the journal before that closes."""
+    if server.force_exit:  # otherwise the server has told them
+        for task in server.server_state.tasks:
+            task.cancel()
+    await service.drain(SETTLE_SECONDS)
 
 
 def _say(line: str) -> None:
