@@ -17,6 +17,7 @@ from octoai.server.catalogue import (
     WheelPart,
 )
 from octoai.server.sources import PullFailed, WeightStore
+from octoai.server.sources import store as store_module
 
 
 def test_a_file_is_used_where_it_lies(tmp_path: Path) -> None:
@@ -64,6 +65,19 @@ def test_where_nothing_can_be_kept_a_file_is_verified_every_time(tmp_path: Path)
     (tmp_path / "m.gguf").write_bytes(b"GGUG")
     with pytest.raises(PullFailed, match="not the expected ones"):
         WeightStore(tmp_path / "cache").verified(model)
+
+
+def test_before_a_large_file_is_read_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    model = Model("m", source=FileSource("file", tmp_path / "m.gguf"), sha256=hashlib.sha256(b"GGUF").hexdigest())
+    told, digest = list[str](), hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: told.append("read") or digest(file, kind))
+    WeightStore(tmp_path / "small").verified(model, told.append)
+    assert told == ["read"]
+    monkeypatch.setattr(store_module, "LONG_BYTES", 3)
+    for _ in range(2):
+        WeightStore(tmp_path / "large").verified(model, told.append)
+    assert told[1:] == [f"reading {tmp_path / 'm.gguf'} (0.0 GB) to verify its SHA-256", "read"]
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

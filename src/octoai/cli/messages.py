@@ -1,4 +1,4 @@
-"""What a person at the command line is told when something cannot be done."""
+"""What a person at the command line is told beside a command's result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import sys
 
 
 def fail(message: str) -> int:
-    """One line on standard error; returns the exit status."""
-    print(f"octoai: {message}", file=sys.stderr)
+    """What cannot be done; returns the exit status."""
+    tell(message)
     return 1
+
+
+def tell(message: str) -> None:
+    """One line on standard error."""
+    print(f"octoai: {message}", file=sys.stderr)

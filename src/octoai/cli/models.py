@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octoai.cli.messages import fail
+from octoai.cli.messages import fail, tell
 
 if TYPE_CHECKING:
     from octoai.server.catalogue import Catalogue, Model
@@ -78,8 +78,8 @@ def _catalogue_and_store() -> tuple[Catalogue, WeightStore]:
 
 
 def pulled(store: WeightStore, model: Model) -> Path:
-    if present := store.verified(model):
-        print(f"octoai: {model.id} is already here", file=sys.stderr)
+    if present := store.verified(model, tell):
+        tell(f"{model.id} is already here")
         return present
     if model.source is None:
         return store.pull(model)  # refused, without a bar first

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from octoai.cli.messages import fail
+from octoai.cli.messages import fail, tell
 
 if TYPE_CHECKING:
     from octoai.optimizer.optimization import Optimized
@@ -73,7 +73,7 @@ def optimize(args: argparse.Namespace) -> int:
             )
         model = app.catalogue(settings)[chosen.id]
         store = WeightStore(settings.cache_dir)
-        source = store.verified(model) or pulled(store, model)
+        source = store.verified(model, tell) or pulled(store, model)
         if is_chore and _has_profile(settings, source):
             return 0
         wish = Wish(

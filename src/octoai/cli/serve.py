@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octoai.cli.messages import fail
+from octoai.cli.messages import fail, tell
 
 if TYPE_CHECKING:
     from octoai.server.engines.llama_options import LlamaOptions
@@ -55,7 +55,7 @@ def serve(args: argparse.Namespace) -> int:
         catalogue = app.catalogue(settings)
         store = WeightStore(settings.cache_dir)
         own = [catalogue[model.id] for model in settings.models if model.engine_url is None]
-        weights = {model.id: store.verified(model) or pulled(store, model) for model in own}
+        weights = {model.id: store.verified(model, tell) or pulled(store, model) for model in own}
         tuned, searches = {}, []
         for model, source in list(weights.items()):
             if (known := _profile(settings, model, source)) is not None:

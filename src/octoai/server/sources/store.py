@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,8 +19,14 @@ from octoai.server.catalogue import FileSource, HfSource, Model, PypiSource
 from octoai.server.places import create
 from octoai.server.sources.base import Fetched, Progress, PullFailed, require_space
 
+LONG_BYTES = 10**9  # to read more takes so long that it is said
+
 
 def _silent(_done_bytes: int, _total_bytes: int | None) -> None:
+    pass
+
+
+def _unsaid(_line: str) -> None:
     pass
 
 
@@ -39,9 +45,9 @@ class WeightStore:
         path = model.source.path if isinstance(model.source, FileSource) else self._place(model)
         return path if path.is_file() else None
 
-    def verified(self, model: Model) -> Path | None:
+    def verified(self, model: Model, say: Callable[[str], None] = _unsaid) -> Path | None:
         """The same, to be used: a file of the user's own is read first to verify it, once for as long as it stays as
-        it is. Raises `PullFailed`."""
+        it is; of a large one that is told. Raises `PullFailed`."""
         path = self.path(model)
         if path is None or not isinstance(model.source, FileSource) or model.sha256 is None:
             return path
@@ -52,6 +58,8 @@ class WeightStore:
         with suppress(OSError):
             if mark.read_bytes() == as_it_is:
                 return path
+        if status.st_size > LONG_BYTES:
+            say(f"reading {path} ({status.st_size / 1e9:,.1f} GB) to verify its SHA-256")
         _local(model, path)
         with suppress(OSError):  # where nothing can be kept, the next start reads it again
             create(create(self._cache) / "verified")
