@@ -1,6 +1,7 @@
 """`octoai pull` and `octoai models`, with an empty cache and no network."""
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from octoai.cli import models
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
-from octoai.server.sources import WeightStore
+from octoai.server.sources import WeightStore, store
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,20 @@ def put_in_place(cache: Path) -> Path:
     with path.open("wb") as file:
         file.truncate(98_362_432)
     return path
+
+
+def test_a_large_file_of_ones_own_is_not_read_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    settings = f"[[models]]\nid = 'm'\npath = 'm.gguf'\nsha256 = '{hashlib.sha256(b'GGUF').hexdigest()}'"
+    (tmp_path / "octoai.toml").write_text(settings)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(store, "LONG_BYTES", 3)
+    assert run("pull", "m") == 0
+    first, _ = capsys.readouterr().err.splitlines()
+    assert first == f"octoai: reading {path} (0.0 GB) to verify its SHA-256"
 
 
 def test_pulling_what_is_there_says_so_and_prints_the_path(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
