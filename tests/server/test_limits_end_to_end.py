@@ -17,7 +17,7 @@ import pytest
 
 from octoai.server import accounts, admission, ledger, tokens
 from octoai.server.accounts import Caller
-from octoai.server.billing import nanos
+from octoai.server.billing import Price, nanos
 from octoai.server.engines.base import Event, Generation
 from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, EngineFailed, OutOfCredit
@@ -328,6 +328,66 @@ def test_a_prompt_that_is_only_estimated_takes_nothing_of_the_room_for_its_answe
     client = Client(service, limits={"completion_tokens_per_minute": 100, "prompt_tokens_per_minute": 1_000_000})
     messages = [{"role": "user", "content": "d" * 5000}]
     assert codes(client.at_once(20, messages=messages)) == {200: 2, 429: 18}
+
+
+@pytest.mark.parametrize("url", ["https://a.b/c", "data:image/jpeg;base64," + "A" * 200_000], ids=["a link", "inline"])
+@pytest.mark.parametrize(
+    "budget", [{"credit": 8192 * PRICE}, {"limits": {"prompt_tokens_per_minute": 8192}}], ids=["credit", "a rate"]
+)
+def test_an_image_is_no_more_than_the_window_however_it_is_sent(
+    in_process: Start, url: str, budget: Mapping[str, Any]
+) -> None:
+    client = Client(in_process(Uncounting(300, context_length=8192)), **budget)
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": url}}]
+    assert client.ask(messages=[{"role": "user", "content": parts}], max_tokens=5)[0] == 200
+
+
+def test_a_text_that_is_only_estimated_is_no_more_than_the_window(in_process: Start) -> None:
+    client = Client(in_process(Uncounting(3000, context_length=4096)), limits={"prompt_tokens_per_minute": 4096})
+    assert client.ask(messages=[{"role": "user", "content": "d" * 12_000}], max_tokens=5)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "max_tokens", "most"),
+    [(3000, 4096, 4096), (3000, 1000, 3000 + 60 + 1000), (500, 100, 500 + 60 + 100)],
+)
+def test_prompt_and_answer_share_the_window_also_where_the_prompt_is_only_estimated(
+    in_process: Start, num_bytes: int, max_tokens: int, most: int
+) -> None:
+    client = Client(in_process(Uncounting(10, context_length=4096)), credit=(most - 1) * PRICE)
+    asked = {"messages": [{"role": "user", "content": "d" * num_bytes}], "max_tokens": max_tokens}
+    assert client.ask(**asked)[0] == 402
+    client.service.books(lambda db: accounts.credit(db, "acme", PRICE))
+    assert client.ask(**asked)[0] == 200
+
+
+@pytest.mark.parametrize("price", [Price(1, 1, 5), Price(5, 1, 1), Price(2, 3, 2), Price(0, 0, 1), Price(1, 1, 0)])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("window", [None, 10, 40])
+def test_no_prompt_and_answer_that_fit_the_window_cost_more_than_is_held(
+    price: Price, n: int, window: int | None
+) -> None:
+    for max_tokens, most, least in ((7, 9, 0), (7, 30, 0), (60, 30, 0), (1, 40, 0), (20, 12, 12), (5, 40, 40)):
+        generation = Generation(max_tokens=max_tokens, text="", n=n)
+        rest = [max_tokens if window is None else max(0, window - each) for each in range(most + 1)]
+        dearest = max(price.most(each, n * min(max_tokens, rest[each])) for each in range(least, most + 1))
+        assert admission._most_nanos(price, generation, (most, least), window) == dearest
+
+
+def test_an_engine_that_could_not_count_one_prompt_of_a_list_is_not_asked_for_the_others(in_process: Start) -> None:
+    class Slow(Uncounting):
+        num_asked = 0
+
+        async def count_tokens(self, generation: Generation) -> int | None:
+            self.num_asked += 1
+            return 1 if generation.text == "p0" else None
+
+    engine = Slow(3)
+    client = Client(in_process(engine), limits={"prompt_tokens_per_minute": 1 + 8 * 3})
+    for num_prompts, status in ((10, 429), (9, 200)):
+        asked = {"model": client.service.model, "prompt": [f"p{number}" for number in range(num_prompts)]}
+        assert ask(client.service, "/v1/completions", asked, **client.headers)[0] == status
+    assert engine.num_asked == 2 * 2
 
 
 def test_a_number_that_json_has_no_room_for_is_refused_where_a_prompt_is_estimated(in_process: Start) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,7 +20,7 @@ from octoai.server.billing import Price
 from octoai.server.books import Books
 from octoai.server.catalogue import Model
 from octoai.server.engines.base import LONGEST_CONTEXT, Generation, Usage
-from octoai.server.engines.dialects import dumped
+from octoai.server.engines.dialects import dumped, without_images
 from octoai.server.errors import KeyConflict, Unavailable
 from octoai.server.idempotency import Key, Recording, Recordings, unpacked
 from octoai.server.ids import new_record_id
@@ -181,31 +181,21 @@ class Admission:
     ) -> tuple[TextRequest, Standings | None]:
         if not caller.is_limited:
             return request, None
-        request = _within_minute(caller, request)
-        prompts = [await self._prompt_tokens(caller, generation, deployment) for generation in request.generations]
-        num_prompt = sum(most for most, _ in prompts)
-        most = _most_completion_tokens(request, [least for _, least in prompts], deployment.context_length)
+        request, window = _within_minute(caller, request), deployment.context_length
+        each = list(zip(request.generations, await _prompt_tokens(caller, request, deployment), strict=True))
         wanted = Reservation(
             id=tab.id,
             account=caller.account.id,
             token_id=caller.token.id,
             at_us=now_us(),
-            nanos=tab.price.most(num_prompt, most),
-            prompt_tokens=num_prompt,
-            completion_tokens=most,
+            nanos=sum(_most_nanos(tab.price, generation, prompt, window) for generation, prompt in each),
+            prompt_tokens=sum(most for _, (most, _) in each),
+            completion_tokens=sum(
+                _most_completion_tokens(generation, least, window) for generation, (_, least) in each
+            ),
             lease_us=now_us() + LEASE_US,
         )
         return request, await self.ledger.reserve(tab, wanted)
-
-    async def _prompt_tokens(self, caller: Caller, generation: Generation, deployment: Deployment) -> tuple[int, int]:
-        """The most and the least they can be: as the engine counts them, where a limit depends on it and the engine can
-        tell."""
-        if not caller.needs_prompt_tokens:
-            return 0, 0
-        counted = await deployment.engine.count_tokens(generation)
-        if counted is None:
-            return _most_prompt_tokens(generation, deployment.context_length), 0
-        return counted, counted
 
 
 # Tokens that a chat template may put around a message or a tool, and what it may say of how tools are called.
@@ -239,26 +229,51 @@ def _within_minute(caller: Caller, request: TextRequest) -> TextRequest:
     return replace(request, generations=tuple(replace(each, max_tokens=fair) for each in request.generations))
 
 
-def _most_completion_tokens(request: TextRequest, prompts: Sequence[int], context_length: int | None) -> int:
-    """Beside prompts of so many tokens at least."""
-    most = 0
-    for generation, prompt_tokens in zip(request.generations, prompts, strict=True):
-        left = generation.max_tokens if context_length is None else max(0, context_length - prompt_tokens)
-        most += generation.n * min(generation.max_tokens, left)
-    return most
+async def _prompt_tokens(caller: Caller, request: TextRequest, deployment: Deployment) -> list[tuple[int, int]]:
+    """The most and the least that each prompt can have: as the engine counts it, where a limit depends on it and the
+    engine can tell. One that could not is not asked again: it may have taken its time to say nothing."""
+    if not caller.needs_prompt_tokens:
+        return [(0, 0)] * len(request.generations)
+    found, can_tell = [], True
+    for generation in request.generations:
+        counted = await deployment.engine.count_tokens(generation) if can_tell else None
+        can_tell = counted is not None
+        most = _most_prompt_tokens(generation, deployment.context_length) if counted is None else counted
+        found.append((most, counted or 0))
+    return found
 
 
-def _most_prompt_tokens(generation: Generation, context_length: int | None) -> int:
-    """A token is at least a byte of text; images are no more than the window, whatever the length of their URLs."""
+def _most_completion_tokens(generation: Generation, prompt_tokens: int, window: int | None) -> int:
+    """Beside a prompt of so many tokens at least."""
+    left = generation.max_tokens if window is None else max(0, window - prompt_tokens)
+    return generation.n * min(generation.max_tokens, left)
+
+
+def _most_nanos(price: Price, generation: Generation, prompt: tuple[int, int], window: int | None) -> int:
+    """Prompt and answer share the window. It costs most with the longest prompt, or with the longest beside which an
+    answer still has all that it may: up to there each token more costs more, after it always more or always less."""
+    most, least = prompt
+    beside = most if window is None else min(most, max(least, window - generation.max_tokens))
+    return max(price.most(each, _most_completion_tokens(generation, each, window)) for each in (most, beside))
+
+
+def _most_prompt_tokens(generation: Generation, window: int | None) -> int:
+    """A token is at least a byte of text, images are no more than the window, and so is all of it."""
     if generation.tokens is not None:
-        return len(generation.tokens) + 1
-    if generation.messages is None:
-        return len((generation.text or "").encode()) + 1
-    said = filter(None, (*generation.messages, *generation.tools, generation.schema))
+        most = len(generation.tokens) + 1
+    elif generation.messages is None:
+        most = len((generation.text or "").encode()) + 1
+    else:
+        most = _most_chat_tokens(without_images(generation))
+    if generation.has_images:
+        most += window or LONGEST_CONTEXT
+    return most if window is None else min(most, window)
+
+
+def _most_chat_tokens(generation: Generation) -> int:
+    said = filter(None, (*(generation.messages or ()), *generation.tools, generation.schema))
     most = sum(len(dumped(each)) + _PER_MESSAGE for each in said) + _PER_MESSAGE
-    if generation.tools:
-        most += _OF_TOOLS
-    return most + (context_length or LONGEST_CONTEXT) if generation.has_images else most
+    return most + _OF_TOOLS if generation.tools else most
 
 
 def _conflict() -> KeyConflict:

@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import orjson
 
-from octoai.server.engines.base import Generation
+from octoai.server.engines.base import Generation, Message
 from octoai.server.engines.choices import tokens_of
 from octoai.server.errors import BadRequest
 
-# Requests (path from the server's root, body) out, their answers in, the number of tokens at the end. Images are not
-# asked about: both count the few tokens that stand for them (vLLM until 0.16).
-Counting = Generator[tuple[str, bytes], bytes, int]
+# Requests (path from the server's root, body) out, their answers in, the number of tokens at the end: None where it
+# cannot tell, as of images that it counts as the few tokens that stand for them.
+Counting = Generator[tuple[str, bytes], bytes, int | None]
 
 # Answers list the tokens too, which may be millions: they are looked at as text, or the lists would be made for their
 # lengths alone.
 _COUNT = re.compile(rb'"count": ?([0-9]{1,10})(?=[,} ])')
 _TOKENS = re.compile(rb'"tokens": ?\[')
+
+_LEAST_OF_IMAGE = 32  # tokens that one is read as; what stands for it in the text is fewer
+_NO_IMAGE = {"type": "text", "text": ""}
 
 _JSON_SCHEMA_NAME = "answer"
 _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
@@ -155,15 +158,22 @@ class VllmDialect(Dialect):
     """vLLM, which continues a prefilled answer only when told to; llama.cpp does by itself."""
 
     def counting(self, generation: Generation, model: str) -> Counting | None:
-        return None if generation.has_images else self._counting(generation, model)
+        return self._counting(generation, model)
 
     def _counting(self, generation: Generation, model: str) -> Counting:
+        """Until 0.16 it counts of an image what stands for it, later all that it is read as: told by asking again,
+        without the images."""
         if generation.tokens is not None:
             return len(generation.tokens)
-        asked = {"model": model, **self._prompt(generation)}
-        if generation.tools:
-            asked["tools"] = generation.tools
-        return _num_said((yield "/tokenize", dumped(asked)))
+        counted = _num_said((yield "/tokenize", self._asked(generation, model)))
+        if not generation.has_images:
+            return counted
+        text = _num_said((yield "/tokenize", self._asked(without_images(generation), model)))
+        return counted if counted - text >= _least_of_images(generation) else None
+
+    def _asked(self, generation: Generation, model: str) -> bytes:
+        tools = {"tools": generation.tools} if generation.tools else {}
+        return dumped({"model": model, **self._prompt(generation), **tools})
 
     def _prompt(self, generation: Generation) -> dict[str, Any]:
         values = Dialect._prompt(self, generation)
@@ -204,6 +214,26 @@ def _samplers(generation: Generation) -> list[str]:
         "temperature": True,  # also at 1: a list of nothing might be taken for no list
     }
     return [name for name, acts in acting.items() if acts]
+
+
+def without_images(generation: Generation) -> Generation:
+    """The same chat with an empty text for each image."""
+    if not generation.has_images:
+        return generation
+    return replace(generation, messages=[_without_images(message) for message in generation.messages or ()])
+
+
+def _without_images(message: Message) -> Message:
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    return {**message, "content": [part if part["type"] == "text" else _NO_IMAGE for part in parts]}
+
+
+def _least_of_images(generation: Generation) -> int:
+    contents = [message.get("content") for message in generation.messages or ()]
+    kinds = [part["type"] for parts in contents if isinstance(parts, list) for part in parts]
+    return _LEAST_OF_IMAGE * (len(kinds) - kinds.count("text"))
 
 
 def dumped(body: Mapping[str, Any]) -> bytes:
