@@ -19,6 +19,7 @@ from octoai.server import accounts, admission, ledger, streaming
 from octoai.server.engines.base import Event
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import Unavailable
+from octoai.server.idempotency import Key
 from octoai.server.ledger import now_us
 from octoai.server.store import Connection, Place, StoreAway, connect, keys, requests, sqlite
 from octoai.server.store.entries import balance_nanos
@@ -195,6 +196,65 @@ def test_attempts_that_come_from_the_journal_alone_are_billed_as_one_however_oft
             found = [requests.of_id(db, record["id"]) for record in records[::2]]
             assert [each.status for each in found if each] == ["refunded", "refunded", "settled"]
             assert balance_nanos(db, "default") == -COST
+
+
+def apply(db: Connection, *records: dict[str, Any]) -> None:
+    with db.transaction():
+        requests.apply(db, list(records), now_us())
+
+
+def test_what_began_while_the_database_was_away_takes_no_key_from_a_request_that_runs(place: Place) -> None:
+    with closing(connect(place)) as db:
+        with db.transaction():
+            accounts.ensure_default(db)
+        runs, late = (settlement(number) | {"key": "k1", "key_body": "ab"} for number in (1, 2))
+        late |= {"journal": "elsewhere", "opened_us": runs["opened_us"] + 1}
+        late["answer"] = base64.b64encode(b"late").decode()
+        apply(db, runs | {"kind": "intent"})
+        apply(db, late)
+        row = keys.find(db, "default", "k1")
+        assert row is not None
+        assert (row.request, row.answer, row.num_attempts) == (runs["id"], None, 1)
+        apply(db, runs | {"answer": base64.b64encode(b"first").decode()})
+        kept = keys.find(db, "default", "k1")
+        assert kept is not None
+        assert kept.answer == b"first"
+        found = [requests.of_id(db, each["id"]) for each in (runs, late)]
+        assert [each.status for each in found if each] == ["settled", "settled"]
+
+
+def test_a_request_does_not_take_its_key_back_from_the_one_that_took_it_over(place: Place) -> None:
+    """It was not heard of for a lease; the other, which came while it waited for its turn, leaves before its own."""
+    with closing(connect(place)) as db:
+        with db.transaction():
+            accounts.ensure_default(db)
+        began, body = now_us() - 70_000_000, bytes.fromhex("ab")
+        first = settlement(1) | {"key": "k1", "key_body": "ab", "opened_us": began, "lease_us": began + 60_000_000}
+        apply(db, first | {"kind": "intent"})
+        taker = KeyRow(body, "taker", "req_taker", "elsewhere", began - 5_000_000)
+        with db.transaction():
+            taken = admission._take_over(db, "default", Key("k1", body), taker)
+        assert taken is not None
+        assert taken.refunds == first["id"]
+        apply(db, first)
+        assert keys.find(db, "default", "k1") == taken
+        with db.transaction():
+            keys.release(db, "default", "k1", "taker")
+        row = requests.of_id(db, first["id"])
+        assert row is not None
+        assert (row.status, balance_nanos(db, "default")) == ("settled", -COST)
+
+
+def test_a_key_that_was_waited_for_is_claimed_when_it_is_free(slow: InProcess, talk: Any) -> None:
+    leave(slow, talk, "k0")
+    running = KeyRow(key_of(slow, "k0").body_hash, "id-elsewhere", "req-elsewhere", "journal-elsewhere", now_us())
+    slow.books(lambda db: keys.claim(db, "default", "k1", running))
+    waiting = talk(slow, "k1")
+    time.sleep(0.5)
+    free_us = now_us()
+    slow.books(lambda db: keys.release_of_journal(db, "journal-elsewhere"))
+    waiting.until(b"w1 ")
+    assert key_of(slow).claimed_us > free_us
 
 
 @pytest.mark.parametrize("payer", ["account", "token"])

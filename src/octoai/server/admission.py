@@ -151,14 +151,13 @@ class Admission:
         process is giving it."""
         if self.ledger.journal is None:
             return None  # no request has a row, and no answer is kept
-        claimed = KeyRow(key.body_hash, tab.id, tab.request_id, self.ledger.instance, now_us())
         until = time.monotonic() + ELSEWHERE_SECONDS
         while True:
+            claimed = KeyRow(key.body_hash, tab.id, tab.request_id, self.ledger.instance, now_us())
+            claim = partial(keys.claim, account=account, key=key.value, claimed=claimed)
             try:
                 # Not waited for until it is on disk: what is settled under a key says so again.
-                before = await self.books.writer.run(
-                    lambda db: keys.claim(db, account, key.value, claimed), is_durable=False
-                )
+                before = await self.books.writer.run(claim, is_durable=False)
                 if before is None:
                     return None
                 if before.body_hash != key.body_hash:

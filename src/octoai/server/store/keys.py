@@ -131,7 +131,7 @@ def _claimed_late(db: Connection, account: str, key: str, standing: KeyRow, clai
     """What stands under the key when a request that began while the database was away has been given it, if the one
     before was the same and had ended without an answer."""
     is_same = standing.body_hash == claimed.body_hash and standing.claimed_us < claimed.claimed_us
-    if not is_same or standing.answer is not None:
+    if not is_same or standing.answer is not None or standing.replaces == claimed.request:  # its own successor
         return standing
     row = db.row("SELECT status FROM requests WHERE id = ?", (standing.request,))
     if row == ("open",):
