@@ -263,6 +263,22 @@ def test_what_began_while_the_database_was_away_is_held_also_when_it_was_heard_o
         remaining.hold(caller, replace(wanted, id="2", nanos=1))
 
 
+def test_processes_together_give_out_no_more_than_is_left_when_what_was_heard_of_ends(caller: Caller) -> None:
+    processes, held, spent = [Remaining(2), Remaining(2)], reservation(caller), 2 * 10
+    for number, process in enumerate(processes, 1):  # each has reserved in the database, and then that is away
+        process.heard(caller, left(caller, 4 * ONE - number * ONE))
+    for process in processes:
+        process.release(held, 10)
+    for process in processes:
+        with pytest.raises(OutOfCredit):
+            for number in range(1000):
+                wanted = replace(reservation(caller, str(number)), nanos=ONE // 10)
+                process.hold(caller, wanted)
+                process.release(wanted, wanted.nanos)
+                spent += wanted.nanos
+    assert 3 * ONE < spent <= 4 * ONE
+
+
 @pytest.fixture
 def caller(place: Place) -> Caller:
     with closing(connect(place)) as db, db.transaction():

@@ -41,8 +41,11 @@ class Remaining:
         self._unheard.add(wanted)
 
     def release(self, reservation: Reservation, charged_nanos: int = 0) -> None:
-        """What a request that has ended, or never ran, did not come to."""
+        """What a request that has ended, or never ran, did not come to. What the database held of it was held from
+        everybody's part."""
+        is_unheard = reservation in self._unheard
         self._unheard.discard(reservation)
+        held = reservation.nanos if is_unheard else reservation.nanos // self._num_processes
         for payer in (reservation.account, reservation.token_id):
             if payer in self._left:
-                self._left[payer] += reservation.nanos - charged_nanos
+                self._left[payer] += held - charged_nanos
