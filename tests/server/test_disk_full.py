@@ -178,15 +178,26 @@ def test_the_database_may_be_full_while_the_journal_has_room(in_process: Start, 
     assert {status for (status,) in rows} == {"settled"}
 
 
-def test_who_comes_after_one_that_found_the_disk_full_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def fill(db: Connection) -> None:
+    db.execute_many("INSERT INTO filler VALUES (zeroblob(?))", [(4000,)] * 100)
+
+
+def fill_and_say_it_otherwise(db: Connection) -> None:
+    try:
+        fill(db)
+    except StoreFull:
+        raise ZeroDivisionError from None
+
+
+@pytest.mark.parametrize("fill", [fill, fill_and_say_it_otherwise])
+def test_who_comes_after_one_that_found_the_disk_full_is_written_whole_or_not_at_all(
+    tmp_path: Path, fill: Callable[[Connection], None]
+) -> None:
     """SQLite undoes the whole transaction then, by itself."""
     place = Place(tmp_path)
     with closing(connect(place)) as db, db.transaction():
         accounts.create(db, "acme")
-
-    def fill(db: Connection) -> None:
-        db.execute("CREATE TABLE filler (block BLOB NOT NULL)")
-        db.execute_many("INSERT INTO filler VALUES (zeroblob(?))", [(4000,)] * 100)
+        db.execute("CREATE TABLE filler (block BLOB NOT NULL)")  # where that finds no room, SQLite undoes it alone
 
     async def main() -> None:
         writer = applier.Writer(place)
@@ -204,6 +215,36 @@ def test_who_comes_after_one_that_found_the_disk_full_is_written_whole_or_not_at
             assert writer.is_full
             assert await writer.run(lambda db: balance_nanos(db, "acme")) == 0
             assert not writer.is_full
+        finally:
+            writer.close()
+
+    asyncio.run(main())
+
+
+def test_what_finds_no_room_without_undoing_the_transaction_fails_alone(place: Place) -> None:
+    with closing(connect(place)) as db, db.transaction():
+        accounts.create(db, "acme")
+
+    def sort(db: Connection) -> None:
+        accounts.credit(db, "acme", 3)
+        raise StoreFull("the database has no room: a sort could not write its temporary file")
+
+    async def main() -> None:
+        writer = applier.Writer(place)
+        writer.start()
+        began, gate = threading.Event(), threading.Event()
+        try:
+            first = asyncio.create_task(writer.run(lambda _: (began.set(), gate.wait(5))))
+            await asyncio.to_thread(began.wait, 5)  # so that the next two share a transaction
+            both = [asyncio.create_task(writer.run(do)) for do in (sort, lambda db: accounts.credit(db, "acme", 5))]
+            await asyncio.sleep(0.1)
+            gate.set()
+            await first
+            failed, credited = await asyncio.gather(*both, return_exceptions=True)
+            assert isinstance(failed, StoreAway)
+            assert not isinstance(credited, BaseException)
+            assert (writer.is_full, writer.away_seconds) == (False, None)
+            assert await writer.run(lambda db: balance_nanos(db, "acme")) == 5
         finally:
             writer.close()
 

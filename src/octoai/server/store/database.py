@@ -20,6 +20,7 @@ class StoreError(Exception):
     StoreError
     ├── StoreAway   it does not answer, or is locked: the same may work later
     ├── StoreFull   it has no room for more
+    │   └── Undone      and nothing is left of the transaction, whoever else is in it
     └── Conflict    a row with that key is there already
     """
 
@@ -29,6 +30,10 @@ class StoreAway(StoreError):
 
 
 class StoreFull(StoreError):
+    pass
+
+
+class Undone(StoreFull):
     pass
 
 
@@ -62,7 +67,7 @@ class Connection(Protocol):
         """Everything read inside is of one moment; writers are not held up."""
 
     def savepoint(self) -> AbstractContextManager[None]:
-        """Inside a transaction: what fails in here is undone, the rest is not."""
+        """Inside a transaction: what fails in here is undone, the rest is not. Raises Undone where it is, too."""
 
     def set_durable(self, is_durable: bool) -> None:
         """Whether a commit waits for the disk from now on. It does at first."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from octoai.server.store.database import Conflict, Parameters, Row, StoreAway, StoreError, StoreFull
+from octoai.server.store.database import Conflict, Parameters, Row, StoreAway, StoreError, StoreFull, Undone
 from octoai.server.store.schema import MIGRATIONS, statements
 
 FILENAME = "octoai.db"
@@ -93,7 +93,7 @@ class SqliteConnection:
             yield
         except BaseException as error:
             if not self._connection.in_transaction:  # a full disk: whoever went on would commit each statement alone
-                raise StoreFull(f"the database {self.path} has undone the whole transaction: {error}") from error
+                raise Undone(f"the database {self.path} has undone the whole transaction: {error}") from error
             with contextlib.suppress(StoreError):
                 self.execute("ROLLBACK TO inner_step")
                 self.execute("RELEASE inner_step")

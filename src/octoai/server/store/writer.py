@@ -23,7 +23,7 @@ import orjson
 from octoai.server.journal import START, Followed, Journal, JournalError, Position
 from octoai.server.store import Place, connect
 from octoai.server.store.applier import Applier, News
-from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull
+from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull, Undone
 from octoai.server.store.journals import keep_position
 from octoai.server.store.requests import Record, apply_in_portions
 
@@ -282,14 +282,14 @@ class Writer:
 
 
 def _done(db: Connection, action: Action) -> tuple[Any, BaseException | None]:
-    """Its result or what it raised; a database that fails as a whole is raised here."""
+    """Its result or what it raised (no room for it alone: away); a database that fails as a whole is raised here."""
     try:
         with db.savepoint():
             return action(db), None
-    except (StoreAway, StoreFull):
+    except (StoreAway, Undone):
         raise
     except Exception as error:  # noqa: BLE001  # told to the one who asked
-        return None, error
+        return None, StoreAway(str(error)) if isinstance(error, StoreFull) else error
 
 
 def _resolve(done: Future[T], result: Any, error: BaseException | None) -> None:
