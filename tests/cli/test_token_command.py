@@ -132,7 +132,7 @@ def test_a_model_that_nobody_knows_is_allowed_and_said(
     assert main(["token", "create", "--name", "x", *known, "--model", "smolm2", *config]) == 0
     said = capsys.readouterr()
     assert is_well_formed(said.out.strip())
-    warning, _ = said.err.splitlines()
+    _, warning = said.err.splitlines()
     assert warning.startswith("octoai: --model: unknown model 'smolm2': the nearest are smollm2-135m-instruct, ")
     (row,) = listed(told)
     assert row["models"] == ["mine", "OURS", "smollm2", "smolm2"]
@@ -140,6 +140,15 @@ def test_a_model_that_nobody_knows_is_allowed_and_said(
     assert capsys.readouterr().err == ""
     assert main(["token", "update", row["id"], "--model", "mini", *config]) == 0
     assert "unknown model 'mini': the nearest are mi" in capsys.readouterr().err
+
+
+def test_a_token_is_printed_before_all_else_that_there_is_to_say(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "octoai", "token", "create", "--name", "x", "--model", "smolm2"]
+    command += ["--data-dir", str(tmp_path)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30, check=True)
+    _, text, warning = ran.stdout.splitlines()
+    assert is_well_formed(text)
+    assert "smolm2" in warning
 
 
 def test_tokens_are_listed_by_account_with_what_became_of_them(told: Octoai) -> None:

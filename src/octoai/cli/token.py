@@ -68,9 +68,9 @@ def create(args: argparse.Namespace) -> int:
         own.setdefault("scopes", tokens.DEFAULT_SCOPES)
         with db.transaction():
             minted = tokens.mint(db, args.name, args.account, limits=chosen, **own)
-        _warn_of_unknown(own.get("models"), settings)
         print(f"octoai: token {minted.id} of {args.account}, shown once:", file=sys.stderr)
-        print(minted.text)
+        print(minted.text, flush=True)  # before all that may fail: nobody is told it again
+        _warn_of_unknown(own.get("models"), settings)
         return 0
 
     return with_database(args, run, creates=True)
