@@ -150,6 +150,29 @@ def test_it_changes_when_nothing_runs_and_who_comes_meanwhile_waits(embedded_mod
     asyncio.run(main())
 
 
+@pytest.mark.model
+def test_who_stands_in_line_behind_slow_readers_waits_for_those(embedded_model: Path) -> None:
+    async def main() -> None:
+        options = LlamaOptions(context_length=512, num_slots=2, stall_seconds=1)
+        engine = LlamaEngine(embedded_model, model="m", options=options)
+        await engine.start()
+        try:
+            readers = [engine.generate(Generation(max_tokens=20, text="Hello", ignore_eos=True)) for _ in range(2)]
+            for reader in readers:
+                await anext(reader)
+            behind = asyncio.create_task(anext(engine.generate(Generation(max_tokens=1, text="Hi"))))
+            await asyncio.sleep(3)
+            assert not behind.done()
+            for reader in readers:
+                assert [batch async for batch in reader]
+            assert await asyncio.wait_for(behind, 20)
+            assert engine.num_restarts == 0
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_waits_for_who_reads_its_answer_is_no_engine_that_hangs(embedded_model: Path) -> None:
     long = replace(HELLO, max_tokens=100, ignore_eos=True)
 

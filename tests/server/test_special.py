@@ -43,9 +43,7 @@ def test_pieces_are_the_text_and_none_is_slow() -> None:
     assert all(piece.startswith("</s>") for piece in pieces[1:])
 
 
-@pytest.mark.parametrize(
-    "special", [("<s>", "<s>x"), ("<s>", "<s><s>"), ("<s>", ">a"), ("<s>", "a<"), ("<s>", "s")], ids=repr
-)
+@pytest.mark.parametrize("special", [("<s>", "<s><s>"), ("<s>", ">a"), ("<s>", "a<"), ("<s>", "s")], ids=repr)
 def test_it_is_not_cut_where_another_special_token_may_be(special: tuple[str, ...]) -> None:
     text = "<s>a" * 10_000
     assert known(*special).pieces(text, MANY) == [text]
@@ -63,11 +61,34 @@ def test_more_than_a_context_has_tokens_are_not_counted_to_the_end() -> None:
 
 
 def test_what_is_too_slow_in_one_piece_is_told_by_its_tokens() -> None:
-    chat = known("<s>", "</s>")
+    chat = known("<s>", "[s]", "</s>")  # tokens 2 to 4
     num_chars = 10_000_000
-    most = MAX_WITHOUT_PIECES // num_chars // 2
-    assert chat.is_too_slow([0] * 10 + [2] * (most + 1), num_chars)
-    assert not chat.is_too_slow([0] * 10_000 + [2] * most, num_chars)
+    most = MAX_WITHOUT_PIECES // num_chars // 2  # two are looked for between those, themselves among them
+    assert chat.is_too_slow([0] * 10 + [3] * (most + 1), num_chars)
+    assert chat.is_too_slow([0] * 10 + [4] * (most + 1), num_chars)
+    assert not chat.is_too_slow([0] * 10_000 + [3] * (most - 10), num_chars)
+
+
+def test_what_is_looked_for_before_does_not_count() -> None:
+    lines = known(*[f"<unused{number}>" for number in range(6000)], "\n", " ")
+    source = [0, 0, 6002] * 10_000
+    assert not lines.is_too_slow(source, 500_000)
+    assert lines.is_too_slow([2 + number % 3000 for number in range(10_000)], 500_000)
+
+
+def test_a_vocabulary_of_thousands_takes_no_time() -> None:
+    lines = known(*[f"<unused{number}>" for number in range(6000)], "\n", "\n\n", "  ", "   ")
+    text = "".join(f"<unused{number}>  a\n" for number in range(6000)) * 2
+    began = time.process_time()
+    pieces = lines.pieces(text, MANY)
+    assert time.process_time() - began < 2
+    assert pieces is not None and len(pieces) > 5 and "".join(pieces) == text
+    assert all(piece.startswith("<unused") for piece in pieces)
+
+
+def test_what_ends_an_answer_is_special_whatever_its_type() -> None:
+    typed_as_text = SpecialTokens(Vocabulary("gpt2", ["a", "</s>"], [1, 1], False, {1, None}))
+    assert typed_as_text.pieces("</s>a" * 1000, 999) is None
 
 
 def test_a_file_without_a_vocabulary_has_none(tmp_path: Path) -> None:

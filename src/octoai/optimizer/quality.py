@@ -24,6 +24,7 @@ from octoai.optimizer.weights import Recipe, UnusableWeights, is_changed, num_by
 from octoai.server.engines.cache_size import memory_bytes
 
 MAX_POSITIONS = 400
+READ_SECONDS = 60.0
 EXACT = Recipe("exact", (("*", "F16"),))
 _MEMORY_PARTS = 2  # of one of which exact weights must not take more
 _ROWS_A_STEP = 16
@@ -71,7 +72,7 @@ class Reference:
         weights: Path,
         *,
         max_positions: int = MAX_POSITIONS,
-        max_seconds: float = 60.0,
+        max_seconds: float = READ_SECONDS,
         num_threads: int = 1,
         text: str | None = None,
         directory: Path | None = None,

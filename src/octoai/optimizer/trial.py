@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from octoai.optimizer.outcome import TrialFailed
-from octoai.optimizer.quality import MAX_POSITIONS, Quality, Reference, exact
+from octoai.optimizer.quality import MAX_POSITIONS, READ_SECONDS, Quality, Reference, exact
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.optimizer.weights import UnusableWeights, num_bytes, recipes, requantize
 from octoai.optimizer.workload import NotMeasured, Passages, Speed, Workload, joint_rate, measure
@@ -126,7 +126,8 @@ class Bench:
                 max_positions=num_positions,
                 num_threads=self._num_threads,
                 directory=self._directory,
-                patience=self._patience,
+                # It ends its reading by itself; this is for loading, and for what hangs.
+                patience=None if self._patience is None else READ_SECONDS + self._patience,
             )
             self._references[num_positions] = self._stack.enter_context(made)
         return self._references[num_positions]

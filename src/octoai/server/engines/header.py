@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MAX_KEYS = 4096
 MAX_TOKENS = 4 * 1024 * 1024
@@ -24,12 +24,13 @@ Value = str | float | Sequence[str] | Sequence[float]
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """`kind` is the tokenizer's, as "gpt2"; `types` are llama.cpp's of its tokens. `has_end`: something is put behind a
-    text."""
+    text. `ends` are the tokens that end an answer: special to llama.cpp whatever type the file says."""
 
     kind: str
     tokens: Sequence[str]
     types: Sequence[float]
     has_end: bool
+    ends: Set[Any] = frozenset()
 
 
 def metadata(weights: Path) -> dict[str, Value]:
@@ -44,7 +45,8 @@ def vocabulary(weights: Path) -> Vocabulary | None:
     if not isinstance(kind, str) or not isinstance(tokens, list) or not isinstance(types, tuple):
         return None
     has_end = any(said.get(f"tokenizer.ggml.add_{name}_token") for name in ("eos", "sep"))
-    return Vocabulary(kind, tokens, types, has_end)
+    ends = {said.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    return Vocabulary(kind, tokens, types, has_end, ends)
 
 
 def _read(weights: Path, *, to_vocabulary: bool) -> dict[str, Value]:

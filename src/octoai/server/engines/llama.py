@@ -50,7 +50,7 @@ TOKENIZED_BYTES_PER_SECOND = 100_000
 
 
 # What a child that cannot run its kernels ends with; everything else has other reasons, which may be gone later.
-_FOR_KERNELS = (NO_KERNELS, -signal.SIGILL, -signal.SIGSEGV)
+_FOR_KERNELS = (NO_KERNELS, *(-each for each in (signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)))
 
 
 class _NotStarted(EngineFailed):
@@ -262,7 +262,8 @@ class LlamaEngine:
                 if done:
                     return f"exited with {process.returncode}"
                 silent = time.monotonic() - max(self._last_progress, *self._patience)
-                if self._num_awaiting and silent > self.options.stall_seconds:
+                num_in_line = 0 if self._reading is None else self._reading.num_in_line
+                if self._num_awaiting > num_in_line and silent > self.options.stall_seconds:
                     return f"made no progress for {self.options.stall_seconds:g} s"
         finally:
             exited.cancel()
@@ -322,7 +323,7 @@ class LlamaEngine:
         described = await self._described(self._http, process)
         self.context_length = self._http.context_length or self.context_length
         control = Control(socket, key, self.model, await special, self._http.context_length)
-        self._reading = Reading(self._http, control, self._prefixes, self.num_slots)
+        self._reading = Reading(self._http, control, self._prefixes, self.num_slots, self._made_progress)
         self._num_vocabulary = (described.get("meta") or {}).get("n_vocab")
         self._made_progress()
         self._is_ready = True

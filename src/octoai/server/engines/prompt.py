@@ -17,6 +17,7 @@ class Prompt:
     tokens: Sequence[int] = ()
     packed: bytes = b""
     num_shared: int = 0
+    goes_as_tokens: bool = False  # to the engine
     slot: int = -1  # before it has one
     num_held: int = 0
     num_read: int = 0

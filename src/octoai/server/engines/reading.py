@@ -16,8 +16,8 @@ import asyncio
 import logging
 import re
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -45,10 +45,19 @@ NUM_HEADS = 64
 
 
 class Reading:
-    """The prompts of one child, and its slots."""
+    """The prompts of one child, and its slots. `on_turn` is called when one that stood in line has its turn."""
 
-    def __init__(self, http: OpenAIEngine, control: Control, prefixes: Prefixes, num_slots: int) -> None:
+    def __init__(
+        self,
+        http: OpenAIEngine,
+        control: Control,
+        prefixes: Prefixes,
+        num_slots: int,
+        on_turn: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.num_in_line = 0  # who wait for others, not for the engine
         self._http = http
+        self._on_turn = on_turn
         self._control = control
         self._prefixes = prefixes
         self._slots = Slots(num_slots)
@@ -73,7 +82,7 @@ class Reading:
     ) -> AsyncGenerator[Sequence[Event]]:
         """As of an `Engine`. The slot is free before the end of the answer is given: who reads it may take long."""
         end: Sequence[Event] = ()
-        async with self._turns:
+        async with self._turn():
             prompt, has_begun = Prompt(), False
             self._burst.arrive(prompt)
             try:
@@ -82,7 +91,7 @@ class Reading:
                 await self._read(prompt, self._take_slot(prompt))
                 await self._join(prompt)
                 told = None if on_left is None else partial(_told, on_left, prompt)
-                answered = self._http.generate(await self._asked(generation, prompt), told, on_text)
+                answered = self._http.generate(_asked(generation, prompt), told, on_text)
                 async with aclosing(answered) as batches:
                     async for batch in batches:
                         self._num_answering += not has_begun
@@ -100,6 +109,19 @@ class Reading:
                     on_left((Started(prompt.num_read, prompt.num_read - prompt.num_computed),))
         yield end
 
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        self.num_in_line += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self.num_in_line -= 1
+        self._on_turn()
+        try:
+            yield
+        finally:
+            self._turns.release()
+
     async def count_tokens(self, generation: Generation) -> int | None:
         """As of an `Engine`."""
         try:
@@ -116,29 +138,25 @@ class Reading:
 
     async def _know(self, prompt: Prompt, generation: Generation) -> None:
         """It stays empty where the engine does not tell: that will say why when it is to answer. One that does not fit
-        is not shown to the engine, which might make its tokens once more."""
+        is not shown to the engine, which might make its tokens once more, nor one of which that takes too long."""
         try:
             tokens = await self._control.tokens(generation)
             limit = self._http.context_length
             if limit is not None and len(tokens) >= limit:
                 raise exceeded(len(tokens), limit, generation)
+            is_plain = await self._is_plain_answer(generation)
+            if not is_plain:
+                self._control.check_at_once(tokens, generation)
             whole = packed(tokens)
             prompt.num_shared = self._num_shared(whole, await self._head(generation))
-            prompt.tokens, prompt.packed = tokens, whole
+            prompt.tokens, prompt.packed, prompt.goes_as_tokens = tokens, whole, is_plain
         except (Refused, OverflowError) as error:
             log.debug("a prompt is not known before it is read: %s", error)
 
-    async def _asked(self, generation: Generation, prompt: Prompt) -> Generation:
-        """With the prompt's tokens, so that the engine does not make them again, where that is the only difference."""
-        asked = replace(generation, slot=prompt.slot)
-        is_chat = generation.messages is not None
-        if not prompt.tokens:
-            return asked
+    async def _is_plain_answer(self, generation: Generation) -> bool:
+        """Whether the engine answers the tokens of the prompt as it answers the prompt."""
         asks_more = generation.logprobs is not None or generation.schema is not None
-        if is_chat and (asks_more or not await self._has_plain_answers()):
-            self._control.check_at_once(prompt.tokens, generation)
-            return asked
-        return replace(asked, messages=None, text=None, tokens=prompt.tokens)
+        return generation.messages is None or (not asks_more and await self._has_plain_answers())
 
     async def _has_plain_answers(self) -> bool:
         if self._is_plain is None:
@@ -266,6 +284,12 @@ class Reading:
             prompt.num_held = 0
             self._prefixes.drop(saved)
             log.warning("a saved prompt could not be used, and is read again: %s", error)
+
+
+def _asked(generation: Generation, prompt: Prompt) -> Generation:
+    """With the prompt's tokens, so that the engine does not make them again, where that is the only difference."""
+    asked = replace(generation, slot=prompt.slot)
+    return replace(asked, messages=None, text=None, tokens=prompt.tokens) if prompt.goes_as_tokens else asked
 
 
 def _told(on_left: OnLeft, prompt: Prompt, events: Sequence[Event]) -> None:

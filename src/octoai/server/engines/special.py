@@ -1,9 +1,10 @@
 """Special tokens of a vocabulary, as <|im_end|>, and texts with very many of them.
 
-llama.cpp looks for each special token of its vocabulary in everything that lies between those found so far, and looks
-on to the end of the text every time. What that takes is the product of three numbers: how many are in the text, how
-long it is, how many there are. A megabyte of little else keeps a core busy for minutes. Such a text is cut in pieces
-here, where it makes no difference, and what has more of them than a context has tokens is not read at all.
+llama.cpp looks for each special token of its vocabulary, the longest first, in everything that lies between those found
+so far, and looks on to the end of the text every time. What that takes is the product of three numbers: how many are in
+the text, how long it is, how many are looked for after them. A megabyte of little else keeps a core busy for minutes.
+Such a text is cut in pieces here, where it makes no difference, and what has more of them than a context has tokens is
+not read at all.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
+from itertools import chain
 
 from octoai.server.engines.header import Vocabulary
 
 MAX_LOOKED_THROUGH = 2 * 10**9  # characters at once: some 0.2 s
-MAX_WITHOUT_PIECES = 10**11  # some 10 s, where a text must not be cut
+MAX_WITHOUT_PIECES = 10**11  # at worst some 15 s, where a text must not be cut
 PIECE_CHARS = 16 * 1024
 _KINDS = (2, 3, 4)  # of a token, as llama.cpp numbers them: unknown, control, user-defined
 # Others put something in front of a text that is not put in front of what follows a special token.
@@ -27,16 +29,20 @@ class SpecialTokens:
 
     def __init__(self, vocabulary: Vocabulary | None) -> None:
         of = zip(vocabulary.tokens, vocabulary.types, strict=False) if vocabulary else ()
-        special = {number: text for number, (text, kind) in enumerate(of) if kind in _KINDS and text}
-        self._ids, self._texts = special.keys(), set(special.values())
-        self._is_cut = vocabulary is not None and vocabulary.kind in _CUT_KINDS and not vocabulary.has_end
+        ends = vocabulary.ends if vocabulary else ()
+        special = {
+            number: text for number, (text, kind) in enumerate(of) if text and (kind in _KINDS or number in ends)
+        }
+        self._lengths_by_id = {number: len(text) for number, text in special.items()}
+        self._texts = set(special.values())
+        is_cut = vocabulary is not None and vocabulary.kind in _CUT_KINDS and not vocabulary.has_end
+        self._apart = _apart(self._texts) if is_cut else set()
         self._marks = _marks(self._texts)
         self._lengths = {
             first: sorted({len(text) for text in self._texts if text[0] == first}, reverse=True)
             for first in {text[0] for text in self._texts}
         }
         self._first = re.compile("|".join(map(re.escape, self._lengths)))
-        self._cuts: dict[str, bool] = {}
 
     def is_slow(self, text: str) -> bool:
         """Whether it has to be looked at closely. Cheap, and true of some that would not have to be."""
@@ -45,10 +51,14 @@ class SpecialTokens:
 
     def is_too_slow(self, tokens: Sequence[int], num_chars: int) -> bool:
         """Whether a text of so many characters, which are these tokens, takes far too long in one piece."""
-        if len(tokens) * num_chars * len(self._texts) <= MAX_WITHOUT_PIECES:
+        if len(tokens) * num_chars * len(self._lengths_by_id) <= MAX_WITHOUT_PIECES:
             return False
-        number = sum(map(self._ids.__contains__, tokens))
-        return number * num_chars * len(self._texts) > MAX_WITHOUT_PIECES
+        counts, num_found, num_looks = Counter(tokens), 0, 0
+        # Of those as long as each other any may be the first: the one that is there most often is the worst.
+        for _, number, _ in sorted((-length, -counts[id_], id_) for id_, length in self._lengths_by_id.items()):
+            num_found -= number
+            num_looks += 1 + num_found
+        return num_looks * num_chars > MAX_WITHOUT_PIECES
 
     def pieces(self, text: str, most: int) -> list[str] | None:
         """The text in pieces that come to the same tokens. None where more than `most` special tokens are in it."""
@@ -59,7 +69,7 @@ class SpecialTokens:
             if start - begin >= PIECE_CHARS and last > begin:
                 pieces.append(text[begin:last])
                 begin = last
-            if self._may_cut(special):
+            if special in self._apart:
                 last = start
         if len(text) - begin >= PIECE_CHARS and last > begin:
             pieces.append(text[begin:last])
@@ -77,18 +87,12 @@ class SpecialTokens:
                 yield at, special
             at += len(special) or 1
 
-    def _may_cut(self, special: str) -> bool:
-        """Whether a text may be cut in front of it: what is found there can be no part of another one."""
-        if special not in self._cuts:
-            others = self._texts - {special}
-            self._cuts[special] = self._is_cut and not any(_overlap(special, other) for other in others)
-        return self._cuts[special]
 
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether both can be found in a text with characters in common."""
-    ends = range(1, min(len(one), len(other)))
-    return one in other or other in one or any(one[:n] == other[-n:] or one[-n:] == other[:n] for n in ends)
+def _apart(texts: Set[str]) -> set[str]:
+    """Those in front of which a text may be cut: none of the others can have a part of one of them and more of the
+    text, be it in front or behind."""
+    firsts, inner = {text[0] for text in texts}, set(chain.from_iterable(text[1:] for text in texts))
+    return {text for text in texts if text[0] not in inner and firsts.isdisjoint(text[1:])}
 
 
 def _marks(texts: Set[str]) -> list[str]:
