@@ -263,6 +263,7 @@ def test_an_engine_is_started_again_also_where_its_files_were_deleted(embedded_m
         await engine.start()
         try:
             weights.unlink()
+            await asyncio.sleep(1.5)  # it is looked at each second, also while nobody asks
             assert engine.pid is not None
             os.kill(engine.pid, signal.SIGKILL)
             await until(engine, False, 5)

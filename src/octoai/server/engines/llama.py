@@ -261,7 +261,7 @@ class LlamaEngine:
                 done, _ = await asyncio.wait({exited}, timeout=min(1.0, self.options.stall_seconds / 4))
                 if done:
                     return f"exited with {process.returncode}"
-                silent = time.monotonic() - max(self._last_progress, *self._patience)
+                silent = time.monotonic() - max([self._last_progress, *self._patience])
                 num_in_line = 0 if self._reading is None else self._reading.num_in_line
                 if self._num_awaiting > num_in_line and silent > self.options.stall_seconds:
                     return f"made no progress for {self.options.stall_seconds:g} s"
