@@ -132,6 +132,7 @@ def test_a_single_request_waits_for_at_most_one_of_another_account_whatever_was_
         dice, queue, order = random.Random(seed), FairQueue(slots, 10_000), list[str]()
         workers = [Worker(queue, "a", order, 100) for _ in range(dice.randint(0, slots - 1))]  # run for long
         num_long = len(workers)
+        await ticks()
         for _ in range(dice.randint(0, 60)):
             workers.append(Worker(queue, dice.choice("abc"), order, dice.randint(1, 300)))
             await ticks()
