@@ -22,14 +22,16 @@ def _classes(client: Any, *names: str) -> _Classes:
 
 
 def refusal_in(error: BaseException, request: Any) -> Any:
-    """The answer for whose status a user's hook has raised this error. One that is no refusal, or to what a hook itself
-    has asked for, does not say what the service says."""
+    """The answer for whose status a user's hook has raised this error. A good one, or one to what a hook itself has
+    asked for, does not say what the service says."""
     response: Any = getattr(error, "response", None)
+    if response is None or response.status_code < 300:
+        return None
     try:
-        is_ours = response is not None and response.request is request
+        asked = response.request  # not always the one that was given: who signs requests may send a copy
     except RuntimeError:  # made by the hook: it answers nothing
         return None
-    return response if is_ours and response.status_code >= 400 else None
+    return response if (asked.method, asked.url) == (request.method, request.url) else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

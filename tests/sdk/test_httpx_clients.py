@@ -75,28 +75,13 @@ def test_an_answer_that_a_hook_has_read_is_read_again(api: Any, serve: Any, libr
 @pytest.mark.parametrize("reads", [False, True])
 @pytest.mark.parametrize("library", ["httpx", "httpx2"])
 def test_an_answer_that_a_hook_has_refused_is_that_answer(api: Any, serve: Any, library: str, reads: bool) -> None:
-    def refuse(response: Any) -> None:
-        if reads:
-            response.read()
-        response.raise_for_status()
-
-    async def refuse_later(response: Any) -> None:
-        if reads:
-            await response.aread()
-        response.raise_for_status()
-
     module = pytest.importorskip(library)
     server = serve(lambda x: x.reply(404, {"message": "no such model"}))
-    hooks = {"response": [refuse if api.kind == "sync" else refuse_later]}
-    made = (module.Client if api.kind == "sync" else module.AsyncClient)(event_hooks=hooks)
-    with pytest.raises(NotFoundError, match="no such model" if reads else "answered 404") as caught:
-        api.chat(api.client(base_url=server.url, httpx_client=made))
+    told = pytest.raises(NotFoundError, match="no such model" if reads else "answered 404")
+    with own_client(api, module, refusing(api, reads=reads)) as own, told as caught:
+        api.chat(api.client(base_url=server.url, httpx_client=own))
     assert caught.value.status_code == 404
     assert len(server.requests) == 1
-    if api.kind == "sync":
-        made.close()
-    else:
-        api.run(made.aclose())
 
 
 @pytest.mark.parametrize("reads", [False, True])
@@ -122,6 +107,47 @@ def test_a_good_answer_that_a_hook_has_refused_is_none(api: Any, serve: Any, lib
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
+def test_a_redirect_that_a_hook_has_refused_is_followed(api: Any, serve: Any, library: str, reads: bool) -> None:
+    module = pytest.importorskip(library)
+
+    def script(x: Exchange) -> None:
+        if x.target == "/moved":
+            x.reply(200, answer())
+        else:
+            x.reply(307, {}, location="/moved")
+
+    with own_client(api, module, refusing(api, reads=reads)) as own:
+        client = api.client(base_url=serve(script).url, httpx_client=own)
+        assert api.chat(client).choices[0].message.content == "hello"
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
+def test_what_a_hook_has_refused_is_the_answer_to_a_signed_request_too(api: Any, serve: Any, library: str) -> None:
+    module = pytest.importorskip(library)
+
+    class Signed(module.Auth):  # type: ignore[misc,name-defined]
+        """Sends a request of its own in place of the one it was given."""
+
+        requires_request_body = True
+
+        def auth_flow(self, request: Any) -> Iterator[Any]:
+            headers = {**request.headers, "x-signature": "s"}
+            options = {"content": request.content, "extensions": request.extensions}
+            yield module.Request(request.method, request.url, headers=headers, **options)
+
+    def script(x: Exchange) -> None:
+        if x.number == 1:
+            x.reply(429, {"message": "slow down"}, retry_after=0)
+        else:
+            x.reply(200, answer(id=x.headers["x-signature"]))
+
+    with own_client(api, module, refusing(api, reads=True), auth=Signed()) as own:
+        client = api.client(base_url=serve(script).url, httpx_client=own)
+        assert api.chat(client).id == "s"
+
+
 @pytest.mark.parametrize("library", ["httpx", "httpx2"])
 def test_what_another_service_tells_a_hook_is_no_answer(api: Any, serve: Any, library: str) -> None:
     module = pytest.importorskip(library)
@@ -142,9 +168,25 @@ def test_what_another_service_tells_a_hook_is_no_answer(api: Any, serve: Any, li
     assert not service.requests
 
 
+def refusing(api: Any, *, reads: bool) -> dict[str, Any]:
+    """Hooks that raise for a status, as many clients have them."""
+
+    def refuse(response: Any) -> None:
+        if reads:
+            response.read()
+        response.raise_for_status()
+
+    async def refuse_later(response: Any) -> None:
+        if reads:
+            await response.aread()
+        response.raise_for_status()
+
+    return {"response": [refuse if api.kind == "sync" else refuse_later]}
+
+
 @contextmanager
-def own_client(api: Any, module: Any, hooks: dict[str, Any]) -> Iterator[Any]:
-    own = (module.Client if api.kind == "sync" else module.AsyncClient)(event_hooks=hooks)
+def own_client(api: Any, module: Any, hooks: dict[str, Any], **options: Any) -> Iterator[Any]:
+    own = (module.Client if api.kind == "sync" else module.AsyncClient)(event_hooks=hooks, **options)
     try:
         yield own
     finally:
