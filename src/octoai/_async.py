@@ -20,7 +20,7 @@ from octoai._network import async_transport
 from octoai._settings import Settings
 from octoai._transport import AsyncResponse, Request, is_timeout
 from octoai.core.request_options import RequestOptions
-from octoai.errors import ApiConnectionError, ApiError, ServerError
+from octoai.errors import ApiConnectionError, ApiError, ApiTimeoutError, ServerError
 from octoai.wire.answers import ChatCompletionChunk, ChatCompletionResponse, CompletionResponse, UsageStats
 from octoai.wire.inference import InferenceFuture
 from octoai.wire.params import ChatParams, CompletionParams
@@ -142,6 +142,10 @@ async def _body(response: AsyncResponse, deadlines: Deadlines, *, whole: bool = 
             raise deadlines.passed() from error
         if whole:
             raise ApiConnectionError(message=f"the answer was cut off: {error}", headers=response.headers) from error
+    except ApiTimeoutError:
+        await response.close()
+        if whole:
+            raise
     except BaseException:
         await response.close()
         raise

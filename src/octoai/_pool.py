@@ -30,7 +30,7 @@ from octoai._transport import (
     is_timeout,
     message_of,
 )
-from octoai.errors import ApiConnectionError
+from octoai.errors import ApiConnectionError, ApiTimeoutError
 
 MAX_IDLE = 32
 _BLOCK_BYTES = 64 * 1024
@@ -243,9 +243,11 @@ class SocketResponse:
             rest = rest[sent_at_once(self._socket, rest) :]
             if rest:
                 self._send_rest(rest, deadlines)
-        except (OSError, ProtocolError) as error:
-            if self._is_refused:
-                return  # the status stands, and whatever can still be read of the reason
+        except (OSError, ProtocolError, ApiTimeoutError) as error:
+            if self._is_refused:  # the status stands, and whatever can still be read of the reason
+                if is_timeout(error) or isinstance(error, ApiTimeoutError):
+                    self.close()  # which has been waited for
+                return
             if not isinstance(error, BrokenPipeError | ConnectionResetError):
                 raise
             # A service may refuse a request before it has read all of it: its answer, if there is one, says why.
@@ -256,9 +258,10 @@ class SocketResponse:
 
     def _send_rest(self, rest: memoryview, deadlines: Deadlines) -> None:
         """What does not leave at once. The waits begin anew with each part of it that has left. A service that has
-        refused the request already may take the rest of it before it says why, and then no more."""
+        refused the request already may take the rest of it before it says why, and then no more; one that redirects
+        has no use for it."""
         self._is_sent = False
-        while rest and not (self._is_refused and (self._first or self._parser.done)):
+        while rest and not (self._is_refused and (self._first or self._parser.done or self.status < 400)):
             reads = self._is_refused or not self.status
             readable, writable = ready(self._socket, deadlines.waiting(), reads=reads, writes=True)
             if readable and reads:

@@ -18,7 +18,7 @@ from octoai._network import sync_transport
 from octoai._settings import Settings
 from octoai._transport import Request, Response, is_timeout
 from octoai.core.request_options import RequestOptions
-from octoai.errors import ApiConnectionError, ApiError, ServerError
+from octoai.errors import ApiConnectionError, ApiError, ApiTimeoutError, ServerError
 from octoai.wire.answers import ChatCompletionChunk, ChatCompletionResponse, CompletionResponse, UsageStats
 from octoai.wire.inference import InferenceFuture
 from octoai.wire.params import ChatParams, CompletionParams
@@ -143,6 +143,10 @@ def _body(response: Response, deadlines: Deadlines, *, whole: bool = True) -> by
             raise deadlines.passed() from error
         if whole:
             raise ApiConnectionError(message=f"the answer was cut off: {error}", headers=response.headers) from error
+    except ApiTimeoutError:
+        response.close()
+        if whole:
+            raise
     except BaseException:
         response.close()
         raise

@@ -193,6 +193,54 @@ def test_a_refusal_may_say_why_only_when_all_of_a_request_has_left(api: Any, end
         assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize(
+    ("timeout", "streams"),
+    [
+        (Timeout(read=0.8), False),
+        (Timeout(read=0.8), True),
+        (Timeout(read=9, total=0.8), False),
+        (Timeout(read=9, first_token=0.8), True),
+    ],
+)
+def test_a_refusal_that_does_not_say_why_is_one(api: Any, timeout: Timeout, streams: bool) -> None:
+    def serve_one(connection: socket.socket) -> None:
+        head_of(connection)
+        connection.sendall(TOO_LARGE[: -len(REFUSAL)])
+        time.sleep(3)  # and neither reads any more nor says why
+
+    with listening(serve_one) as url:
+        client = api.client(timeout=timeout, max_retries=0)
+        began = time.monotonic()
+        with pytest.raises(ApiError, match="413") as caught:
+            if streams:
+                api.all(client.infer_stream(url, {"x": LONG}))
+            else:
+                api.call(client, "infer", url, {"x": LONG})
+        assert caught.value.status_code == 413
+        assert time.monotonic() - began < 1.5  # the reason is waited for once
+
+
+@pytest.mark.usefixtures("narrow")
+def test_what_is_redirected_is_not_sent_to_the_place_that_redirects(api: Any) -> None:
+    taken: list[int] = []
+
+    def serve_one(connection: socket.socket) -> None:
+        head, left = head_of(connection)
+        if b" /moved " in head:
+            take_slowly(connection, left, 0)
+            connection.sendall(OK)
+            return
+        connection.sendall(b"HTTP/1.1 307 X\r\nlocation: /moved\r\nconnection: close\r\n\r\n")
+        taken.append(0)
+        while block := connection.recv(64 * 1024):
+            taken[0] += len(block)
+            time.sleep(0.01)
+
+    with listening(serve_one) as url:
+        assert api.call(api.client(max_retries=0), "infer", url, {"x": LONG}) == {"choices": 1}
+    assert taken[0] < len(LONG) / 2
+
+
 def test_an_answer_that_begins_before_all_of_a_request_has_left_is_no_refusal(api: Any) -> None:
     def serve_one(connection: socket.socket) -> None:
         _, left = head_of(connection)
