@@ -19,6 +19,7 @@ T = TypeVar("T")
 CLOSED = "early: it was closed before all of it was read"
 _DONE = b"[DONE]"
 _OF_CHOICES = frozenset({"delta", "finish_reason", "message", "text"})  # other endpoints' choices are something else
+_OF_ERRORS = frozenset({"code", "detail", "error", "message", "object", "reason", "status", "type"})
 _LF = ord("\n")  # `in` takes several times as long to find bytes in bytes
 
 
@@ -237,10 +238,13 @@ class JsonReader(EventReader[Any]):
         self.started = True
 
     def _is_error(self, body: dict[str, Any]) -> bool:
-        """Other endpoints have errors that are numbers, and no failures unless a message says of what."""
+        """Other endpoints have errors that are numbers or lists, and rows that are marked as wrong."""
         error = body.get("error")
-        says = error is True or isinstance(error, dict | str) or body.get("object") == "error" or body.get("message")
-        return bool(says) and super()._is_error(body)
+        if error is True:
+            return bool(body.get("message")) or body.keys() <= _OF_ERRORS
+        is_status = isinstance(error, int) and error >= 400 and bool(body.get("message"))
+        says = is_status or isinstance(error, dict | str) or body.get("object") == "error"
+        return says and super()._is_error(body)
 
     def has_unread(self) -> bool:
         """Without calling the user's function for what nobody has asked for."""

@@ -77,7 +77,7 @@ def test_choices_of_another_meaning_do_not_need_an_end(api: Any, serve: Any) -> 
     assert api.all(api.client().infer_stream(server.url, {})) == events
 
 
-def test_an_error_that_is_a_number_is_no_failure(api: Any, serve: Any) -> None:
+def test_an_error_that_is_data_is_no_failure(api: Any, serve: Any) -> None:
     events = [
         {"step": 1, "error": 0.25},
         {"step": 2, "error": [0.5]},
@@ -85,6 +85,10 @@ def test_an_error_that_is_a_number_is_no_failure(api: Any, serve: Any) -> None:
         {"step": 4, "error": False, "message": "done", "object": "step"},
         {"step": 5, "error": None},
         {"step": 6, "error": {}},
+        {"step": 7, "error": 0.25, "message": "epoch 7"},
+        {"step": 8, "error": 12, "message": "twelve of them"},
+        {"step": 9, "error": ["spelling"], "message": "hi"},
+        {"step": 10, "error": True, "text": "row failed"},
     ]
     server = serve(lambda x: x.stream(events))
     assert api.all(api.client().infer_stream(server.url, {})) == events
@@ -98,8 +102,9 @@ def test_an_error_that_is_a_number_is_no_failure(api: Any, serve: Any) -> None:
         b'data: {"object":"error","message":"boom","type":"InternalServerError","code":500}',
         b'data: {"error":true,"message":"boom"}',
         b'data: {"error":500,"message":"boom"}',
-        b'data: {"error":["out"],"message":"boom"}',
         b'data: {"error":true,"reason":"boom"}',
+        b'data: {"id":1,"error":true,"message":"boom"}',
+        b'data: {"error":true,"type":"boom","code":7}',
     ],
 )
 def test_an_error_that_says_something_is_a_failure(api: Any, serve: Any, event: bytes) -> None:
