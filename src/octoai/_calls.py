@@ -79,11 +79,11 @@ class Call:
             return None
         return Request("GET", url, {name: value for name, value in request.headers.items() if name in _FOR_ANYBODY})
 
-    def lacked_token(self, request: Request) -> bool:
-        """Whether this last request of an attempt asked the call's own service, and without a token."""
-        return "authorization" not in request.headers and _credentials.origin(request.url) == _credentials.origin(
-            self.url
-        )
+    def lacked_token(self, request: Request, base_url: str) -> bool:
+        """Whether this last request of an attempt asked the call's own service, and without a token. Where results may
+        be elsewhere, the call's address may itself be that of a store."""
+        own = base_url if self.may_lead_away else self.url
+        return "authorization" not in request.headers and _credentials.origin(request.url) == _credentials.origin(own)
 
 
 def _keeps_method(method: str, status: int) -> bool:

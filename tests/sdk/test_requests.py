@@ -459,14 +459,17 @@ def test_a_place_of_results_that_refuses_does_not_want_our_token(api: Any, serve
     def script(x: Exchange) -> None:
         if x.target == "/away":
             x.reply(302, {}, location=f"{store.url}/signed")
+        elif x.target == "/done":
+            x.reply(200, {"status": "completed", "response_url": f"{store.url}/signed"})
         else:
             x.reply(401, {"message": "who are you?"})
 
     server = serve(script)
     client = api.client(base_url=server.url, api_key=None)
-    with pytest.raises(AuthenticationError) as caught:
-        api.call(client, "get_future_result", InferenceFuture(response_id="r", poll_url=f"{server.url}/away"))
-    assert "No token was sent" not in str(caught.value)
+    for target in ("away", "done"):
+        with pytest.raises(AuthenticationError) as caught:
+            api.call(client, "get_future_result", InferenceFuture(response_id="r", poll_url=f"{server.url}/{target}"))
+        assert "No token was sent" not in str(caught.value)
     with pytest.raises(AuthenticationError, match="No token was sent"):
         api.call(client, "get_future_result", InferenceFuture(response_id="r", poll_url=f"{server.url}/here"))
 
