@@ -19,11 +19,13 @@ _FILES = (
     "/etc/ssl/ca-bundle.pem",  # SUSE
 )
 _HASHED = re.compile(r"[0-9a-f]{8}\.\d+")
+_last: dict[tuple[str | None, str | None], Any] = {}  # the context that was last made for a file and a directory
 
 
 def tls_context() -> Any:
     """An `ssl.SSLContext` for the system's authorities, or those that `SSL_CERT_FILE` or `SSL_CERT_DIR` names. Raises
-    ConfigurationError where a file is named that is not there, or holds none."""
+    ConfigurationError where a file is named that is not there, or holds none; but where it once did, it is being
+    written, and those of before stand."""
     file, directory = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
     if sys.platform in ("darwin", "win32") and not (file or directory):
         import ssl
@@ -34,7 +36,14 @@ def tls_context() -> Any:
         return truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     file, directory = _authorities(file, directory)
     places = [file, *(directory or "").split(os.pathsep)]
-    return _context(file, directory, tuple(map(_state, places)))
+    try:
+        context = _context(file, directory, tuple(map(_state, places)))
+    except ConfigurationError:
+        if (file, directory) not in _last:
+            raise
+        return _last[file, directory]
+    _last[file, directory] = context
+    return context
 
 
 def _authorities(file: str | None, directory: str | None) -> tuple[str | None, str | None]:
@@ -51,11 +60,12 @@ def _authorities(file: str | None, directory: str | None) -> tuple[str | None, s
 
 @functools.lru_cache(maxsize=8)  # to read the authorities takes as long as several requests
 def _context(file: str | None, directory: str | None, _states: tuple[object, ...]) -> Any:
-    """With Python's own settings, which differ from version to version. Made anew when the places have changed."""
+    """With Python's own settings, which differ from version to version, but for one. Made anew when the places have
+    changed."""
     import ssl
 
     try:
-        return ssl.create_default_context(cafile=file, capath=directory)
+        context = ssl.create_default_context(cafile=file, capath=directory)
     except OSError as error:
         if error.filename:  # authorities are read without
             message = f"SSLKEYLOGFILE={error.filename} should be a file that can be written: {error.strerror}"
@@ -63,6 +73,9 @@ def _context(file: str | None, directory: str | None, _states: tuple[object, ...
         name = f"SSL_CERT_FILE={file}" if file == os.environ.get("SSL_CERT_FILE") else file
         message = f"the authorities for TLS cannot be read from {name}, which should be a file of certificates: {error}"
         raise ConfigurationError(message=message) from error
+    # Python 3.13 and later set it, and it refuses many a company's own authority, for extensions that it lacks.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
 
 
 def _state(place: str | None) -> tuple[int, int] | None:

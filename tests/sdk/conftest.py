@@ -52,14 +52,38 @@ def certificate(tmp_path: Path) -> Path:
 
 def make_certificate(file: Path) -> Path:
     """A file with a certificate of `localhost`, which is its own authority, and its key."""
+    made = f"req -x509 {_NEW_KEY} -keyout {file} -out {file}.crt -days 2 -subj /CN=localhost"
+    _openssl(*made.split(), "-addext", "subjectAltName=DNS:localhost")
+    file.write_bytes(file.read_bytes() + Path(f"{file}.crt").read_bytes())
+    return file
+
+
+def make_signed_certificate(directory: Path) -> tuple[Path, Path]:
+    """A file with a certificate of `localhost` and its key, and one with the authority that has signed it, neither with
+    more extensions than it needs."""
+    key, signed, authority = (directory / name for name in ("service.pem", "signed.pem", "authority.pem"))
+    bare, names = directory / "bare.cnf", directory / "names.cnf"
+    bare.write_text(
+        "[req]\ndistinguished_name=name\nx509_extensions=authority\n[name]\n[authority]\nbasicConstraints=CA:true\n"
+    )
+    names.write_text("subjectAltName=DNS:localhost\n")
+    first = f"req -x509 -config {bare} {_NEW_KEY} -keyout {authority}.key -out {authority} -days 2 -subj /CN=authority"
+    second = f"req -config {bare} {_NEW_KEY} -keyout {key} -out {key}.csr -subj /CN=localhost"
+    third = f"x509 -req -in {key}.csr -CA {authority} -CAkey {authority}.key -CAcreateserial -extfile {names}"
+    for made in (first, second, f"{third} -out {signed}"):
+        _openssl(*made.split())
+    key.write_bytes(key.read_bytes() + signed.read_bytes())
+    return key, authority
+
+
+_NEW_KEY = "-nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256"
+
+
+def _openssl(*arguments: str) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("makes a certificate with the command openssl")
-    made = f"req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -keyout {file} -out {file}.crt -days 2"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    subprocess.run([openssl, *made.split(), *names], check=True, capture_output=True)
-    file.write_bytes(file.read_bytes() + Path(f"{file}.crt").read_bytes())
-    return file
+    subprocess.run([openssl, *arguments], check=True, capture_output=True)
 
 
 class SyncApi:

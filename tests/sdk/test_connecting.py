@@ -31,7 +31,7 @@ from octoai import (
 )
 from octoai._deadlines import Deadlines
 from octoai._transport import Request, failure
-from tests.sdk.conftest import MESSAGES, make_certificate
+from tests.sdk.conftest import MESSAGES, make_certificate, make_signed_certificate
 from tests.sdk.misbehaving import answer
 
 Resolve = Callable[[list[tuple[str, int]]], None]
@@ -295,6 +295,10 @@ def default_authorities(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def encrypted(certificate: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    return behind_tls(certificate, serve, monkeypatch)
+
+
+def behind_tls(certificate: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of a service behind TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
@@ -420,6 +424,40 @@ def test_authorities_that_have_been_exchanged_are_those_of_new_connections(
 
 
 @pytest.mark.usefixtures("default_authorities")
+def test_authorities_that_are_being_rewritten_are_those_of_before(
+    api: Any, encrypted: str, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "authorities.pem"
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    content = Path(f"{certificate}.crt").read_bytes()
+    for now in (content, b"", content[:300], None, content):
+        if now is None:
+            file.unlink()
+        else:
+            file.write_bytes(now)
+        assert api.chat(api.client(base_url=encrypted)).choices[0].message.content == "hello"
+
+
+@pytest.mark.usefixtures("default_authorities")
+def test_an_authority_of_ones_own_is_trusted_by_newer_pythons_too(
+    api: Any, serve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that is made as most instructions have it; since 3.13 Python's own settings refuse it."""
+    service, authority = make_signed_certificate(tmp_path)
+    made = ssl.create_default_context
+
+    def as_of_3_13(**places: Any) -> ssl.SSLContext:
+        context = made(**places)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT | 0x80000  # PARTIAL_CHAIN
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", as_of_3_13)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    url = behind_tls(service, serve, monkeypatch)
+    assert api.chat(api.client(base_url=url)).choices[0].message.content == "hello"
+
+
+@pytest.mark.usefixtures("default_authorities")
 def test_the_settings_of_tls_are_pythons_own(
     certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -427,8 +465,9 @@ def test_the_settings_of_tls_are_pythons_own(
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
     ours, pythons = _tls.tls_context(), ssl.create_default_context()
-    for name in ("verify_flags", "verify_mode", "check_hostname", "options", "minimum_version", "keylog_filename"):
+    for name in ("verify_mode", "check_hostname", "options", "minimum_version", "keylog_filename"):
         assert getattr(ours, name) == getattr(pythons, name)
+    assert ours.verify_flags == pythons.verify_flags & ~ssl.VERIFY_X509_STRICT
     assert ours.keylog_filename == str(tmp_path / "keys")
 
 
