@@ -101,7 +101,7 @@ class Shell:
         await self._transport.close()
 
     async def _attempt(self, call: _calls.Call, failures: int, deadlines: Deadlines) -> AsyncResponse:
-        request = call.request(await self._token(call.url), failures)
+        request = call.request(await self._token(call.url, deadlines), failures)
         response = await self._send(request, deadlines)
         for _ in range(5):
             follow = call.redirected(request, response.status, response.headers)
@@ -120,13 +120,22 @@ class Shell:
         deadlines.send()
         return await self._transport.send(request, deadlines)
 
-    async def _token(self, url: str) -> str | None:
+    async def _token(self, url: str, deadlines: Deadlines) -> str | None:
         if not self._access.covers(url):
             return None
         token = self._access.token
         if callable(token):
             token = token()
-        return _calls.bearer(await token if inspect.isawaitable(token) else token)
+        if inspect.isawaitable(token):
+            limit = until_stopped(deadlines, None if deadlines.allow(0) else 0)
+            try:
+                async with limit:
+                    token = await token
+            except TimeoutError as error:
+                if not limit.expired():
+                    raise  # by the user's function
+                raise deadlines.passed() from error
+        return _calls.bearer(token)
 
 
 async def _body(response: AsyncResponse, deadlines: Deadlines, *, whole: bool = True) -> bytes:

@@ -160,8 +160,8 @@ class EventStream(Generic[T]):
     The request is sent when the first event is asked for, or on entering the context; its errors show then. A loop
     that was left early can be gone on with. `close()` and leaving the context close the connection at once, and so it
     is closed when nobody holds the stream any more. Another thread may close it at any time; whoever waits for an event
-    has an error then, but for two waits, which go on: while a name is looked up, and, by an `httpx` client or a proxy,
-    until the answer's head has come.
+    has an error then, but for waits that go on to their own end: while a callable `api_key` is asked, while a name is
+    looked up, and, by an `httpx` client or a proxy, until the next bytes have come.
     """
 
     def __init__(self, shell: Shell, call: _calls.Call, reader: _events.EventReader[T]) -> None:

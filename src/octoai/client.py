@@ -79,7 +79,7 @@ class OctoAI:
     - `default_headers`: sent with every request; None as a value leaves a header out.
     - `httpx_client`: your own `httpx.Client` or `httpx2.Client`. You close it. Such a client's patience is fixed for a
       whole request: total silence in mid-stream ends after the shorter of `read` and `first_token`, not after `idle`,
-      and the wait for a head neither at `total`, where it drips, nor by closing the stream. So it is behind a proxy.
+      the wait for a head that drips not at `total`, and no wait by closing the stream. So it is behind a proxy.
     - `transport`: for tests, anything with `send` and `close` as in `octoai._transport.Transport`.
     - `follow_redirects`: ignored, as old code may pass it. Redirects are followed where that is safe.
     """

@@ -11,6 +11,8 @@ import pickle
 import stat
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -27,7 +29,7 @@ from octoai import (
     _credentials,
 )
 from tests.sdk.conftest import MESSAGES
-from tests.sdk.misbehaving import Exchange, answer, chunk, words
+from tests.sdk.misbehaving import Exchange, Server, answer, chunk, words
 
 FILE_URL = "http://127.0.0.1:7001"
 
@@ -395,6 +397,25 @@ def test_a_stream_can_be_closed_by_another_thread(serve: Any) -> None:
     assert time.monotonic() - began < 2
 
 
+@contextmanager
+def closed_after(server: Server, stream: Any, num_requests: int) -> Iterator[None]:
+    """Another thread closes the stream once the server has seen so many requests; whoever reads it leaves then."""
+    closed_at: list[float] = []
+
+    def close() -> None:
+        while len(server.requests) < num_requests:
+            time.sleep(0.01)
+        time.sleep(0.1)  # and what is answered at once has been
+        closed_at.append(time.monotonic())
+        stream.close()
+
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    yield
+    closing.join()
+    assert time.monotonic() - closed_at[0] < 1.5
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_stream_can_be_closed_by_another_thread_before_its_answer_begins(serve: Any, kept: bool) -> None:
     left: list[float | None] = []
@@ -410,13 +431,8 @@ def test_a_stream_can_be_closed_by_another_thread_before_its_answer_begins(serve
     if kept:
         client.text_gen.create_chat_completion(model="m", messages=MESSAGES)
     stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
-    began = time.monotonic()
-    closing = threading.Timer(0.2, stream.close)
-    closing.start()
-    with pytest.raises(StreamInterrupted, match="it was closed before"):
+    with closed_after(server, stream, 1 + kept), pytest.raises(StreamInterrupted, match="it was closed before"):
         next(stream)
-    closing.join()
-    assert time.monotonic() - began < 1.5
     deadline = time.monotonic() + 2
     while not left and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -429,13 +445,8 @@ def test_a_stream_can_be_closed_by_another_thread_between_two_attempts(serve: An
     server = serve(lambda x: x.reply(503, {}, retry_after=5))
     client = OctoAI(base_url=server.url, api_key="k")
     stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
-    began = time.monotonic()
-    closing = threading.Timer(0.2, stream.close)
-    closing.start()
-    with pytest.raises(StreamInterrupted, match="it was closed before"):
+    with closed_after(server, stream, 1), pytest.raises(StreamInterrupted, match="it was closed before"):
         next(stream)
-    closing.join()
-    assert time.monotonic() - began < 2
     assert len(server.requests) == 1
 
 

@@ -22,7 +22,7 @@ from octoai import (
     Timeout,
 )
 from tests.sdk.conftest import MESSAGES
-from tests.sdk.misbehaving import Exchange, Script, chunk, words
+from tests.sdk.misbehaving import Exchange, Script, Server, chunk, words
 
 
 def test_a_stream_gives_typed_chunks(api: Any, serve: Any) -> None:
@@ -327,13 +327,14 @@ def test_a_stream_that_is_closed_before_its_answer_begins_is_left_at_once(
     async def read() -> None:
         async with AsyncOctoAI(base_url="http://service.invalid" if proxied else server.url, api_key="k") as client:
             stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
-            asyncio.get_running_loop().call_later(0.3, lambda: closing.append(asyncio.create_task(stream.close())))
+            reading = asyncio.create_task(anext(stream))
+            await has_come(server)
             began = time.monotonic()
+            await stream.close()
             with pytest.raises(StreamInterrupted, match="it was closed before"):
-                await anext(stream)
+                await reading
             assert time.monotonic() - began < 1.5
 
-    closing: list[Any] = []
     asyncio.run(read())
     deadline = time.monotonic() + 2
     while not left and time.monotonic() < deadline:
@@ -342,14 +343,49 @@ def test_a_stream_that_is_closed_before_its_answer_begins_is_left_at_once(
     assert left[0] is not None
 
 
+def test_a_stream_that_is_closed_while_its_token_is_awaited_is_left_at_once(serve: Any) -> None:
+    server = serve(lambda x: x.stream(words()))
+    asked: list[Any] = []
+
+    async def token() -> str:
+        asked.append(1)
+        await asyncio.sleep(3)
+        return "k"
+
+    async def read() -> None:
+        async with AsyncOctoAI(base_url=server.url, api_key=token) as client:
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            reading = asyncio.create_task(anext(stream))
+            while not asked:
+                await asyncio.sleep(0.01)
+            await stream.close()
+            with pytest.raises(StreamInterrupted, match="it was closed before"):
+                await asyncio.wait_for(reading, 2)
+
+    asyncio.run(read())
+    assert not server.requests
+    assert len(asked) == 1
+
+
+async def has_come(server: Server) -> None:
+    """Until the server has seen a request."""
+    while not server.requests:
+        await asyncio.sleep(0.01)
+
+
 def test_a_stream_that_is_closed_between_two_attempts_is_left_at_once(serve: Any) -> None:
     server = serve(lambda x: x.reply(503, {}, retry_after=5))
 
+    async def token() -> str:
+        await asyncio.sleep(4 if server.requests else 0)
+        return "k"
+
     async def read() -> None:
-        async with AsyncOctoAI(base_url=server.url, api_key="k") as client:
+        async with AsyncOctoAI(base_url=server.url, api_key=token) as client:
             stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
             reading = asyncio.create_task(anext(stream))
-            await asyncio.sleep(0.3)
+            await has_come(server)
+            await asyncio.sleep(0.1)  # and it is answered
             await stream.close()
             with pytest.raises(StreamInterrupted, match="it was closed before"):
                 await asyncio.wait_for(reading, 2)
