@@ -11,8 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -197,6 +199,33 @@ def test_an_engine_that_waits_for_who_reads_its_answer_is_no_engine_that_hangs(e
             await slow.aclose()
             await until(engine, True, 60)
         finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+def test_who_comes_and_leaves_gives_an_engine_that_hangs_no_more_time(embedded_model: Path) -> None:
+    async def main() -> None:
+        options = LlamaOptions(context_length=512, num_slots=4, stall_seconds=1.0)
+        engine = LlamaEngine(embedded_model, model="m", options=options)
+        await engine.start()
+        asking: list[asyncio.Task[Any]] = []
+
+        async def ask() -> None:
+            with suppress(TimeoutError, Refusal):
+                async with asyncio.timeout(0.9):
+                    await told(engine)
+
+        try:
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGSTOP)
+            async with asyncio.timeout(8):
+                while engine.num_restarts == 0:
+                    asking.append(asyncio.create_task(ask()))
+                    await asyncio.sleep(0.3)
+            await until(engine, True, 60)
+        finally:
+            await asyncio.gather(*asking)
             await engine.close()
 
     asyncio.run(main())

@@ -136,6 +136,21 @@ def test_no_more_requests_are_kept_ahead_than_anybody_sends(num: int) -> None:
     asyncio.run(main())
 
 
+def test_no_more_are_kept_ahead_whose_head_is_known() -> None:
+    async def main() -> None:
+        protocol, pipe = connected()
+        one = request("a", b"1", "")
+        protocol.data_received(one)
+        protocol.data_received(one * (MAX_AHEAD + 2))
+        assert len(protocol.pipeline) == MAX_AHEAD
+        assert pipe.is_closed
+        protocol.pipeline.clear()
+        protocol.connection_lost(None)
+        await settle()
+
+    asyncio.run(main())
+
+
 LINES: dict[str, Callable[[int], bytes]] = {
     "many lines": lambda _: b"a: " + b"b" * 1000 + b"\r\n",
     "one line": lambda number: b"b" * 1000 if number else b"a: ",

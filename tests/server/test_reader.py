@@ -202,6 +202,12 @@ def test_calls_that_all_have_the_same_number_are_told_apart_by_their_ids() -> No
     assert [number for number, *_ in calls(*map(calling, of_nothing))] == [0, 1]
 
 
+@pytest.mark.parametrize("nothing", [{}, {"arguments": ""}, {"arguments": None}, {"arguments": "null"}], ids=repr)
+def test_calls_of_a_tool_that_takes_nothing_are_told_apart_by_their_ids(nothing: dict[str, Any]) -> None:
+    both = [{"index": 0, "id": each, "function": {"name": "f", **nothing}} for each in "ab"]
+    assert [number for number, *_ in calls(*map(calling, both))] == [0, 1]
+
+
 @pytest.mark.parametrize("id_", ["d", "", None])
 def test_a_call_whose_number_was_given_to_another_has_the_next(id_: str | None) -> None:
     a, b = ({"index": 0, "id": each, "function": {"name": "f", "arguments": "{}"}} for each in "ab")

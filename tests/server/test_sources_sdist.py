@@ -130,20 +130,19 @@ def test_what_an_index_with_a_password_answers_is_said_without_it(
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    "settings",
     [
-        ({"PIP_INDEX_URL": "http://[user:secret@x/simple"}, "Invalid IPv6 URL"),
-        ({"PIP_INDEX_URL": "http://user:secret@127.0.0.1:port/simple"}, "Port could not be cast"),
-        ({"PIP_INDEX_URL": "user:secret@127.0.0.1/simple"}, "Invalid find link or non-existing path: 127.0.0.1/simple"),
-        ({"PIP_TRUSTED_HOST": "[x:user:secret@host"}, "Invalid IPv6 URL"),
+        {"PIP_INDEX_URL": "http://[user:secret@x/simple"},
+        {"PIP_INDEX_URL": "http://user:secret@127.0.0.1:port/simple"},
+        {"PIP_INDEX_URL": "http://user:secret/more@127.0.0.1/simple"},  # a part of it is where a port would be
+        {"PIP_INDEX_URL": "user:secret@127.0.0.1/simple"},
+        {"PIP_TRUSTED_HOST": "[x:user:secret@host"},
     ],
 )
-def test_an_address_that_is_none_is_one_line(
-    work: Path, environ: dict[str, str], settings: dict[str, str], words: str
-) -> None:
+def test_an_address_that_is_none_is_one_line(work: Path, environ: dict[str, str], settings: dict[str, str]) -> None:
     said = why_not("1.5", "0" * 64, work, environ | settings)
-    assert words in said
-    assert said.endswith("check pip's settings, and PIP_INDEX_URL first")
+    assert "what pip's settings name is no address: check PIP_INDEX_URL first" in said
+    assert "PIP_TRUSTED_HOST" in said
     assert "secret" not in said
 
 

@@ -92,7 +92,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             if len(self.pipeline) < MAX_AHEAD:
                 self.send_400_response("")
             else:
-                self._refuse(MalformedRequest(f"More than {MAX_AHEAD} requests came ahead of their answers."))
+                self._refuse_more()
             return b""
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
@@ -105,6 +105,9 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     def _as_before(self, known: KnownHead, data: bytes) -> bytes:
         """Begin requests whose heads are as one was before; returns what is left."""
         while data and not self._num_missing and (read := known.read(data)) is not None:
+            if len(self.pipeline) >= MAX_AHEAD:
+                self._refuse_more()
+                return b""
             self._rests_since = None
             length, start = read
             incoming = Incoming(self, known.head, length)
@@ -126,6 +129,9 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if not self._num_missing:
             self.on_message_complete()
         return rest
+
+    def _refuse_more(self) -> None:
+        self._refuse(MalformedRequest(f"More than {MAX_AHEAD} requests came ahead of their answers."))
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedRequest("This is not a request in HTTP/1.1."))

@@ -124,10 +124,11 @@ class _Known:
         missing here. Ollama, which says 0 of every call, says each in one piece. vLLM made up an id for each piece, and
         until about 0.8 said the name with it where the tool was chosen, also with a last piece of nothing."""
         has_other = bool(self.id and id_ and name) and id_ != self.id
-        return has_other and (name != self.name or (bool(arguments.strip()) and self._is_whole()))
+        has_none = not self._arguments and not arguments  # of a tool that takes nothing
+        return has_other and (name != self.name or has_none or (bool(arguments.strip()) and self._is_whole()))
 
     def _is_whole(self) -> bool:
-        if not self._arguments or not self._arguments[-1].rstrip().endswith("}"):
+        if not self._arguments or not self._arguments[-1].rstrip().endswith(("}", "null")):
             return False
         try:
             orjson.loads("".join(self._arguments))

@@ -26,8 +26,8 @@ Counting = Generator[tuple[str, bytes], bytes, int | None]
 
 # Answers list the tokens too, which may be millions: they are looked at as text, or the lists would be made for their
 # lengths alone.
-_COUNT = re.compile(rb'"count": ?([0-9]{1,10})(?=[,} ])')
-_TOKENS = re.compile(rb'"tokens": ?\[')
+_COUNT = re.compile(rb'"count"\s*:\s*([0-9]{1,10})(?=[,}\s])')
+_TOKENS = re.compile(rb'"tokens"\s*:\s*\[')
 
 _LEAST_OF_IMAGE = 32  # tokens that one is read as; what stands for it in the text is fewer
 _NO_IMAGE = {"type": "text", "text": ""}

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 MAX_KEYS = 4096
 MAX_TOKENS = 4 * 1024 * 1024
@@ -30,7 +30,7 @@ class Vocabulary:
     tokens: Sequence[str]
     types: Sequence[float]
     has_end: bool
-    ends: Set[Any] = frozenset()
+    ends: Set[int] = frozenset()
 
 
 def metadata(weights: Path) -> dict[str, Value]:
@@ -45,7 +45,8 @@ def vocabulary(weights: Path) -> Vocabulary | None:
     if not isinstance(kind, str) or not isinstance(tokens, list) or not isinstance(types, tuple):
         return None
     has_end = any(said.get(f"tokenizer.ggml.add_{name}_token") for name in ("eos", "sep"))
-    ends = {said.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    ids = [said.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = {int(id_) for id_ in ids if isinstance(id_, int | float)}
     return Vocabulary(kind, tokens, types, has_end, ends)
 
 

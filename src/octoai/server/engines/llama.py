@@ -213,6 +213,15 @@ class LlamaEngine:
             self._made_progress()  # as far as anybody has asked
         self._num_awaiting += 1
 
+    def _has_turn(self) -> None:
+        """Of one that is the first to wait for the engine: with each of them one that hangs would have more time."""
+        if self._num_awaiting - self._num_in_line == 1:
+            self._made_progress()
+
+    @property
+    def _num_in_line(self) -> int:
+        return 0 if self._reading is None else self._reading.num_in_line
+
     @property
     def _child(self) -> OpenAIEngine:
         """The child's server; raises Unavailable while there is none."""
@@ -262,8 +271,7 @@ class LlamaEngine:
                 if done:
                     return f"exited with {process.returncode}"
                 silent = time.monotonic() - max([self._last_progress, *self._patience])
-                num_in_line = 0 if self._reading is None else self._reading.num_in_line
-                if self._num_awaiting > num_in_line and silent > self.options.stall_seconds:
+                if self._num_awaiting > self._num_in_line and silent > self.options.stall_seconds:
                     return f"made no progress for {self.options.stall_seconds:g} s"
         finally:
             exited.cancel()
@@ -323,7 +331,7 @@ class LlamaEngine:
         described = await self._described(self._http, process)
         self.context_length = self._http.context_length or self.context_length
         control = Control(socket, key, self.model, await special, self._http.context_length)
-        self._reading = Reading(self._http, control, self._prefixes, self.num_slots, self._made_progress)
+        self._reading = Reading(self._http, control, self._prefixes, self.num_slots, self._has_turn)
         self._num_vocabulary = (described.get("meta") or {}).get("n_vocab")
         self._made_progress()
         self._is_ready = True

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,10 +99,8 @@ def _give_way(num_threads: int) -> None:
 
 def _clean_up(socket: str) -> None:
     for remove, path in ((os.unlink, socket), (os.rmdir, os.path.dirname(socket))):
-        try:
+        with suppress(OSError):  # the parent was faster; or we were, when the signal came between the two
             remove(path)
-        except OSError:
-            return  # the parent was faster
 
 
 if __name__ == "__main__":

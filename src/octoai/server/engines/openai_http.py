@@ -136,7 +136,11 @@ class OpenAIEngine:
                 if answer is None:
                     return None
         except StopIteration as counted:
-            return cast("int", counted.value)
+            return cast("int | None", counted.value)
+        except Refusal:
+            if generation.has_images:  # it may be the question without them that it refuses, or what it has of them
+                return None
+            raise
         except (KeyError, TypeError, ValueError):
             raise EngineFailed("The engine counted tokens in a shape that is not the protocol's.") from None
 

@@ -33,7 +33,7 @@ from octoai.sse import parsed
 DONE = b"[DONE]"
 _END = b"data: " + DONE
 MAX_TRIES = 3  # at learning what an answer's plain events look like
-SLACK_TOKENS = 2**15  # over `max_tokens`: not every server holds against it what a model thinks, or its calls of tools
+SLACK_TOKENS, MAX_THOUGHT_TOKENS = 1024, 2**15  # over `max_tokens`, against which not all hold calls and thoughts
 EVENTS_PER_TOKEN = 16  # at most, where only events are counted: one may be a single character
 
 
@@ -78,7 +78,8 @@ class Reader:
     def _check_length(self) -> None:
         """An engine that does not stop is left: nobody has asked for more than `max_tokens`, or promised to pay."""
         told, counted = self._completion_tokens or 0, sum(self._counted.values())
-        is_long = told > self._max_tokens + SLACK_TOKENS or counted > self._max_tokens * EVENTS_PER_TOKEN + SLACK_TOKENS
+        slack = SLACK_TOKENS + min(self._num_thought, MAX_THOUGHT_TOKENS)
+        is_long = told > self._max_tokens + slack or counted > self._max_tokens * EVENTS_PER_TOKEN + slack
         if is_long and self._counted.keys() - self._reasons.keys():
             raise EngineFailed("The engine did not stop at max_tokens.")
 

@@ -45,7 +45,7 @@ NUM_HEADS = 64
 
 
 class Reading:
-    """The prompts of one child, and its slots. `on_turn` is called when one that stood in line has its turn."""
+    """The prompts of one child, and its slots. `on_turn` is called when a request has its turn."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class Reading:
                 self._control.check_at_once(tokens, generation)
             whole = packed(tokens)
             prompt.num_shared = self._num_shared(whole, await self._head(generation))
-            prompt.tokens, prompt.packed, prompt.goes_as_tokens = tokens, whole, is_plain
+            prompt.tokens, prompt.packed, prompt.goes_as_tokens = tokens, whole, is_plain and bool(tokens)
         except (Refused, OverflowError) as error:
             log.debug("a prompt is not known before it is read: %s", error)
 

@@ -19,6 +19,7 @@ from octoai.server.engines.header import Vocabulary
 MAX_LOOKED_THROUGH = 2 * 10**9  # characters at once: some 0.2 s
 MAX_WITHOUT_PIECES = 10**11  # at worst some 15 s, where a text must not be cut
 PIECE_CHARS = 16 * 1024
+MAX_TOKEN_CHARS = 256  # of one that is compared with others
 _KINDS = (2, 3, 4)  # of a token, as llama.cpp numbers them: unknown, control, user-defined
 # Others put something in front of a text that is not put in front of what follows a special token.
 _CUT_KINDS = ("gpt2", "llama")
@@ -89,10 +90,24 @@ class SpecialTokens:
 
 
 def _apart(texts: Set[str]) -> set[str]:
-    """Those in front of which a text may be cut: none of the others can have a part of one of them and more of the
-    text, be it in front or behind."""
-    firsts, inner = {text[0] for text in texts}, set(chain.from_iterable(text[1:] for text in texts))
-    return {text for text in texts if text[0] not in inner and firsts.isdisjoint(text[1:])}
+    """Those in front of which a text may be cut: none can have a part of one of them and more of the text, be it in
+    front or behind."""
+    if any(len(text) > MAX_TOKEN_CHARS for text in texts):
+        return set()
+    begins, ends = set(chain.from_iterable(map(_begins, texts))), set(chain.from_iterable(map(_ends, texts)))
+    apart = {text for text in texts if ends.isdisjoint(_begins(text)) and begins.isdisjoint(_ends(text))}
+    for text in texts:
+        inner = texts & {text[start:end] for start in range(1, len(text)) for end in range(start + 1, len(text) + 1)}
+        apart -= {text, *inner} if inner else inner
+    return apart
+
+
+def _begins(text: str) -> list[str]:
+    return [text[:end] for end in range(1, len(text))]
+
+
+def _ends(text: str) -> list[str]:
+    return [text[start:] for start in range(1, len(text))]
 
 
 def _marks(texts: Set[str]) -> list[str]:

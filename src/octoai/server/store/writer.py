@@ -219,7 +219,7 @@ class Writer:
             if records and self._journal is not None:
                 apply_in_portions(db, records, time.time_ns() // 1000)
                 keep_position(db, self._journal.instance, payloads[-1][1])
-            results.extend(_done(db, each.action) for each in work)
+            results.extend(_done(db, each) for each in work)
         return results
 
     def _set_durable(self, db: Connection, is_durable: bool) -> None:
@@ -281,15 +281,20 @@ class Writer:
                 self._waiting.append((position, reached))
 
 
-def _done(db: Connection, action: Action) -> tuple[Any, BaseException | None]:
-    """Its result or what it raised (no room for it alone: away); a database that fails as a whole is raised here."""
+def _done(db: Connection, work: _Work) -> tuple[Any, BaseException | None]:
+    """Its result or what it raised (no room for it alone: away). A database that fails as a whole is raised here, and
+    one that has no room for what has to be done some time."""
     try:
         with db.savepoint():
-            return action(db), None
+            return work.action(db), None
     except (StoreAway, Undone):
         raise
+    except StoreFull as error:
+        if work.is_kept:
+            raise
+        return None, StoreAway(str(error))
     except Exception as error:  # noqa: BLE001  # told to the one who asked
-        return None, StoreAway(str(error)) if isinstance(error, StoreFull) else error
+        return None, error
 
 
 def _resolve(done: Future[T], result: Any, error: BaseException | None) -> None:
