@@ -24,8 +24,7 @@ from octoai.server.errors import BadRequest
 # cannot tell, as of images that it counts as the few tokens that stand for them.
 Counting = Generator[tuple[str, bytes], bytes, int | None]
 
-# Answers list the tokens too, which may be millions: they are looked at as text, or the lists would be made for their
-# lengths alone.
+# Answers list the tokens too, which may be millions: they are looked at as text, and no list is made.
 _COUNT = re.compile(rb'"count"\s*:\s*([0-9]{1,10})(?=[,}\s])')
 _TOKENS = re.compile(rb'"tokens"\s*:\s*\[')
 

@@ -282,19 +282,18 @@ class Writer:
 
 
 def _done(db: Connection, work: _Work) -> tuple[Any, BaseException | None]:
-    """Its result or what it raised (no room for it alone: away). A database that fails as a whole is raised here, and
-    one that has no room for what has to be done some time."""
+    """Its result or what it raised (no room for it alone: away). A database that fails as a whole is raised here."""
     try:
         with db.savepoint():
             return work.action(db), None
     except (StoreAway, Undone):
         raise
-    except StoreFull as error:
-        if work.is_kept:
+    except Exception as error:  # told to the one who asked
+        if not isinstance(error, StoreFull):
+            return None, error
+        if work.is_kept:  # it has to be done some time
             raise
         return None, StoreAway(str(error))
-    except Exception as error:  # noqa: BLE001  # told to the one who asked
-        return None, error
 
 
 def _resolve(done: Future[T], result: Any, error: BaseException | None) -> None:
