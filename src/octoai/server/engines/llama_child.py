@@ -38,10 +38,10 @@ def main() -> None:
     server = _serve(options)
     if options["gives_way"]:
         _give_way(max(options["num_threads"], options["num_batch_threads"]))
-    print(json.dumps({"listening": server.listening_address}), flush=True)
-    os.dup2(2, 1)  # nobody reads standard output after this line, and a full pipe would stop us
     signal.signal(signal.SIGUSR1, lambda *_: _leave(options["socket"]))
     die_with_parent(signal.SIGUSR1)  # or we were killed before we had read that our input has ended
+    print(json.dumps({"listening": server.listening_address}), flush=True)
+    os.dup2(2, 1)  # nobody reads standard output after this line, and a full pipe would stop us
     sys.stdin.read()
     _leave(options["socket"])
 
