@@ -121,29 +121,17 @@ def test_requests_sent_ahead_are_read_as_they_are_answered_and_no_faster() -> No
 
 
 @pytest.mark.parametrize("num", [MAX_AHEAD, 10 * MAX_AHEAD])
-def test_no_more_requests_are_kept_ahead_than_anybody_sends(num: int) -> None:
+@pytest.mark.parametrize("is_known", [False, True], ids=["other heads", "the same head"])
+def test_no_more_requests_are_kept_ahead_than_anybody_sends(num: int, is_known: bool) -> None:
     async def main() -> None:
         protocol, pipe = connected()
-        protocol.data_received(request("a", b"1", "") + b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * num)
+        first = request("a", b"1", "")
+        protocol.data_received(first)
+        protocol.data_received((first if is_known else b"GET / HTTP/1.1\r\nhost: x\r\n\r\n") * num)
         assert len(protocol.pipeline) == MAX_AHEAD
         assert pipe.is_closed == (num > MAX_AHEAD)
         assert pipe.written.startswith(b"HTTP/1.1 400 ") == (num > MAX_AHEAD)
         assert (f"More than {MAX_AHEAD} requests came ahead".encode() in pipe.written) == (num > MAX_AHEAD)
-        protocol.pipeline.clear()
-        protocol.connection_lost(None)
-        await settle()
-
-    asyncio.run(main())
-
-
-def test_no_more_are_kept_ahead_whose_head_is_known() -> None:
-    async def main() -> None:
-        protocol, pipe = connected()
-        one = request("a", b"1", "")
-        protocol.data_received(one)
-        protocol.data_received(one * (MAX_AHEAD + 2))
-        assert len(protocol.pipeline) == MAX_AHEAD
-        assert pipe.is_closed
         protocol.pipeline.clear()
         protocol.connection_lost(None)
         await settle()

@@ -76,7 +76,7 @@ class Reader:
         self._check_length()
 
     def _check_length(self) -> None:
-        """An engine that does not stop is left: nobody has asked for more than `max_tokens`, or promised to pay."""
+        """An engine that does not stop is left, since nobody has asked for more; what came until then is counted."""
         told, counted = self._completion_tokens or 0, sum(self._counted.values())
         slack = SLACK_TOKENS + min(self._num_thought, MAX_THOUGHT_TOKENS)
         is_long = told > self._max_tokens + slack or counted > self._max_tokens * EVENTS_PER_TOKEN + slack

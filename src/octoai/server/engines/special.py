@@ -55,9 +55,9 @@ class SpecialTokens:
         if len(tokens) * num_chars * len(self._lengths_by_id) <= MAX_WITHOUT_PIECES:
             return False
         counts, num_found, num_looks = Counter(tokens), 0, 0
-        # Of those as long as each other any may be the first: the one that is there most often is the worst.
-        for _, number, _ in sorted((-length, -counts[id_], id_) for id_, length in self._lengths_by_id.items()):
-            num_found -= number
+        # The longest first; of those as long as each other any may be: the one that is there most often is the worst.
+        for _, count in sorted(((length, counts[id_]) for id_, length in self._lengths_by_id.items()), reverse=True):
+            num_found += count
             num_looks += 1 + num_found
         return num_looks * num_chars > MAX_WITHOUT_PIECES
 
