@@ -7,7 +7,7 @@ import gzip
 import json
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,17 +90,10 @@ def test_a_good_answer_that_a_hook_has_refused_is_none(api: Any, serve: Any, lib
     module = pytest.importorskip(library)
 
     def refuse(response: Any) -> None:
-        if reads:
-            response.read()
-        raise module.HTTPStatusError("the signature is wrong", request=response.request, response=response)
-
-    async def refuse_later(response: Any) -> None:
-        if reads:
-            await response.aread()
         raise module.HTTPStatusError("the signature is wrong", request=response.request, response=response)
 
     server = serve(lambda x: x.reply(200, answer()))
-    with own_client(api, module, {"response": [refuse if api.kind == "sync" else refuse_later]}) as own:
+    with own_client(api, module, refusing(api, reads=reads, refuse=refuse)) as own:
         client = api.client(base_url=server.url, httpx_client=own)
         with pytest.raises(ApiConnectionError, match="ended the call: the signature is wrong"):
             api.chat(client)
@@ -168,20 +161,24 @@ def test_what_another_service_tells_a_hook_is_no_answer(api: Any, serve: Any, li
     assert not service.requests
 
 
-def refusing(api: Any, *, reads: bool) -> dict[str, Any]:
-    """Hooks that raise for a status, as many clients have them."""
+def raise_for_status(response: Any) -> None:
+    response.raise_for_status()
 
-    def refuse(response: Any) -> None:
+
+def refusing(api: Any, *, reads: bool, refuse: Callable[[Any], None] = raise_for_status) -> dict[str, Any]:
+    """Hooks that refuse an answer: for its status, as many clients have them, where nothing else is said."""
+
+    def hook(response: Any) -> None:
         if reads:
             response.read()
-        response.raise_for_status()
+        refuse(response)
 
-    async def refuse_later(response: Any) -> None:
+    async def hook_later(response: Any) -> None:
         if reads:
             await response.aread()
-        response.raise_for_status()
+        refuse(response)
 
-    return {"response": [refuse if api.kind == "sync" else refuse_later]}
+    return {"response": [hook if api.kind == "sync" else hook_later]}
 
 
 @contextmanager
