@@ -55,6 +55,7 @@ format: setup
 bench: setup
 	@$(RUN) bench/sdk.py --short
 	@$(RUN) bench/ledger.py --short
+	@$(RUN) bench/limits.py --short
 	@$(RUN) bench/ledger_crashes.py --short
 	@$(RUN) bench/gateway.py --short
 	@$(RUN) bench/optimizer.py --short

@@ -37,7 +37,7 @@ SLOW_SECONDS = 0.02
 
 
 class Engine(asyncio.Protocol):
-    """Speaks vLLM's dialect: every request gets the same few events in one write."""
+    """Speaks vLLM's dialect: every request gets the same few events in one write. It counts tokens, too."""
 
     def connection_made(self, transport: Any) -> None:
         self.transport, self.buffer = transport, b""
@@ -51,6 +51,8 @@ class Engine(asyncio.Protocol):
         self.buffer = b""
         if b'"max_tokens":%d,' % SLOW_TOKENS in body:
             asyncio.get_running_loop().call_later(SLOW_SECONDS, self.transport.write, ANSWER)
+        elif head.startswith(b"POST /tokenize"):
+            self.transport.write(COUNTED)
         else:
             self.transport.write(MODELS if head.startswith(b"GET") else ANSWER)
 
@@ -70,12 +72,14 @@ def _answer() -> bytes:
     return head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
 
 
-def _models() -> bytes:
-    body = json.dumps({"object": "list", "data": [{"id": "mock", "max_model_len": 8192}]}).encode()
+def _whole(said: dict[str, Any]) -> bytes:
+    body = json.dumps(said).encode()
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
 
 
-ANSWER, MODELS = _answer(), _models()
+ANSWER = _answer()
+MODELS = _whole({"object": "list", "data": [{"id": "mock", "max_model_len": 8192}]})
+COUNTED = _whole({"count": 30, "max_model_len": 8192, "tokens": [1] * 30})
 
 
 async def engine() -> None:
@@ -88,10 +92,12 @@ async def engine() -> None:
 
 
 class Client(asyncio.Protocol):
-    """Asks again as soon as an answer is whole, and keeps how long each took."""
+    """Asks again as soon as an answer is whole, and keeps how long each took. One that does not begin with `status` is
+    the last."""
 
-    def __init__(self, asks: Iterator[bytes], times: list[float]) -> None:
-        self.asks, self.times = asks, times
+    def __init__(self, asks: Iterator[bytes], times: list[float], status: bytes) -> None:
+        self.asks, self.times, self.status = asks, times, status
+        self.wrong = b""
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -104,7 +110,9 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.got += data
-        if is_whole(self.got):
+        if not self.got.startswith(self.status):
+            self.wrong = self.got
+        elif is_whole(self.got):
             self.times.append(time.perf_counter() - self.began)
             self.ask()
 
@@ -139,16 +147,22 @@ def made_up(count: int) -> list[bytes]:
     return [head.format(new_token()).encode() for _ in range(count)]
 
 
-async def load(port: int, asks: list[bytes], clients: int, seconds: float) -> dict[str, float]:
-    loop, times, turns = asyncio.get_running_loop(), [], itertools.cycle(asks)
-    made = [await loop.create_connection(lambda: Client(turns, times), "127.0.0.1", port) for _ in range(clients)]
+async def load(
+    port: int, asks: Iterator[bytes], clients: int, seconds: float, *, status: bytes = b"HTTP/1.1 200"
+) -> dict[str, float]:
+    loop, times = asyncio.get_running_loop(), []
+    made = [
+        await loop.create_connection(lambda: Client(asks, times, status), "127.0.0.1", port) for _ in range(clients)
+    ]
     await asyncio.sleep(0.2)
     times.clear()
     began = time.perf_counter()
     await asyncio.sleep(seconds)
     elapsed = time.perf_counter() - began
-    for transport, _ in made:
+    for transport, client in made:
         transport.close()
+        if client.wrong:
+            raise SystemExit(f"a wrong answer: {client.wrong!r}")
     return {"rate": len(times) / elapsed, "p50_ms": statistics.median(times) * 1e3, "p99_ms": _p99(times) * 1e3}
 
 
@@ -159,8 +173,10 @@ def _p99(times: list[float]) -> float:
 def run_load(port: str, token: str, kind: str, clients: str, seconds: str) -> None:
     import uvloop
 
-    asks = made_up(8_000) if kind == "flood" else [chat(token, kind)]
-    print(json.dumps(uvloop.run(load(int(port), asks, int(clients), float(seconds)))))
+    asks, status = itertools.repeat(chat(token, kind)), b"HTTP/1.1 200"
+    if kind == "flood":
+        asks, status = itertools.cycle(made_up(8_000)), b"HTTP/1.1 401"
+    print(json.dumps(uvloop.run(load(int(port), asks, int(clients), float(seconds), status=status))))
 
 
 # ---- the services ----
@@ -296,6 +312,7 @@ def main() -> None:
             on.stop(), off.stop(), mock.terminate()
     if not args.short:
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine, **found}, indent=2))
 
 

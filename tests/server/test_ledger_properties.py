@@ -37,7 +37,7 @@ LEASE = 60 * SECOND
 START = 1_793_491_140_000_000  # 2026-10-31 23:59:00 UTC: months end while it runs
 PRICE = Price(input_nanos=3, cached_input_nanos=1, output_nanos=10)
 BUDGET = 900  # about what three requests cost
-TABLES = ["entries", "balances", "spending", "usage", "requests", "reservations", "keys", "tokens", "accounts"]
+TABLES = ["entries", "balances", "spending", "usage", "requests", "reservations", "rates", "keys", "tokens", "accounts"]
 COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens")
 
 
@@ -85,7 +85,7 @@ class Ledger(RuleBasedStateMachine):
     def __init__(self, db: Connection) -> None:
         super().__init__()
         self.db = db
-        self.now_us = START
+        self.now_us = self.pruned_us = START
         self.running: list[Running] = []
         self.chosen: list[Caller] = []
         empty(db)
@@ -230,6 +230,7 @@ class Ledger(RuleBasedStateMachine):
     def tidy(self) -> None:
         with self.db.transaction():
             reservations.prune(self.db, self.now_us)
+        self.pruned_us = max(self.pruned_us, self.now_us)
 
     def apply(self, batch: list[dict[str, Any]]) -> None:
         with self.db.transaction():
@@ -279,6 +280,16 @@ class Ledger(RuleBasedStateMachine):
     def without_limits_nothing_is_waived(self) -> None:
         query = "SELECT SUM(waived_nanos) FROM requests WHERE account = 'unlimited' AND status <> 'refunded'"
         assert self.db.row(query) in ((0,), (None,))
+
+    @invariant()
+    def each_second_counts_what_was_asked_in_it(self) -> None:
+        sums = "COUNT(*), SUM(prompt_tokens), SUM(completion_tokens), MAX(at_us)"
+        query = f"SELECT account, at_us / {SECOND}, {sums} FROM reservations GROUP BY 1, 2"
+        pruned = (self.pruned_us - 120 * SECOND) // SECOND
+        asked = {tuple(row) for row in self.db.rows(query) if row[1] > pruned}
+        accounts = {caller.account.id for caller in self.callers}
+        kept = self.db.rows("SELECT * FROM rates WHERE num_requests > 0 AND second > ?", (pruned,))
+        assert {tuple(row) for row in kept if row[0] in accounts} == asked
 
     @invariant()
     def what_ended_holds_nothing(self) -> None:

@@ -23,7 +23,7 @@ from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, EngineFailed, OutOfCredit
 from octoai.server.limits import Standings
 from octoai.server.remaining import Remaining
-from octoai.server.store import Place, connect, entries, sqlite
+from octoai.server.store import Connection, Place, connect, entries, rates, sqlite
 from octoai.server.store.reservations import Reservation, Standing
 from tests.running import InProcess
 from tests.talking import Talk, ask, is_idle, request, until
@@ -92,7 +92,14 @@ class Client:
         """Let what was asked until now be so much longer ago."""
         microseconds = int(seconds * 1_000_000)
         self.service.read(lambda db: None)
-        self.service.books(lambda db: db.execute("UPDATE reservations SET at_us = at_us - ?", (microseconds,)))
+        self.service.books(lambda db: _age(db, microseconds))
+
+
+def _age(db: Connection, microseconds: int) -> None:
+    db.execute("UPDATE reservations SET at_us = at_us - ?", (microseconds,))
+    db.execute("DELETE FROM rates")
+    for row in db.rows("SELECT account, token_id, at_us, prompt_tokens, completion_tokens FROM reservations"):
+        rates.add(db, row[:2], *row[2:])
 
 
 class Uncounting(ScriptedEngine):

@@ -7,17 +7,21 @@ them at once come to no more than the limit. Windows slide: what counts is exact
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from octoai.server.accounts import Caller
 from octoai.server.billing import usd
 from octoai.server.errors import OutOfCredit, RateLimited
-from octoai.server.store import requests, reservations
+from octoai.server.store import rates, requests, reservations
 from octoai.server.store.accounts import Limits
 from octoai.server.store.database import Connection
-from octoai.server.store.reservations import MINUTE_US, Past, Payer, Reservation, Standing
+from octoai.server.store.rates import MINUTE_US, Past, Payer
+from octoai.server.store.reservations import Reservation, Standing
+
+# The last minute's requests, oldest first: those that came in one second together, and one by one.
+Seconds = Iterable[tuple[Past, Iterable[Past]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ def reserve(db: Connection, caller: Caller, wanted: Reservation, refunds: str | 
     refusals: list[RateLimited] = []
     for name, column, payer, standing in both:
         refusals += _running_refusals(name, standing)
-        refusals += _rate_refusals(name, standing, wanted, partial(reservations.past, db, column, payer, now_us))
+        refusals += _rate_refusals(name, standing, wanted, partial(rates.past, db, column, payer, now_us))
     if refusals:  # the one that takes longest: when that one is over, the request is let through
         raise max(refusals, key=lambda refusal: math.inf if refusal.retry_after is None else refusal.retry_after)
     reservations.hold(db, wanted)
@@ -132,7 +136,7 @@ _KINDS = (
         "requests",
         lambda limits: limits.requests_per_minute,
         lambda standing: standing.num_requests,
-        lambda _: 1,
+        lambda past: past.num_requests,
         lambda _: 1,
     ),
     _Kind(
@@ -155,7 +159,7 @@ _KINDS = (
 
 
 def _rate_refusals(
-    name: str, standing: Standing, wanted: Reservation, past: Callable[[], Sequence[Past]]
+    name: str, standing: Standing, wanted: Reservation, past: Callable[[], Seconds]
 ) -> Iterator[RateLimited]:
     for kind in _KINDS:
         limit, used, more = kind.limit(standing.limits), kind.used(standing), kind.wanted(wanted)
@@ -170,12 +174,16 @@ def _rate_refusals(
         yield RateLimited(f"{said} Try again in {seconds:.3f}s.", kind=of, retry_after=seconds)
 
 
-def _seconds_until(excess: int, past: Sequence[Past], kind: _Kind, now_us: int) -> float:
+def _seconds_until(excess: int, past: Seconds, kind: _Kind, now_us: int) -> float:
     """When so much of the last minute has left the window that there is room."""
-    for each in past:
-        excess -= kind.counts(each)
-        if excess <= 0:
-            return (each.at_us + MINUTE_US - now_us) / 1_000_000
+    for together, singly in past:
+        if kind.counts(together) < excess:
+            excess -= kind.counts(together)
+            continue
+        for each in singly:
+            excess -= kind.counts(each)
+            if excess <= 0:
+                return (each.at_us + MINUTE_US - now_us) / 1_000_000
     return MINUTE_US / 1_000_000
 
 

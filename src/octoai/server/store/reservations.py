@@ -10,20 +10,15 @@ its request may still be renewed or charged.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from octoai.server.store import accounts, tokens
+from octoai.server.store import accounts, rates, tokens
 from octoai.server.store.accounts import AccountRow, Limits
 from octoai.server.store.database import Connection
 from octoai.server.store.entries import ledger_us, month_of
+from octoai.server.store.rates import MINUTE_US, Payer
 from octoai.server.store.tokens import TokenRow
 
-MINUTE_US = 60_000_000
 _COLUMNS = "id, account, token_id, at_us, nanos, prompt_tokens, completion_tokens, lease_us"
-# Rows a little ahead are another machine's, or from before a clock was put back; those further ahead are a clock's
-# that was wrong, which must not lock anyone out until their time comes.
-_RECENT = "at_us > ? AND at_us < ?"
-Payer = Literal["account", "token_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +34,10 @@ class Reservation:
     completion_tokens: int
     lease_us: int
 
-
-@dataclass(frozen=True, slots=True)
-class Past:
-    """One request of the last minute: when it came, and the tokens it counts for."""
-
-    at_us: int
-    prompt_tokens: int
-    completion_tokens: int
+    @property
+    def counted(self) -> tuple[tuple[str, str], int, int, int]:
+        """What the rates of its account and token count."""
+        return (self.account, self.token_id), self.at_us, self.prompt_tokens, self.completion_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,24 +106,37 @@ def hold(db: Connection, reservation: Reservation) -> None:
             *(reservation.prompt_tokens, reservation.completion_tokens, reservation.lease_us),
         ),
     )
+    rates.add(db, *reservation.counted)
 
 
 def release(db: Connection, reservation_id: str) -> None:
     """Of a request that never ran: it leaves no trace."""
-    db.execute("DELETE FROM reservations WHERE id = ?", (reservation_id,))
+    found = _find(db, reservation_id)
+    if found is not None:
+        db.execute("DELETE FROM reservations WHERE id = ?", (reservation_id,))
+        rates.remove(db, *found[0].counted)
 
 
 def close(db: Connection, reservation_id: str, prompt_tokens: int, completion_tokens: int) -> Reservation | None:
     """Of a request that has ended. What it held until now; None where it held nothing: it has lapsed, or never was."""
-    query = f"SELECT {_COLUMNS}, is_open FROM reservations WHERE id = ?"  # noqa: S608  # constants only
-    row = db.row(query, (reservation_id,))
-    if row is None:
+    found = _find(db, reservation_id)
+    if found is None:
         return None
+    held, is_open = found
     db.execute(
         "UPDATE reservations SET is_open = 0, prompt_tokens = ?, completion_tokens = ? WHERE id = ?",
         (prompt_tokens, completion_tokens, reservation_id),
     )
-    return Reservation(*row[:-1]) if row[-1] else None
+    payers, at_us, prompt_before, completion_before = held.counted
+    rates.change(db, payers, at_us, prompt_tokens - prompt_before, completion_tokens - completion_before)
+    return held if is_open else None
+
+
+def _find(db: Connection, reservation_id: str) -> tuple[Reservation, bool] | None:
+    """And whether it holds anything."""
+    query = f"SELECT {_COLUMNS}, is_open FROM reservations WHERE id = ?"  # noqa: S608  # constants only
+    row = db.row(query, (reservation_id,))
+    return None if row is None else (Reservation(*row[:-1]), bool(row[-1]))
 
 
 def renew(db: Connection, leases: list[tuple[int, str]]) -> None:
@@ -148,6 +152,7 @@ def prune(db: Connection, now_us: int) -> None:
     """Rows that count for nothing any more."""
     before = now_us - 2 * MINUTE_US
     db.execute("DELETE FROM reservations WHERE at_us < ? AND (is_open = 0 OR lease_us < ?)", (before, before))
+    rates.prune(db, before)
 
 
 def left_nanos(db: Connection, account_id: str, token_id: str, now_us: int, charge_us: int) -> int:
@@ -157,19 +162,6 @@ def left_nanos(db: Connection, account_id: str, token_id: str, now_us: int, char
         return 0
     bounds = [standing.left_nanos for standing in standings(db, account, token, now_us, charge_us)]
     return min((bound for bound in bounds if bound is not None), default=2**62)
-
-
-def past(db: Connection, column: Payer, payer: str, now_us: int) -> list[Past]:
-    """The last minute's requests, oldest first."""
-    query = (
-        f"SELECT at_us, prompt_tokens, completion_tokens FROM reservations "  # noqa: S608  # a column of ours
-        f"WHERE {column} = ? AND {_RECENT} ORDER BY at_us"
-    )
-    return [Past(*row) for row in db.rows(query, (payer, *_window(now_us)))]
-
-
-def _window(now_us: int) -> tuple[int, int]:
-    return (now_us - MINUTE_US, now_us + MINUTE_US)
 
 
 def _standing(
@@ -183,21 +175,18 @@ def _standing(
     is_prepaid: bool = False,
 ) -> Standing:
     # One statement, so of one moment: a charge that is posted meanwhile is seen whole, with what it no longer holds.
+    recent, of_recent = rates.recent(column, payer, now_us)
     row = db.row(
         f"""
         SELECT recent.*, running.*,
             COALESCE((SELECT nanos FROM spending WHERE payer = ? AND month = ?), 0),
             COALESCE((SELECT nanos FROM balances WHERE account = ?), 0)
-        FROM (
-            SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0),
-                COALESCE(MAX(at_us), 0)
-            FROM reservations WHERE {column} = ? AND {_RECENT}
-        ) AS recent, (
+        FROM ({recent}) AS recent, (
             SELECT COUNT(*), COALESCE(SUM(nanos), 0)
             FROM reservations WHERE {column} = ? AND is_open = 1 AND lease_us >= ?
         ) AS running
         """,  # noqa: S608  # a column of ours
-        (payer, month, payer, payer, *_window(now_us), payer, now_us),
+        (payer, month, payer, *of_recent, payer, now_us),
     )
     assert row is not None
     standing = Standing(limits, *row)

@@ -6,6 +6,7 @@ nano-dollars; names ending in `_us` are microseconds since 1970 (UTC), in `_at` 
 
     accounts ─┬─ tokens          who may ask, and what for
               ├─ reservations    what limited requests hold back until they end, and what counts against rate limits
+              │    └─ rates      the same by the second, by account and by token
               ├─ requests        one row per request: its tokens, its price, what it cost
               │    └─ entries    the ledger: append-only, chained by hash; requests, grants, adjustments, refunds
               ├─ balances        the sum of an account's entries
@@ -215,6 +216,27 @@ MIGRATIONS = (
     # The request before under the same key, until this one runs.
     """
     ALTER TABLE keys ADD COLUMN replaces TEXT;
+    """,
+    # What a limit counts must not take longer the more there is of it.
+    """
+    CREATE TABLE rates (
+        payer              TEXT NOT NULL,
+        second             INTEGER NOT NULL,
+        num_requests       INTEGER NOT NULL,
+        prompt_tokens      INTEGER NOT NULL,
+        completion_tokens  INTEGER NOT NULL,
+        newest_us          INTEGER NOT NULL,
+        PRIMARY KEY (payer, second)
+    ) {keyed};
+    INSERT INTO rates
+        SELECT account, at_us / 1000000, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens), MAX(at_us)
+        FROM reservations GROUP BY 1, 2;
+    INSERT INTO rates
+        SELECT token_id, at_us / 1000000, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens), MAX(at_us)
+        FROM reservations GROUP BY 1, 2;
+    DROP INDEX reservations_open;
+    CREATE INDEX reservations_open_by_account ON reservations (account, lease_us, nanos) WHERE is_open = 1;
+    CREATE INDEX reservations_open_by_token ON reservations (token_id, lease_us, nanos) WHERE is_open = 1;
     """,
 )
 
