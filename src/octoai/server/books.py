@@ -28,6 +28,7 @@ from octoai.server.store.writer import Writer
 log = logging.getLogger("octoai.books")
 
 KEEP_ORDER_SECONDS = 10.0
+REST_SECONDS = 0.1
 BATCH = 512
 T = TypeVar("T")
 
@@ -100,14 +101,18 @@ class Books:
             await asyncio.sleep(KEEP_ORDER_SECONDS)
             try:
                 await self.writer.caught_up()
-                await self.writer.run(self._order)
+                has_more = True
+                while has_more:
+                    has_more = await self.writer.run(self._order)
+                    await asyncio.sleep(REST_SECONDS)  # for others to write
                 await asyncio.to_thread(recover, self.place)
             except StoreError:
                 pass  # the writer has said it
             except Exception:
                 log.exception("the books could not be kept in order; it is tried again")
 
-    def _order(self, db: Connection) -> None:
+    def _order(self, db: Connection) -> bool:
+        """Whether there is more to do."""
         now_us = _now_us()
         expired, directory = requests.expired(db, now_us), journal_dir(self.place)
         # Those of a process that lives are not, however long the database was away: ours, and others' on this machine.
@@ -117,7 +122,7 @@ class Books:
             log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
         requests.interrupt(db, lost, now_us)
         reservations.prune(db, now_us)
-        keys.prune(db, now_us - int(KEEP_SECONDS * 1_000_000))
+        return keys.prune(db, now_us - int(KEEP_SECONDS * 1_000_000))
 
 
 def recover(place: Place) -> int:

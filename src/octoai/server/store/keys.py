@@ -10,6 +10,7 @@ from typing import Any
 from octoai.server.store.database import Connection
 
 MAX_REFUNDS = 3
+PRUNED_AT_ONCE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,5 +147,9 @@ def keep(db: Connection, account: str, key: str, request: str, answer: bytes) ->
     db.execute(sql, (answer, account, key, request))
 
 
-def prune(db: Connection, before_us: int) -> None:
-    db.execute("DELETE FROM keys WHERE claimed_us < ?", (before_us,))
+def prune(db: Connection, before_us: int) -> bool:
+    """Some of those that are too old to be kept; whether there may be more. After a rest of days there are so many,
+    with their answers, that to delete all would keep everybody else from writing for seconds."""
+    old = "SELECT account, key FROM keys WHERE claimed_us < ? ORDER BY claimed_us LIMIT ?"
+    num_deleted = db.execute(f"DELETE FROM keys WHERE (account, key) IN ({old})", (before_us, PRUNED_AT_ONCE))  # noqa: S608
+    return num_deleted == PRUNED_AT_ONCE

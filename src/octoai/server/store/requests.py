@@ -60,6 +60,7 @@ class RequestRow:
 _NAMES = tuple(each.name for each in fields(RequestRow))
 COLUMNS = ", ".join(_NAMES)
 _values = attrgetter(*_NAMES)
+_OPENED = attrgetter("opened_us")
 _INTENT = _NAMES[: _NAMES.index("status")]
 _CHANGING = ("lease_us", *_NAMES[_NAMES.index("status") :])
 _UPSERT = (
@@ -282,8 +283,9 @@ def _found(db: Connection, ids: set[str]) -> dict[str, RequestRow]:
 
 
 def _selected(db: Connection, condition: str, values: Sequence[Any]) -> list[RequestRow]:
-    query = f"SELECT {COLUMNS} FROM requests WHERE {condition} ORDER BY opened_us"  # noqa: S608
-    return [RequestRow(*row) for row in db.rows(query, values)]
+    # Sorted here: where it is asked to, SQLite goes through all requests there ever were to have a few in their order.
+    query = f"SELECT {COLUMNS} FROM requests WHERE {condition}"  # noqa: S608
+    return sorted([RequestRow(*row) for row in db.rows(query, values)], key=_OPENED)
 
 
 def _write(db: Connection, rows: Iterable[RequestRow]) -> None:

@@ -238,6 +238,11 @@ MIGRATIONS = (
     CREATE INDEX reservations_open_by_account ON reservations (account, lease_us, nanos) WHERE is_open = 1;
     CREATE INDEX reservations_open_by_token ON reservations (token_id, lease_us, nanos) WHERE is_open = 1;
     """,
+    # What a process left behind must be found among all that was ever asked.
+    """
+    CREATE INDEX requests_open_by_journal ON requests (journal) WHERE status = 'open';
+    CREATE INDEX keys_unanswered ON keys (journal) WHERE answer IS NULL;
+    """,
 )
 
 _TYPES = {
