@@ -115,8 +115,8 @@ def test_old_keys_go_a_few_at_a_time_until_all_are_gone(in_process: Any, monkeyp
     day_us = int(books.KEEP_SECONDS * 1_000_000)
     deleted: list[bool] = []
 
-    def prune(db: Any, before_us: int, pruned: Any = keys.prune) -> bool:
-        deleted.append(pruned(db, before_us))
+    def prune(db: Any, *before_us: int, pruned: Any = keys.prune) -> bool:
+        deleted.append(pruned(db, *before_us))
         return deleted[-1]
 
     monkeypatch.setattr(keys, "prune", prune)

@@ -21,7 +21,8 @@ from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import BadRequest, EngineFailed
 from octoai.server.idempotency import Key, Recording, Recordings
 from octoai.server.ledger import now_us
-from octoai.server.store import Place, keys
+from octoai.server.store import Connection, Place, keys
+from octoai.server.store.keys import KeyRow
 from octoai.server.store.requests import COLUMNS, RequestRow
 from tests.load.accounts import Books
 from tests.load.clients import Request, Target, Told
@@ -98,16 +99,32 @@ def test_the_same_request_under_the_same_key_is_the_same_answer_billed_once(serv
 
 
 def test_a_key_is_new_again_after_the_time_that_it_is_kept(service: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idempotency, "KEEP_SECONDS", 0.3)
+    monkeypatch.setattr(service.service.admission, "_keep_seconds", 0.3)
     first = ask(service, PATH, request(service), idempotency_key="k1")
     assert ask(service, PATH, request(service), idempotency_key="k1")[1]["idempotent-replayed"] == "true"
     time.sleep(0.4)
     service.read(lambda db: None)
-    service.books(lambda db: keys.prune(db, now_us()))
+    service.books(lambda db: keys.prune(db, now_us(), now_us()))
     again = ask(service, PATH, request(service, max_tokens=7), idempotency_key="k1")
     assert (first[0], again[0]) == (200, 200)
     assert "idempotent-replayed" not in again[1]
     assert len(rows(service)) == 2
+
+
+def test_answers_are_kept_as_long_as_the_settings_say_and_keys_without_one_for_a_day(in_process: Start) -> None:
+    """An answer that is not kept must not be given, and nobody's running request loses its key for that."""
+    service = in_process(ScriptedEngine(), answers_kept_seconds=60)
+    minute_ago, hour_ago, days_ago = (now_us() - int(seconds * 1_000_000) for seconds in (59, 3600, 90_000))
+
+    def fill(db: Connection) -> None:
+        for key, at_us in (("new", minute_ago), ("old", hour_ago), ("running", hour_ago), ("lost", days_ago)):
+            keys.claim(db, "default", key, KeyRow(b"", f"r-{key}", "", "j", at_us))
+        for key in ("new", "old"):
+            keys.keep(db, "default", key, f"r-{key}", b"said")
+
+    service.books(fill)
+    service.books(service.service.admission.books._order)
+    assert service.books(lambda db: db.rows("SELECT key FROM keys ORDER BY key")) == [("new",), ("running",)]
 
 
 def recorded(recordings: Recordings, number: int, answer: Sequence[bytes]) -> float:

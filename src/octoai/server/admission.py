@@ -22,7 +22,7 @@ from octoai.server.catalogue import Model
 from octoai.server.engines.base import LONGEST_CONTEXT, Generation, Usage
 from octoai.server.engines.dialects import dumped, without_images
 from octoai.server.errors import KeyConflict, Unavailable
-from octoai.server.idempotency import Key, Recording, Recordings, unpacked
+from octoai.server.idempotency import KEEP_SECONDS, Key, Recording, Recordings, unpacked
 from octoai.server.ids import new_record_id
 from octoai.server.ledger import LEASE_US, Ledger, Tab, now_us
 from octoai.server.limits import Standings
@@ -51,10 +51,20 @@ class Admitted:
 
 
 class Admission:
-    def __init__(self, ledger: Ledger, books: Books, prices: Callable[[str, int], Price | None]) -> None:
+    """`keep_seconds`: how long the answers that were given under Idempotency-Keys are kept."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        books: Books,
+        prices: Callable[[str, int], Price | None],
+        *,
+        keep_seconds: float = KEEP_SECONDS,
+    ) -> None:
         self.ledger = ledger
         self.books = books
         self._prices = prices
+        self._keep_seconds = keep_seconds
         self._recordings = Recordings()
         self._given: OrderedDict[str, None] = OrderedDict()  # by clients, lately: the database hears of them later
 
@@ -130,7 +140,7 @@ class Admission:
             await known.over()
             known = self._recordings.find(account, key)
         if known is None:
-            recording = Recording(key, tab.request_id)
+            recording = Recording(key, tab.request_id, keep_seconds=self._keep_seconds)
             self._recordings.begin(account, recording)
             try:
                 stored = await self._claim(account, key, tab)

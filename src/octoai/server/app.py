@@ -112,7 +112,8 @@ def over(settings: Settings, router: Router, metrics: Metrics, *, is_beside: boo
     """A service over deployments that are there already. `is_beside`: the database is written to by a process of its
     own, where there may be one."""
     journal = None if settings.ledger == "off" else open_journal(settings.place)
-    books = Books(settings.place, journal, is_beside=is_beside)
+    keep_seconds = settings.answers_kept_seconds
+    books = Books(settings.place, journal, is_beside=is_beside, keep_seconds=keep_seconds)
     # A thread of its own: no report, however long it takes, may make tokens look stale.
     directory = Directory(Reader(settings.place, num_threads=1), away_seconds=settings.database_away_seconds)
     ledger = Ledger(
@@ -125,7 +126,7 @@ def over(settings: Settings, router: Router, metrics: Metrics, *, is_beside: boo
     metrics.watch_books(ledger, directory)
     return Service(
         directory=directory,
-        admission=Admission(ledger, books, directory.price),
+        admission=Admission(ledger, books, directory.price, keep_seconds=keep_seconds),
         router=router,
         metrics=metrics,
         drain_seconds=settings.drain_seconds,

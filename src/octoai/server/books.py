@@ -50,13 +50,22 @@ def _now_us() -> int:
 
 
 class Books:
-    """`is_beside`: the journal is brought in by a process beside this one."""
+    """`is_beside`: the journal is brought in by a process beside this one. `keep_seconds`: how long the answers that
+    were given under Idempotency-Keys are kept."""
 
-    def __init__(self, place: Place, journal: Journal | None, *, is_beside: bool = False) -> None:
+    def __init__(
+        self,
+        place: Place,
+        journal: Journal | None,
+        *,
+        is_beside: bool = False,
+        keep_seconds: float = KEEP_SECONDS,
+    ) -> None:
         self.place = place
         self.reader = Reader(place)
         self.writer = Writer(place, journal, applier=Applier(place, journal) if journal and is_beside else None)
         self._journal = journal
+        self._keep_seconds = keep_seconds
         self._keeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -122,7 +131,8 @@ class Books:
             log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
         requests.interrupt(db, lost, now_us)
         reservations.prune(db, now_us)
-        return keys.prune(db, now_us - int(KEEP_SECONDS * 1_000_000))
+        answered_us, us = (now_us - int(seconds * 1_000_000) for seconds in (self._keep_seconds, KEEP_SECONDS))
+        return keys.prune(db, answered_us, us)
 
 
 def recover(place: Place) -> int:

@@ -1,7 +1,7 @@
 """Idempotency-Keys: the same key with the same request is answered once, however often it is asked.
 
 While an answer is being given it is recorded, and who asks again joins it; afterwards the record is the answer. The
-database keeps it for a day. Knows heads and bodies, not what is in them.
+database keeps it for a day, or as long as the settings say. Knows heads and bodies, not what is in them.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _now_us() -> int:
 
 @dataclass(eq=False, slots=True)
 class Recording:
-    """An answer under a key: as far as it has been given, and then whole. `num_readers` connections wait for it. The
-    key is kept for a day from `began_us` on."""
+    """An answer under a key: as far as it has been given, and then whole. `num_readers` connections wait for it. It is
+    kept for `keep_seconds` from `began_us` on."""
 
     key: Key
     request_id: str
@@ -64,6 +64,7 @@ class Recording:
     error: BaseException | None = None
     is_abandoned: bool = False  # nobody was left to read it; it is being ended
     began_us: int = field(default_factory=_now_us)
+    keep_seconds: float = KEEP_SECONDS
     _more: asyncio.Event = field(default_factory=asyncio.Event)
     _abandon: Callable[[], None] | None = None
 
@@ -74,7 +75,7 @@ class Recording:
 
     @property
     def is_over_age(self) -> bool:
-        return self.is_done and _now_us() - self.began_us >= KEEP_SECONDS * 1_000_000
+        return self.is_done and _now_us() - self.began_us >= self.keep_seconds * 1_000_000
 
     def begin(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.head = (status, headers)

@@ -28,7 +28,7 @@ NUM_SLOTS_ELSEWHERE = 256  # requests at once to a server that nobody said more 
 _FROM_ENVIRONMENT = (
     "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting", "max_waiting_tokens",
     "prefix_cache_mib", "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
-    "optimize_when_idle", "workers", "worker_stall_seconds",
+    "answers_kept_seconds", "optimize_when_idle", "workers", "worker_stall_seconds",
 )  # fmt: skip
 _PLACES = {"data_dir": places.data_dir, "cache_dir": places.cache_dir}  # "~" and relative ones as everywhere else
 _FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached_input_price", "output_price", "sha256")
@@ -120,9 +120,9 @@ class Settings(_Checked):
 
     `database` is a PostgreSQL URL; without one it is SQLite in `data_dir`. While it does not answer, tokens that are
     known stay good for `database_away_seconds`, unless `when_database_is_away` is "refuse". `ledger` "off" records,
-    bills and limits nothing. `optimize_when_idle` "on" has a model without a profile optimized while nobody asks.
-    `workers` is the number of processes that serve; of several, one that says nothing for `worker_stall_seconds` is
-    killed, and another started.
+    bills and limits nothing. `answers_kept_seconds` is for answers under Idempotency-Keys. `optimize_when_idle` "on"
+    has a model without a profile optimized while nobody asks. `workers` is the number of processes that serve; of
+    several, one that says nothing for `worker_stall_seconds` is killed, and another started.
     """
 
     host: str = "127.0.0.1"
@@ -139,6 +139,7 @@ class Settings(_Checked):
     database_away_seconds: Annotated[float, Field(ge=0, le=86400)] = 300.0
     when_database_is_away: Literal["serve", "refuse"] = "serve"
     ledger: Literal["on", "off"] = "on"
+    answers_kept_seconds: Annotated[float, Field(ge=60, le=86400)] = 86400.0
     optimize_when_idle: Literal["on", "off"] = "off"
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     worker_stall_seconds: Annotated[float, Field(ge=0.5, le=86400)] = 30.0

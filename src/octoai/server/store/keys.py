@@ -147,9 +147,12 @@ def keep(db: Connection, account: str, key: str, request: str, answer: bytes) ->
     db.execute(sql, (answer, account, key, request))
 
 
-def prune(db: Connection, before_us: int) -> bool:
-    """Some of those that are too old to be kept; whether there may be more. After a rest of days there are so many,
-    with their answers, that to delete all would keep everybody else from writing for seconds."""
-    old = "SELECT account, key FROM keys WHERE claimed_us < ? ORDER BY claimed_us LIMIT ?"
-    num_deleted = db.execute(f"DELETE FROM keys WHERE (account, key) IN ({old})", (before_us, PRUNED_AT_ONCE))  # noqa: S608
+def prune(db: Connection, answered_before_us: int, before_us: int) -> bool:
+    """Some of those that are too old to be kept, with an answer or without; whether there may be more. After a rest of
+    days there are so many that to delete all would keep everybody else from writing for seconds."""
+    old = "claimed_us < ? AND (answer IS NOT NULL OR claimed_us < ?) ORDER BY claimed_us LIMIT ?"
+    num_deleted = db.execute(
+        f"DELETE FROM keys WHERE (account, key) IN (SELECT account, key FROM keys WHERE {old})",  # noqa: S608
+        (answered_before_us, before_us, PRUNED_AT_ONCE),
+    )
     return num_deleted == PRUNED_AT_ONCE
