@@ -130,7 +130,8 @@ class Shell:
             limit = until_stopped(deadlines, None if deadlines.allow(0) else 0)
             try:
                 async with limit:
-                    token = await token
+                    # One refresh may serve all of the user's calls: that one of them is stopped must not end it.
+                    token = await (asyncio.shield(token) if isinstance(token, asyncio.Future) else token)
             except TimeoutError as error:
                 if not limit.expired():
                     raise  # by the user's function

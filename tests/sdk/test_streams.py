@@ -22,7 +22,7 @@ from octoai import (
     Timeout,
 )
 from tests.sdk.conftest import MESSAGES
-from tests.sdk.misbehaving import Exchange, Script, Server, chunk, words
+from tests.sdk.misbehaving import Exchange, Script, Server, answer, chunk, words
 
 
 def test_a_stream_gives_typed_chunks(api: Any, serve: Any) -> None:
@@ -365,6 +365,31 @@ def test_a_stream_that_is_closed_while_its_token_is_awaited_is_left_at_once(serv
     asyncio.run(read())
     assert not server.requests
     assert len(asked) == 1
+
+
+def test_a_stream_that_is_closed_does_not_end_the_refresh_that_other_calls_wait_for(serve: Any) -> None:
+    server = serve(lambda x: x.reply(200, answer()))
+
+    async def read() -> None:
+        may_come = asyncio.Event()
+
+        async def refreshed() -> str:
+            await may_come.wait()
+            return "k"
+
+        refresh = asyncio.create_task(refreshed())
+        async with AsyncOctoAI(base_url=server.url, api_key=lambda: refresh) as client:
+            stream = client.text_gen.create_chat_completion_stream(model="m", messages=MESSAGES)
+            reading = asyncio.create_task(anext(stream))
+            other = asyncio.create_task(client.text_gen.create_chat_completion(model="m", messages=MESSAGES))
+            await asyncio.sleep(0.05)
+            await stream.close()
+            with pytest.raises(StreamInterrupted):
+                await asyncio.wait_for(reading, 2)
+            may_come.set()
+            assert (await asyncio.wait_for(other, 2)).choices
+
+    asyncio.run(read())
 
 
 async def has_come(server: Server) -> None:

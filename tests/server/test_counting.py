@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -151,3 +152,32 @@ def test_nobody_waits_while_what_was_counted_is_written(monkeypatch: pytest.Monk
     metrics.refusals.labels("overloaded").inc()
     assert b'octoai_refusals_total{reason="overloaded"} 1.0' in asyncio.run(metrics.text())
     assert threads and threading.get_ident() not in threads
+
+
+def test_many_who_ask_at_once_are_given_one_text_and_no_old_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`/metrics` asks for no token: a hundred at once kept everybody else waiting for twenty seconds."""
+    num_written = 0
+
+    def written(registry: Collector) -> bytes:
+        nonlocal num_written
+        num_written += 1
+        time.sleep(0.05)
+        return generate_latest(registry)
+
+    monkeypatch.setattr("octoai.server.metrics.generate_latest", written)
+    metrics = Metrics()
+
+    async def main() -> list[bytes]:
+        first = asyncio.ensure_future(metrics.text())
+        await asyncio.sleep(0.01)
+        metrics.refusals.labels("overloaded").inc()
+        later = [asyncio.ensure_future(metrics.text()) for _ in range(100)]
+        later[0].cancel()
+        said = await asyncio.gather(first, *later[1:])
+        assert b"octoai_refusals_total{" in await metrics.text()
+        return said
+
+    first, *later = asyncio.run(main())
+    assert b"octoai_refusals_total{" not in first
+    assert all(b'octoai_refusals_total{reason="overloaded"} 1.0' in each for each in later)
+    assert num_written == 3

@@ -9,6 +9,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,7 @@ from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import BadRequest, EngineFailed
 from octoai.server.idempotency import Key, Recording, Recordings
 from octoai.server.ledger import now_us
-from octoai.server.store import Connection, Place, keys
+from octoai.server.store import Connection, Place, connect, keys
 from octoai.server.store.keys import KeyRow
 from octoai.server.store.requests import COLUMNS, RequestRow
 from tests.load.accounts import Books
@@ -114,17 +115,56 @@ def test_a_key_is_new_again_after_the_time_that_it_is_kept(service: InProcess, m
 def test_answers_are_kept_as_long_as_the_settings_say_and_keys_without_one_for_a_day(in_process: Start) -> None:
     """An answer that is not kept must not be given, and nobody's running request loses its key for that."""
     service = in_process(ScriptedEngine(), answers_kept_seconds=60)
-    minute_ago, hour_ago, days_ago = (now_us() - int(seconds * 1_000_000) for seconds in (59, 3600, 90_000))
+    recently, hour_ago, days_ago = (now_us() - int(seconds * 1_000_000) for seconds in (50, 3600, 90_000))
+    claimed = {"late": hour_ago, "old": hour_ago, "running": hour_ago, "lost": days_ago, "token": hour_ago}
 
     def fill(db: Connection) -> None:
-        for key, at_us in (("new", minute_ago), ("old", hour_ago), ("running", hour_ago), ("lost", days_ago)):
-            keys.claim(db, "default", key, KeyRow(b"", f"r-{key}", "", "j", at_us))
-        for key in ("new", "old"):
-            keys.keep(db, "default", key, f"r-{key}", b"said")
+        for key, at_us in claimed.items():
+            keys.claim(db, "default", key, KeyRow(b"", f"r-{key}", "", "" if key == "token" else "j", at_us))
+        keys.keep(db, "default", "late", "r-late", b"said", recently)  # it took its time
+        keys.keep(db, "default", "old", "r-old", b"said", hour_ago)
+        keys.keep(db, "default", "token", "r-token", b"made")  # by an administrator: once is once
 
     service.books(fill)
-    service.books(service.service.admission.books._order)
-    assert service.books(lambda db: db.rows("SELECT key FROM keys ORDER BY key")) == [("new",), ("running",)]
+    books = service.service.admission.books
+    while service.books(books._prune_some_keys):
+        pass
+    left = service.books(lambda db: db.rows("SELECT key FROM keys ORDER BY key"))
+    assert left == [("late",), ("running",), ("token",)]
+
+
+def test_an_answer_is_kept_from_its_end_on(in_process: Start) -> None:
+    """Who lost the end of one that took longer than answers are kept would have paid twice."""
+    service = in_process(ScriptedEngine(("a ", 0.5, "b ")))
+    service.service.admission._keep_seconds = 0.4
+    first = ask(service, PATH, request(service), idempotency_key="k1")
+    again = ask(service, PATH, request(service), idempotency_key="k1")
+    assert (first[0], again[0]) == (200, 200)
+    assert again[1]["idempotent-replayed"] == "true" and again[2] == first[2]
+    assert len(rows(service)) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_key_that_is_asked_again_as_its_answer_ends(in_process: Start, n: int, stream: bool) -> None:
+    service = in_process(ScriptedEngine(("a ", "b ")))
+    service.service.admission._keep_seconds = 0.0
+    body = request(service, stream=stream, n=n)
+    statuses = [ask(service, PATH, body, idempotency_key="k1")[0] for _ in range(20)]
+    assert statuses == [200] * 20
+
+
+def test_answers_go_by_their_size_too(place: Place) -> None:
+    """Two hundred of a megabyte kept everybody from writing for more than a second."""
+    with closing(connect(place)) as db, db.transaction():
+        for number in range(20):
+            keys.claim(db, "a", f"k{number:02d}", KeyRow(b"", f"r{number}", "", "j", number))
+            keys.keep(db, "a", f"k{number:02d}", f"r{number}", bytes(1024 * 1024), number)
+        assert keys.prune(db, 100, 0)
+        assert db.row("SELECT MIN(key) FROM keys") == ("k04",)
+        while keys.prune(db, 100, 0):
+            pass
+        assert db.rows("SELECT key FROM keys") == []
 
 
 def recorded(recordings: Recordings, number: int, answer: Sequence[bytes]) -> float:

@@ -173,7 +173,7 @@ class Admission:
                 if before.body_hash != key.body_hash:
                     raise _conflict()
                 if before.answer is not None:
-                    return unpacked(key, before.request_id, before.answer, before.claimed_us)
+                    return unpacked(key, before.request_id, before.answer, before.answered_us or 0)
                 await self.books.writer.caught_up()
                 taken = await self.books.write(partial(_take_over, account=account, key=key, claimed=claimed))
             except StoreAway:

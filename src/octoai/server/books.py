@@ -28,7 +28,7 @@ from octoai.server.store.writer import Writer
 log = logging.getLogger("octoai.books")
 
 KEEP_ORDER_SECONDS = 10.0
-REST_SECONDS = 0.1
+REST_SECONDS, MAX_PORTIONS = 0.1, 50
 BATCH = 512
 T = TypeVar("T")
 
@@ -110,18 +110,26 @@ class Books:
             await asyncio.sleep(KEEP_ORDER_SECONDS)
             try:
                 await self.writer.caught_up()
-                has_more = True
-                while has_more:
-                    has_more = await self.writer.run(self._order)
-                    await asyncio.sleep(REST_SECONDS)  # for others to write
+                await self.writer.run(self._order)
                 await asyncio.to_thread(recover, self.place)
+                await self._prune_keys()
             except StoreError:
                 pass  # the writer has said it
             except Exception:
                 log.exception("the books could not be kept in order; it is tried again")
 
-    def _order(self, db: Connection) -> bool:
-        """Whether there is more to do."""
+    async def _prune_keys(self) -> None:
+        """For a while: what else is to be kept in order must not wait until all are gone."""
+        for _ in range(MAX_PORTIONS):
+            if not await self.writer.run(self._prune_some_keys):
+                return
+            await asyncio.sleep(REST_SECONDS)  # for others to write
+
+    def _prune_some_keys(self, db: Connection) -> bool:
+        answered_us, us = (_now_us() - int(seconds * 1_000_000) for seconds in (self._keep_seconds, KEEP_SECONDS))
+        return keys.prune(db, answered_us, us)
+
+    def _order(self, db: Connection) -> None:
         now_us = _now_us()
         expired, directory = requests.expired(db, now_us), journal_dir(self.place)
         # Those of a process that lives are not, however long the database was away: ours, and others' on this machine.
@@ -131,8 +139,6 @@ class Books:
             log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
         requests.interrupt(db, lost, now_us)
         reservations.prune(db, now_us)
-        answered_us, us = (now_us - int(seconds * 1_000_000) for seconds in (self._keep_seconds, KEEP_SECONDS))
-        return keys.prune(db, answered_us, us)
 
 
 def recover(place: Place) -> int:

@@ -53,7 +53,7 @@ def _now_us() -> int:
 @dataclass(eq=False, slots=True)
 class Recording:
     """An answer under a key: as far as it has been given, and then whole. `num_readers` connections wait for it. It is
-    kept for `keep_seconds` from `began_us` on."""
+    kept for `keep_seconds` after `ended_us`."""
 
     key: Key
     request_id: str
@@ -63,7 +63,7 @@ class Recording:
     is_done: bool = False
     error: BaseException | None = None
     is_abandoned: bool = False  # nobody was left to read it; it is being ended
-    began_us: int = field(default_factory=_now_us)
+    ended_us: int = 0
     keep_seconds: float = KEEP_SECONDS
     _more: asyncio.Event = field(default_factory=asyncio.Event)
     _abandon: Callable[[], None] | None = None
@@ -75,7 +75,7 @@ class Recording:
 
     @property
     def is_over_age(self) -> bool:
-        return self.is_done and _now_us() - self.began_us >= self.keep_seconds * 1_000_000
+        return self.is_done and _now_us() - self.ended_us >= self.keep_seconds * 1_000_000
 
     def begin(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.head = (status, headers)
@@ -87,7 +87,7 @@ class Recording:
 
     def end(self, block: bytes) -> None:
         """Its last block: it is whole."""
-        self.is_done = True
+        self.is_done, self.ended_us = True, _now_us()
         self.add(block)
         self.blocks = [b"".join(self.blocks)]  # who reads the list of before has its end in that
         self._abandon = None
@@ -148,12 +148,12 @@ def pack(status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> st
     return base64.b64encode(packed).decode() if len(packed) <= MAX_STORED_BYTES else None
 
 
-def unpacked(key: Key, request_id: str, packed: bytes, began_us: int) -> Recording:
+def unpacked(key: Key, request_id: str, packed: bytes, ended_us: int) -> Recording:
     """The inverse: a recording that is done."""
     head, _, body = zlib.decompress(packed).partition(b"\n")
     said = orjson.loads(head)
     headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in said["headers"]]
-    return Recording(key, request_id, (said["status"], headers), [body], 0, is_done=True, began_us=began_us)
+    return Recording(key, request_id, (said["status"], headers), [body], 0, is_done=True, ended_us=ended_us)
 
 
 class Recordings:
@@ -166,7 +166,9 @@ class Recordings:
 
     def find(self, account: str, key: Key) -> Recording | None:
         ident = (account, key.value)
-        found = self._running.get(ident) or self._done.get(ident)
+        if ident in self._running:
+            return self._running[ident]
+        found = self._done.get(ident)
         if found is None or not found.is_over_age:
             return found
         self._done_bytes -= self._done.pop(ident).size_bytes
@@ -179,7 +181,7 @@ class Recordings:
     def replace(self, account: str, recording: Recording, stored: Recording) -> None:
         """What was to be recorded has an answer already; who joined in the meantime is given that."""
         recording.head, recording.blocks, recording.request_id = stored.head, stored.blocks, stored.request_id
-        recording.began_us, recording.is_done = stored.began_us, True
+        recording.ended_us, recording.is_done = stored.ended_us, True
         recording.tell()
         self.end(account, recording)
 

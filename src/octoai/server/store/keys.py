@@ -5,19 +5,21 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from octoai.server.store.database import Connection
 
 MAX_REFUNDS = 3
-PRUNED_AT_ONCE = 200
+PRUNED_AT_ONCE, PRUNED_BYTES = 200, 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
     """`request` is our id of the newest request made under the key, by the process whose journal is named, at
     `claimed_us`, which moves on while it waits for its turn; `answer` what it was given, once it has ended; `replaces`
-    the one before, which ended without an answer, until `request` runs."""
+    the one before, which ended without an answer, until `request` runs. `answered_us` is when a text was generated, in
+    which case its answer may be kept for less time than others."""
 
     body_hash: bytes
     request: str
@@ -27,6 +29,7 @@ class KeyRow:
     num_attempts: int = 1
     answer: bytes | None = None
     replaces: str | None = None
+    answered_us: int | None = None
 
     @property
     def refunds(self) -> str | None:
@@ -36,15 +39,15 @@ class KeyRow:
 
 def find(db: Connection, account: str, key: str) -> KeyRow | None:
     row = db.row(
-        "SELECT body_hash, request, request_id, journal, claimed_us, num_attempts, answer, replaces "
+        "SELECT body_hash, request, request_id, journal, claimed_us, num_attempts, answer, replaces, answered_us "
         "FROM keys WHERE account = ? AND key = ?",
         (account, key),
     )
     if row is None:
         return None
-    body_hash, request, request_id, journal, claimed_us, num_attempts, answer, replaces = row
+    body_hash, request, request_id, journal, claimed_us, num_attempts, answer, replaces, answered_us = row
     kept = None if answer is None else bytes(answer)
-    return KeyRow(bytes(body_hash), request, request_id, journal, claimed_us, num_attempts, kept, replaces)
+    return KeyRow(bytes(body_hash), request, request_id, journal, claimed_us, num_attempts, kept, replaces, answered_us)
 
 
 def claim(db: Connection, account: str, key: str, claimed: KeyRow) -> KeyRow | None:
@@ -121,7 +124,7 @@ def note(db: Connection, record: dict[str, Any]) -> str | None:
     if standing is not None and standing.request != request:
         standing = _claimed_late(db, account, key, standing, claimed)
     if record.get("answer") is not None:
-        keep(db, account, key, request, base64.b64decode(record["answer"]))
+        keep(db, account, key, request, base64.b64decode(record["answer"]), record["settled_us"])
     if standing is None or standing.request != request or standing.replaces is None:
         return None
     db.execute("UPDATE keys SET replaces = NULL WHERE account = ? AND key = ?", (account, key))
@@ -141,18 +144,28 @@ def _claimed_late(db: Connection, account: str, key: str, standing: KeyRow, clai
     return find(db, account, key)
 
 
-def keep(db: Connection, account: str, key: str, request: str, answer: bytes) -> None:
-    """The answer that this request was given."""
-    sql = "UPDATE keys SET answer = ? WHERE account = ? AND key = ? AND request = ?"
-    db.execute(sql, (answer, account, key, request))
+def keep(db: Connection, account: str, key: str, request: str, answer: bytes, answered_us: int | None = None) -> None:
+    """The answer that this request was given; of generated text with when that was."""
+    sql = "UPDATE keys SET answer = ?, answered_us = ? WHERE account = ? AND key = ? AND request = ?"
+    db.execute(sql, (answer, answered_us, account, key, request))
 
 
 def prune(db: Connection, answered_before_us: int, before_us: int) -> bool:
-    """Some of those that are too old to be kept, with an answer or without; whether there may be more. After a rest of
-    days there are so many that to delete all would keep everybody else from writing for seconds."""
-    old = "claimed_us < ? AND (answer IS NOT NULL OR claimed_us < ?) ORDER BY claimed_us LIMIT ?"
-    num_deleted = db.execute(
-        f"DELETE FROM keys WHERE (account, key) IN (SELECT account, key FROM keys WHERE {old})",  # noqa: S608
-        (answered_before_us, before_us, PRUNED_AT_ONCE),
+    """Some of those whose text was generated, or which were claimed, too long ago; whether there may be more. After a
+    rest of days there are so many that to delete all would keep everybody else from writing for seconds."""
+    text = _oldest(db, "answered_us", answered_before_us)
+    others = [] if text else _oldest(db, "claimed_us", before_us)
+    db.execute_many("DELETE FROM keys WHERE account = ? AND key = ?", text or others)
+    return bool(text or others)
+
+
+def _oldest(db: Connection, column: str, before_us: int) -> list[tuple[str, str]]:
+    """A few, with no more than a few megabytes of answers."""
+    rows = db.rows(
+        f"SELECT account, key, COALESCE(LENGTH(answer), 0) FROM keys WHERE {column} < ? ORDER BY {column} LIMIT ?",  # noqa: S608
+        (before_us, PRUNED_AT_ONCE),
     )
-    return num_deleted == PRUNED_AT_ONCE
+    sizes = accumulate(size for _, _, size in rows)
+    return [
+        (account, key) for (account, key, size), sum_ in zip(rows, sizes, strict=True) if sum_ - size < PRUNED_BYTES
+    ]

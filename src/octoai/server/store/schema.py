@@ -243,6 +243,12 @@ MIGRATIONS = (
     CREATE INDEX requests_open_by_journal ON requests (journal) WHERE status = 'open';
     CREATE INDEX keys_unanswered ON keys (journal) WHERE answer IS NULL;
     """,
+    # Answers that were generated are text of users, and may be kept for less time than what an administrator has done.
+    """
+    ALTER TABLE keys ADD COLUMN answered_us INTEGER;
+    UPDATE keys SET answered_us = claimed_us WHERE answer IS NOT NULL AND journal <> '';
+    CREATE INDEX keys_answered ON keys (answered_us) WHERE answered_us IS NOT NULL;
+    """,
 )
 
 _TYPES = {
