@@ -88,10 +88,21 @@ def test_a_start_that_changes_a_price_says_so(db: Connection, caplog: pytest.Log
 def test_a_clock_that_goes_back_does_not_change_the_order(db: Connection) -> None:
     synced(db, HOUR, model("a", 1, 1))
     synced(db, 9 * HOUR, model("a", 2, 2))
-    (row,) = synced(db, 5 * HOUR, model("a", 3, 3))
-    assert row.valid_from_us == 9 * HOUR + 1
+    added = synced(db, 5 * HOUR, model("a", 3, 3))
+    assert [row.valid_from_us for row in added] == [5 * HOUR, 9 * HOUR + 1]
     assert synced(db, 6 * HOUR, model("a", 3, 3)) == []
-    assert price_at(db, "a", 10 * HOUR) == (3, 3, 3)
+    assert price_at(db, "a", 6 * HOUR) == price_at(db, "a", 10 * HOUR) == (3, 3, 3)
+
+
+def test_a_price_that_a_start_with_a_wrong_clock_set_for_later_is_in_force_from_the_next_start_on(
+    db: Connection,
+) -> None:
+    synced(db, HOUR, model("a", 1, 1))
+    synced(db, 9000 * HOUR, model("a", 2, 2))
+    (row,) = synced(db, 2 * HOUR, model("a", 2, 2))
+    assert (row.valid_from_us, row.output_nanos) == (2 * HOUR, 2)
+    assert synced(db, 3 * HOUR, model("a", 2, 2)) == []
+    assert price_at(db, "a", 3 * HOUR) == price_at(db, "a", 9001 * HOUR) == (2, 2, 2)
 
 
 def test_an_operators_price_stays_until_the_catalogue_itself_changes(db: Connection) -> None:

@@ -7,7 +7,9 @@ moment on that has not come yet. What a request is charged is fixed when it begi
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 
 from octoai.server.accounts import BadAccount
 from octoai.server.billing import Price, PriceBook
@@ -19,6 +21,7 @@ from octoai.server.store.prices import PriceRow
 
 log = logging.getLogger("octoai.prices")
 
+CLOCKS_US = 60_000_000  # by no more do the clocks of services differ that share a database
 CATALOGUE, OPERATOR = "catalogue", "operator"
 
 
@@ -55,23 +58,35 @@ def _tell(row: PriceRow) -> None:
 
 
 def due(rows: Iterable[PriceRow], catalogue: Catalogue, now_us: int) -> list[PriceRow]:
-    """The rows that are missing for the catalogue's prices to be in force."""
-    last: dict[str, PriceRow] = {}
+    """The rows that are missing for the catalogue's prices to be in force, and to stay so."""
+    known: defaultdict[str, list[PriceRow]] = defaultdict(list)
     for row in sorted(rows, key=lambda each: each.valid_from_us):
         if row.origin == CATALOGUE:
-            last[row.model] = row
+            known[row.model].append(row)
     taken = {(row.model, row.valid_from_us) for row in rows}
     missing = []
     for model in catalogue.values():
-        price, before = _price(model), last.get(model.id)
-        if price is None or (before is not None and _same(before, price)):
+        price = _price(model)
+        if price is None:
             continue
-        # Whatever the clock does, the new row comes after the one it replaces.
-        start_us = 0 if before is None else max(now_us, before.valid_from_us + 1)
-        while (model.id, start_us) in taken:
-            start_us += 1
-        missing.append(_row(model.id, price, start_us, CATALOGUE))
+        for wanted_us in _starts(known[model.id], price, now_us):
+            start_us = next(at_us for at_us in count(wanted_us) if (model.id, at_us) not in taken)
+            missing.append(_row(model.id, price, start_us, CATALOGUE))
     return missing
+
+
+def _starts(known: Sequence[PriceRow], price: Price, now_us: int) -> list[int]:
+    """From when on a price of the catalogue has to be set, after those `known` from it, oldest first."""
+    if not known:
+        return [0]
+    current, to_come = standing(known, now_us + CLOCKS_US)
+    starts = []
+    if current is None or not _same(current, price):
+        starts.append(now_us if current is None else max(now_us, current.valid_from_us + 1))
+    # Of a start whose clock was ahead: what it found then must not come into force.
+    if to_come and not _same(to_come[-1], price):
+        starts.append(to_come[-1].valid_from_us + 1)
+    return starts
 
 
 def set_price(db: Connection, model: Model, price: Price, from_us: int | None, now_us: int) -> PriceRow:
