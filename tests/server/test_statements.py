@@ -140,6 +140,17 @@ def test_statements_are_of_accounts_that_had_entries_by_then(db: Connection) -> 
         statements.statement(db, "nobody", NOVEMBER, LATER)
 
 
+def test_an_account_that_the_database_lost_keeps_nobody_from_their_statement(db: Connection) -> None:
+    """Its row, that is: the journal had what it was charged, and was brought in by a database of before it was made."""
+    with db.transaction():
+        post(db, [charge(NOVEMBER[0], 1), charge(NOVEMBER[0], 2, account="lost")])
+    told = statements.statements(db, NOVEMBER, LATER)
+    assert [(each.account, each.name, each.closing_nanos) for each in told] == [
+        ("acme", "ACME", -1),
+        ("lost", "lost", -2),
+    ]
+
+
 def test_usage_is_told_by_whatever_is_asked_for(db: Connection) -> None:
     day = 24 * HOUR
     start = NOVEMBER[0]

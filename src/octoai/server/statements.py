@@ -14,6 +14,7 @@ from itertools import groupby
 from octoai.server import accounts
 from octoai.server.store import statements as table
 from octoai.server.store import tokens, usage
+from octoai.server.store.accounts import all_ as all_accounts
 from octoai.server.store.database import Connection
 from octoai.server.store.statements import Charged, Movement
 from octoai.server.store.usage import Filters, UsageSum
@@ -89,23 +90,30 @@ class Statement:
 
 def statement(db: Connection, account_id: str, month: tuple[int, int], now_us: int) -> Statement:
     """Of a month from when to when in microseconds. Raises UnknownAccount."""
-    start_us, end_us = month
     account = accounts.find(db, account_id)
+    return _statement(db, account.id, account.name, month, now_us)
+
+
+def _statement(db: Connection, account_id: str, name: str, month: tuple[int, int], now_us: int) -> Statement:
+    start_us, end_us = month
     return Statement(
-        account.id,
-        account.name,
+        account_id,
+        name,
         start_us,
         end_us,
         max(start_us, min(end_us, now_us)),
-        table.balance_nanos(db, account.id, start_us),
-        tuple(table.charged(db, account.id, start_us, end_us)),
-        tuple(table.movements(db, account.id, start_us, end_us)),
+        table.balance_nanos(db, account_id, start_us),
+        tuple(table.charged(db, account_id, start_us, end_us)),
+        tuple(table.movements(db, account_id, start_us, end_us)),
     )
 
 
 def statements(db: Connection, month: tuple[int, int], now_us: int) -> list[Statement]:
-    """Of every account that had an entry before the end of the month."""
-    return [statement(db, account, month, now_us) for account in table.accounts_with_entries(db, month[1])]
+    """Of every account that had an entry before the end of the month; of one that the database does not have any more,
+    having gone back to before it was made, by its id alone."""
+    names = {row.id: row.name for row in all_accounts(db)}
+    ids = table.accounts_with_entries(db, month[1])
+    return [_statement(db, each, names.get(each, each), month, now_us) for each in ids]
 
 
 def usage_by(
