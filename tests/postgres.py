@@ -77,6 +77,18 @@ class PostgresServer:
         """Also where it is still in use."""
         self._administrate(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
 
+    def copy(self, url: str) -> str:
+        """The URL of another database, as this one is now. Ends the connections to it."""
+        copied = f"{url.rpartition('/')[2]}_copy"
+        self._end_connections(url)
+        self._administrate(f"CREATE DATABASE {copied} TEMPLATE {url.rpartition('/')[2]}")
+        return self.url(copied)
+
+    def replace(self, url: str, other: str) -> None:
+        """From now on `other` is found where that database was, which is gone: as in a failover."""
+        self.drop_database(url)
+        self._administrate(f"ALTER DATABASE {other.rpartition('/')[2]} RENAME TO {url.rpartition('/')[2]}")
+
     def start(self) -> None:
         self._run("pg_ctl", "start", "-w", "-D", str(self._data), "-l", str(self._directory / "log"))
 
@@ -108,6 +120,10 @@ class PostgresServer:
         self._run("initdb", "-D", str(self._data), f"--username={self.user}", *options)
         with (self._data / "postgresql.conf").open("a") as config:
             config.write(_CONFIG.format(directory=self._directory, port=self.port))
+
+    def _end_connections(self, url: str) -> None:
+        name = url.rpartition("/")[2]
+        self._administrate(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{name}'")
 
     def _administrate(self, statement: str) -> None:
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:

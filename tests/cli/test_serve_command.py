@@ -17,6 +17,7 @@ import pytest
 from octoai import _credentials
 from octoai._credentials import Credentials
 from octoai.server import tokens
+from octoai.server.books import recover
 from octoai.server.journal import Journal
 from octoai.server.store import Place, connect
 from tests.running import Serve
@@ -114,6 +115,28 @@ def test_a_damaged_journal_is_one_line_that_says_what_to_do(tmp_path: Path) -> N
     assert status == 1
     assert f"{path.name} at byte" in line
     assert "move that journal's files" in line
+
+
+def test_a_database_that_is_older_than_the_journal_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    async def abandoned() -> Journal:
+        journal = Journal.open(tmp_path / "data" / "journal", segment_bytes=8192)
+        for number in range(60):
+            await journal.append(settlement(number), soon=True)
+        journal.release(journal.durable)  # all that came before was in the database then
+        journal.close()
+        return journal
+
+    journal = asyncio.run(abandoned())
+    oldest = min(int(path.stem[-6:]) for path in journal.directory.glob("*.journal"))
+    assert oldest > 1
+    (tmp_path / "octoai.toml").write_text(FAR)
+    status, line = serve(tmp_path, "--data-dir", "data")
+    assert status == 1
+    assert f"what was in the segments before {oldest} is in neither" in line
+    assert "move that journal's files" not in line
+    (journal.directory / f"{journal.instance}.incomplete").touch()
+    recover(Place(tmp_path / "data"))
+    assert list(journal.directory.iterdir()) == []
 
 
 def test_a_configuration_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:

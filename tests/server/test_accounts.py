@@ -432,3 +432,35 @@ def test_a_price_set_by_another_is_known_soon(place: Place) -> None:
             assert known.prices.of(model.id, now_us - 1) is None
 
     asyncio.run(run())
+
+
+def test_a_database_that_has_gone_back_in_time_is_what_counts(place: Place) -> None:
+    """A standby that was behind has taken its place: what was made since is unknown, what was closed since is open."""
+
+    async def main() -> None:
+        done(place, accounts.ensure_default)
+        kept, revoked = minted(place), minted(place)
+        before = done(place, lambda db: db.rows("SELECT * FROM tokens"))
+        (version,) = done(place, lambda db: db.row("SELECT value FROM versions WHERE name = 'directory'"))
+        done(place, lambda db: tokens.revoke(db, revoked.id))
+        done(place, lambda db: accounts.create(db, "acme"))
+        lost = minted(place, "acme")
+        async with directory(place) as (known, _):
+            assert (await entered(known, lost.text)).account.id == "acme"
+            assert "revoked" in await refused(known, revoked.text)
+
+            def go_back(db: Connection) -> None:
+                db.execute("DELETE FROM tokens")
+                db.execute("DELETE FROM accounts WHERE id = 'acme'")
+                db.execute_many(f"INSERT INTO tokens VALUES ({', '.join('?' * len(before[0]))})", before)
+                db.execute("UPDATE versions SET value = ? WHERE name = 'directory'", (version,))
+
+            done(place, go_back)
+            await known.refresh()
+            assert "not known" in await refused(known, lost.text)
+            await entered(known, kept.text)
+            await entered(known, revoked.text)
+            made = minted(place)  # its version is one that was known before
+            await entered(known, made.text)
+
+    asyncio.run(main())

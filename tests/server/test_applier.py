@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 
 from octoai.server import accounts
-from octoai.server.books import Books, open_journal
-from octoai.server.journal import Journal
+from octoai.server.books import Books, journal_dir, open_journal, recover
+from octoai.server.journal import Journal, JournalGap, Position
 from octoai.server.store import Place, connect
 from octoai.server.store.applier import Applier
 from octoai.server.store.audit import verify
 from octoai.server.store.database import StoreAway
 from octoai.server.store.entries import balance_nanos
+from tests.postgres import PostgresServer
 
 COST = 30 * 150 + 16 * 600
 
@@ -45,17 +46,24 @@ def settlement(number: int) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def kept(place: Place) -> AsyncIterator[tuple[Books, Journal]]:
-    """Books whose journal is brought in by a process beside this one."""
+async def kept(place: Place, *, is_beside: bool = True) -> AsyncIterator[tuple[Books, Journal]]:
+    """Books whose journal is brought in by a process beside this one, or by a thread."""
     with closing(connect(place)) as db, db.transaction():
         accounts.ensure_default(db)
     journal = open_journal(place)
-    books = Books(place, journal, is_beside=True)
+    books = Books(place, journal, is_beside=is_beside)
     books.start()
     try:
         yield books, journal
     finally:
         await books.close()
+
+
+async def appended(journal: Journal, numbers: range) -> Position:
+    """Where the last of them ends."""
+    for number in numbers:
+        position = await journal.append(settlement(number), soon=True)
+    return position
 
 
 def balance(place: Place) -> int:
@@ -267,3 +275,130 @@ asyncio.run(main())
     finally:
         service.kill()
         service.communicate()
+
+
+# ── a database that goes back in time: a standby that was behind takes its place ──
+
+
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_what_a_database_lacks_that_went_back_is_brought_in_again(
+    postgres_server: PostgresServer,
+    postgres_url: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    is_beside: bool,
+) -> None:
+    place = Place(tmp_path, postgres_url)
+
+    async def main() -> None:
+        async with kept(place, is_beside=is_beside) as (books, journal):
+            await books.writer.reached(await appended(journal, range(3)))
+            standby = postgres_server.copy(postgres_url)
+            await books.writer.reached(await appended(journal, range(3, 8)))
+            postgres_server.replace(postgres_url, standby)
+            last = await appended(journal, range(8, 10))
+            await until(lambda: books.writer.applied >= last and books.writer.away_seconds is None)
+            await books.writer.caught_up()
+            assert balance(place) == -10 * COST
+
+    run(main())
+    assert balance(place) == -10 * COST
+    assert list(journal_dir(place).iterdir()) == []
+    if not is_beside:  # the other process logs by itself
+        (told,) = [each for each in caplog.messages if "gone back" in each]
+        assert told.endswith("the rest is read again")
+
+
+def test_a_database_that_went_back_while_nothing_came_is_noticed(
+    postgres_server: PostgresServer, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octoai.server.books.KEEP_ORDER_SECONDS", 0.2)
+    place = Place(tmp_path, postgres_url)
+
+    async def main() -> None:
+        async with kept(place) as (books, journal):
+            await books.writer.reached(await appended(journal, range(3)))
+            standby = postgres_server.copy(postgres_url)
+            await books.writer.reached(await appended(journal, range(3, 8)))
+            postgres_server.replace(postgres_url, standby)
+            while balance(place) != -8 * COST:
+                await asyncio.sleep(0.1)
+            await until(lambda: books.writer.away_seconds is None)
+
+    run(main())
+    assert balance(place) == -8 * COST
+
+
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_a_journal_stays_whose_database_went_back_before_the_end(
+    postgres_server: PostgresServer, postgres_url: str, tmp_path: Path, is_beside: bool
+) -> None:
+    place = Place(tmp_path, postgres_url)
+
+    async def main() -> None:
+        async with kept(place, is_beside=is_beside) as (books, journal):
+            await books.writer.reached(await appended(journal, range(3)))
+            standby = postgres_server.copy(postgres_url)
+            await books.writer.reached(await appended(journal, range(3, 8)))
+            postgres_server.replace(postgres_url, standby)
+
+    run(main())
+    assert list(journal_dir(place).glob("*.journal"))
+    recover(place)
+    assert balance(place) == -8 * COST
+    assert list(journal_dir(place).iterdir()) == []
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_of_what_was_given_up_before_a_database_went_back_a_person_is_told(
+    postgres_server: PostgresServer,
+    postgres_url: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    is_killed: bool,
+) -> None:
+    """A running service goes on with what there is; one that starts waits for a person's word."""
+    place = Place(tmp_path, postgres_url)
+    with closing(connect(place)) as db, db.transaction():
+        accounts.ensure_default(db)
+    journal = Journal.open(journal_dir(place), segment_bytes=64 * 1024)
+
+    async def main() -> int:
+        books = Books(place, journal)
+        books.start()
+        await books.writer.reached(await appended(journal, range(3)))
+        standby = postgres_server.copy(postgres_url)
+        for start in range(3, 603, 100):
+            await books.writer.reached(await appended(journal, range(start, start + 100)))
+        given_up = journal.durable.segment
+        assert given_up > 2
+        await until(lambda: not list(journal.directory.glob(f"*-{given_up - 1:06}.journal")))
+        if is_killed:
+            await asyncio.to_thread(books.writer.close)
+            journal.close()
+        postgres_server.replace(postgres_url, standby)
+        if not is_killed:
+            await books.writer.reached(await appended(journal, range(603, 605)))
+            await until(lambda: books.writer.applied >= journal.durable)
+        await books.close()
+        return given_up
+
+    async def ended() -> None:
+        nonlocal oldest
+        oldest = await main()
+
+    oldest = 0
+    run(ended())
+    if is_killed:
+        with pytest.raises(JournalGap, match=f"before {oldest} is in neither") as caught:
+            recover(place)
+        assert balance(place) == -3 * COST
+        accepted = journal_dir(place) / f"{journal.instance}.incomplete"
+        assert str(accepted) in str(caught.value)
+        accepted.touch()
+        recover(place)
+    else:
+        (told,) = [each for each in caplog.messages if "gone back" in each]
+        assert f"but for what was in the segments before {oldest}" in told
+    assert balance(place) < -5 * COST
+    assert list(journal_dir(place).iterdir()) == []

@@ -111,6 +111,33 @@ def test_a_damaged_journal_does_not_keep_others_from_being_brought_in(place: Pla
     assert balance(place) == -12 * COST
 
 
+def test_a_damaged_journal_beside_a_running_service_is_told_once_and_holds_nothing_up(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("octoai.server.books.KEEP_ORDER_SECONDS", 0.05)
+    pruned: list[None] = []
+
+    async def main() -> None:
+        journal = opened(place)
+        for number in range(6):
+            await journal.append(settlement(number), soon=True)
+        journal.close()
+        path = journal_dir(place) / f"{journal.instance}-000001.journal"
+        damaged = bytearray(path.read_bytes())
+        damaged[150] ^= 1
+        path.write_bytes(damaged)
+        books = Books(place, opened(place))
+        monkeypatch.setattr(books, "_prune_some_keys", lambda _: pruned.append(None))
+        books.start()
+        await until(lambda: len(pruned) > 3)
+        await books.close()
+        (told,) = caplog.records
+        assert path.name in told.getMessage()
+        assert told.exc_info is None
+
+    run(main())
+
+
 def test_an_applier_that_is_killed_where_segments_were_given_up_is_followed_by_one_that_goes_on(tmp_path: Path) -> None:
     """Batches end with segments here, so that one after the other is given up before it rests."""
     place = Place(tmp_path)

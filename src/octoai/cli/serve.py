@@ -42,7 +42,7 @@ def serve(args: argparse.Namespace) -> int:
     from octoai.errors import ConfigurationError
     from octoai.server import app, logs, run, shares
     from octoai.server.catalogue import BadCatalogue
-    from octoai.server.journal import JournalError
+    from octoai.server.journal import JournalError, JournalGap
     from octoai.server.settings import BadSettings, load
     from octoai.server.sources import PullFailed, WeightStore
     from octoai.server.store import StoreError
@@ -65,7 +65,7 @@ def serve(args: argparse.Namespace) -> int:
                 searches.append(run.Search(model, command, partial(_profile, settings, model, source)))
                 _say_unknown(model, command, settings)
         return run.serve(settings, weights, tuned, searches if settings.optimize_when_idle == "on" else ())
-    except (BadCatalogue, BadSettings, ConfigurationError, PullFailed, StoreError) as error:
+    except (BadCatalogue, BadSettings, ConfigurationError, JournalGap, PullFailed, StoreError) as error:
         return fail(str(error))
     except (run.CannotListen, run.CannotServe) as error:
         return fail(str(error))

@@ -11,17 +11,18 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import orjson
 
 from octoai.server.idempotency import KEEP_SECONDS
-from octoai.server.journal import Journal, JournalError, Orphan, is_alive, orphans
+from octoai.server.journal import Journal, JournalError, Orphan, Position, is_alive, orphans
 from octoai.server.store import Place, connect, keys, requests, reservations
 from octoai.server.store.applier import Applier
 from octoai.server.store.database import Connection, StoreError
-from octoai.server.store.journals import end, forget, keep_position, position_of
+from octoai.server.store.journals import end, expect, forget, keep_position, position_of
 from octoai.server.store.reader import Reader
 from octoai.server.store.writer import Writer
 
@@ -67,6 +68,7 @@ class Books:
         self._journal = journal
         self._keep_seconds = keep_seconds
         self._keeping: asyncio.Task[None] | None = None
+        self._told: set[str] = set()  # of journals that cannot be read
 
     def start(self) -> None:
         self.writer.start()
@@ -96,7 +98,7 @@ class Books:
         """Its files go when the database has all of it, and stay for the next start when not."""
         try:
             await self.writer.caught_up()
-            await self.writer.run(lambda db: end(db, journal.instance))
+            await self.writer.run(partial(_end, journal=journal.instance, applied=self.writer.applied))
         except StoreError:
             log.error("the database does not have everything yet: the journal is brought in at the next start")
             journal.close()
@@ -111,12 +113,22 @@ class Books:
             try:
                 await self.writer.caught_up()
                 await self.writer.run(self._order)
-                await asyncio.to_thread(recover, self.place)
+                self.writer.look()
+                await self._recover()
                 await self._prune_keys()
             except StoreError:
                 pass  # the writer has said it
             except Exception:
                 log.exception("the books could not be kept in order; it is tried again")
+
+    async def _recover(self) -> None:
+        """A journal that cannot be read stays until a person has seen to it, who is told once."""
+        try:
+            await asyncio.to_thread(recover, self.place)
+        except JournalError as error:
+            if str(error) not in self._told:
+                log.error("%s", error)
+            self._told.add(str(error))
 
     async def _prune_keys(self) -> None:
         """For a while: what else is to be kept in order must not wait until all are gone."""
@@ -139,6 +151,11 @@ class Books:
             log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
         requests.interrupt(db, lost, now_us)
         reservations.prune(db, now_us)
+
+
+def _end(db: Connection, journal: str, applied: Position) -> None:
+    expect(db, journal, applied)
+    end(db, journal)
 
 
 def recover(place: Place) -> int:
@@ -166,12 +183,16 @@ def recover(place: Place) -> int:
 
 
 def _recovered(db: Connection, orphan: Orphan) -> int:
-    tail = orphan.tail(position_of(db, orphan.instance))
+    position = position_of(db, orphan.instance)
+    tail = orphan.tail(position)
     while batch := tail.records(BATCH):
         with db.transaction():
+            expect(db, orphan.instance, position)
             requests.apply(db, [orjson.loads(payload) for payload, _ in batch], _now_us())
             keep_position(db, orphan.instance, batch[-1][1])
+        position = batch[-1][1]
     with db.transaction():
+        expect(db, orphan.instance, position)
         left = requests.open_of_journal(db, orphan.instance)
         requests.interrupt(db, left, _now_us())
         keys.release_of_journal(db, orphan.instance)

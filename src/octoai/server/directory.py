@@ -182,6 +182,11 @@ class Directory:
         return error if isinstance(error, StoreError) else StoreError(str(error))
 
     def _take(self, changes: Changes) -> None:
+        if changes.version < self._version:
+            log.warning("the database has gone back in time: accounts, tokens and prices are what it has now")
+            self._accounts, self._tokens, self._unknown = {}, {}, OrderedDict()
+            self._callers.clear()
+            self.prices = PriceBook()
         for account in changes.accounts:
             self._accounts[account.id] = account
         for token in changes.tokens:

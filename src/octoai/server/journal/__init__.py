@@ -14,6 +14,9 @@ Hence what a bad line means. In the last batch of all it is a write that a power
 that its records are durable, and they end the journal silently, from the bad line on. Where another batch or segment
 comes later, it is damage, and reading it raises. (Damage within the last batch cannot be told from a tear.)
 
+A segment goes when the database has it. Where that is older (a copy was restored), there is a gap between the two, and
+whoever starts is told; `<instance>.incomplete`, which a person makes, says to go on behind it.
+
 For local file systems: processes tell that others live by `flock`.
 """
 
@@ -26,10 +29,11 @@ from octoai.server.journal.lines import (
     JournalError,
     JournalFailed,
     JournalFull,
+    JournalGap,
     Position,
 )
 from octoai.server.journal.orphans import Orphan, is_alive, orphans
-from octoai.server.journal.tail import Tail
+from octoai.server.journal.tail import Tail, gap
 from octoai.server.journal.writer import SEGMENT_BYTES, Journal
 
 __all__ = [
@@ -41,9 +45,11 @@ __all__ = [
     "JournalError",
     "JournalFailed",
     "JournalFull",
+    "JournalGap",
     "Orphan",
     "Position",
     "Tail",
+    "gap",
     "is_alive",
     "orphans",
 ]

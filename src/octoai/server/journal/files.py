@@ -99,8 +99,13 @@ def remove(directory: Path, instance: str) -> None:
     """Delete a journal for good. Its lock goes last, so that what a crash leaves behind is found again."""
     for _, path in segments(directory, instance):
         path.unlink(missing_ok=True)
+    incomplete_path(directory, instance).unlink(missing_ok=True)
     _lock_path(directory, instance).unlink(missing_ok=True)
     sync_directory(directory)
+
+
+def incomplete_path(directory: Path, instance: str) -> Path:
+    return directory / f"{instance}.incomplete"
 
 
 def _lock_path(directory: Path, instance: str) -> Path:

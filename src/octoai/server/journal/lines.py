@@ -3,7 +3,8 @@
 JournalError
 ├── JournalFull      no room on the disk: the record is not kept; append it again once there is
 ├── JournalFailed    the disk refused, or the journal is closed: the record may yet be read back
-└── JournalDamaged   records that were durable cannot be read
+├── JournalDamaged   records that were durable cannot be read
+└── JournalGap       segments were given up that the database, which is older, does not have
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class JournalFailed(JournalError):
 
 class JournalDamaged(JournalError):
     """Records that were durable cannot be read: a person has to look."""
+
+
+class JournalGap(JournalError):
+    """What lies between the database and the journal is in neither: a person has to choose."""
 
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from octoai.server.journal import files
-from octoai.server.journal.lines import START, Position
-from octoai.server.journal.tail import Tail
+from octoai.server.journal.lines import START, JournalGap, Position
+from octoai.server.journal.tail import Tail, gap
 
 
 class Orphan:
@@ -18,8 +18,20 @@ class Orphan:
         self._lock: int | None = lock
 
     def tail(self, position: Position = START) -> Tail:
-        """What it has after `position`, which is where its application got to."""
-        return Tail(self.directory, self.instance, position)
+        """What it has after `position`, which is where its application got to. Raises JournalGap where segments between
+        the two are gone and nobody has said to go on without them."""
+        begin = gap(self.directory, self.instance, position)
+        if begin is None:
+            return Tail(self.directory, self.instance, position)
+        accepted = files.incomplete_path(self.directory, self.instance)
+        if not accepted.exists():
+            raise JournalGap(
+                f"{files.segment_path(self.directory, self.instance, begin.segment)} begins behind what the database "
+                f"has: that is older than this journal, and what was in the segments before {begin.segment} is in "
+                f"neither. Put a newer database in its place; or, to go on without that, make an empty file {accepted}"
+                ": then the rest of the journal is brought in."
+            )
+        return Tail(self.directory, self.instance, begin)
 
     def remove(self) -> None:
         """Everything has been applied: delete it. Its position may be forgotten after that, not before."""

@@ -95,6 +95,18 @@ class Tail:
         return files.segment_path(self.directory, self.instance, self.position.segment)
 
 
+def gap(directory: Path, instance: str, position: Position) -> Position | None:
+    """Where the oldest segment begins, where those between `position` and that are gone; None where none is missing.
+    Raises JournalDamaged."""
+    for number, path in files.segments(directory, instance):
+        if number == position.segment:
+            return None
+        after = _begins_after(path) if number > position.segment else None
+        if after is not None:
+            return Position(number, 0) if after > position else None
+    return None
+
+
 def _begins_after(path: Path) -> Position | None:
     """What a segment goes on after; None for one that holds nothing durable. Raises JournalDamaged."""
     data = files.read(path, 0, HEADER_BYTES)

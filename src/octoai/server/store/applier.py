@@ -75,6 +75,10 @@ class Applier:
         self._is_told = True
         self._tell("hurry")
 
+    def look(self) -> None:
+        """The database may have gone back in time: the process looks, and brings in again what is missing."""
+        self._tell("look")
+
     def close(self) -> None:
         """Bring in what is durable, if the database lets us, and end. Blocks for at most `END_SECONDS`."""
         self._is_closing = True
@@ -210,7 +214,10 @@ def _follow(options: dict[str, Any]) -> None:
         if what == "end":
             writer.close(END_SECONDS)
             return
-        (writer.hurry if what == "hurry" else writer.wake)()
+        if what == "look":  # which any transaction does
+            writer.later(lambda _: None, is_kept=True)
+        else:
+            (writer.hurry if what == "hurry" else writer.wake)()
 
 
 if __name__ == "__main__":

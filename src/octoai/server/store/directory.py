@@ -20,7 +20,8 @@ class Changes:
 
 
 def changes_since(db: Connection, version: int) -> Changes:
-    """Every row with a higher version. `version` 0 is everything there is."""
+    """Every row with a higher version. `version` 0 is everything there is, and so is one that the database has not come
+    to, having gone back in time: a standby that was behind has taken its place, or a copy was restored."""
     now = db.row("SELECT value FROM versions WHERE name = 'directory'")
     assert now is not None
     if now[0] == version:
@@ -28,6 +29,8 @@ def changes_since(db: Connection, version: int) -> Changes:
     with db.snapshot():
         latest = db.row("SELECT value FROM versions WHERE name = 'directory'")
         assert latest is not None
+        if latest[0] < version:
+            version = 0
         return Changes(
             int(latest[0]),
             tuple(map(accounts.row_of, _newer(db, "accounts", accounts.COLUMNS, version))),

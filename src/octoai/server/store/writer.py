@@ -8,24 +8,23 @@ thread has nothing else to do. Knows what records are applied with, not what the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 
-from octoai.server.journal import START, Followed, Journal, JournalError, Position
+from octoai.server.journal import START, Followed, Journal, JournalError, Position, gap
 from octoai.server.store import Place, connect
 from octoai.server.store.applier import Applier, News
-from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull, Undone
-from octoai.server.store.journals import keep_position
+from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull
+from octoai.server.store.journals import keep_position, position_of
 from octoai.server.store.requests import Record, apply_in_portions
+from octoai.server.store.work import Action, T, Work, done, resolve
 
 log = logging.getLogger("octoai.store")
 
@@ -36,17 +35,6 @@ LINGER_SECONDS = 0.05  # for more of the journal to come: a batch costs little m
 INTERVAL_SECONDS = 0.125
 RETRY_SECONDS = 0.25
 MAX_KEPT = 10_000  # things to do when the database is back
-
-T = TypeVar("T")
-Action = Callable[[Connection], Any]
-
-
-@dataclass(slots=True)
-class _Work:
-    action: Action
-    is_durable: bool
-    is_kept: bool = False
-    done: Future[Any] = field(default_factory=Future)
 
 
 class Writer:
@@ -70,13 +58,14 @@ class Writer:
         self.failure: str | None = None
         self.on_change: Callable[[], None] = lambda: None
         self.applied = start
+        self._in_database = start  # of the journal, as we last found or wrote it there
         self._away_since: float | None = None
         self._behind_since: float | None = None  # the applier
         self._journal = journal
         self._applier = applier
         self._tail = None if journal is None or applier is not None else journal.tail(start)
         self._db: Connection | None = None
-        self._work: deque[_Work] = deque()
+        self._work: deque[Work] = deque()
         self._waiting: deque[tuple[Position, Future[None]]] = deque()
         self._wake = threading.Event()
         self._hurry = threading.Event()  # somebody waits for the next transaction
@@ -105,7 +94,7 @@ class Writer:
 
         Raises StoreAway where the database did not do it in time: then it may still come to be done.
         """
-        work = _Work(action, is_durable)
+        work = Work(action, is_durable)
         self._work.append(work)
         self._now()
         return await self._in_time(work.done, seconds)
@@ -113,7 +102,7 @@ class Writer:
     def later(self, action: Action, *, is_kept: bool = False) -> None:
         """Do something after all that was asked for before, without waiting; where it fails, it is let be. `is_kept`:
         not where the database is away; it is done when that is back, if this process lives to see it."""
-        self._work.append(_Work(action, is_durable=False, is_kept=is_kept))
+        self._work.append(Work(action, is_durable=False, is_kept=is_kept))
         self._now()
 
     async def caught_up(self, *, seconds: float = 5.0) -> None:
@@ -133,6 +122,11 @@ class Writer:
         elif isinstance(self._journal, Journal) and self._journal.durable >= position:
             self._applier.hurry()
         await self._in_time(reached, seconds)
+
+    def look(self) -> None:
+        """Have it noticed where PostgreSQL has gone back in time and nothing came since."""
+        if self._applier is not None and self.place.url is not None:
+            self._applier.look()
 
     def close(self, seconds: float = 10.0) -> None:
         """Apply what is left, if the database lets us, and end the thread."""
@@ -199,28 +193,51 @@ class Writer:
             if not work and not payloads:
                 self._tell_who_waits_here()
                 return False
-            results = self._written(work, [orjson.loads(payload) for payload, _ in payloads], payloads)
+            num_read = len(payloads)
+            results = self._written(work, payloads)
         except Exception as error:  # noqa: BLE001  # whatever it is: nothing is lost, and it is tried again
             self._failed(work, error)
             return False
         self._succeeded(payloads[-1][1] if payloads else None)
         for each, (result, raised) in zip(work, results, strict=True):
-            _resolve(each.done, result, raised)
-        return bool(self._work or payloads)  # what was read may have ended with its segment
+            resolve(each.done, result, raised)
+        return bool(self._work or num_read)  # what was read may have ended with its segment
 
     def _written(
-        self, work: list[_Work], records: list[Record], payloads: list[tuple[bytes, Position]]
+        self, work: list[Work], payloads: list[tuple[bytes, Position]]
     ) -> list[tuple[Any, BaseException | None]]:
         db = self._connected()
+        records: list[Record] = [orjson.loads(payload) for payload, _ in payloads]
         # What came from the journal is safe there until its segment is given up; what was asked for is not.
         self._set_durable(db, any(each.is_durable for each in work) or self._gives_up_segment(payloads))
         results: list[tuple[Any, BaseException | None]] = []
         with db.transaction():
-            if records and self._journal is not None:
+            if self._tail is not None and self._has_gone_back(db):
+                payloads.clear()  # they come after what is missing, and are read again
+            elif records and self._journal is not None:
                 apply_in_portions(db, records, time.time_ns() // 1000)
                 keep_position(db, self._journal.instance, payloads[-1][1])
-            results.extend(_done(db, each) for each in work)
+            results.extend(done(db, each) for each in work)
         return results
+
+    def _has_gone_back(self, db: Connection) -> bool:
+        """Whether it lacks what we brought in: a standby that was behind has taken its place, or a copy was restored.
+        Then the journal is read again from where it has it. Asked in the transaction that goes on from there: the
+        connection may have been made again, unnoticed, for this very one."""
+        assert self._journal is not None
+        found = position_of(db, self._journal.instance)
+        if found >= self._in_database:
+            return False
+        begin = gap(self._journal.directory, self._journal.instance, found)
+        lost = f", but for what was in the segments before {begin.segment}: they were given up" if begin else ""
+        log.error(
+            "the database has gone back in time: it has our journal to segment %d, byte %d; the rest is read again%s",
+            *(*found, lost),
+        )
+        self._in_database, self.applied = found, begin or found
+        self._tail = self._journal.tail(self.applied)
+        self._now()
+        return True
 
     def _set_durable(self, db: Connection, is_durable: bool) -> None:
         if is_durable != self._is_durable:
@@ -242,13 +259,13 @@ class Writer:
             self.is_full = False
         if position is not None and self._journal is not None:
             moved_on = position.segment > self.applied.segment
-            self.applied = position
+            self.applied = self._in_database = position
             if moved_on:
                 self.on_change()  # first: who goes on from what was told last must not look for what is gone
                 self._journal.release(position)
         self._tell_who_waits_here()
 
-    def _failed(self, work: list[_Work], error: Exception) -> None:
+    def _failed(self, work: list[Work], error: Exception) -> None:
         self.is_full, self.failure = isinstance(error, StoreFull), str(error)
         if self._away_since is None:
             is_expected = isinstance(error, StoreError | JournalError | OSError)
@@ -259,7 +276,7 @@ class Writer:
         self._work.extendleft([each for each in reversed(work) if each.is_kept][:MAX_KEPT])
         for each in work:
             if not each.is_kept:
-                _resolve(each.done, None, StoreAway(str(error)))
+                resolve(each.done, None, StoreAway(str(error)))
         self._tell_who_waits_here(StoreAway(str(error)))
         if not self._is_closing:
             self._hurry.wait(RETRY_SECONDS)
@@ -274,31 +291,8 @@ class Writer:
         for _ in range(len(self._waiting)):
             position, reached = self._waiting.popleft()
             if position <= self.applied:
-                _resolve(reached, None, None)
+                resolve(reached, None, None)
             elif error is not None:
-                _resolve(reached, None, error)
+                resolve(reached, None, error)
             else:
                 self._waiting.append((position, reached))
-
-
-def _done(db: Connection, work: _Work) -> tuple[Any, BaseException | None]:
-    """Its result or what it raised (no room for it alone: away). A database that fails as a whole is raised here."""
-    try:
-        with db.savepoint():
-            return work.action(db), None
-    except (StoreAway, Undone):
-        raise
-    except Exception as error:  # told to the one who asked
-        if not isinstance(error, StoreFull):
-            return None, error
-        if work.is_kept:  # it has to be done some time
-            raise
-        return None, StoreAway(str(error))
-
-
-def _resolve(done: Future[T], result: Any, error: BaseException | None) -> None:
-    with contextlib.suppress(Exception):  # whoever waited has left
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)
