@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,22 @@ def test_what_cannot_be_used_is_one_line_that_names_it(tmp_path: Path, wreck: st
         connect(Place(directory))
     assert str(directory) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_copy_put_beside_the_log_of_a_newer_database_is_told_of_that_log(tmp_path: Path) -> None:
+    path = tmp_path / FILENAME
+    with closing(connect(Place(tmp_path))) as db:
+        db.execute("CREATE TABLE things (id INTEGER PRIMARY KEY, text TEXT)")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        copy = path.read_bytes()
+        for number in range(300):
+            db.execute("INSERT INTO things VALUES (?, ?)", (number, "x" * 1000))
+        log = path.with_name(f"{FILENAME}-wal").read_bytes()
+    path.write_bytes(copy[: len(copy) // 2])
+    path.with_name(f"{FILENAME}-wal").write_bytes(log[: len(log) // 2])
+    with pytest.raises(StoreError, match=f"{FILENAME}-wal"), closing(connect(Place(tmp_path))) as db:
+        db.rows("SELECT * FROM things")
+        db.rows("PRAGMA integrity_check")
 
 
 def test_a_reader_that_is_closed_while_it_reads_reads_to_the_end(place: Place) -> None:

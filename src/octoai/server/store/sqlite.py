@@ -182,6 +182,8 @@ class SqliteConnection:
                 raise StoreAway(text) from error
             if _code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
                 raise StoreFull(text) from error
+            if _code(error) == sqlite3.SQLITE_CORRUPT:
+                text += f"; a backup is put back without the {self.path.name}-wal and -shm of what was there before"
             raise StoreError(text) from error
 
 
