@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ from octoai.cli import main
 from octoai.cli.dates import moment, months, rfc3339
 from octoai.server import accounts, tokens
 from octoai.server.store import Connection, Place, connect, requests
+from octoai.server.store.entries import Entry, post
 
 SECOND = 1_000_000
 DAY = 86_400 * SECOND
@@ -73,6 +75,19 @@ def test_whole_books_are_said_to_be_whole(capfdbinary: pytest.CaptureFixture[byt
         "whole: 5 entries, 5 requests (1 of them open); balances of 2 accounts, spending and usage add up\n",
         "",
     )
+
+
+def test_an_entry_of_a_time_to_come_is_told_beside_books_that_are_whole(
+    capfdbinary: pytest.CaptureFixture[bytes], data_dir: Path, db: Connection
+) -> None:
+    later = time.time_ns() // 1000 + 400 * DAY  # by a clock that was wrong once
+    with db.transaction():
+        post(db, [Entry(later, "acme", "grant", 1)])
+    status, out, err = octoai(capfdbinary, data_dir, "verify")
+    assert (status, err) == (0, "")
+    whole, told = out.splitlines()
+    assert whole.startswith("whole: 6 entries")
+    assert told.startswith(f"the ledger's newest entry is of {rfc3339(later)[:10]} ")
 
 
 def test_the_first_bad_row_is_named(capfdbinary: pytest.CaptureFixture[bytes], data_dir: Path, db: Connection) -> None:

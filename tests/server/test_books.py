@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from octoai.server.books import Books, journal_dir, recover
 from octoai.server.journal import Journal, JournalDamaged, Orphan, is_alive
 from octoai.server.settings import Settings
 from octoai.server.store import Place, connect
-from octoai.server.store.entries import balance_nanos
+from octoai.server.store.entries import Entry, balance_nanos, post
 from tests.server.test_applier import COST, balance, process_of, run, settlement, until
 
 SEGMENT_BYTES = 64 * 1024
@@ -135,6 +136,43 @@ def test_a_damaged_journal_beside_a_running_service_is_told_once_and_holds_nothi
         assert path.name in told.getMessage()
         assert told.exc_info is None
 
+    run(main())
+
+
+def test_a_ledger_ahead_of_the_clock_is_told_at_the_start_and_then_once_an_hour(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("octoai.server.books.KEEP_ORDER_SECONDS", 0.05)
+
+    def told() -> int:
+        return sum("ahead of this machine's clock" in each for each in caplog.messages)
+
+    async def main() -> None:
+        books = Books(place, opened(place))
+        await asyncio.to_thread(recorded, 600)
+        rounds: list[None] = []
+        monkeypatch.setattr(books, "_prune_some_keys", lambda _: rounds.append(None))
+        books.start()
+        await until(lambda: len(rounds) > 3)
+        assert told() == 0  # the start has said it
+        books._ahead_told_at -= 3601
+        await until(lambda: len(rounds) > 8)
+        assert told() == 1
+        await books.close()
+
+    def recorded(seconds: float) -> None:
+        with closing(connect(place)) as db, db.transaction():
+            post(db, [Entry(time.time_ns() // 1000 + int(seconds * 1e6), "default", "grant", 1)])
+
+    opened(place).close()
+    recorded(200)
+    settings = Settings(data_dir=place.data_dir, cache_dir=place.data_dir, database=place.url)
+    app.prepare(settings).close()
+    assert told() == 0
+    recorded(600)
+    app.prepare(settings).close()
+    assert told() == 1
+    caplog.clear()
     run(main())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -15,8 +16,9 @@ import psycopg
 import pytest
 
 from octoai.cli import missing
-from octoai.server.store import Conflict, Place, StoreAway, StoreError, connect, postgres
+from octoai.server.store import Conflict, Place, StoreAway, StoreError, clocks, connect, postgres
 from octoai.server.store.postgres import PostgresConnection
+from octoai.server.store.writer import Writer
 from tests.postgres import PASSWORD, PostgresServer, ServerMissing, programs
 from tests.talking import until
 
@@ -304,3 +306,26 @@ def test_where_there_is_no_server_the_tests_say_what_to_install(monkeypatch: pyt
     monkeypatch.setattr("tests.postgres._PLACES", ())
     with pytest.raises(ServerMissing, match=r"apt-get install postgresql"):
         programs()
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0, None), (2, None), (60, "60 s ahead of"), (-60, "60 s behind")])
+def test_a_clock_that_is_not_the_databases_is_told_by_who_writes(
+    postgres_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seconds: float,
+    said: str | None,
+) -> None:
+    monkeypatch.setattr(clocks.time, "time", lambda: time.clock_gettime(time.CLOCK_REALTIME) + seconds)
+
+    async def main() -> None:
+        writer = Writer(Place(tmp_path, postgres_url))
+        writer.start()
+        for _ in range(2):
+            assert await writer.run(lambda db: db.row("SELECT 1")) == (1,)
+        await asyncio.to_thread(writer.close)
+
+    asyncio.run(main())
+    told = [each for each in caplog.messages if "clock" in each]
+    assert [f"this machine's clock is {said} the database's" in each for each in told] == ([True] if said else [])

@@ -54,6 +54,7 @@ def refund(args: argparse.Namespace) -> int:
 
 
 def _verify(db: Connection) -> int:
+    from octoai.server.store import clocks
     from octoai.server.store.audit import BrokenBooks
     from octoai.server.store.audit import verify as verified
 
@@ -66,6 +67,8 @@ def _verify(db: Connection) -> int:
         f"whole: {found.num_entries} entries, {found.num_requests} requests{opened}; "
         f"balances of {found.num_accounts} accounts, spending and usage add up"
     )
+    if line := clocks.ahead(db, time.time_ns() // 1000):
+        print(line)
     return 0
 
 

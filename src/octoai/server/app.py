@@ -29,7 +29,7 @@ from octoai.server.router import Deployment, Router
 from octoai.server.service import Service
 from octoai.server.settings import NUM_SLOTS_ELSEWHERE, BadSettings, ModelSettings, Settings
 from octoai.server.sources import WeightStore
-from octoai.server.store import Connection, connect
+from octoai.server.store import Connection, clocks, connect
 from octoai.server.store.reader import Reader
 
 log = logging.getLogger("octoai.app")
@@ -75,6 +75,8 @@ def prepare(settings: Settings) -> Connection:
         log.warning("%d requests of a process that ended without a word are settled by their checkpoints", left)
     with db.transaction():
         prices.sync(db, catalogue(settings), time.time_ns() // 1000)
+    if line := clocks.ahead(db, time.time_ns() // 1000):
+        log.warning("%s", line)
     return db
 
 

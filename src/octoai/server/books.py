@@ -19,7 +19,7 @@ import orjson
 
 from octoai.server.idempotency import KEEP_SECONDS
 from octoai.server.journal import Journal, JournalError, Orphan, Position, is_alive, orphans
-from octoai.server.store import Place, connect, keys, requests, reservations
+from octoai.server.store import Place, clocks, connect, keys, requests, reservations
 from octoai.server.store.applier import Applier
 from octoai.server.store.database import Connection, StoreError
 from octoai.server.store.journals import end, expect, forget, keep_position, position_of
@@ -29,6 +29,7 @@ from octoai.server.store.writer import Writer
 log = logging.getLogger("octoai.books")
 
 KEEP_ORDER_SECONDS = 10.0
+AHEAD_SECONDS = 3600.0
 REST_SECONDS, MAX_PORTIONS = 0.1, 50
 BATCH = 512
 T = TypeVar("T")
@@ -69,6 +70,7 @@ class Books:
         self._keep_seconds = keep_seconds
         self._keeping: asyncio.Task[None] | None = None
         self._told: set[str] = set()  # of journals that cannot be read
+        self._ahead_told_at = time.monotonic()  # at the start, by who makes the database ready
 
     def start(self) -> None:
         self.writer.start()
@@ -151,6 +153,9 @@ class Books:
             log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
         requests.interrupt(db, lost, now_us)
         reservations.prune(db, now_us)
+        if time.monotonic() > self._ahead_told_at + AHEAD_SECONDS and (line := clocks.ahead(db, now_us)):
+            log.warning("%s", line)
+            self._ahead_told_at = time.monotonic()
 
 
 def _end(db: Connection, journal: str, applied: Position) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from octoai.server.journal import START, Followed, Journal, JournalError, Position, gap
-from octoai.server.store import Place, connect
+from octoai.server.store import Place, clocks, connect
 from octoai.server.store.applier import Applier, News
 from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull
 from octoai.server.store.journals import keep_position, position_of
@@ -250,6 +250,8 @@ class Writer:
     def _connected(self) -> Connection:
         if self._db is None:
             self._db = connect(self.place)
+            if self.place.url is not None and self._tail is None:  # the applier is on this machine, too
+                clocks.compare(self._db)
         return self._db
 
     def _succeeded(self, position: Position | None) -> None:
