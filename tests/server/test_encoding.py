@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -219,6 +220,42 @@ def test_tool_calls_in_pieces_become_whole_ones() -> None:
         {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}},
         {"id": "c2", "type": "function", "function": {"name": "g", "arguments": ""}},
     ]
+
+
+def calls(index: int, name: str | None, arguments: str | None) -> Delta:
+    return Delta(0, "", 1, None, [{"index": index, "function": {"name": name, "arguments": arguments}}])
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        lambda number: Delta(0, f"tok{number} ", number),
+        lambda number: Deltas([f"tok{number} "], [number]),
+        lambda number: Delta(0, "", number, reasoning=f"tok{number} "),
+        lambda number: calls(0, None, f"arg{number} "),
+    ],
+    ids=["text", "texts", "reasoning", "arguments"],
+)
+def test_the_time_for_a_whole_answer_grows_with_its_length(piece: Callable[[int], Event]) -> None:
+    """Nobody else is served while it is put together."""
+    events = [Started(3), *map(piece, range(100_000)), finished("stop")]
+    encoder = chat()
+    began = time.process_time()
+    whole = encoder.whole(events)
+    assert time.process_time() - began < 0.6  # 0.05 s where it is as it should be, 2 s and more where it is not
+    assert whole.count(b"99999 ") == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.none() | st.text(max_size=3), st.none() | st.text(max_size=3))))
+def test_the_pieces_of_any_tool_calls_are_added_up(pieces: list[tuple[int, str | None, str | None]]) -> None:
+    sums: dict[int, list[str]] = {}
+    for index, name, arguments in pieces:
+        names, all_arguments = sums.setdefault(index, ["", ""])
+        sums[index] = [names + (name or ""), all_arguments + (arguments or "")]
+    events = [Started(1), *(calls(*piece) for piece in pieces), finished("tool_calls")]
+    message = json.loads(chat(tools=[{"function": {"name": "f"}}]).whole(events))["choices"][0]["message"]
+    functions = [each["function"] for each in message.get("tool_calls", [])]
+    assert [[each["name"], each["arguments"]] for each in functions] == [sums[index] for index in sorted(sums)]
 
 
 def test_of_several_choices_only_one_may_call_a_tool() -> None:

@@ -123,20 +123,21 @@ class _Encoder:
         return begins, ends + begins, ends
 
     def whole(self, events: Iterable[Event]) -> bytes:
-        """One answer from every event of a generation."""
-        texts = self._echoed.copy()
+        """One answer from every event of a generation. Texts are joined once: to add each token to all before it takes
+        quadratic time."""
+        texts = {index: [text] for index, text in self._echoed.items()} if self._echoed else {}
         logprobs: dict[int, list[Mapping[str, Any]]] = {}
         calls: dict[int, list[Mapping[str, Any]]] = {}
-        reasoning: dict[int, str] = {}
+        reasoning: dict[int, list[str]] = {}
         finished: Finished | None = None
         for event in events:
             if isinstance(event, Deltas):
                 said = reasoning if event.is_reasoning else texts
-                said[0] = said.get(0, "") + "".join(event.texts)
+                said.setdefault(0, []).extend(event.texts)
             elif isinstance(event, Delta):
-                texts[event.index] = texts.get(event.index, "") + event.text
+                texts.setdefault(event.index, []).append(event.text)
                 if event.reasoning:
-                    reasoning[event.index] = reasoning.get(event.index, "") + event.reasoning
+                    reasoning.setdefault(event.index, []).append(event.reasoning)
                 if event.logprobs:
                     logprobs.setdefault(event.index, []).extend(event.logprobs)
                 if event.tool_calls:
@@ -159,13 +160,14 @@ class _Encoder:
         self,
         index: int,
         reason: str,
-        text: str | None,
-        reasoning: str | None,
+        texts: Sequence[str] | None,
+        reasoning: Sequence[str] | None,
         logprobs: Sequence[Mapping[str, Any]] | None,
         calls: Sequence[Mapping[str, Any]] | None,
     ) -> str:
         """Of a whole answer."""
-        said = self._said(text or "", reasoning or "", _gathered_calls(calls) if calls else ())
+        text, thought = "".join(texts or ()), "".join(reasoning) if reasoning else ""
+        said = self._said(text, thought, _gathered_calls(calls) if calls else ())
         wants_logprobs = self.request.generations[0].logprobs is not None
         found = _json(self._logprobs(logprobs or (), 0)) if wants_logprobs else "null"
         return f'{{"index":{index},{said},"logprobs":{found},"finish_reason":{quoted(reason)}}}'
@@ -281,10 +283,12 @@ def _gathered_calls(deltas: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
     calls: dict[int, dict[str, Any]] = {}
     for delta in deltas:
         call = calls.setdefault(
-            delta.get("index", 0), {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
+            delta.get("index", 0), {"id": None, "type": "function", "function": {"name": [], "arguments": []}}
         )
         call["id"] = call["id"] or delta.get("id")
         said = delta.get("function") or {}
-        for key in ("name", "arguments"):
-            call["function"][key] += said.get(key) or ""
+        for key, pieces in call["function"].items():
+            pieces.append(said.get(key) or "")
+    for call in calls.values():
+        call["function"] = {key: "".join(pieces) for key, pieces in call["function"].items()}
     return [calls[index] for index in sorted(calls)]
