@@ -10,6 +10,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
+class _Text:
+    """Text that comes in pieces and is joined once: to add each to all before it takes quadratic time."""
+
+    __slots__ = ("pieces",)
+
+    def __init__(self, piece: str) -> None:
+        self.pieces = [piece]
+
+
 def text_of(events: Iterable[bytes]) -> str:
     """The text of the first choice."""
     parts: list[str] = []
@@ -63,7 +72,19 @@ def _gathered(events: Iterable[bytes]) -> tuple[dict[str, Any], list[dict[str, A
             index = index_of(part)
             _merge_choice(choices.setdefault(index, {"index": index}), part)
         answer.update({key: value for key, value in chunk.items() if value not in (None, {}) or key not in answer})
-    return answer, [choices[index] for index in sorted(choices)]
+    return answer, [_joined(choices[index]) for index in sorted(choices)]
+
+
+def _joined(choice: dict[str, Any]) -> dict[str, Any]:
+    """With its texts, and those of its message and of what that calls."""
+    message = choice.get("delta", {})
+    calls, function = message.get("tool_calls"), message.get("function_call")
+    functions = [call["function"] for call in calls] if isinstance(calls, list) else []
+    if isinstance(function, dict):
+        functions.append(function)
+    for part in (choice, message, *functions):
+        part.update({key: "".join(value.pieces) for key, value in part.items() if isinstance(value, _Text)})
+    return choice
 
 
 def _with_message(choice: dict[str, Any]) -> dict[str, Any]:
@@ -79,11 +100,20 @@ def _merge_choice(choice: dict[str, Any], part: Mapping[str, Any]) -> None:
         if key == "delta":
             _merge_delta(choice.setdefault("delta", {}), value or {})
         elif key == "text":
-            choice["text"] = (choice.get("text") or "") + (value if isinstance(value, str) else "")
+            _add(choice, "text", value if isinstance(value, str) else "")
         elif key == "logprobs" and isinstance(value, dict):
             _merge_logprobs(choice, value)
         elif key != "index" and (value is not None or key not in choice):
             choice[key] = value
+
+
+def _add(part: dict[str, Any], key: str, piece: str) -> None:
+    """To the text there; what is none is replaced."""
+    text = part.get(key)
+    if isinstance(text, _Text):
+        text.pieces.append(piece)
+    else:
+        part[key] = _Text(piece)
 
 
 def _merge_logprobs(choice: dict[str, Any], part: Mapping[str, Any]) -> None:
@@ -106,8 +136,8 @@ def _merge_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
             _merge_tool_calls(message, value)
         elif key == "function_call" and isinstance(value, dict):  # what tool calls were called before
             _merge_function(_function_of(message), value)
-        elif isinstance(value, str) and key != "role" and isinstance(message.get(key), str):
-            message[key] += value
+        elif isinstance(value, str) and key != "role":
+            _add(message, key, value)
         elif isinstance(value, list) and isinstance(message.get(key), list):
             message[key].extend(value)
         elif value is not None or key not in message:
@@ -151,7 +181,7 @@ def _merge_function(function: dict[str, Any], delta: Mapping[str, Any]) -> None:
     name, arguments = (_written(delta.get(key)) for key in ("name", "arguments"))
     # Some services repeat the whole name in every delta, others send it in pieces.
     function["name"] += "" if name == function["name"] else name
-    function["arguments"] += arguments
+    _add(function, "arguments", arguments)
 
 
 def _written(value: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -14,12 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octoai import ApiError, RateLimitError, Timeout, UnprocessableEntityError
+from octoai import ApiError, RateLimitError, Timeout, UnprocessableEntityError, _gather
 from octoai._deadlines import DEFAULT_TIMEOUT, Deadlines
 from octoai._http1 import ProtocolError, ResponseParser, _end_of_head, _lines
 from octoai._retry import RetryPolicy, is_retryable, retry_after
 from octoai.errors import ApiTimeoutError, StreamInterrupted
 from octoai.sse import Event, EventDecoder, EventTooLargeError
+
+Part = dict[str, Any]  # of a choice, as a chunk has it
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
@@ -334,3 +337,75 @@ def test_errors_look_as_they_always_did_and_can_be_pickled() -> None:
         twin = pickle.loads(pickle.dumps(original))
         assert type(twin) is type(original)
         assert (str(twin), vars(twin).keys()) == (str(original), vars(original).keys())
+
+
+def function(key: str, arguments: str | None) -> Part:
+    said = {"name": "f", "arguments": arguments}
+    return {"delta": {key: [{"index": 0, "function": said}] if key == "tool_calls" else said}}
+
+
+def added_up(parts: list[tuple[int, Part]]) -> list[Part]:
+    """The choices, each text added to what there is of it."""
+    choices: dict[int, Part] = {}
+    for index, part in parts:
+        choice = choices.setdefault(index, {"index": index, "text": "", "message": {"role": "assistant"}})
+        choice["text"] += part.get("text") or ""
+        message = choice["message"]
+        for key, piece in part.get("delta", {}).items():
+            before = message.get(key)
+            if key in ("tool_calls", "function_call"):
+                said = piece[0]["function"] if key == "tool_calls" else piece
+                called = before or {"name": "f", "arguments": ""}
+                message[key] = {**called, "arguments": called["arguments"] + (said["arguments"] or "")}
+            elif piece is not None and type(piece) is type(before):
+                message[key] = before + piece
+            elif piece is not None or key not in message:
+                message[key] = piece
+    return [choices[index] for index in sorted(choices)]
+
+
+pieces = st.none() | st.text(max_size=3)
+parts = st.one_of(
+    st.builds(lambda piece: {"text": piece}, pieces),
+    st.dictionaries(
+        st.sampled_from(["content", "reasoning_content"]), pieces | st.lists(st.integers(), max_size=2)
+    ).map(lambda delta: {"delta": delta}),
+    st.builds(function, st.sampled_from(["tool_calls", "function_call"]), pieces),
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), parts)))
+def test_what_is_gathered_is_what_its_pieces_add_up_to(parts: list[tuple[int, Part]]) -> None:
+    events = [json.dumps({"id": "x", "choices": [{"index": index, **part}]}).encode() for index, part in parts]
+    expected = added_up(parts)
+    whole = _gather.completion(events)
+    assert [each["text"] for each in whole.get("choices", ())] == [each["text"] for each in expected]
+    for choice in _gather.chat_completion(events)["choices"]:
+        message, wanted = choice["message"], expected.pop(0)["message"]
+        for call in message.get("tool_calls", ()):
+            message["tool_calls"] = call["function"]
+        assert message == {"content": None, **wanted}
+
+
+@pytest.mark.parametrize(
+    ("gather", "part"),
+    [
+        (_gather.completion, lambda piece: {"text": piece}),
+        (_gather.chat_completion, lambda piece: {"delta": {"content": piece}}),
+        (_gather.chat_completion, lambda piece: function("tool_calls", piece)),
+        (_gather.chat_completion, lambda piece: function("function_call", piece)),
+    ],
+    ids=["text", "content", "tool_calls", "function_call"],
+)
+def test_the_time_to_gather_an_answer_grows_with_its_length(
+    gather: Callable[[list[bytes]], Part], part: Callable[[str], Part]
+) -> None:
+    """In an async program nothing else goes on meanwhile."""
+    events = [json.dumps({"choices": [{"index": 0, **part(f"tok{number} ")}]}).encode() for number in range(100_000)]
+    began = time.process_time()
+    for each in events:
+        json.loads(each)
+    read = time.process_time()
+    whole = gather(events)
+    assert time.process_time() - read < 6 * (read - began)  # twice where it is as it should be, ten times where not
+    assert json.dumps(whole).count("tok99999 ") == 1
