@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import random
 import signal
 import threading
 import time
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -211,6 +214,73 @@ def test_another_process_finds_the_stored_answer(service: InProcess, in_process:
         second.close()
     assert (status, headers["idempotent-replayed"], text) == (200, "true", first[2])
     assert len(rows(service)) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_answer_is_stored_too(in_process: Start, stream: bool) -> None:
+    service = in_process(ScriptedEngine(tuple(f"w{number} " * 40 for number in range(1000))))
+    body = request(service, stream=stream, max_tokens=2000)
+    first = ask(service, PATH, body, idempotency_key="k1")
+    assert len(first[2]) > idempotency.LONG_BYTES
+    service.service.admission._recordings = Recordings()  # as in a process that has not given it
+    again = ask(service, PATH, body, idempotency_key="k1")
+    assert (again[0], again[1]["idempotent-replayed"], again[2]) == (200, "true", first[2])
+    assert len(rows(service)) == 1
+
+
+NOISE = random.Random(1).randbytes(2 * idempotency.MAX_STORED_BYTES)  # which no compression makes smaller
+
+
+def packed(*blocks: bytes) -> str | None:
+    """As it is stored, where the last of these is its end."""
+    recording = Recording(KEY, "req_1", HEAD, list(blocks[:-1]))
+    return asyncio.run(recording.packed(blocks[-1]))
+
+
+KEY = Key.of("k1", PATH, b"{}")
+HEAD = (200, [(b"content-type", b"application/json"), (b"x-octoai-cost", b"0.000012")])
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [b""],
+        [b"\n", b"a\n"],
+        [b"x" * (idempotency.LONG_BYTES - 1), b"y"],
+        [b"x" * idempotency.LONG_BYTES, b"y"],
+        [b"said " * 1_000_000, NOISE[:500_000], b"end"],
+        [NOISE[: idempotency.MAX_STORED_BYTES - 2000]],
+    ],
+    ids=["empty", "short", "just short", "just long", "long", "nearly too long"],
+)
+def test_an_answer_of_any_length_is_read_as_it_was_given(blocks: list[bytes]) -> None:
+    stored = packed(*blocks)
+    assert stored is not None
+    read = idempotency.unpacked(KEY, "req_1", base64.b64decode(stored), 0)
+    assert (read.head, b"".join(read.blocks)) == (HEAD, b"".join(blocks))
+
+
+def test_what_is_too_long_to_be_stored_is_not_compressed_to_its_end() -> None:
+    assert packed(NOISE[: idempotency.MAX_STORED_BYTES]) is None
+    blocks = [NOISE] * 20
+    began = time.process_time()
+    zlib.compress(b"".join(blocks), level=1)
+    compressed = time.process_time()
+    assert packed(*blocks) is None
+    assert time.process_time() - compressed < (compressed - began) / 3
+
+
+def test_others_are_served_while_a_long_answer_is_compressed() -> None:
+    async def turns_of_the_loop() -> int:
+        recording = Recording(KEY, "req_1", HEAD, [b"x" * 1024 * 1024] * 64)
+        packing, turns = asyncio.ensure_future(recording.packed(b"end")), 0
+        while not packing.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert packing.result() is not None
+        return turns
+
+    assert asyncio.run(turns_of_the_loop()) > 10
 
 
 def test_who_asks_again_joins_the_running_stream_from_its_first_event(slow: InProcess, talk: Any) -> None:

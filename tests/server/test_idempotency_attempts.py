@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from octoai.server import accounts, admission, ledger, streaming
+from octoai.server import accounts, admission, idempotency, ledger, streaming
 from octoai.server.engines.base import Event
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import Unavailable
@@ -73,6 +73,32 @@ def test_an_attempt_is_not_given_back_for_one_that_was_refused(slow: InProcess, 
         assert ask(slow, PATH, request(slow, stream=True), idempotency_key="k1")[0] == 429
     until(lambda: attempts(slow, "k1") == [1], 2)
     assert (net_nanos(slow), statuses(slow)) == (charged, ["settled"])
+
+
+def test_an_attempt_that_is_left_while_its_answer_is_compressed_is_given_back(
+    in_process: Start, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress, is_compressing, has_left = idempotency._packed, threading.Event(), threading.Event()
+
+    def slowly(parts: Any) -> str | None:
+        is_compressing.set()
+        has_left.wait(5)
+        return compress(parts)
+
+    monkeypatch.setattr(idempotency, "_packed", slowly)
+    monkeypatch.setattr(idempotency, "LONG_BYTES", 0)
+    service = in_process(ScriptedEngine())
+    stream = talk(service, "k1")
+    assert is_compressing.wait(5)
+    stream.close()
+    until(lambda: is_idle(service))
+    has_left.set()
+    status, headers, _ = ask(service, PATH, request(service, stream=True), idempotency_key="k1")
+    assert (status, "idempotent-replayed" in headers) == (200, False)
+    until(lambda: is_idle(service))
+    left, finished = rows(service)
+    assert (left.status, finished.status) == ("refunded", "settled")
+    assert net_nanos(service) == finished.cost_nanos > 0
 
 
 def test_who_joined_an_answer_that_is_refused_has_a_line_of_its_own(

@@ -22,6 +22,7 @@ from octoai.server.errors import BadRequest
 
 KEEP_SECONDS = 24 * 3600.0
 MAX_STORED_BYTES = 1024 * 1024
+LONG_BYTES = 128 * 1024  # is compressed beside the loop; what is shorter takes a millisecond, and can always be kept
 MAX_RECENT_BYTES = 32 * 1024 * 1024
 OVERHEAD_BYTES = 2048  # of a recording beside its body: the objects that it is, its head and its key
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -133,18 +134,32 @@ class Recording:
         if self.error is not None:
             raise self.error
 
-    def packed(self, last: bytes) -> str | None:
+    async def packed(self, last: bytes) -> str | None:
         """The answer for the database, with `last` as the end of its body; None where it is too large to keep."""
         assert self.head is not None
-        return pack(*self.head, b"".join([*self.blocks, last]))
+        return await pack(*self.head, [*self.blocks, last])
 
     def tell(self) -> None:
         self._more.set()
 
 
-def pack(status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> str | None:
+async def pack(status: int, headers: Sequence[tuple[bytes, bytes]], blocks: Sequence[bytes]) -> str | None:
+    """An answer for the database, whose body these are; None where it is too large to keep."""
     said = {"status": status, "headers": [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]}
-    packed = zlib.compress(orjson.dumps(said) + b"\n" + body, level=1)
+    parts = [orjson.dumps(said), b"\n", *blocks]
+    if sum(map(len, blocks)) > LONG_BYTES:
+        return await asyncio.to_thread(_packed, parts)
+    return base64.b64encode(zlib.compress(b"".join(parts), level=1)).decode()
+
+
+def _packed(parts: Sequence[bytes]) -> str | None:
+    """In pieces: what comes to more than is kept is not compressed to its end."""
+    whole, compressor, packed = memoryview(b"".join(parts)), zlib.compressobj(level=1), bytearray()
+    for start in range(0, len(whole), MAX_STORED_BYTES):
+        packed += compressor.compress(whole[start : start + MAX_STORED_BYTES])
+        if len(packed) > MAX_STORED_BYTES:
+            return None
+    packed += compressor.flush()
     return base64.b64encode(packed).decode() if len(packed) <= MAX_STORED_BYTES else None
 
 

@@ -65,7 +65,7 @@ async def _whole(job: Job, encoder: Encoder, out: Incoming | _Recorded) -> None:
         (b"x-octoai-cost", cost.encode()),
         _served_model(job),
     )
-    await job.finish(None if job.recording is None else pack(200, headers, body))
+    await job.finish(None if job.recording is None else await pack(200, headers, [body]))
     out.begin(200, headers)
     out.end(body)
 
@@ -98,7 +98,7 @@ async def _relay(
         batch = await anext(batches)
     encoder.cost = usd(job.cost_nanos)
     last = encoder.stream(batch) + DONE
-    await job.finish(None if job.recording is None else job.recording.packed(last))
+    await job.finish(None if job.recording is None else await job.recording.packed(last))
     # The end of the events and of the body in one write, or a client that stops at [DONE] loses its connection.
     if out.is_behind:
         await _caught_up(out)
