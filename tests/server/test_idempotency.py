@@ -120,12 +120,14 @@ def test_answers_are_kept_as_long_as_the_settings_say_and_keys_without_one_for_a
     service = in_process(ScriptedEngine(), answers_kept_seconds=60)
     recently, hour_ago, days_ago = (now_us() - int(seconds * 1_000_000) for seconds in (50, 3600, 90_000))
     claimed = {"late": hour_ago, "old": hour_ago, "running": hour_ago, "lost": days_ago, "token": hour_ago}
+    claimed["set right"] = days_ago  # the clock, while it ran
 
     def fill(db: Connection) -> None:
         for key, at_us in claimed.items():
             keys.claim(db, "default", key, KeyRow(b"", f"r-{key}", "", "" if key == "token" else "j", at_us))
         keys.keep(db, "default", "late", "r-late", b"said", recently)  # it took its time
         keys.keep(db, "default", "old", "r-old", b"said", hour_ago)
+        keys.keep(db, "default", "set right", "r-set right", b"said", recently)
         keys.keep(db, "default", "token", "r-token", b"made")  # by an administrator: once is once
 
     service.books(fill)
@@ -133,7 +135,7 @@ def test_answers_are_kept_as_long_as_the_settings_say_and_keys_without_one_for_a
     while service.books(books._prune_some_keys):
         pass
     left = service.books(lambda db: db.rows("SELECT key FROM keys ORDER BY key"))
-    assert left == [("late",), ("running",), ("token",)]
+    assert left == [("late",), ("running",), ("set right",), ("token",)]
 
 
 def test_an_answer_is_kept_from_its_end_on(in_process: Start) -> None:

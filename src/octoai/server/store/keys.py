@@ -153,16 +153,17 @@ def keep(db: Connection, account: str, key: str, request: str, answer: bytes, an
 def prune(db: Connection, answered_before_us: int, before_us: int) -> bool:
     """Some of those whose text was generated, or which were claimed, too long ago; whether there may be more. After a
     rest of days there are so many that to delete all would keep everybody else from writing for seconds."""
-    text = _oldest(db, "answered_us", answered_before_us)
-    others = [] if text else _oldest(db, "claimed_us", before_us)
+    text = _oldest(db, "answered_us", "", answered_before_us)
+    others = [] if text else _oldest(db, "claimed_us", "AND answered_us IS NULL", before_us)
     db.execute_many("DELETE FROM keys WHERE account = ? AND key = ?", text or others)
     return bool(text or others)
 
 
-def _oldest(db: Connection, column: str, before_us: int) -> list[tuple[str, str]]:
+def _oldest(db: Connection, column: str, condition: str, before_us: int) -> list[tuple[str, str]]:
     """A few, with no more than a few megabytes of answers."""
     rows = db.rows(
-        f"SELECT account, key, COALESCE(LENGTH(answer), 0) FROM keys WHERE {column} < ? ORDER BY {column} LIMIT ?",  # noqa: S608
+        f"SELECT account, key, COALESCE(LENGTH(answer), 0) FROM keys WHERE {column} < ? {condition} "  # noqa: S608
+        f"ORDER BY {column} LIMIT ?",
         (before_us, PRUNED_AT_ONCE),
     )
     sizes = accumulate(size for _, _, size in rows)
