@@ -59,6 +59,9 @@ class Pipe(asyncio.Transport):
     def close(self) -> None:
         self.is_closed = True
 
+    def write_eof(self) -> None:
+        self.is_closed = True  # as far as who reads it can tell
+
     def is_closing(self) -> bool:
         return self.is_closed
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import socket
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
@@ -24,6 +27,7 @@ from tests.server.test_heads import LINE, Pipe, Recording, request
 from tests.server.test_protocol import Start, asked, statuses
 from tests.talking import until
 
+PATH = "/v1/chat/completions"
 CHUNKED = LINE + b"host: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"
 
 
@@ -305,3 +309,45 @@ def test_a_connection_does_not_keep_the_body_of_its_last_request(in_process: Sta
         assert statuses(connection, 1) == [b"401" if token else b"200"]
         (kept,) = service._server.server_state.connections
         assert len(kept.cycle._body) < 200_000  # type: ignore[union-attr]
+
+
+def said(service: InProcess, size: int, *, path: str = PATH, version: int = 11, **headers: str) -> tuple[int, str]:
+    """Of a request whose client sends all of it before it listens."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+    connection._http_vsn = version  # type: ignore[attr-defined]
+    connection._http_vsn_str = f"HTTP/1.{version - 10}"  # type: ignore[attr-defined]
+    with closing(connection):
+        body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "a" * size}]}).encode()
+        connection.request("POST", path, body, headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())["code"]
+
+
+@pytest.mark.parametrize("how", ["close", "keep-alive", "HTTP/1.0"])
+def test_who_is_refused_while_it_sends_hears_why(in_process: Callable[..., InProcess], how: str) -> None:
+    """nginx asks in HTTP/1.0 where it is not told otherwise: each of these was a 502 there."""
+    service = in_process(ScriptedEngine())
+    more: dict[str, Any] = {"version": 10} if how == "HTTP/1.0" else {"connection": how}
+    good = f"Bearer {service.token}"
+    for _ in range(3):
+        assert said(service, 4_000_000, authorization="Bearer nobody", **more) == (401, "invalid_api_key")
+        assert said(service, 12_000_000, authorization=good, **more) == (413, "body_too_large")
+        assert said(service, 4_000_000, path="/v1/nothing", authorization=good, **more)[0] == 404
+
+
+def test_who_never_stops_sending_is_left_some_time_later(
+    in_process: Callable[..., InProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol_module, "LINGER_SECONDS", 0.3)
+    service = in_process(ScriptedEngine())
+    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 9000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), 5) as client:
+        client.sendall(head.encode())
+        answer = client.makefile("rb").read()  # to its end, though the request has none
+        assert answer.startswith(b"HTTP/1.1 401 ") and answer.endswith(b"}")
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - began < 5:
+                client.sendall(head.encode())  # it is not read as another request either
+                time.sleep(0.01)
+        assert time.monotonic() - began < 2

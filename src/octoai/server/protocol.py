@@ -28,7 +28,7 @@ from octoai.server.incoming import Bodies, Connection, Incoming
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_AHEAD = 1024  # requests behind one that is answered: one read may have ten times as many, and each takes 2 KB
-LINGER_SECONDS = 30.0  # for a client to read some of what it was sent before its connection was closed
+LINGER_SECONDS = 30.0  # for a client to read some of what it was sent before its connection was closed, or to send on
 
 
 class ServiceProtocol(HttpToolsProtocol, Connection):
@@ -50,6 +50,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     _rests_since: float | None = None  # where a request is waited for, the rest of its head, or that of a refused body
     _resting: asyncio.TimerHandle | None = None
     _lingering: asyncio.TimerHandle | None = None
+    _is_leaving = False  # all that we say is said; what its client still sends is dropped
+    _leaving: asyncio.TimerHandle | None = None
 
     # ---- what the loop calls ----
 
@@ -62,19 +64,19 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             self._answering.leave()
         if isinstance(self.cycle, Incoming):
             self.cycle = None
-        if self._resting is not None:
-            self._resting.cancel()
-            self._resting = None
-        if self._lingering is not None:
-            self._lingering.cancel()
-            self._lingering = None
+        elif self.cycle is not None:
+            self.cycle.transport = self.transport
+        for timer in (self._resting, self._lingering, self._leaving):
+            if timer is not None:
+                timer.cancel()
+        self._resting = self._lingering = self._leaving = None
         super().connection_lost(exc)
 
     def eof_received(self) -> None:
         self._linger()  # the transport closes itself
 
     def data_received(self, data: bytes) -> None:
-        while data:
+        while data and not self._is_leaving:
             if self._num_missing:
                 data = self._rest_of_body(data)
             if self._is_between and self._known is not None:
@@ -149,6 +151,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
+        self._is_between = False  # nobody knows how much more of it there is
         self.close()
 
     def _is_in_an_answer(self) -> bool:
@@ -160,6 +163,23 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         return bool(self.pipeline) or isinstance(newest, Incoming) or bool(newest.response_started)
 
     def close(self) -> None:
+        if self._is_between or self.transport.is_closing():
+            self.transport.close()
+            self._linger()
+        elif not self._is_leaving:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Where its client is not done with sending: closed at once, what comes now would have the kernel throw away
+        the answer on its way, and the client would hear of a broken connection instead."""
+        self._is_leaving = True
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        if self._answering is not None:
+            self._answering.leave()
+        self._leaving = self.loop.call_later(LINGER_SECONDS, self._has_left)
+
+    def _has_left(self) -> None:
         self.transport.close()
         self._linger()
 
@@ -243,6 +263,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self.headers += headers
         self.url, self.expect_100_continue = url, expects_continue
         super().on_headers_complete()
+        self.cycle.transport = _Transport(self)
         self._read_on()
 
     def on_body(self, body: bytes) -> None:
@@ -299,7 +320,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_leaving:
             self._linger()
             return
         self._rest()
@@ -319,7 +340,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._is_behind and not self.transport.is_closing():
+        if self._is_behind and not (self.transport.is_closing() or self._is_leaving):
             self._is_behind = False
             self._go_on()
 
@@ -333,13 +354,27 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self._resting = None
         is_whole = self.cycle is None or self.cycle.response_complete
         is_answering = not is_whole and not self._is_behind  # and rests when that is done
-        if self._rests_since is None or is_answering or self.transport.is_closing():
+        if self._rests_since is None or is_answering or self.transport.is_closing() or self._is_leaving:
             return
         left = self._rests_since + self.timeout_keep_alive - self.loop.time()
         if left <= 0:
             self.close()
         else:
             self._resting = self.loop.call_later(left, self._close_if_resting)
+
+
+class _Transport:
+    """A connection's, for uvicorn's requests: they write, and close it where it is not to be kept."""
+
+    def __init__(self, protocol: ServiceProtocol) -> None:
+        self._protocol = protocol
+
+    def write(self, data: bytes) -> None:
+        if not self._protocol._is_leaving:
+            self._protocol.transport.write(data)
+
+    def close(self) -> None:
+        self._protocol.close()
 
 
 def num_unacknowledged(raw: Any) -> int:

@@ -26,8 +26,8 @@ FILENAME = "octoai.toml"
 NUM_SLOTS_ELSEWHERE = 256  # requests at once to a server that nobody said more of
 # Which keys an environment variable may set: OCTOAI_HOST, OCTOAI_PORT, …
 _FROM_ENVIRONMENT = (
-    "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting", "max_waiting_tokens",
-    "prefix_cache_mib", "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
+    "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting", "max_waiting_tokens", "prefix_cache_mib",
+    "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
     "answers_kept_seconds", "optimize_when_idle", "workers", "worker_stall_seconds",
 )  # fmt: skip
 _PLACES = {"data_dir": places.data_dir, "cache_dir": places.cache_dir}  # "~" and relative ones as everywhere else
@@ -120,9 +120,8 @@ class Settings(_Checked):
 
     `database` is a PostgreSQL URL; without one it is SQLite in `data_dir`. While it does not answer, tokens that are
     known stay good for `database_away_seconds`, unless `when_database_is_away` is "refuse". `ledger` "off" records,
-    bills and limits nothing. `answers_kept_seconds` is for answers under Idempotency-Keys. `optimize_when_idle` "on"
-    has a model without a profile optimized while nobody asks. `workers` is the number of processes that serve; of
-    several, one that says nothing for `worker_stall_seconds` is killed, and another started.
+    bills and limits nothing. `answers_kept_seconds` is for answers under keys. `optimize_when_idle` "on" optimizes a
+    model without a profile while nobody asks. Of `workers`, one silent for `worker_stall_seconds` is killed.
     """
 
     host: str = "127.0.0.1"
