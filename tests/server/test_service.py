@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import re
@@ -153,6 +154,16 @@ def test_a_wrong_body_is_refused_in_the_one_shape(service: InProcess, body: byte
     assert isinstance(answer.get("detail", []), list)
     assert ("detail" in answer) == (status == 422)
     assert len(service.engine.seen) == seen
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/admin/accounts"])
+def test_a_packed_body_is_refused_by_the_header_that_says_so(service: InProcess, path: str) -> None:
+    plain = json.dumps({"id": "packed"} if "admin" in path else request(service)).encode()
+    status, _, text = ask(service, path, gzip.compress(plain), content_encoding="gzip")
+    answer = json.loads(text)
+    assert (status, answer["code"], answer["object"]) == (415, "unsupported_content_encoding", "error")
+    assert answer["message"] == "Content-Encoding: gzip is not read here; send the body as it is, without this header."
+    assert ask(service, path, plain, content_encoding="Identity")[0] in (200, 201)
 
 
 # Paths and methods
@@ -602,10 +613,12 @@ def test_draining_waits_no_longer_than_it_was_told(in_process: Start, talk: Any)
 
 def test_an_engine_that_is_away_is_said_by_readiness_and_by_503(in_process: Start) -> None:
     service = in_process(ScriptedEngine())
-    assert ask(service, "/health/ready")[0] == 200
+    paths = ("/health/ready", "/health")  # the second is where vLLM and llama-server are asked
+    assert [ask(service, path, authorization="")[0] for path in paths] == [200, 200]
     service.engine.is_ready = False
-    status, headers, _ = ask(service, "/health/ready")
-    assert (status, headers["retry-after"]) == (503, "2")
+    for path in paths:
+        status, headers, _ = ask(service, path)
+        assert (status, headers["retry-after"]) == (503, "2")
     status, headers, answer = chat(service)
     assert (status, answer["code"], headers["retry-after"]) == (503, "engine_not_ready", "2")
 

@@ -14,7 +14,7 @@ from octoai.server import params
 from octoai.server.accounts import Caller
 from octoai.server.catalogue import Model
 from octoai.server.encoding import ChatEncoder, CompletionEncoder
-from octoai.server.errors import TooLarge, TooSlow, UnknownModel, UnknownPath
+from octoai.server.errors import EncodedBody, TooLarge, TooSlow, UnknownModel, UnknownPath
 from octoai.server.idempotency import Key, Recording
 from octoai.server.incoming import Headers, Incoming
 from octoai.server.metrics import CONTENT_TYPE
@@ -47,6 +47,8 @@ class Generating:
             caller = await service.authenticate(head.header(b"authorization"))
             head.token_hash = caller.token.hash
         incoming.caller = caller
+        if b"content-encoding" in head.headers:
+            _refuse_encoded(head.headers[b"content-encoding"])
         body = await incoming.body(MAX_BODY_BYTES, BODY_SECONDS)
         request = self._decode(body)
         if incoming.is_given_id:
@@ -145,7 +147,9 @@ async def metrics(request: Request) -> Response:
 
 async def body_of(scope: Scope, receive: Receive) -> bytes:
     """The whole body, never more than the limit of it in memory. It is read as JSON whatever its type says."""
-    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    headers = dict(reversed(scope["headers"]))  # of several with one name the first
+    _refuse_encoded(headers.get(b"content-encoding", b""))
+    declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise TooLarge(MAX_BODY_BYTES)
     try:
@@ -153,6 +157,12 @@ async def body_of(scope: Scope, receive: Receive) -> bytes:
             return await _received(receive)
     except TimeoutError:
         raise TooSlow(f"The request body did not arrive within {BODY_SECONDS:.0f} s.") from None
+
+
+def _refuse_encoded(encoding: bytes) -> None:
+    """No body is unpacked: a small one might come out larger than any that is read."""
+    if encoding.strip().lower() not in (b"", b"identity"):
+        raise EncodedBody(encoding.decode("latin-1"))
 
 
 async def _received(receive: Receive) -> bytes:

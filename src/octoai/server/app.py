@@ -51,7 +51,7 @@ def routes() -> list[BaseRoute]:
         *organization.routes(),
         *admin.routes(),
         Route("/health/live", api.live, methods=["GET"]),
-        Route("/health/ready", api.ready, methods=["GET"]),
+        *(Route(path, api.ready, methods=["GET"]) for path in ("/health/ready", "/health")),  # vLLM's name for it
         Route("/metrics", api.metrics, methods=["GET"]),
         Route("/openapi.json", docs.openapi, methods=["GET"]),
         Route("/docs", docs.page, methods=["GET"]),

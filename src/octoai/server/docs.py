@@ -33,6 +33,7 @@ _REFUSALS = {
     "404": "`model_not_found`, naming the closest ids",
     "409": "The `Idempotency-Key` was used for another request",
     "413": "A body over 10 MB",
+    "415": "A `Content-Encoding`: bodies are read as they come",
     "422": "A field that is missing, of the wrong type or out of range; `detail` names each, of a list the first value "
     "that is wrong. Or more values than are read: two million, of them 131,072 texts, lists and objects",
     "429": "`rate_limit_exceeded`; `retry-after` says when this very request would be let through, where that is ever: "
@@ -93,7 +94,10 @@ def _paths() -> dict[str, Any]:
         **organization.paths(),
         **admin.paths(),
         "/health/live": {"get": {**_reading("The process answers."), **open_to_all}},
-        "/health/ready": {"get": {**_reading("A request would be served now; 503 where not."), **open_to_all}},
+        **dict.fromkeys(
+            ("/health/ready", "/health"),
+            {"get": {**_reading("A request would be served now; 503 where not."), **open_to_all}},
+        ),
         "/metrics": {"get": {**_reading("Prometheus metrics, under vLLM's names and our own."), **open_to_all}},
     }
 

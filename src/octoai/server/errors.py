@@ -13,6 +13,7 @@
     ├── StateConflict         409  an id that is taken, a request that still runs
     ├── KeyConflict           409  an Idempotency-Key that was used for another request
     ├── TooLarge              413  body_too_large
+    ├── EncodedBody           415  unsupported_content_encoding
     ├── HeadTooLarge          431  headers_too_large
     ├── InvalidBody           422  with FastAPI's `detail` list, as OctoAI documented
     ├── RateLimited           429  rate_limit_exceeded      with `retry-after`, where it would ever be let through
@@ -169,6 +170,16 @@ class TooLarge(Refusal):
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(f"The request body is larger than {max_bytes} bytes, the most that is read.")
+
+
+class EncodedBody(Refusal):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_content_encoding"
+
+    def __init__(self, encoding: str) -> None:
+        said = f"Content-Encoding: {encoding[:64]} is not read here; send the body as it is, without this header."
+        super().__init__(said, param="content-encoding")
 
 
 class HeadTooLarge(Refusal):
