@@ -136,7 +136,7 @@ async def _read(reader: asyncio.StreamReader, told: Told, request: Request) -> N
     told.body = await reader.readexactly(int(told.headers["content-length"]))
     if told.status == 200:
         told.seen.append((time.monotonic(), told.body.count(_MARK)))
-        told.usage = json.loads(told.body)["usage"]
+        told.usage = json.loads(told.body, parse_float=str)["usage"]
 
 
 async def _read_stream(reader: asyncio.StreamReader, told: Told, leave: Leave | None) -> None:
@@ -154,7 +154,7 @@ async def _read_stream(reader: asyncio.StreamReader, told: Told, leave: Leave | 
 
 def last_usage(text: bytes) -> dict[str, Any] | None:
     lines = [line for line in text.split(b"\n") if line.startswith(b"data: {") and b'"usage":{' in line]
-    return None if not lines else dict(json.loads(lines[-1].removeprefix(b"data: "))["usage"])
+    return None if not lines else dict(json.loads(lines[-1].removeprefix(b"data: "), parse_float=str)["usage"])
 
 
 async def _hang_up(writer: asyncio.StreamWriter, *, resets: bool) -> None:

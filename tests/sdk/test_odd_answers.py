@@ -52,6 +52,15 @@ def test_what_is_right_in_a_partial_usage_is_there(api: Any, serve: Any) -> None
     usage = whole(api, serve, answer(usage={**COUNTS, "cost": 0.5})).usage
     assert usage is not None
     assert usage.cost == "0.5"
+    usage = whole(api, serve, answer(usage={**COUNTS, "cost": "0.50"})).usage
+    assert usage is not None
+    assert usage.cost == "0.50"
+
+
+@pytest.mark.parametrize("cost", ["0.000000001", "0.00000012", "1234.123456789"])
+def test_a_cost_that_is_a_number_keeps_its_digits(cost: str) -> None:
+    usage = UsageStats.parse_raw(f'{{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2,"cost":{cost}}}')
+    assert usage.cost == cost
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def document() -> dict[str, Any]:
             "title": "octoai",
             "version": __version__,
             "description": "Text generation, compatible with OctoAI's API and with OpenAI's clients; accounts, prices "
-            "and usage. Money is USD as a decimal string, times are whole seconds since 1970 (UTC).",
+            "and usage. Money is USD as a decimal string (`usage.cost`: as a number), times are whole seconds since 1970 "
+            "(UTC).",
         },
         "components": {
             "schemas": schemas,
@@ -94,10 +95,8 @@ def _paths() -> dict[str, Any]:
         **organization.paths(),
         **admin.paths(),
         "/health/live": {"get": {**_reading("The process answers."), **open_to_all}},
-        **dict.fromkeys(
-            ("/health/ready", "/health"),
-            {"get": {**_reading("A request would be served now; 503 where not."), **open_to_all}},
-        ),
+        "/health/ready": {"get": {**_reading("A request would be served now; 503 where not."), **open_to_all}},
+        "/health": {"get": {**_reading("The same, where vLLM and llama-server say it."), **open_to_all}},
         "/metrics": {"get": {**_reading("Prometheus metrics, under vLLM's names and our own."), **open_to_all}},
     }
 

@@ -23,8 +23,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 def usage_json(usage: Usage, cost: str | None = None) -> str:
-    """`cost` is in US dollars, as an exact decimal."""
-    said = "" if cost is None else f',"cost":"{cost}"'
+    """`cost` is in US dollars, as an exact decimal: its digits are a JSON number, which is what clients read there."""
+    said = "" if cost is None else f',"cost":{cost}'
     if usage.reasoning_tokens:
         said += f',"completion_tokens_details":{{"reasoning_tokens":{usage.reasoning_tokens}}}'
     return (
