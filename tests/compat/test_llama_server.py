@@ -188,7 +188,7 @@ def test_the_window(client: Client) -> None:
     for stream in (False, True):
         status, answer = client.refused({**fits, "prompt": [957] * 700, "stream": stream}, "/v1/completions")
         assert (status, answer["code"]) == (400, "context_length_exceeded")
-        assert f"context is {WINDOW} tokens" in answer["message"]
+        assert f"context length is {WINDOW} tokens" in answer["message"]
         assert "700 tokens" in answer["message"]
 
 

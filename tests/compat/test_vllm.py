@@ -332,7 +332,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(
     body = {**COMPLETION, "prompt": [957] * (WINDOW + excess), "stream": stream}
     status, answer = client.refused(body, "/v1/completions")
     assert (status, answer["code"], answer["param"]) == (400, "context_length_exceeded", "prompt")
-    assert re.search(rf"context is 2048 tokens, but the prompt has (at least )?{counted}", answer["message"])
+    assert re.search(rf"context length is 2048 tokens, but the prompt has (at least )?{counted}", answer["message"])
 
 
 def test_of_a_text_too_long_vllm_counts_only_to_its_window(client: Client) -> None:

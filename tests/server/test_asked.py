@@ -102,7 +102,7 @@ def test_a_prompt_that_is_not_known_is_the_engines_to_refuse() -> None:
 @pytest.mark.parametrize(("prompt", "param"), [(CHAT, "messages"), (Generation(max_tokens=1, text="Hi"), "prompt")])
 def test_a_prompt_that_is_known_not_to_fit_is_not_shown_to_the_engine(prompt: Generation, param: str) -> None:
     told = Told(PLAIN, range(100))
-    with pytest.raises(ContextLengthExceeded, match="context is 100 tokens, but the prompt has 100 tokens") as refused:
+    with pytest.raises(ContextLengthExceeded, match="is 100 tokens, but the prompt has 100 tokens") as refused:
         asked(told, prompt)
     assert (told.asked, refused.value.param) == ([], param)
     assert len(asked(Told(PLAIN, range(99)), prompt)) == 1

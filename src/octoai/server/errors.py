@@ -72,9 +72,9 @@ class ContextLengthExceeded(BadRequest):
     code = "context_length_exceeded"
 
     def __init__(self, prompt_tokens: int, context_length: int, *, param: str) -> None:
-        super().__init__(
-            f"This model's context is {context_length} tokens, but the prompt has {prompt_tokens} tokens. "
-            "Shorten it: nothing is cut off silently.",
+        super().__init__(  # it begins as OpenAI's does: that is how clients like LiteLLM know what is wrong
+            f"This model's maximum context length is {context_length} tokens, but the prompt has {prompt_tokens} "
+            "tokens. Shorten it: nothing is cut off silently.",
             param=param,
         )
         self.prompt_tokens = prompt_tokens
