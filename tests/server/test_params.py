@@ -191,6 +191,23 @@ def test_the_place_is_the_path_in_the_body(body: Any, place: list[Any]) -> None:
     assert refusal.detail[0]["loc"] == ["body", *place]
 
 
+CUSTOM = {"type": "custom", "id": "c", "custom": {"name": "x", "input": "y"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type"),
+        ({"tools": [{"type": "web_search", "function": {"name": "x"}}]}, "tools.0.type"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}}, "tool_choice.type"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CUSTOM]}]}, "messages.0.tool_calls.0.type"),
+    ],
+)
+def test_a_kind_of_tool_that_is_not_offered_is_refused_as_that(change: dict[str, Any], param: str) -> None:
+    refusal = refused(params.chat, {**CHAT, **change})
+    assert (refusal.status, refusal.param, refusal.message) == (422, param, f"{param}: Input should be 'function'")
+
+
 def test_of_a_body_with_many_wrong_values_the_first_are_told_in_no_time() -> None:
     for wrong, decode in (({"prompt": [-1] * 2000}, params.completion), ({"messages": [{}] * 2000}, params.chat)):
         began = time.process_time()

@@ -57,11 +57,16 @@ class _Function(TypedDict):
     arguments: NotRequired[Optional[str]]
 
 
+# Of tools, and of what names or calls one, there is one kind. It comes before what only that kind has: of what is wrong
+# the first is told.
+_Kind = Literal["function"]
+
+
 class _ToolCall(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
+    type: NotRequired[Optional[_Kind]]
     function: Required[_Function]
     id: NotRequired[Optional[str]]
-    type: NotRequired[Optional[str]]
 
 
 class MessageParam(TypedDict):
@@ -87,8 +92,8 @@ class _FunctionDefinition(TypedDict):
 
 class _Tool(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
+    type: NotRequired[Optional[_Kind]]
     function: Required[_FunctionDefinition]
-    type: NotRequired[Optional[str]]
 
 
 class _FunctionHandle(TypedDict):
@@ -98,8 +103,8 @@ class _FunctionHandle(TypedDict):
 
 class _FunctionChoice(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
+    type: NotRequired[Optional[_Kind]]
     function: Required[_FunctionHandle]
-    type: NotRequired[Optional[str]]
 
 
 class _JsonSchema(TypedDict):
