@@ -118,7 +118,14 @@ def test_prompts_are_text_or_tokens() -> None:
     assert body("vllm", TEXT)["prompt"] == "Hi"
     assert body("vllm", Generation(max_tokens=1, text=""))["prompt"] == ""
     assert body("vllm", Generation(max_tokens=1, tokens=[1, 2]))["prompt"] == [1, 2]
-    assert body("vllm", Generation(max_tokens=1, text="x", logprobs=0))["logprobs"] == 0
+
+
+def test_llama_is_asked_for_a_token_more_than_none_or_it_says_no_logprob_at_all() -> None:
+    names = ("vllm", "ollama", "openai", "llama.cpp")
+    text, chat = Generation(max_tokens=1, text="x", logprobs=0), Generation(max_tokens=1, messages=(), logprobs=0)
+    assert [body(name, text)["logprobs"] for name in names] == [0, 0, 0, 1]
+    assert [body(name, chat)["top_logprobs"] for name in names] == [0, 0, 0, 1]
+    assert body("llama.cpp", Generation(max_tokens=1, text="x", logprobs=3))["logprobs"] == 3
 
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
@@ -256,6 +263,21 @@ def test_completions_say_text() -> None:
         "[DONE]",
     )
     assert events == [Started(0), Delta(0, "a", 1), Finished({0: "stop"}, Usage(0, 0, 1))]
+
+
+def test_other_tokens_are_left_out_where_none_were_asked_for() -> None:
+    others = [{"token": "a", "logprob": -0.5}]
+    chat_form = {"content": [{"token": "b", "logprob": -0.1, "top_logprobs": others}]}
+    lists = {"tokens": ["b"], "token_logprobs": [-0.1], "top_logprobs": [{"a": -0.5}], "text_offset": [0]}
+    for choice in ({"delta": {"content": "b"}, "logprobs": chat_form}, {"text": "b", "logprobs": lists}):
+        for number, num_others in ((0, 0), (1, 1)):
+            events: list[Event] = []
+            event = b"data: " + json.dumps({"choices": [{"index": 0, **choice}]}).encode()
+            Reader(Generation(max_tokens=1, text="x", logprobs=number)).read_events([event], events)
+            (delta,) = [each for each in events if isinstance(each, Delta)]
+            assert delta.logprobs is not None
+            assert [len(entry["top_logprobs"]) for entry in delta.logprobs] == [num_others]
+            assert [entry["logprob"] for entry in delta.logprobs] == [-0.1]
 
 
 def test_logprobs_are_read_in_both_forms() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -243,6 +244,36 @@ def test_completions_report_logprobs_in_both_forms(client: Client) -> None:
     logprobs = client.ask("/v1/completions", body)["choices"][0]["logprobs"]
     assert [token["token"] for token in logprobs["content"]] == logprobs["tokens"]
     assert len(logprobs["token_logprobs"]) == len(logprobs["text_offset"]) == 3
+
+
+@pytest.mark.parametrize("asked", [{}, {"top_logprobs": 0}], ids=["left out", "none"])
+def test_each_tokens_logprob_is_reported_also_where_no_others_are_asked_for(client: Client, asked: Any) -> None:
+    params = {"logprobs": True, "max_tokens": 4, **asked}
+    content = client.chat(**params)["choices"][0]["logprobs"]["content"]
+    with_others = client.chat(**{**params, "top_logprobs": 2})["choices"][0]["logprobs"]["content"]
+    assert [token["token"] for token in content] == [token["token"] for token in with_others]
+    assert numbers(content) == pytest.approx(numbers(with_others), abs=0.01)
+    assert [token["top_logprobs"] for token in content] == [[]] * 4
+    streamed = [chunk["choices"][0]["logprobs"] or {"content": []} for chunk in client.stream(**params)]
+    told = [token for logprobs in streamed for token in logprobs["content"]]
+    assert numbers(told) == pytest.approx(numbers(content), abs=0.01)
+    assert [token["top_logprobs"] for token in told] == [[]] * 4
+
+
+def test_completions_report_the_logprob_of_each_token_alone(client: Client) -> None:
+    body = {"model": "smollm2", "prompt": "Hello my", "max_tokens": 3, "temperature": 0, "logprobs": 0}
+    logprobs = client.ask("/v1/completions", body)["choices"][0]["logprobs"]
+    with_others = client.ask("/v1/completions", {**body, "logprobs": 2})["choices"][0]["logprobs"]
+    assert (logprobs["tokens"], logprobs["text_offset"]) == (with_others["tokens"], with_others["text_offset"])
+    assert logprobs["token_logprobs"] == pytest.approx(with_others["token_logprobs"], abs=0.01)
+    assert logprobs["top_logprobs"] == [{}] * 3
+    told = [chunk["choices"][0]["logprobs"] for chunk in client.stream("/v1/completions", **body)]
+    streamed = [number for each in told if each for number in each["token_logprobs"]]
+    assert streamed == pytest.approx(logprobs["token_logprobs"], abs=0.01)
+
+
+def numbers(tokens: Sequence[Any]) -> list[float]:
+    return [token["logprob"] for token in tokens]
 
 
 def test_ignore_eos_goes_on_to_max_tokens(client: Client) -> None:

@@ -31,7 +31,6 @@ _TOKENS = re.compile(rb'"tokens"\s*:\s*\[')
 _LEAST_OF_IMAGE = 32  # tokens that one is read as; what stands for it in the text is fewer
 _NO_IMAGE = {"type": "text", "text": ""}
 
-_JSON_SCHEMA_NAME = "answer"
 _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
 
 
@@ -62,10 +61,8 @@ class Dialect:
 
     def body(self, generation: Generation, model: str) -> bytes:
         body = self._sampling(generation)
-        body["model"], body["stream"] = model, True
-        body["max_tokens"], body["n"] = generation.max_tokens, generation.n
-        body.update(self._prompt(generation))
-        body.update(self.extra)
+        body |= {"model": model, "stream": True, "max_tokens": generation.max_tokens, "n": generation.n}
+        body |= {**self._prompt(generation), **self.extra}
         if generation.logprobs is not None:
             body |= self._logprobs(generation.logprobs, is_chat=generation.messages is not None)
         if generation.schema is not None:
@@ -121,7 +118,7 @@ class Dialect:
     def _response_format(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         if not schema:
             return {"type": "json_object"}
-        return {"type": "json_schema", "json_schema": {"name": _JSON_SCHEMA_NAME, "schema": schema, "strict": True}}
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
 
 class LlamaDialect(Dialect):
@@ -148,6 +145,9 @@ class LlamaDialect(Dialect):
             values["id_slot"] = generation.slot
         # Elsewhere penalties look at the whole text, here by default at the last 64 tokens.
         return values | {"repeat_last_n": _PENALTY_WINDOW, "samplers": _samplers(generation)}
+
+    def _logprobs(self, number: int, *, is_chat: bool) -> dict[str, Any]:
+        return Dialect._logprobs(self, max(1, number), is_chat=is_chat)  # of 0 it says none, also of the token it took
 
     def _response_format(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         return {"type": "json_object", "schema": schema} if schema else {"type": "json_object"}

@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def entries(reported: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One entry a token, in OctoAI's form, from the chat form or the completions' older four parallel lists."""
+def entries(reported: Mapping[str, Any], *, has_others: bool = True) -> list[dict[str, Any]]:
+    """One entry a token, in OctoAI's form, each with other likely tokens only where these were asked for: some servers
+    tell one all the same."""
+    told = _told(reported)
+    return told if has_others else [{**entry, "top_logprobs": []} for entry in told]
+
+
+def _told(reported: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """From the chat form or the completions' older four parallel lists."""
     if reported.get("content") is not None:
         return [
             {**_entry(token), "top_logprobs": [_entry(other) for other in token.get("top_logprobs") or ()]}

@@ -60,9 +60,9 @@ class Reader:
         self._choices: set[int] = set()  # of which something was said
         self._reasons: dict[int, str] = {}
         self._habits = habits or Habits()
-        may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
-        self._may_be_plain = may_be_plain
-        self._num_tries = MAX_TRIES if may_be_plain else 0
+        self._has_others = generation is None or generation.logprobs != 0  # beside the logprob of each token
+        self._may_be_plain = generation is not None and generation.n == 1 and generation.logprobs is None
+        self._num_tries = MAX_TRIES if self._may_be_plain else 0
 
     def read_events(self, texts: Sequence[bytes], events: list[Event]) -> None:
         """Add what server-sent events mean, which are given as they were received."""
@@ -266,7 +266,7 @@ class Reader:
             calls = self._calls.numbered(number, said)
         has_text = bool(text or reasoning or calls)
         self._count(number, has_text, is_told=is_told, is_only=is_only)
-        logprobs = entries(choice["logprobs"]) if choice.get("logprobs") else None
+        logprobs = entries(choice["logprobs"], has_others=self._has_others) if choice.get("logprobs") else None
         # A token that only begins a character has a logprob, but no text.
         if not has_text and not logprobs:
             return None
