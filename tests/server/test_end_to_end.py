@@ -304,6 +304,15 @@ def test_completions_take_text_token_ids_and_lists_of_both(client: Client) -> No
     assert echoed["choices"][0]["text"].startswith("Hello my")
 
 
+def test_an_empty_prompt_is_the_beginning_of_a_text(client: Client) -> None:
+    asked = {"model": "smollm2", "max_tokens": 5, "temperature": 0}
+    wanted = client.ask("/v1/completions", {**asked, "prompt": [1]})  # <|im_start|>: its file says so
+    for prompt in ("", None):
+        answer = client.ask("/v1/completions", {**asked, "prompt": prompt})
+        assert answer["choices"][0]["text"] == wanted["choices"][0]["text"] != ""
+        assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (1, 5)
+
+
 def test_emoji_and_cjk_arrive_whole_in_every_event(client: Client) -> None:
     asked = "😀😃😄 你好世界"
     chunks = client.stream(

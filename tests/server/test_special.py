@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from octoai.server.engines.header import Vocabulary, vocabulary
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.engines.special import MAX_WITHOUT_PIECES, PIECE_CHARS, SpecialTokens
-from octoai.server.errors import ContextLengthExceeded
+from octoai.server.errors import BadRequest, ContextLengthExceeded
 
 MANY = 1_000_000
 
@@ -122,6 +123,29 @@ def test_pieces_come_to_the_tokens_of_the_whole(embedded_model: Path, monkeypatc
         finally:
             await engine.close()
         assert in_pieces == whole
+
+    asyncio.run(main())
+
+
+@pytest.mark.model
+def test_an_empty_prompt_is_refused_where_no_token_begins_a_text(
+    embedded_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_model = vocabulary(embedded_model)
+    assert of_model is not None
+    assert (of_model.begin, of_model.tokens[1]) == (1, "<|im_start|>")
+    monkeypatch.setattr("octoai.server.engines.llama.vocabulary", lambda _: replace(of_model, begin=None))
+
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        await engine.start()
+        try:
+            for ask in (engine.count_tokens, lambda prompt: anext(engine.generate(prompt))):
+                with pytest.raises(BadRequest, match="prompt: must not be empty") as refused:
+                    await ask(Generation(max_tokens=1, text=""))
+                assert refused.value.param == "prompt"
+        finally:
+            await engine.close()
 
     asyncio.run(main())
 

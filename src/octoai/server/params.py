@@ -82,8 +82,8 @@ class ChatBody(ChatParams, _BodyParams, total=False):
 class CompletionBody(CompletionParams, _BodyParams, total=False):
     __pydantic_config__ = CompletionParams.__pydantic_config__  # type: ignore[misc]
     messages: Annotated[Any, GetPydanticSchema(lambda _source, handler: handler(Optional[Messages]))]
-    # `prompt` as on the wire: bounded, and null for "start from nothing". Each kind is tried, and fails at its first
-    # wrong value: an error for each value of each of them would take ten times as long.
+    # `prompt` as on the wire: bounded, and null for an empty one. Each kind is tried, and fails at its first wrong
+    # value: an error for each value of each of them would take ten times as long.
     prompt: Annotated[
         Union[
             str,

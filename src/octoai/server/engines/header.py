@@ -24,13 +24,15 @@ Value = str | float | Sequence[str] | Sequence[float]
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """`kind` is the tokenizer's, as "gpt2"; `types` are llama.cpp's of its tokens. `has_end`: something is put behind a
-    text. `ends` are the tokens that end an answer: special to llama.cpp whatever type the file says."""
+    text. `ends` are the tokens that end an answer: special to llama.cpp whatever type the file says. `begin` is the
+    token that a text begins with, where there is one."""
 
     kind: str
     tokens: Sequence[str]
     types: Sequence[float]
     has_end: bool
     ends: Set[int] = frozenset()
+    begin: int | None = None
 
 
 def metadata(weights: Path) -> dict[str, Value]:
@@ -47,7 +49,10 @@ def vocabulary(weights: Path) -> Vocabulary | None:
     has_end = any(said.get(f"tokenizer.ggml.add_{name}_token") for name in ("eos", "sep"))
     ids = [said.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends = {int(id_) for id_ in ids if isinstance(id_, int | float)}
-    return Vocabulary(kind, tokens, types, has_end, ends)
+    begin = said.get("tokenizer.ggml.bos_token_id")
+    if not isinstance(begin, int) or not 0 <= begin < len(tokens):
+        begin = None
+    return Vocabulary(kind, tokens, types, has_end, ends, begin)
 
 
 def _read(weights: Path, *, to_vocabulary: bool) -> dict[str, Value]:

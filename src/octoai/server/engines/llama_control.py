@@ -60,7 +60,16 @@ class Control:
         tokens = (await self._ask("/tokenize", body)).get("tokens")
         if not isinstance(tokens, list):
             raise Refused("it did not tell tokens")
-        return tokens
+        return tokens or self._beginning(generation)
+
+    def _beginning(self, generation: Generation) -> Sequence[int]:
+        """In place of a prompt without tokens, of which the server makes nothing: what a text begins with. Raises
+        BadRequest where that is not known."""
+        if generation.messages is not None:
+            return ()
+        if self._special.begin is None:
+            raise BadRequest("prompt: must not be empty: this model has no token that begins a text", param="prompt")
+        return (self._special.begin,)
 
     def check_at_once(self, tokens: Sequence[int], generation: Generation) -> None:
         """The server is to make these tokens by itself. Raises BadRequest where that takes far too long."""

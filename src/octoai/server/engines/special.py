@@ -26,7 +26,7 @@ _CUT_KINDS = ("gpt2", "llama")
 
 
 class SpecialTokens:
-    """Of a vocabulary; of none where it is not known."""
+    """Of a vocabulary; of none where it is not known. `begin` is the one that a text begins with."""
 
     def __init__(self, vocabulary: Vocabulary | None) -> None:
         of = zip(vocabulary.tokens, vocabulary.types, strict=False) if vocabulary else ()
@@ -34,6 +34,7 @@ class SpecialTokens:
         special = {
             number: text for number, (text, kind) in enumerate(of) if text and (kind in _KINDS or number in ends)
         }
+        self.begin = vocabulary.begin if vocabulary else None
         self._lengths_by_id = {number: len(text) for number, text in special.items()}
         self._texts = set(special.values())
         is_cut = vocabulary is not None and vocabulary.kind in _CUT_KINDS and not vocabulary.has_end
