@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psycopg
@@ -217,6 +217,28 @@ def test_a_connection_is_closed_by_another_thread_while_the_server_hangs(
     with pytest.raises(StoreError, match="is closed"):
         connection.row("SELECT 1")
     connection.close()
+
+
+def test_what_is_interrupted_ends_in_the_server_too(connection: PostgresConnection, postgres_url: str) -> None:
+    query = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 10000000000) SELECT MAX(x) FROM c"
+    running = "SELECT COUNT(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'WITH RECURSIVE c%'"
+    failed: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            connection.row(query)
+        except StoreError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=ask)
+    with closing(PostgresConnection(postgres_url)) as other:
+        thread.start()
+        until(lambda: other.row(running) == (1,))
+        connection.interrupt()
+        thread.join(5)
+        assert [type(error) for error in failed] == [StoreAway]
+        until(lambda: other.row(running) == (0,))
+    assert connection.row("SELECT 7") == (7,)
 
 
 def test_a_server_that_hangs_is_away_after_three_seconds(postgres_url: str, postgres_server: PostgresServer) -> None:

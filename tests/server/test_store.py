@@ -7,13 +7,15 @@ import itertools
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from octoai.server.store import Conflict, Connection, Place, StoreError, connect
+from octoai.server.store import Conflict, Connection, Place, StoreAway, StoreError, connect
+from octoai.server.store import reader as reader_module
 from octoai.server.store.reader import Reader
 from octoai.server.store.sqlite import FILENAME
 
@@ -267,3 +269,25 @@ def test_a_reader_that_is_closed_while_it_reads_reads_to_the_end(place: Place) -
         begun = threading.Event()
         asyncio.run(main())
     assert found == [20000] * 20
+
+
+def test_what_nobody_waits_for_any_more_leaves_its_thread_to_others(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is between two statements when it is told to end; with one thread, all else would wait."""
+    query = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 10000000000) SELECT MAX(x) FROM c"
+    connect(place).close()
+    monkeypatch.setattr(reader_module, "END_SECONDS", 0.05)
+
+    def between(db: Connection) -> None:
+        time.sleep(0.4)
+        db.row(query)
+
+    async def main() -> None:
+        with closing(Reader(place, num_threads=1)) as reader:
+            for endless in (lambda db: db.row(query), between):
+                with pytest.raises(StoreAway, match=r"0\.2 s"):
+                    await reader.run(endless, seconds=0.2)
+                assert await reader.run(lambda db: db.row("SELECT 7"), seconds=3) == (7,)
+
+    asyncio.run(main())

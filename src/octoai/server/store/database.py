@@ -72,4 +72,7 @@ class Connection(Protocol):
     def set_durable(self, is_durable: bool) -> None:
         """Whether a commit waits for the disk from now on. It does at first."""
 
+    def interrupt(self) -> None:
+        """From another thread: the statement that runs now, if one does, fails soon. Outside transactions that write."""
+
     def close(self) -> None: ...

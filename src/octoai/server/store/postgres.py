@@ -35,6 +35,7 @@ STREAM_ROWS = 1000
 # without end.
 IDLE_SECONDS = 5
 LOCK_SECONDS = 10
+CANCEL_SECONDS = 3.0
 
 # What the URL does not say itself. A host that vanished is noticed in about 10 s: 5 + 2 x 2 s without an answer to
 # keepalives, or 10 s (in milliseconds here) without one to what was sent.
@@ -122,6 +123,13 @@ class PostgresConnection:
 
     def set_durable(self, is_durable: bool) -> None:
         """Always durable here: other machines decide by what they read, so it must not be gone after a crash."""
+
+    def interrupt(self) -> None:
+        """The connection goes with it: the server may hear of this only when it is asked something else."""
+        connection = self._connection
+        with contextlib.suppress(psycopg.Error, OSError):
+            connection.cancel_safe(timeout=CANCEL_SECONDS)
+        _shut_down(connection)
 
     def close(self) -> None:
         """Also from another thread, whose call under way then fails with StoreAway, even where the server hangs."""

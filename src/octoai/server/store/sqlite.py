@@ -120,6 +120,9 @@ class SqliteConnection:
     def set_durable(self, is_durable: bool) -> None:
         self.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
 
+    def interrupt(self) -> None:
+        self._connection.interrupt()
+
     def close(self) -> None:
         self._connection.close()
 
