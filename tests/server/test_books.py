@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -13,12 +14,16 @@ import orjson
 import pytest
 
 from octoai.server import accounts, app
+from octoai.server import books as books_module
 from octoai.server.books import Books, journal_dir, recover
+from octoai.server.errors import RateLimited
 from octoai.server.journal import Journal, JournalDamaged, Orphan, is_alive
 from octoai.server.settings import Settings
-from octoai.server.store import Place, connect
+from octoai.server.store import Connection, Place, connect, usage
 from octoai.server.store.entries import Entry, balance_nanos, post
+from octoai.server.store.usage import Filters
 from tests.server.test_applier import COST, balance, process_of, run, settlement, until
+from tests.server.test_rates import num_steps
 
 SEGMENT_BYTES = 64 * 1024
 
@@ -48,6 +53,53 @@ def test_what_is_durable_in_several_segments_is_brought_in_at_once(place: Place)
         await books.close()
 
     run(main())
+
+
+def test_reports_of_one_account_keep_nobody_else_from_the_database(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 64 at once by one token, every other question waited for seconds."""
+    monkeypatch.setattr(books_module, "TURN_SECONDS", 0.3)
+    ends, num = threading.Event(), 0
+    most = 0
+
+    def slow(db: Connection) -> int:
+        nonlocal num, most
+        num += 1
+        most = max(most, num)
+        ends.wait(20)
+        num -= 1
+        return balance_nanos(db, "default")
+
+    async def main() -> None:
+        books = Books(place, opened(place))
+        books.start()
+        reports = [asyncio.create_task(books.report("acme", slow)) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        for _ in range(8):
+            assert await books.read(lambda db: balance_nanos(db, "default")) == 0
+        assert await books.report("zeta", lambda db: balance_nanos(db, "default")) == 0
+        assert not any(each.done() for each in reports)
+        done, _ = await asyncio.wait(reports, timeout=2, return_when=asyncio.ALL_COMPLETED)
+        refused = [each.exception() for each in done]
+        assert len(refused) == 19 and all(isinstance(each, RateLimited) for each in refused)
+        ends.set()
+        (first,) = set(reports) - done
+        assert await first == 0 == await books.report("acme", slow)
+        await books.close()
+
+    run(main())
+    assert most == 1
+
+
+def test_a_report_on_one_account_goes_through_its_own_usage_alone(tmp_path: Path) -> None:
+    with closing(connect(Place(tmp_path))) as db:
+        rows = [(at * 60, f"a{at % 100}", "t", "m", 1, 1, 0, 1, 1) for at in range(5000)]
+        with db.transaction():
+            db.execute_many("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        own = Filters(accounts=["a7"])
+        taken = num_steps(db, lambda: usage.sums(db, 0, 10**6, width=86400, filters=own))
+        assert taken < num_steps(db, lambda: usage.sums(db, 0, 10**6, width=86400)) / 20
 
 
 @pytest.mark.parametrize("num_removed", [0, 1, 2])

@@ -82,7 +82,7 @@ class FakeService:
         if not caller.token.scopes & set(scopes):
             raise Forbidden(f"This API token has none of the scopes {', '.join(scopes)}.")
 
-    async def read(self, action: Callable[[Connection], T]) -> T:
+    async def report(self, _: Caller, action: Callable[[Connection], T]) -> T:
         return await self.reader.run(action)
 
 
@@ -283,6 +283,49 @@ def test_pages_lose_and_repeat_nothing_whatever_their_size(world: World, usage: 
         assert (buckets[0].start_time, buckets[-1].end_time) == (start, end)
         assert all(one.end_time == next_.start_time for one, next_ in pairwise(buckets))
         assert told(buckets, ("model",)) == counts(world.sums(start, end, seconds, ("model",)))
+
+
+def test_a_page_of_many_groups_ends_early_and_the_next_goes_on(
+    world: World, usage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand tokens a day for half a year were one answer of a million results."""
+    world.random_entries(300, BEGIN, BEGIN + 9 * DAY, seed=10)
+    start, end, by = BEGIN + 7 * 3600, BEGIN + 9 * DAY, ("project_id", "model")
+    asked = {"start_time": start, "end_time": end, "limit": 9, "group_by": list(by)}
+    for most in (6, 7, 13, 30):
+        monkeypatch.setattr(organization, "MAX_ROWS", most)
+        answers = list(pages(usage.completions, **asked))
+        assert all(0 < sum(len(bucket.results) for bucket in answer.data) <= most for answer in answers)
+        buckets = [bucket for answer in answers for bucket in answer.data]
+        assert len(answers) > 1 and (buckets[0].start_time, buckets[-1].end_time) == (start, end)
+        assert all(one.end_time == next_.start_time for one, next_ in pairwise(buckets))
+        assert told(buckets, by) == counts(world.sums(start, end, DAY, by))
+
+
+def test_more_groups_than_a_page_may_have_are_refused(
+    world: World, usage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.random_entries(100, BEGIN, BEGIN + DAY, seed=11)
+    monkeypatch.setattr(organization, "MAX_ROWS", 5)
+    for start in (BEGIN - DAY, BEGIN + 3600):  # on a later page, and in a bucket that is cut
+        with pytest.raises(openai.BadRequestError, match="more than 5 results") as caught:
+            list(pages(usage.completions, start_time=start, group_by=["project_id", "model"]))
+        assert caught.value.param == "group_by"
+    assert usage.completions(start_time=BEGIN, group_by=["project_id"]).data[0].results != []
+
+
+def test_answers_are_written_beside_the_event_loop(world: World, usage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of 27 MB held up everybody else's requests for most of a second."""
+    world.random_entries(20, BEGIN, BEGIN + DAY, seed=12)
+    result, threads = organization._result, set[str]()
+
+    def watched(*arguments: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return result(*arguments)
+
+    monkeypatch.setattr(organization, "_result", watched)
+    assert usage.completions(start_time=BEGIN, end_time=BEGIN + DAY).data[0].results != []
+    assert threads != set() and all(name.startswith("octoai-reader") for name in threads)
 
 
 def test_pages_without_an_end_keep_the_end_of_the_first(

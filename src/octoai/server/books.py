@@ -14,9 +14,11 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import orjson
 
+from octoai.server.errors import RateLimited
 from octoai.server.idempotency import KEEP_SECONDS
 from octoai.server.journal import Journal, JournalError, Orphan, Position, is_alive, orphans
 from octoai.server.store import Place, clocks, connect, keys, requests, reservations
@@ -32,6 +34,7 @@ KEEP_ORDER_SECONDS = 10.0
 AHEAD_SECONDS = 3600.0
 REST_SECONDS, MAX_PORTIONS = 0.1, 50
 BATCH = 512
+NUM_REPORTS, TURN_SECONDS = 2, 5.0
 T = TypeVar("T")
 
 
@@ -65,6 +68,8 @@ class Books:
     ) -> None:
         self.place = place
         self.reader = Reader(place)
+        self._reports = Reader(place, NUM_REPORTS)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.writer = Writer(place, journal, applier=Applier(place, journal) if journal and is_beside else None)
         self._journal = journal
         self._keep_seconds = keep_seconds
@@ -86,11 +91,32 @@ class Books:
             await self._give_up(self._journal)
         await asyncio.to_thread(self.writer.close)
         self.reader.close()
+        self._reports.close()
 
     async def read(self, action: Callable[[Connection], T]) -> T:
         """Ask the database, when it has all that is durable here. Raises StoreAway."""
         await self.writer.caught_up()
         return await self.reader.run(action)
+
+    async def report(self, account: str, action: Callable[[Connection], T]) -> T:
+        """As `read`, for what may take long: never in the way of other reads, and one at a time of those that an
+        account asks for. Raises RateLimited where its others take too long."""
+        turn = self._turns.setdefault(account, asyncio.Lock())
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await turn.acquire()
+        except TimeoutError:
+            raise RateLimited(
+                "Limit of reports at once of this account: 1, and others are before this one. Try again when they have "
+                "been answered, or ask for shorter ranges.",
+                kind="requests",
+                retry_after=TURN_SECONDS,
+            ) from None
+        try:
+            await self.writer.caught_up()
+            return await self._reports.run(action)
+        finally:
+            turn.release()
 
     async def write(self, action: Callable[[Connection], T]) -> T:
         """In a transaction, on disk when this returns. Raises StoreAway, and what `action` raises."""

@@ -5,7 +5,8 @@ account. One with `usage` sees its own only: of others it is told nothing, not e
 them leave nothing.
 
 Usage is kept by the minute. A range is widened to whole minutes, as the bounds of its buckets say; its first and last
-bucket are cut to it, as OpenAI's are. Costs are of whole days (UTC).
+bucket are cut to it, as OpenAI's are. Costs are of whole days (UTC). A page of many groups ends early, between two
+buckets; the next one goes on from there.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from starlette.routing import BaseRoute, Route
 
 from octoai.server.accounts import Caller
 from octoai.server.billing import usd
+from octoai.server.errors import BadRequest
 from octoai.server.reports import DAY, MINUTE, TIMES, Range, Report, filters, groups, time_range
 from octoai.server.service import Service
+from octoai.server.store.database import Connection
 from octoai.server.store.usage import Filters, UsageSum, sums
 
 _USAGE = Report(
@@ -40,6 +43,7 @@ _COSTS = Report(
 # What a group is in our books; everything else that may be grouped by is the same for every request.
 _DIMENSIONS = {"project_id": "account", "api_key_id": "token_id", "model": "model", "line_item": "model"}
 _CONSTANTS = {"user_id": None, "batch": False, "service_tier": "default", "api_source": "unlabeled"}
+MAX_ROWS = 10_000  # of a page; OpenAI's has no end
 # Other usage that OpenAI reports and that cannot be here.
 _ABSENT = (
     *("audio_speeches", "audio_transcriptions", "code_interpreter_sessions", "decisions", "embeddings"),
@@ -69,7 +73,7 @@ async def usage_absent(request: Request) -> Response:
     """Usage of what is not offered: none, whatever it is filtered and grouped by."""
     await _authorized(request)
     asked = time_range(request.query_params, _USAGE, int(time.time()))
-    return _page(asked, {})
+    return _json(_page(asked, {}))
 
 
 async def _answer(request: Request, report: Report) -> Response:
@@ -79,16 +83,42 @@ async def _answer(request: Request, report: Report) -> Response:
     seen = _seen_by(caller, filters(params, report))
     chosen = groups(params, report)
     asked = time_range(params, report, int(time.time()))
-    buckets = asked.buckets()
-    results: dict[int, list[dict[str, Any]]] = {}
-    if buckets:
-        start_at, end_at = buckets[0][0], buckets[-1][1]
-        by = sorted({_DIMENSIONS[group] for group in chosen if group in _DIMENSIONS})
-        for each in await service.read(
-            lambda db: sums(db, start_at, end_at, width=asked.width, by=by, filters=seen),
-        ):
+
+    def read(db: Connection) -> bytes:  # as it is sent: to write it takes as long as to read it
+        shown, sums = _sums(db, asked, chosen, seen)
+        results: dict[int, list[dict[str, Any]]] = {}
+        for each in sums:
             results.setdefault(each.start_at, []).append(_result(each, report, chosen))
-    return _page(asked, results)
+        return _page(shown, results)
+
+    return _json(await service.report(caller, read))
+
+
+def _sums(db: Connection, asked: Range, chosen: frozenset[str], seen: Filters) -> tuple[Range, list[UsageSum]]:
+    """As many of the buckets asked for as have MAX_ROWS rows together, and these; of what comes after them little is
+    read. Raises BadRequest where one bucket has more."""
+    by = sorted({_DIMENSIONS[group] for group in chosen if group in _DIMENSIONS})
+    buckets, found, done = asked.buckets(), list[UsageSum](), 0
+    while done < len(buckets):
+        portion = buckets[done : 2 * done + 1] if by else buckets
+        start_at, end_at, most = portion[0][0], portion[-1][1], MAX_ROWS - len(found) + 1
+        found += sums(db, start_at, end_at, width=asked.width, by=by, filters=seen, limit=most)
+        if len(found) > MAX_ROWS:
+            return _whole(asked, found)
+        done += len(portion)
+    return asked, found
+
+
+def _whole(asked: Range, found: list[UsageSum]) -> tuple[Range, list[UsageSum]]:
+    """Without the last bucket that was found, which may have more."""
+    cut_at = found[-1].start_at
+    whole = [start_at for start_at, _ in asked.buckets() if start_at < cut_at]
+    if not whole:
+        raise BadRequest(
+            f"group_by: a bucket has more than {MAX_ROWS} results; group by less, filter, or ask for narrower buckets",
+            param="group_by",
+        )
+    return replace(asked, limit=len(whole)), [each for each in found if each.start_at < cut_at]
 
 
 async def _authorized(request: Request) -> Caller:
@@ -105,7 +135,11 @@ def _seen_by(caller: Caller, asked: Filters) -> Filters:
     return replace(asked, accounts=[own] if asked.accounts is None or own in asked.accounts else [])
 
 
-def _page(asked: Range, results: dict[int, list[dict[str, Any]]]) -> Response:
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
+def _page(asked: Range, results: dict[int, list[dict[str, Any]]]) -> bytes:
     """`results` by the beginnings of whole buckets. Those without any are there as well."""
     buckets = [
         {
@@ -117,8 +151,7 @@ def _page(asked: Range, results: dict[int, list[dict[str, Any]]]) -> Response:
         for start_at, end_at in asked.buckets()
     ]
     next_page = asked.next_page()
-    body = {"object": "page", "data": buckets, "has_more": next_page is not None, "next_page": next_page}
-    return Response(orjson.dumps(body), media_type="application/json")
+    return orjson.dumps({"object": "page", "data": buckets, "has_more": next_page is not None, "next_page": next_page})
 
 
 def _result(of: UsageSum, report: Report, chosen: frozenset[str]) -> dict[str, Any]:

@@ -117,6 +117,10 @@ class Service:
         """Ask the database, which knows by then of everything that has ended here. Raises StoreAway."""
         return await self.admission.books.read(action)
 
+    async def report(self, caller: Caller, action: Callable[[Connection], T]) -> T:
+        """As `read`, for what may take long. Raises StoreAway, RateLimited."""
+        return await self.admission.books.report(caller.account.id, action)
+
     async def standings(self, caller: Caller) -> Standings:
         """How the caller stands with its limits. Raises StoreAway."""
         return await self.read(lambda db: standings(db, caller, now_us()))

@@ -73,6 +73,6 @@ class Connection(Protocol):
         """Whether a commit waits for the disk from now on. It does at first."""
 
     def interrupt(self) -> None:
-        """From another thread: the statement that runs now, if one does, fails soon. Outside transactions that write."""
+        """From another thread: the statement that runs now, if one does, fails soon. Not for who writes."""
 
     def close(self) -> None: ...

@@ -249,6 +249,10 @@ MIGRATIONS = (
     UPDATE keys SET answered_us = claimed_us WHERE answer IS NOT NULL AND journal <> '';
     CREATE INDEX keys_answered ON keys (answered_us) WHERE answered_us IS NOT NULL;
     """,
+    # A report on one account must not go through what all others have used.
+    """
+    CREATE INDEX usage_by_account ON usage (account, minute_at);
+    """,
 )
 
 _TYPES = {

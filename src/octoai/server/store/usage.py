@@ -48,11 +48,13 @@ def sums(
     width: int | None = None,
     by: Sequence[str] = (),
     filters: Filters | None = None,
+    limit: int | None = None,
 ) -> list[UsageSum]:
     """One row for each bucket of `width` seconds and each combination of the dimensions `by` that has usage.
 
     Minutes count that begin in [start_at, end_at), Unix seconds. Buckets begin at multiples of `width`: those of an
-    hour or a day are of UTC. Rows come in the order of time, then of the dimensions in the order of DIMENSIONS.
+    hour or a day are of UTC. Rows come in the order of time, then of the dimensions in the order of DIMENSIONS, at most
+    `limit` of them.
     """
     condition, values = _condition(start_at, end_at, filters or Filters())
     if condition is None:
@@ -66,6 +68,8 @@ def sums(
         f"SELECT {', '.join(columns)}, {', '.join(f'SUM({name})' for name in _SUMS)} "  # noqa: S608  # constants only
         f"FROM usage WHERE {condition} GROUP BY {order} ORDER BY {order}"
     )
+    if limit is not None:
+        query, values = f"{query} LIMIT ?", [*values, limit]
     return [UsageSum(*row) for row in db.rows(query, values)]
 
 
