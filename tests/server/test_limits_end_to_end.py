@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -539,6 +540,23 @@ def test_what_the_engine_refuses_tells_the_limits_too(in_process: Start) -> None
     client = Client(in_process(ScriptedEngine((BadRequest("not this"),))), limits={"requests_per_minute": 3})
     status, headers, _ = client.ask()
     assert (status, headers["x-ratelimit-limit-requests"]) == (400, "3")
+
+
+def test_a_refusal_does_not_wait_for_a_database_that_takes_long_to_tell_the_limits(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While others asked for many reports it took four seconds to say that there is no such model."""
+    client = Client(in_process(ScriptedEngine()), limits={"requests_per_minute": 3})
+
+    async def never(*_: object) -> Standings:
+        await asyncio.sleep(20)
+        raise AssertionError
+
+    monkeypatch.setattr(client.service.service, "standings", never)
+    began = time.monotonic()
+    status, headers, _ = client.ask(model="unknown")
+    assert (status, time.monotonic() - began < 5) == (404, True)
+    assert not any(name.startswith("x-ratelimit") for name in headers)
 
 
 def test_the_first_token_of_a_service_has_no_limits(in_process: Start) -> None:

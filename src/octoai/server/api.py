@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope
 
 from octoai.server import params
 from octoai.server.accounts import Caller
+from octoai.server.admission import ASK_SECONDS
 from octoai.server.catalogue import Model
 from octoai.server.encoding import ChatEncoder, CompletionEncoder
 from octoai.server.errors import EncodedBody, TooLarge, TooSlow, UnknownModel, UnknownPath
@@ -76,12 +77,13 @@ async def _replay(recording: Recording, incoming: Incoming, service: Service) ->
 
 
 async def limit_headers(service: Service, caller: Caller | None) -> Headers:
-    """How a caller stands with its limits now, where it has any and the database can tell."""
+    """How a caller stands with its limits now, where it has any and the database can tell at once."""
     if caller is None or not caller.is_limited:
         return ()
     try:
-        return raw((await service.standings(caller)).headers())
-    except StoreError:
+        async with asyncio.timeout(ASK_SECONDS):
+            return raw((await service.standings(caller)).headers())
+    except (StoreError, TimeoutError):
         return ()
 
 
