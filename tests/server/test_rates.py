@@ -140,7 +140,8 @@ def test_those_of_the_minute_before_an_upgrade_are_counted(place: Place) -> None
     with closing(connect(place)) as db:
         fill(db, [(("acme", "tok_1", -number * SECOND, 3, 4), "stays") for number in range(5)])
         before = kept(db)
-        fillings = [each for each in statements(MIGRATIONS[-1], dialect) if each.startswith("INSERT INTO rates")]
+        migrated = [each for migration in MIGRATIONS for each in statements(migration, dialect)]
+        fillings = [each for each in migrated if each.startswith("INSERT INTO rates")]
         with db.transaction():
             db.execute("DELETE FROM rates")
             for each in fillings:
