@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,13 +19,14 @@ from octoai.cli.dates import months
 from octoai.server import accounts, statements
 from octoai.server.accounts import UnknownAccount
 from octoai.server.statements import Usage
-from octoai.server.store import Connection, Place, connect, requests
+from octoai.server.store import Connection, Place, connect, requests, usage
 from octoai.server.store.entries import Entry, balance_nanos, post
 from octoai.server.store.requests import RequestRow
+from octoai.server.store.usage import UsageSum
 
 OCTOBER, NOVEMBER, DECEMBER = months("2026-10"), months("2026-11"), months("2026-12")
 LATER = months("2027-06")[0]
-HOUR = 3_600_000_000
+MINUTE_US, HOUR = 60_000_000, 3_600_000_000
 
 amounts = st.integers(-(10**15), 10**15)
 moments = st.integers(OCTOBER[0] - HOUR, DECEMBER[1] + HOUR)
@@ -159,7 +161,8 @@ def test_usage_is_told_by_whatever_is_asked_for(db: Connection) -> None:
         post(db, [charge(DECEMBER[0], 8, model="large")])
 
     def told(*by: str, accounts: list[str] | None = None) -> dict[tuple[str, ...], int]:
-        rows = statements.usage_by(db, OCTOBER[0], DECEMBER[1], by, accounts)
+        with db.snapshot():
+            rows = list(statements.usage_by(db, OCTOBER[0], DECEMBER[1], by, accounts))
         assert [row.key for row in rows] == sorted(row.key for row in rows)
         return {row.key: row.cost_nanos for row in rows}
 
@@ -168,6 +171,8 @@ def test_usage_is_told_by_whatever_is_asked_for(db: Connection) -> None:
     assert told("account") == {("acme",): 11, ("zeta",): 4}
     assert told("token") == {("tok_1",): 11, ("tok_2",): 4}
     assert told("month") == {("2026-11",): 7, ("2026-12",): 8}
+    assert told("model", "month") == {("tiny", "2026-11"): 7, ("large", "2026-12"): 8}
+    assert told("month", "model") == {("2026-11", "tiny"): 7, ("2026-12", "large"): 8}
     assert told("day", "model") == {
         ("2026-11-01", "tiny"): 3,
         ("2026-11-02", "tiny"): 4,
@@ -181,6 +186,27 @@ def test_usage_is_told_by_whatever_is_asked_for(db: Connection) -> None:
     assert told("model", accounts=[]) == {}
 
 
+def test_rows_of_usage_come_as_they_are_read(db: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million of them at once were two gigabytes."""
+    num, made = 5000, 0
+    with db.transaction():
+        rows = [(at * 60, "acme", f"tok_{at % 7}", "tiny", 1, 1, 0, 1, at) for at in range(num)]
+        db.execute_many("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def make(*values: Any) -> UsageSum:
+        nonlocal made
+        made += 1
+        return UsageSum(*values)
+
+    monkeypatch.setattr(usage, "UsageSum", make)
+    with db.snapshot():
+        found = statements.usage_by(db, 0, num * MINUTE_US, ["token", "hour"])
+        first = next(found)
+        assert first.key == ("tok_0", "1970-01-01 00:00") and made < 10
+        assert first.cost_nanos + sum(row.cost_nanos for row in found) == num * (num - 1) // 2
+    assert made == len({(at % 7, at // 60) for at in range(num)})
+
+
 def test_usage_agrees_with_the_entries(db: Connection) -> None:
     sums: defaultdict[tuple[str, ...], int] = defaultdict(int)
     charges = [
@@ -190,7 +216,8 @@ def test_usage_agrees_with_the_entries(db: Connection) -> None:
         post(db, charges)
     for each in charges:
         sums[(each.model or "",)] -= each.amount_nanos
-    rows = statements.usage_by(db, NOVEMBER[0], NOVEMBER[1], ["model"])
+    with db.snapshot():
+        rows = list(statements.usage_by(db, NOVEMBER[0], NOVEMBER[1], ["model"]))
     assert {row.key: row.cost_nanos for row in rows} == sums
 
 

@@ -169,6 +169,22 @@ def test_an_account_that_is_not_there_is_said_to_be_unknown(db: Connection) -> N
         tokens.mint(db, "mine", "nobody")
 
 
+def test_tokens_that_work_are_counted_by_account(db: Connection) -> None:
+    now = int(time.time())
+    with db.transaction():
+        for account in ("acme", "zeta", "none"):
+            accounts.create(db, account)
+        minted = [tokens.mint(db, f"t{number}", "acme") for number in range(5)]
+        tokens.mint(db, "t", "zeta")
+        tokens.revoke(db, minted[0].id)
+        for number, expires_at in ((1, now - 1), (2, now), (3, now + 1)):
+            table.update(db, minted[number].id, {"expires_at": expires_at})
+    counted = table.num_active(db, now * 1_000_000 + 999_999)
+    assert (counted["acme"], counted["zeta"], counted.get("none")) == (2, 1, None)
+    assert table.num_active(db, now * 1_000_000, "acme") == {"acme": 2}
+    assert table.num_active(db, (now - 2) * 1_000_000, "acme") == {"acme": 4}
+
+
 def test_when_a_token_was_last_used_only_moves_on(db: Connection) -> None:
     minted = tokens.mint(db, "mine")
     for at, kept in ((50, 50), (40, 50), (60, 60)):

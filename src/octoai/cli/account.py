@@ -173,8 +173,8 @@ def _described(db: Connection, account: str | None = None) -> list[dict[str, Any
     now_us = time.time_ns() // 1000
     with db.snapshot():
         rows = table.all_(db) if account is None else [accounts.find(db, account)]
-        known = tokens.all_(db, account)
-        return [views.account(row, views.standing(db, row.id, known, now_us)) for row in rows]
+        num_tokens = tokens.num_active(db, now_us, account)
+        return [views.account(row, views.standing(db, row.id, num_tokens, now_us)) for row in rows]
 
 
 def _row(account: dict[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
+import sys
 from collections.abc import Iterable, Sequence
 
 # With these a spreadsheet takes a cell for a formula, and runs it.
@@ -24,13 +24,12 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], *, indent: int
     return "".join(f"{line}\n" for line in lines)
 
 
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """As RFC 4180 has it. Text that a spreadsheet would take for a formula has an apostrophe before it."""
-    output = io.StringIO()
-    writer = csv.writer(output)
+def print_csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """As RFC 4180 has it, each row as it comes. Text that a spreadsheet would take for a formula has an apostrophe
+    before it."""
+    writer = csv.writer(sys.stdout)
     writer.writerow(header)
     writer.writerows([cell if isinstance(cell, Figure) else guarded(cell) for cell in row] for row in rows)
-    return output.getvalue()
 
 
 def guarded(text: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from octoai.cli import dates
-from octoai.cli.columns import Figure, aligned, csv_text
+from octoai.cli.columns import Figure, aligned, print_csv
 from octoai.cli.database import add_options, with_database
 from octoai.cli.messages import fail
 
@@ -54,20 +53,22 @@ def _show(db: Connection, args: argparse.Namespace, span: tuple[int, int], by: S
     from octoai.server import accounts, statements
 
     chosen = None if args.account is None else [accounts.find(db, args.account).id]
-    try:
-        rows = statements.usage_by(db, *span, by, chosen)
-    except ValueError as error:
-        fail(str(error))
-        return 2
-    names = statements.token_names(db) if "token" in by else {}
+    with db.snapshot():
+        names = statements.token_names(db) if "token" in by else {}
+        try:
+            rows = statements.usage_by(db, *span, by, chosen)
+        except ValueError as error:
+            fail(str(error))
+            return 2
+        if args.csv:
+            print_csv([*_header(by), *COUNTS], ([*_keys(row, by, names), *figures(row, "")] for row in rows))
+            return 0
+        found = list(rows)
     if args.json:
-        _print_json(rows, span, by, names)
-    elif args.csv:
-        cells = [[*_keys(row, by, names), *figures(row, "")] for row in rows]
-        sys.stdout.write(csv_text([*_header(by), *COUNTS], cells))
+        _print_json(found, span, by, names)
     else:
         print(f"Usage from {written(span[0])} to {written(span[1])}")
-        print(usage_table(_header(by), [(_keys(row, by, names), row) for row in rows]), end="")
+        print(usage_table(_header(by), [(_keys(row, by, names), row) for row in found]), end="")
     return 0
 
 

@@ -6,10 +6,10 @@ to its closing balance, to the nano-dollar. Read it in one snapshot, or what hap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
+from functools import reduce
 
 from octoai.server import accounts
 from octoai.server.store import statements as table
@@ -118,41 +118,44 @@ def statements(db: Connection, month: tuple[int, int], now_us: int) -> list[Stat
 
 def usage_by(
     db: Connection, start_us: int, end_us: int, by: Sequence[str], account_ids: Sequence[str] | None = None
-) -> list[Usage]:
+) -> Iterator[Usage]:
     """Usage by any of BY, in that order, of [start_us, end_us) widened to whole minutes. Refunds and corrections are in
-    the cost, when they were made. Raises ValueError, in one line, for what cannot be."""
+    the cost, when they were made. Rows come as they are read, inside a transaction. Raises ValueError, in one line, for
+    what cannot be."""
     unknown = [name for name in by if name not in BY]
     if unknown:
         raise ValueError(f"usage can be told by {', '.join(BY)}, not by {unknown[0]!r:.40}")
     times = [name for name in by if name in TIMES]
     if len(times) > 1:
         raise ValueError(f"usage can be told by {times[0]} or by {times[1]}, not by both")
-    width = TIMES[times[0]][0] if times else None
-    found = usage.sums(
+    found = usage.stream(
         db,
         start_us // 1_000_000 // MINUTE * MINUTE,
         -(-end_us // (MINUTE * 1_000_000)) * MINUTE,
-        width=width,
-        by=[_DIMENSIONS[name] for name in by if name in _DIMENSIONS],
+        width=TIMES[times[0]][0] if times else None,
+        by=[_DIMENSIONS.get(name, "start_at") for name in by],
         filters=Filters(accounts=account_ids),
     )
-    return added(
+    rows = (
         Usage(
             tuple(_written(each, name) for name in by),
             *(each.num_requests, each.prompt_tokens, each.cached_tokens, each.completion_tokens, each.cost_nanos),
         )
         for each in found
     )
+    return iter(added(rows)) if "month" in times else rows  # the database knows of days, not of months
 
 
 def added(rows: Iterable[Usage]) -> list[Usage]:
     """One for each key, in the order of keys."""
-    ordered = sorted(rows, key=lambda row: row.key)
-    return [_sum(key, group) for key, group in groupby(ordered, key=lambda row: row.key)]
+    sums: dict[tuple[str, ...], Usage] = {}
+    for row in rows:
+        sums[row.key] = _sum(sums[row.key], row) if row.key in sums else row
+    return [sums[key] for key in sorted(sums)]
 
 
 def total(rows: Iterable[Usage]) -> Usage:
-    return _sum((), rows)
+    return reduce(_sum, rows, Usage(()))
 
 
 def token_names(db: Connection) -> dict[str, str]:
@@ -160,9 +163,16 @@ def token_names(db: Connection) -> dict[str, str]:
     return {row.id: row.name for row in tokens.all_(db)}
 
 
-def _sum(key: tuple[str, ...], rows: Iterable[Usage]) -> Usage:
-    columns = zip(*(astuple(row)[1:] for row in rows), strict=True)
-    return Usage(key, *map(sum, columns))
+def _sum(one: Usage, other: Usage) -> Usage:
+    """Under the key of the first."""
+    return Usage(
+        one.key,
+        one.num_requests + other.num_requests,
+        one.prompt_tokens + other.prompt_tokens,
+        one.cached_tokens + other.cached_tokens,
+        one.completion_tokens + other.completion_tokens,
+        one.cost_nanos + other.cost_nanos,
+    )
 
 
 def _usage(of: Charged, key: tuple[str, ...]) -> Usage:

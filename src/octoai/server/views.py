@@ -7,7 +7,7 @@ neither HTTP nor where the rows came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,16 +32,10 @@ class Standing:
     num_tokens: int
 
 
-def standing(db: Connection, account: str, tokens: Iterable[TokenRow], now_us: int) -> Standing:
-    """`tokens` may hold those of other accounts."""
-    own = [token for token in tokens if token.account == account and is_active(token, now_us)]
-    return Standing(balance_nanos(db, account), spent_nanos(db, account, month_of(now_us)), len(own))
-
-
-def is_active(token: TokenRow, now_us: int) -> bool:
-    """Whether it is neither revoked nor expired."""
-    expires_us = None if token.expires_at is None else token.expires_at * 1_000_000
-    return token.revoked_at is None and (expires_us is None or expires_us > now_us)
+def standing(db: Connection, account: str, num_tokens: Mapping[str, int], now_us: int) -> Standing:
+    """`num_tokens` of accounts, this one among them where it has any."""
+    spent = spent_nanos(db, account, month_of(now_us))
+    return Standing(balance_nanos(db, account), spent, num_tokens.get(account, 0))
 
 
 def account(row: AccountRow, now: Standing) -> dict[str, Any]:

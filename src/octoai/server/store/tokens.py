@@ -81,6 +81,16 @@ def all_(db: Connection, account: str | None = None) -> list[TokenRow]:
     return [row_of(row) for row in db.rows(query, values)]
 
 
+def num_active(db: Connection, now_us: int, account: str | None = None) -> dict[str, int]:
+    """How many tokens of each account are neither revoked nor expired; accounts without any are left out."""
+    where, values = ("", ()) if account is None else ("AND account = ?", (account,))
+    query = (
+        "SELECT account, COUNT(*) FROM tokens WHERE revoked_at IS NULL "  # noqa: S608  # constants only
+        f"AND (expires_at IS NULL OR expires_at > ?) {where} GROUP BY account"
+    )
+    return dict(db.rows(query, (now_us // 1_000_000, *values)))
+
+
 def update(db: Connection, token_id: str, changes: Mapping[str, Any]) -> bool:
     """`changes` by the names of columns, `scopes` and `models` as in `TokenRow`. False where there is no such token."""
     written = dict(changes)
