@@ -13,6 +13,7 @@ import pytest
 
 from octoai.cli import main
 from octoai.cli.account import PLANS
+from octoai.cli.columns import Figure, aligned
 from octoai.server import accounts, tokens
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.store import Place, connect
@@ -112,6 +113,15 @@ def test_accounts_are_listed_without_looking_at_every_token(
 
     monkeypatch.setattr(table, "row_of", read)
     assert [each["active_tokens"] for each in json.loads(octoai("account", "list", "--json"))] == [2]
+
+
+def test_a_long_table_takes_no_longer_a_row_than_a_short_one() -> None:
+    """For each row the longest of its column was looked for again: with 10,000 accounts for most of five seconds."""
+    num = 40_000
+    began = time.monotonic()
+    table = aligned(["N"], [[Figure(f"{number}.{'0' * (number % 3)}")] for number in range(num)])
+    assert time.monotonic() - began < 2
+    assert table.splitlines()[:4] == [f"{text:>8}".rstrip() for text in ("N", "0.  ", "1.0 ", "2.00")]
 
 
 def test_one_account_is_shown_to_a_person(octoai: Octoai) -> None:

@@ -47,7 +47,8 @@ def _column(name: str, cells: Sequence[str]) -> list[str]:
 def _pointed(cells: Sequence[str]) -> list[str]:
     """Room after each for the decimals that others have more of."""
     lengths = [len(cell) - cell.find(".") if "." in cell else 0 for cell in cells]
-    return [cell + " " * (max(lengths) - length) for cell, length in zip(cells, lengths, strict=True)]
+    longest = max(lengths, default=0)
+    return [cell + " " * (longest - length) for cell, length in zip(cells, lengths, strict=True)]
 
 
 def _printable(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import reduce
+from functools import lru_cache, reduce
 
 from octoai.server import accounts
 from octoai.server.store import statements as table
@@ -181,6 +181,9 @@ def _usage(of: Charged, key: tuple[str, ...]) -> Usage:
 
 
 def _written(of: UsageSum, name: str) -> str:
-    if name in TIMES:
-        return datetime.fromtimestamp(of.start_at, UTC).strftime(TIMES[name][1])
-    return str(getattr(of, _DIMENSIONS[name]))
+    return _time(of.start_at, name) if name in TIMES else str(getattr(of, _DIMENSIONS[name]))
+
+
+@lru_cache(maxsize=1000)
+def _time(start_at: int, name: str) -> str:
+    return datetime.fromtimestamp(start_at, UTC).strftime(TIMES[name][1])
