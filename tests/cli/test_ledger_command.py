@@ -172,6 +172,24 @@ def test_who_reads_only_the_beginning_sees_no_complaint(data_dir: Path, db: Conn
     assert child.returncode == 1
 
 
+def test_who_takes_a_while_to_read_does_not_make_the_log_grow(data_dir: Path, db: Connection) -> None:
+    """As with a pager: what was written meanwhile stayed in the write-ahead log, gigabytes of it."""
+    numbers = [*range(10, 2600)]
+    with db.transaction():
+        requests.apply(db, [record("settlement", number) for number in numbers], NOON)
+    db.execute("PRAGMA busy_timeout = 0")
+    program = [sys.executable, "-m", "octoai", "ledger", "export", "--data-dir", str(data_dir)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        first = child.stdout.readline()  # what follows is more than a pipe takes
+        with db.transaction():
+            requests.apply(db, [record("settlement", 9)], NOON)
+        row = db.row("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert row is not None and row[0] == 0  # all of it, nobody being in the way
+        found = [json.loads(line)["request_id"] for line in [first, *child.stdout]]
+    assert set(found) >= {f"req_{number}" for number in (0, 1, 2, 4, *numbers)} and len(found) == len(set(found))
+
+
 def test_a_request_is_refunded_once(capfdbinary: pytest.CaptureFixture[bytes], data_dir: Path, db: Connection) -> None:
     status, out, err = octoai(capfdbinary, data_dir, "refund", "req_0", "--note", "our fault")
     assert (status, out, err) == (0, "refunded req_0: 0.0000132 USD to account acme\n", "")

@@ -81,9 +81,8 @@ def _export(db: Connection, args: argparse.Namespace) -> int:
         return fail(f"there is no account {args.account!r:.80}")
     statuses = [*(args.status or STATUSES), *(["open"] if args.open else [])]
     output = sys.stdout.buffer
-    with db.snapshot():
-        for row in between(db, args.since, args.until, statuses=statuses, account=args.account):
-            output.write(orjson.dumps(_exported(row), option=orjson.OPT_APPEND_NEWLINE))
+    for row in between(db, args.since, args.until, statuses=statuses, account=args.account):
+        output.write(orjson.dumps(_exported(row), option=orjson.OPT_APPEND_NEWLINE))
     output.flush()
     return 0
 

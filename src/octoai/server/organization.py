@@ -211,6 +211,8 @@ def _described(summary: str, report: Report, listed: tuple[str, ...]) -> dict[st
     if "batch" in many:
         many["batch"] = {"type": "boolean"}
     refusals = {"400": "`param` names what is wrong", "403": "The token has neither the scope `usage` nor `admin`"}
+    if listed:
+        refusals["429"] = "Others of the account's reports take too long: they are read one after the other"
     return {
         "summary": f"{summary} With the scope `usage` of one's own account, with `admin` of all.",
         "parameters": [
@@ -218,7 +220,7 @@ def _described(summary: str, report: Report, listed: tuple[str, ...]) -> dict[st
             for name, schema in {**times, **many}.items()
         ],
         "responses": {
-            "200": {"description": f"A page of buckets: at most {_most(report)} of them"},
+            "200": {"description": f"A page of buckets: at most {_most(report)}, with {MAX_ROWS} results"},
             **{status: {"description": text} for status, text in refusals.items()},
         },
     }

@@ -17,6 +17,7 @@ from octoai.server.store.database import Connection
 from octoai.server.store.entries import Entry, post
 
 REST_SECONDS = 0.00002
+PAGE = 1000
 CHUNK = 400  # parameters of one IN (…): SQLite's older limit is 999
 
 
@@ -156,16 +157,16 @@ def between(
     statuses: Sequence[str],
     account: str | None = None,
 ) -> Iterator[RequestRow]:
-    """Those that were opened in [since, until), oldest first, in bounded memory; inside a transaction."""
-    conditions = {
-        "opened_us >= ?": since_us,
-        "opened_us < ?": until_us,
-        "account = ?": account,
-    }
+    """Those that were opened in [since, until), oldest first, in bounded memory. Each page is read by itself: while a
+    reader takes its time, as a pager does, the log of what is written meanwhile must not grow."""
+    conditions = {"opened_us < ?": until_us, "account = ?": account}
     given = {condition: value for condition, value in conditions.items() if value is not None}
-    where = " AND ".join([f"status IN ({', '.join('?' * len(statuses))})", *given])
-    query = f"SELECT {COLUMNS} FROM requests WHERE {where} ORDER BY opened_us, id"  # noqa: S608  # constants only
-    return (RequestRow(*row) for row in db.stream(query, [*statuses, *given.values()]))
+    where = " AND ".join([f"status IN ({', '.join('?' * len(statuses))})", *given, "(opened_us, id) > (?, ?)"])
+    query = f"SELECT {COLUMNS} FROM requests WHERE {where} ORDER BY opened_us, id LIMIT {PAGE}"  # noqa: S608
+    last: tuple[int, str] = (since_us or 0, "")
+    while rows := [RequestRow(*row) for row in db.rows(query, [*statuses, *given.values(), *last])]:
+        yield from rows
+        last = (rows[-1].opened_us, rows[-1].id)
 
 
 def charged(db: Connection, id_: str | None) -> RequestRow | None:
