@@ -67,7 +67,7 @@ def document() -> dict[str, Any]:
             "title": "octoai",
             "version": __version__,
             "description": "Text generation, compatible with OctoAI's API and with OpenAI's clients; accounts, prices "
-            "and usage. Money is USD as a decimal string (`usage.cost`: as a number), times are whole seconds since 1970 "
+            "and usage. Money is USD as a decimal string (`usage.cost`: a number), times are whole seconds since 1970 "
             "(UTC).",
         },
         "components": {

@@ -20,7 +20,7 @@ Cost = Annotated[Union[str, Any], Field(union_mode="left_to_right")]
 
 
 class UsageStats(Record):
-    """Tokens, as the engine counted them. `cost` is in US dollars: on the wire a number, here text with all of its digits
+    """Tokens, as the engine counted them. `cost` is in US dollars: on the wire a number, here text with all its digits
     (other services say other things there); `prompt_tokens_details` says how many tokens of the prompt were found in a
     cache (`cached_tokens`), `completion_tokens_details` how many of the answer's are what the model thought before it
     (`reasoning_tokens`), where it did."""
