@@ -120,6 +120,26 @@ def test_a_price_that_is_heard_of_again_is_kept_once() -> None:
     assert set(book.models) == {"small", "large"}
 
 
+def test_a_price_is_compared_with_few_of_those_there_are() -> None:
+    """With all of them, 5,000 of one model took more than a second at each start."""
+    num_compared = 0
+
+    class Counted(PriceRow):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal num_compared
+            num_compared += 1
+            return self.valid_from_us == getattr(other, "valid_from_us", None)
+
+        __hash__ = None  # type: ignore[assignment]
+
+    rows = [Counted("small", moment, 1, 1, 1, "operator") for moment in range(200)]
+    book = PriceBook([*rows, *rows])
+    assert len(book.rows("small")) == 200
+    assert num_compared < 1000
+
+
 @given(st.sets(st.integers(0, 50)), st.integers(0, 60), st.randoms())
 def test_the_price_is_the_newest_that_has_begun(moments: set[int], at_us: int, random: object) -> None:
     rows = [row(moment, moment) for moment in moments]

@@ -51,8 +51,9 @@ class PriceBook:
     def add(self, rows: Iterable[PriceRow]) -> None:
         for row in rows:
             known = self._rows.setdefault(row.model, [])
-            if row not in known:
-                bisect.insort(known, row, key=lambda each: each.valid_from_us)
+            place = bisect.bisect(known, row.valid_from_us, key=lambda each: each.valid_from_us)
+            if known[place - 1 : place] != [row]:  # a model has one price from any moment
+                known.insert(place, row)
 
     def of(self, model: str, at_us: int) -> PriceRow | None:
         """The price that applies to a model at that moment."""
