@@ -7,8 +7,10 @@ know which weights are on this machine (`sources` does), nor which engine serves
 from __future__ import annotations
 
 import difflib
+import heapq
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -20,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from octoai.server.places import expanded
 
 EMBEDDED_MODEL_ID = "smollm2-135m-instruct"
+LONGEST_COMPARED, MAX_COMPARED = 64, 50  # letters of a name that nothing has, and names that may be meant
 
 Kind = Literal["chat", "embedding", "vision"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -175,18 +178,28 @@ class Catalogue(Mapping[str, Model]):
 
 def nearest(name: str, models: Iterable[Model], n: int = 3) -> tuple[str, ...]:
     """The ids of the models whose id or alias is most like that name, best first."""
-    # Cut short: the name comes from a request, and the comparison takes quadratic time.
-    wanted = name.lower()[:_LONGEST_NAME]
-    likeness = {model.id: max(_likeness(wanted, known.lower()) for known in model.names) for model in models}
-    alike = [model_id for model_id, value in likeness.items() if value > 0]
-    return tuple(sorted(alike, key=lambda model_id: -likeness[model_id])[:n])
+    # Cut short: the name comes from a request, and the comparison takes quadratic time. For the same reason the letters
+    # of a name are compared in their order only where it could come to be among the best, and of few.
+    wanted = name.lower()[:LONGEST_COMPARED]
+    words, letters = _WORD.findall(wanted), Counter(wanted)
+    names = [(known.lower(), model.id) for model in models for known in model.names]
+    likeness = dict.fromkeys((model_id for _, model_id in names), 0.0)
+    bounds = [(*_likeness_at_most(words, letters, known), known, model_id) for known, model_id in names]
+    for bound, alike, known, model_id in sorted(bounds, key=lambda each: -each[0])[:MAX_COMPARED]:
+        if bound == 0 or bound < heapq.nlargest(n, likeness.values())[-1]:
+            break
+        value = alike + difflib.SequenceMatcher(None, wanted, known).ratio()
+        likeness[model_id] = max(likeness[model_id], value)
+    alike_ids = [model_id for model_id, value in likeness.items() if value > 0]
+    return tuple(sorted(alike_ids, key=lambda model_id: -likeness[model_id])[:n])
 
 
-def _likeness(wanted: str, known: str) -> float:
-    """0 to 2: how alike the letters are, and how many of the wanted name's words the known one has."""
-    letters = difflib.SequenceMatcher(None, wanted, known).ratio()
-    words = [word for word in _WORD.findall(wanted) if word]
-    return letters + sum(word in known for word in words) / max(1, len(words))
+def _likeness_at_most(words: Sequence[str], letters: Counter[str], known: str) -> tuple[float, float]:
+    """How alike a known name can be: 0 to 2, for its letters in any order, and the second of it for how many of the
+    wanted name's words it has."""
+    alike = sum(word in known for word in words) / max(1, len(words))
+    num_letters = letters.total() + len(known)
+    return alike + 2.0 * (letters & Counter(known)).total() / num_letters, alike
 
 
 def parse_model(entry: Any, base: Path) -> Model:
