@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from difflib import SequenceMatcher
+from typing import Any
+
 import pytest
 
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue, Model
@@ -73,6 +76,31 @@ def test_a_name_like_none_is_pointed_to_the_list(name: str) -> None:
         ALONE.find(name)
     assert len(caught.value.message) < 500
     assert "/v1/models" in caught.value.message or "Closest" in caught.value.message
+
+
+def test_a_name_that_is_asked_for_again_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+
+    class Counting(SequenceMatcher[str]):
+        def __init__(self, junk: Any, wanted: str, known: str) -> None:
+            compared.append(wanted)
+            super().__init__(junk, wanted, known)
+
+    router = Router([EMBEDDED, OWN], SHIPPED, stand_in=EMBEDDED)
+    monkeypatch.setattr("octoai.server.catalogue.difflib.SequenceMatcher", Counting)
+    said = set()
+    for name in ("meta-llama-3-8b", "meta-llama-3-8b", "x" * 100_000, "x" * 100_000 + "y"):
+        with pytest.raises(UnknownModel) as caught:
+            router.find(name)
+        said.add((caught.value.message, len(compared)))
+    assert len(said) == 2
+
+
+def test_the_names_of_a_token_are_looked_up_once() -> None:
+    names = ["SmolLM2", "gone", "own", "mixtral-8x7b-instruct-fp16"]
+    ids = STANDING_IN.ids(tuple(names))
+    assert ids == {EMBEDDED_MODEL_ID, "gone", "Acme/Own-1", "mixtral-8x7b-instruct"}
+    assert STANDING_IN.ids(tuple(names)) is ids
 
 
 def test_what_is_served_is_listed_once_each() -> None:

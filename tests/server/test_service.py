@@ -96,6 +96,21 @@ def test_a_body_is_not_asked_for_from_a_client_that_may_not_ask(service: InProce
     assert right.until(b"\r\n\r\n").startswith(b"HTTP/1.1 100")
 
 
+def test_a_token_for_many_models_is_told_some_of_them(service: InProcess) -> None:
+    """A refusal named all of a thousand: 234 kB."""
+    token = service.mint("many", models=[f"org/model-{number:04}" for number in range(1000)]).text
+    few = service.mint("few", models=["org/model-1", "own"]).text
+
+    def refusal(token: str) -> str:
+        status, _, text = ask(service, "/v1/chat/completions", request(service), authorization=f"Bearer {token}")
+        error = json.loads(text)["error"]
+        assert (status, error["param"]) == (403, "model")
+        return str(error["message"]).partition("; it may use ")[2]
+
+    assert refusal(token) == ", ".join(f"org/model-{number:04}" for number in range(20)) + " and 980 more."
+    assert refusal(few) == "org/model-1, own."
+
+
 # Bodies
 
 

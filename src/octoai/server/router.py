@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
-from octoai.server.catalogue import Catalogue, Model, nearest
+from octoai.server.catalogue import LONGEST_COMPARED, Catalogue, Model, nearest
 from octoai.server.engines.base import Engine
 from octoai.server.errors import UnknownModel
 from octoai.server.queue import FairQueue
+
+MAX_KEPT = 256  # names and lists of names that are not looked up again
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,16 +30,22 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """`stand_in` answers for the catalogue's models that have no weights here; None: nothing does."""
+    """`stand_in` answers for the catalogue's models that have no weights here; None: nothing does. `ids` are those of
+    the models that some names mean; a name that is not known here stands for itself."""
 
     deployments: Sequence[Deployment]
     catalogue: Catalogue
     stand_in: Deployment | None = None
+    ids: Callable[[tuple[str, ...]], frozenset[str]] = field(init=False, repr=False, compare=False)
     _by_name: Mapping[str, Deployment] = field(init=False)
+    _nearest: Callable[[str], tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = {name.lower(): deployment for deployment in self.deployments for name in deployment.model.names}
         object.__setattr__(self, "_by_name", names)
+        served = tuple(model for model, _ in self.served())
+        object.__setattr__(self, "_nearest", lru_cache(MAX_KEPT)(partial(nearest, models=served)))
+        object.__setattr__(self, "ids", lru_cache(MAX_KEPT)(self._ids))
 
     def find(self, name: str) -> Deployment:
         """Raises UnknownModel, naming the closest ids that would have worked."""
@@ -48,17 +57,18 @@ class Router:
             return self._by_name[known.id.lower()]
         if known is not None and known.kind != "embedding" and self.stand_in is not None:
             return self.stand_in
-        raise UnknownModel(name, nearest(name, (model for model, _ in self.served())))
-
-    def is_known(self, name: str) -> bool:
-        return name.lower() in self._by_name or self.catalogue.find(name) is not None
+        raise UnknownModel(name, self._nearest(name[:LONGEST_COMPARED]))
 
     def named(self, name: str) -> Model:
         """The model that a request names: what it is billed as, whichever answers. Raises UnknownModel."""
+        return self._known(name) or self.find(name).model
+
+    def _known(self, name: str) -> Model | None:
         own = self._by_name.get(name.lower())
-        if own is not None:
-            return own.model
-        return self.catalogue.find(name) or self.find(name).model
+        return self.catalogue.find(name) if own is None else own.model
+
+    def _ids(self, names: tuple[str, ...]) -> frozenset[str]:
+        return frozenset(name if (model := self._known(name)) is None else model.id for name in names)
 
     def served(self) -> Iterable[tuple[Model, Deployment]]:
         """Every id that a request may name, with what answers for it."""

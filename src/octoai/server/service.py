@@ -33,6 +33,8 @@ from octoai.server.store.database import Connection
 
 log = logging.getLogger("octoai.request")
 
+MAX_NAMED = 20  # of the models that a token may use, where it asks for another
+
 Batch = Sequence[Event]
 T = TypeVar("T")
 
@@ -135,11 +137,12 @@ class Service:
         allowed = caller.token.models
         if allowed is None:
             return
-        ids = {self.router.named(each).id if self.router.is_known(each) else each for each in allowed}
+        ids = self.router.ids(allowed)
         if self.router.named(name).id not in ids:
+            more = f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
+            named = ", ".join(sorted(ids)[:MAX_NAMED])
             raise Forbidden(
-                f"This API token may not use the model `{name[:200]}`; it may use {', '.join(sorted(ids))}.",
-                param="model",
+                f"This API token may not use the model `{name[:200]}`; it may use {named}{more}.", param="model"
             )
 
     @property
