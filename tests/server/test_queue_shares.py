@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,94 @@ def test_a_request_that_has_begun_is_not_displaced_though_it_waited_with_all_its
         assert await is_refused(Worker(queue, "b", order))
         await end([holder])
         await asyncio.gather(*waiting)
+
+    run(main())
+
+
+def plainly_going(queue: FairQueue, name: str, tokens: int) -> list[Any] | None:
+    """Who would have to go, looked for anew each time; None where who asks is refused."""
+    waiting = {each: [*account.waiting] for each, account in queue._accounts.items() if account.waiting}
+    own = waiting.pop(name, [])
+    sizes: list[tuple[Callable[[list[Any]], int], int, int]] = [(len, len(own) + 1, queue.max_waiting)]
+    if queue.max_waiting_tokens is not None:
+        own_tokens = sum(place.tokens for place in own) + tokens
+        sizes.append((lambda places: sum(place.tokens for place in places), own_tokens, queue.max_waiting_tokens))
+    full = (queue.max_waiting_tokens or 2**62) - queue.waiting_tokens
+    if queue.num_waiting < queue.max_waiting and (not queue.num_waiting or tokens <= full):
+        return []
+    going = []
+    for size, own_size, bound in sizes:
+        while sum(map(size, waiting.values())) + own_size > bound:
+            may = (
+                (each, place)
+                for each in sorted(waiting, key=lambda each: -size(waiting[each]))
+                for place in [next((one for one in reversed(waiting[each]) if not one.is_admitted()), None)]
+                if size(waiting[each]) > own_size
+                and len(waiting[each]) + queue._accounts[each].num_running > 1
+                and place is not None
+            )
+            found = next(may, None) if own_size * (len(waiting) + 1) <= bound else None
+            if found is None:
+                return None
+            waiting[found[0]].remove(found[1])
+            going.append(found[1])
+    return going
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 2**32), bound=st.integers(2, 12))
+def test_those_go_who_would_be_found_one_after_the_other(seed: int, bound: int) -> None:
+    async def one(queue: FairQueue, name: str, tokens: int, is_admitted: bool) -> None:
+        async with queue.turn(name, tokens, is_admitted=lambda: is_admitted):
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        dice = random.Random(seed)
+        queue = FairQueue(2, bound, dice.choice([None, 20 * bound, 200]))
+        tasks = [asyncio.create_task(one(queue, name, 1, True)) for name in dice.choices("abx", k=2)]
+        await ticks()
+        for _ in range(40):
+            name, tokens, is_admitted = dice.choice("aaabcdx"), dice.choice([1, 5, 20, 150]), dice.random() < 0.3
+            going = [] if is_admitted else plainly_going(queue, name, tokens)
+            left = queue.waiting_tokens - sum(place.tokens for place in going or [])
+            wait = (left + queue.running_tokens / 2) / queue.tokens_per_second
+            before = [place for account in queue._accounts.values() for place in account.waiting]
+            tasks.append(asyncio.create_task(one(queue, name, tokens, is_admitted)))
+            await asyncio.sleep(0)
+            assert {place for place in before if place.turn.done()} == set(going or [])
+            if going:
+                assert going[-1].turn.exception().retry_after == Unavailable("", retry_after=wait).retry_after
+            await ticks()
+            assert tasks[-1].done() == (going is None)
+            for account in queue._accounts.values():
+                assert account.waiting_tokens == sum(place.tokens for place in account.waiting)
+            if dice.random() < 0.1:
+                dice.choice(tasks).cancel()
+                await ticks()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (queue.num_waiting, queue.waiting_tokens, queue._accounts) == (0, 0, {})
+
+    run(main())
+
+
+def test_thousands_give_way_in_no_time() -> None:
+    """Looked for one by one, 5,000 took more than a second, in which nobody was served."""
+
+    async def main() -> None:
+        num, order = 5000, list[str]()
+        queue = FairQueue(1, 2 * num, 100 * num)
+        many = [Worker(queue, "greedy", order, 100) for _ in range(num + 1)]
+        await ticks()
+        began = time.thread_time()
+        large = asyncio.create_task(queue._wait("modest", 49 * num, bool))
+        await asyncio.sleep(0)
+        took = time.thread_time() - began
+        assert queue.num_waiting == num * 51 // 100 + 1
+        assert took < 0.25
+        large.cancel()
+        await end(many)
 
     run(main())
 

@@ -16,11 +16,13 @@ was done, so that an expected wait is honest also where every estimate is too hi
 from __future__ import annotations
 
 import asyncio
+import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import TracebackType
 
 from octoai.server.errors import Unavailable
@@ -36,7 +38,7 @@ class _Place:
     is_admitted: Callable[[], bool]
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Account:
     """One that has requests here. `had` is its tokens in turns so far, counted on from where it came in; `since`
     orders those that have had the same."""
@@ -44,6 +46,7 @@ class _Account:
     had: float
     since: int
     waiting: deque[_Place] = field(default_factory=deque)
+    waiting_tokens: int = 0
     num_running: int = 0
 
 
@@ -68,8 +71,25 @@ class Turn:
         self._queue._give_back(self._account, self._tokens)
 
 
-def _tokens_of(places: list[_Place]) -> int:
-    return sum(place.tokens for place in places)
+@dataclass(slots=True)
+class _Other:
+    """An account as it is once some of its requests have given way."""
+
+    account: _Account
+    num_waiting: int
+    tokens: int
+    _may_go: list[_Place] | None = None
+
+    def give_up(self) -> _Place | None:
+        """The newest request that may go, which is gone then. The only request of an account stays."""
+        if self._may_go is None:
+            self._may_go = [place for place in self.account.waiting if not place.is_admitted()]
+        if not self._may_go or self.num_waiting + self.account.num_running <= 1:
+            return None
+        place = self._may_go.pop()
+        self.num_waiting -= 1
+        self.tokens -= place.tokens
+        return place
 
 
 class FairQueue:
@@ -126,7 +146,9 @@ class FairQueue:
         if not is_admitted():
             self._make_room(account, tokens)
         place = _Place(tokens, asyncio.get_running_loop().create_future(), is_admitted)
-        self._entered(account).waiting.append(place)
+        entered = self._entered(account)
+        entered.waiting.append(place)
+        entered.waiting_tokens += tokens
         self.num_waiting += 1
         self.waiting_tokens += tokens
         try:
@@ -146,50 +168,42 @@ class FairQueue:
         # One that comes to more than the bound by itself may wait where nobody else does.
         if not is_full and (limit is None or not self.num_waiting or self.waiting_tokens + tokens <= limit):
             return
-        waiting = {each: [*account.waiting] for each, account in self._accounts.items() if account.waiting}
-        own = waiting.pop(name, [])
+        own = self._accounts.get(name) or _Account(0.0, 0)
+        waiting = [account for account in self._accounts.values() if account.waiting and account is not own]
+        others = [_Other(each, len(each.waiting), each.waiting_tokens) for each in waiting]
         said = f"requests are waiting ({self.num_waiting})"
-        going = self._going(waiting, len, len(own) + 1, self.max_waiting, said)
+        going = self._going(others, attrgetter("num_waiting"), len(own.waiting) + 1, self.max_waiting, said)
         if limit is not None:
             said = f"tokens are waiting (about {self.waiting_tokens})"
-            going += self._going(waiting, _tokens_of, _tokens_of(own) + tokens, limit, said)
-        for other, place in going:
-            self._leave(other, place)
+            going += self._going(others, attrgetter("tokens"), own.waiting_tokens + tokens, limit, said)
+        gone = {place for _, place in going}
+        for account in {account for account, _ in going}:
+            account.waiting = deque(place for place in account.waiting if place not in gone)
+        for account, place in going:
+            self._forget(account, place)
             if not place.turn.done():
                 place.turn.set_exception(self._refusal("Others who have less of the queue come before this."))
 
     def _going(
-        self,
-        waiting: dict[str, list[_Place]],
-        size: Callable[[list[_Place]], int],
-        own_size: int,
-        bound: int,
-        said: str,
-    ) -> list[tuple[str, _Place]]:
-        """Who has to go for the bound to hold, taken from `waiting`, which is all that others have here; `own_size` is
-        what who asks would have."""
-        going: list[tuple[str, _Place]] = []
-        num_accounts = len(waiting) + 1
-        while sum(map(size, waiting.values())) + own_size > bound:
-            found = self._greediest(waiting, size, own_size) if own_size * num_accounts <= bound else None
-            if found is None:
+        self, others: Sequence[_Other], size: Callable[[_Other], int], own_size: int, bound: int, said: str
+    ) -> list[tuple[_Account, _Place]]:
+        """Who has to go for the bound to hold: each time the newest of the account that has most, and more than who
+        asks, which would have `own_size`."""
+        going: list[tuple[_Account, _Place]] = []
+        excess = sum(map(size, others)) + own_size - bound
+        is_in_its_part = own_size * (len(others) + 1) <= bound
+        greediest = [(-size(other), number, other) for number, other in enumerate(others)]
+        heapq.heapify(greediest)
+        while excess > 0:
+            if not is_in_its_part or not greediest or -greediest[0][0] <= own_size:
                 raise self._refusal(f"Too many {said}.")
-            waiting[found[0]].remove(found[1])
-            going.append(found)
+            before, number, other = heapq.heappop(greediest)
+            place = other.give_up()
+            if place is not None:  # if none of it may go, the next has most
+                excess += before + size(other)
+                heapq.heappush(greediest, (-size(other), number, other))
+                going.append((other.account, place))
         return going
-
-    def _greediest(
-        self, waiting: dict[str, list[_Place]], size: Callable[[list[_Place]], int], own_size: int
-    ) -> tuple[str, _Place] | None:
-        """The newest request that may go, of the account that has most, and more than who asks. The only request of an
-        account stays."""
-        sizes = {name: size(places) for name, places in waiting.items()}
-        for name in sorted(sizes, key=lambda each: -sizes[each]):
-            num_requests = len(waiting[name]) + self._accounts[name].num_running
-            place = next((each for each in reversed(waiting[name]) if not each.is_admitted()), None)
-            if sizes[name] > own_size and num_requests > 1 and place is not None:
-                return name, place
-        return None
 
     def _refusal(self, message: str) -> Unavailable:
         return Unavailable(message, retry_after=self.expected_wait, code="overloaded")
@@ -222,10 +236,11 @@ class FairQueue:
         account = self._accounts.get(name)
         if account is not None and place in account.waiting:  # one that was passed over is not there any more
             account.waiting.remove(place)
-            self._forget(place)
+            self._forget(account, place)
             self._drop_if_gone(name)
 
-    def _forget(self, place: _Place) -> None:
+    def _forget(self, account: _Account, place: _Place) -> None:
+        account.waiting_tokens -= place.tokens
         self.num_waiting -= 1
         self.waiting_tokens -= place.tokens
 
@@ -260,7 +275,7 @@ class FairQueue:
             waiting = [each for each in self._accounts.items() if each[1].waiting]
             next_name, account = min(waiting, key=lambda each: (each[1].had, each[1].since))
             place = account.waiting.popleft()
-            self._forget(place)
+            self._forget(account, place)
             if place.turn.cancelled():  # its task may not have noticed yet
                 self._drop_if_gone(next_name)
             else:
