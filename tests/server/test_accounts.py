@@ -258,6 +258,31 @@ def test_a_new_token_works_at_once(place: Place) -> None:
     asyncio.run(run())
 
 
+def test_the_first_look_may_take_longer_than_those_for_changes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With some hundred thousand tokens it takes seconds, and the service could not be started."""
+
+    class Slow(WatchedReader):
+        async def run(self, action: Callable[[Connection], Any], *, seconds: float = 5.0) -> Any:
+            def slowly(db: Connection) -> Any:
+                time.sleep(0.2)
+                return action(db)
+
+            return await super().run(slowly, seconds=seconds)
+
+    async def run() -> None:
+        token, known = minted(place), Directory(Slow(place))
+        await known.start()
+        try:
+            assert (await entered(known, token.text)).token.id == token.id
+            with pytest.raises(StoreAway, match=r"did not answer within 0\.05 s"):
+                await known.refresh()
+        finally:
+            await known.close()
+
+    monkeypatch.setattr("octoai.server.directory.WAIT_SECONDS", 0.05)
+    asyncio.run(run())
+
+
 def test_a_revocation_by_another_is_seen_within_three_tenths_of_a_second(place: Place) -> None:
     async def run() -> None:
         token = minted(place)

@@ -31,6 +31,7 @@ log = logging.getLogger("octoai.directory")
 REFRESH_SECONDS = 0.25
 MIN_SECONDS = 0.03
 WAIT_SECONDS = 2.0
+FIRST_SECONDS = 60.0  # for the look at the start, which reads every token that was ever made
 MAX_UNKNOWN = 10_000
 
 _HOW = "Send `Authorization: Bearer <token>`; `octoai token create --name NAME` makes one."
@@ -163,8 +164,9 @@ class Directory:
         self._asked_at = began = self._clock()
         self.num_looks += 1
         version = self._version
+        seconds = WAIT_SECONDS if version else FIRST_SECONDS
         try:
-            changes = await self._reader.run(lambda db: changes_since(db, version), seconds=WAIT_SECONDS)
+            changes = await self._reader.run(lambda db: changes_since(db, version), seconds=seconds)
         except Exception as error:  # noqa: BLE001  # whatever it is: what is known grows old
             return self._went_away(error)
         self._take(changes)
