@@ -84,7 +84,8 @@ def test_seconds_and_single_requests_come_to_the_same(place: Place, asked: list[
                 assert db.row(query, parameters) == (len(singly), *sums, newest)
                 check_room(db, column, payer, now_us, singly)
         with db.transaction():
-            reservations.prune(db, NOW + MINUTE_US)
+            while reservations.prune(db, NOW + MINUTE_US):
+                pass
         assert all(second >= (NOW - MINUTE_US) // SECOND for _, second, *_ in kept(db))
 
 
@@ -133,6 +134,54 @@ def test_many_requests_are_counted_in_few_steps(tmp_path: Path, column: str) -> 
         asked = [("acme", "tok_1", -number * MINUTE_US // num, 1, 1) for number in range(num)]
         fill(db, [(each, "ends") for each in asked])
         assert num_steps(db, lambda: check(db)) < num / 2
+
+
+def test_old_requests_and_their_seconds_go_a_few_at_a_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 2,000 requests a second, to delete those of ten seconds kept everybody else from writing for 0.2 s."""
+    for table in (rates, reservations):
+        monkeypatch.setattr(table, "PRUNED_AT_ONCE", 7)
+    old = [("acme", f"tok_{number % 3}", -number * SECOND // 4, 1, 1) for number in range(40)]
+    with closing(connect(place)) as db:
+        fill(db, [(each, "ends") for each in old])
+        while True:
+            before, seconds = rows(db), kept(db)
+            with db.transaction():
+                is_more = reservations.prune(db, NOW + 3 * MINUTE_US)
+            deleted = before - rows(db)
+            assert len(deleted) <= 7 and max(deleted, default=(0,)) <= min(rows(db), default=(NOW + 1,))
+            assert len(seconds) - len(kept(db)) <= 7
+            assert len(kept(db)) == len(seconds) or not rows(db)  # no second goes before its requests
+            if not is_more:
+                break
+        assert rows(db) == set() and kept(db) == []
+
+
+def rows(db: Connection) -> set[tuple[int, str]]:
+    return {(at_us, id_) for at_us, id_ in db.rows("SELECT at_us, id FROM reservations")}
+
+
+def test_seconds_go_whole_with_their_requests(place: Place) -> None:
+    with closing(connect(place)) as db:
+        fill(db, [(("acme", "tok_1", offset, 3, 4), "ends") for offset in (-SECOND, -400_000, -100_000, 0, 400_000)])
+        with db.transaction():
+            assert not reservations.prune(db, NOW + 2 * MINUTE_US)
+        assert len(rows(db)) == 4 and kept(db) == grouped(db)
+
+
+def test_one_that_runs_is_not_old(place: Place) -> None:
+    with closing(connect(place)) as db:
+        fill(db, [(("acme", "tok_1", 0, 1, 1), "stays")])  # with a lease of a minute
+        for minutes, num in ((3, 1), (3.01, 0)):
+            with db.transaction():
+                reservations.prune(db, NOW + int(minutes * MINUTE_US))
+            assert len(rows(db)) == num
+
+
+def test_looking_for_old_ones_takes_few_steps_whatever_counts(tmp_path: Path) -> None:
+    num = 5_000
+    with closing(connect(Place(tmp_path))) as db:
+        fill(db, [(("acme", f"tok_{number}", -number * MINUTE_US // num, 1, 1), "ends") for number in range(num)])
+        assert num_steps(db, lambda: reservations.prune(db, NOW)) < num / 10
 
 
 def test_those_of_the_minute_before_an_upgrade_are_counted(place: Place) -> None:

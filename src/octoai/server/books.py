@@ -32,7 +32,7 @@ log = logging.getLogger("octoai.books")
 
 KEEP_ORDER_SECONDS = 10.0
 AHEAD_SECONDS = 3600.0
-REST_SECONDS, MAX_PORTIONS = 0.1, 50
+REST_SECONDS, MAX_PORTIONS = 0.1, 200
 BATCH = 512
 NUM_REPORTS, TURN_SECONDS = 2, 5.0
 T = TypeVar("T")
@@ -143,7 +143,8 @@ class Books:
                 await self.writer.run(self._order)
                 self.writer.look()
                 await self._recover()
-                await self._prune_keys()
+                await self._prune(self._prune_some_reservations)
+                await self._prune(self._prune_some_keys)
             except StoreError:
                 pass  # the writer has said it
             except Exception:
@@ -158,12 +159,15 @@ class Books:
                 log.error("%s", error)
             self._told.add(str(error))
 
-    async def _prune_keys(self) -> None:
+    async def _prune(self, some: Callable[[Connection], bool]) -> None:
         """For a while: what else is to be kept in order must not wait until all are gone."""
         for _ in range(MAX_PORTIONS):
-            if not await self.writer.run(self._prune_some_keys):
+            if not await self.writer.run(some):
                 return
             await asyncio.sleep(REST_SECONDS)  # for others to write
+
+    def _prune_some_reservations(self, db: Connection) -> bool:
+        return reservations.prune(db, _now_us())
 
     def _prune_some_keys(self, db: Connection) -> bool:
         answered_us, us = (_now_us() - int(seconds * 1_000_000) for seconds in (self._keep_seconds, KEEP_SECONDS))
@@ -178,7 +182,6 @@ class Books:
         if lost:
             log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
         requests.interrupt(db, lost, now_us)
-        reservations.prune(db, now_us)
         if time.monotonic() > self._ahead_told_at + AHEAD_SECONDS and (line := clocks.ahead(db, now_us)):
             log.warning("%s", line)
             self._ahead_told_at = time.monotonic()

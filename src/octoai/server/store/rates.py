@@ -1,7 +1,7 @@
 """What limited requests come to in each second, by account and by token: rate limits count the last minute from these
 sums, and single requests only of the seconds at its two ends. To count them all took a millisecond for each thousand.
 
-What is in `reservations` changes only together with its second here.
+What is in `reservations` changes only together with its second here; what is too old to count goes before that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from octoai.server.store.database import Connection
 
 SECOND_US = 1_000_000
 MINUTE_US = 60 * SECOND_US
+PRUNED_AT_ONCE = 500
 Payer = Literal["account", "token_id"]
 
 # Rows a little ahead are another machine's, or from before a clock was put back; those further ahead are a clock's
@@ -73,8 +74,11 @@ def remove(db: Connection, payers: tuple[str, str], at_us: int, prompt_tokens: i
         )
 
 
-def prune(db: Connection, before_us: int) -> None:
-    db.execute("DELETE FROM rates WHERE second < ?", (before_us // SECOND_US,))
+def prune(db: Connection, before_us: int) -> bool:
+    """Some of the seconds before that one, oldest first, once their requests are gone; whether there may be more."""
+    oldest = "SELECT payer, second FROM rates WHERE second < ? ORDER BY second LIMIT ?"
+    sql = f"DELETE FROM rates WHERE (payer, second) IN ({oldest})"  # noqa: S608  # constants only
+    return db.execute(sql, (before_us // SECOND_US, PRUNED_AT_ONCE)) == PRUNED_AT_ONCE
 
 
 def recent(column: Payer, payer: str, now_us: int) -> tuple[str, tuple[str | int, ...]]:
