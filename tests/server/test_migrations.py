@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import psycopg
 import pytest
 
-from octoai.server.store import Place, StoreError, connect
+from octoai.server.store import Place, StoreError, StoreFull, connect
 from octoai.server.store.schema import MIGRATIONS
 from octoai.server.store.sqlite import FILENAME, NUM_BACKUPS
 
@@ -50,6 +51,19 @@ def dying(migration, database):
     os._exit(9)
 postgres.statements = sqlite.statements = dying
 connect(place)
+"""
+)
+FILL_DISK = (
+    PROGRAM
+    + """
+import resource, signal
+from octoai.server.store import StoreError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # in place of a disk that is full
+try:
+    connect(place)
+except StoreError as error:
+    print(type(error).__name__)
 """
 )
 
@@ -195,3 +209,45 @@ def test_the_old_database_is_kept_beside_the_migrated_one(tmp_path: Path) -> Non
     copy = sqlite3.connect(backups[-1])
     assert copy.execute("SELECT * FROM tokens ORDER BY id").fetchall() == OLD_TOKENS
     copy.close()
+
+
+def test_a_backup_that_finds_no_room_leaves_nothing_and_takes_no_others_place(tmp_path: Path) -> None:
+    """Each start left a part of one, and five of those were all the backups that were kept."""
+    place = Place(tmp_path / "data")
+    old_database(place)
+    with closing(sqlite3.connect(place.data_dir / FILENAME)) as raw, raw:
+        more = [(f"tok_{number}", "a", "x" * 1000, str(number).encode(), "h", 1, None) for number in range(10, 500)]
+        raw.executemany("INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, ?)", more)
+    whole = place.data_dir / "octoai-schema1-20200101T000000Z.backup.db"
+    whole.touch()
+    for _ in range(2):
+        ran = subprocess.run(command(FILL_DISK, place), capture_output=True, text=True, timeout=30, check=False)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "StoreFull\n", "")
+        assert [path for path in place.data_dir.iterdir() if "backup" in path.name] == [whole]
+    connect(place).close()
+    assert len([path for path in place.data_dir.iterdir() if "backup" in path.name]) == 2
+
+
+def test_what_a_process_that_was_killed_left_of_a_backup_goes_with_the_next(tmp_path: Path) -> None:
+    place = Place(tmp_path / "data")
+    old_database(place)
+    for suffix in ("", "-journal"):
+        (place.data_dir / f"octoai.backup.partial{suffix}").write_bytes(b"the beginning of one")
+    connect(place).close()
+    (backup,) = [path for path in place.data_dir.iterdir() if "backup" in path.name]
+    with closing(sqlite3.connect(backup)) as copy:
+        assert copy.execute("SELECT * FROM tokens ORDER BY id").fetchall() == OLD_TOKENS
+
+
+def test_that_there_is_no_room_for_a_backup_is_said_before_it_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path / "data")
+    old_database(place)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StoreFull, match=r"octoai\.db is of an older version .* takes 0\.0 MB .* 0\.0 MB are free$"):
+        connect(place)
+    assert [path for path in place.data_dir.iterdir() if "backup" in path.name] == []
+    monkeypatch.undo()
+    connect(place).close()
+    assert version(place) == len(MIGRATIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -147,18 +148,40 @@ class SqliteConnection:
         return int(version)
 
     def _back_up(self, version: int) -> None:
-        """Under the write lock, so that nobody migrates meanwhile; read by a connection that is not the one writing."""
+        """Under the write lock, so that nobody migrates meanwhile. It is called a backup once it is whole."""
         moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         target = self.path.with_name(f"{self.path.stem}-schema{version}-{moment}.backup.db")
+        partial = self.path.with_name(f"{self.path.stem}.backup.partial")
         with self._told():
-            os.close(os.open(target, os.O_CREAT | os.O_RDWR, 0o600))
-            with (
-                contextlib.closing(sqlite3.connect(self.path)) as reader,
-                contextlib.closing(sqlite3.connect(target)) as copy,
-            ):
-                reader.backup(copy)
+            _remove(partial)  # of a process that was killed
+            self._check_room()
+            try:
+                self._copy(partial)
+                partial.rename(target)
+            except BaseException:
+                _remove(partial)
+                raise
         for old in sorted(self.path.parent.glob(f"{self.path.stem}-schema*.backup.db"))[:-NUM_BACKUPS]:
             old.unlink(missing_ok=True)
+
+    def _check_room(self) -> None:
+        """For a backup. Raises StoreFull."""
+        (num_pages,), (page_bytes,) = self.rows("PRAGMA page_count") + self.rows("PRAGMA page_size")
+        num_bytes, free_bytes = num_pages * page_bytes, shutil.disk_usage(self.path.parent).free
+        if free_bytes < num_bytes:
+            raise StoreFull(
+                f"the database {self.path} is of an older version and is backed up before it is changed: that takes "
+                f"{num_bytes / 1e6:.1f} MB beside it, and {free_bytes / 1e6:.1f} MB are free"
+            )
+
+    def _copy(self, target: Path) -> None:
+        """Read by a connection that is not the one writing."""
+        os.close(os.open(target, os.O_CREAT | os.O_RDWR, 0o600))
+        with (
+            contextlib.closing(sqlite3.connect(self.path)) as reader,
+            contextlib.closing(sqlite3.connect(target)) as copy,
+        ):
+            reader.backup(copy)
 
     def _write_ahead(self) -> None:
         """Where two processes make a new database at once, one finds it locked here: SQLite itself does not wait."""
@@ -188,6 +211,12 @@ class SqliteConnection:
             if _code(error) == sqlite3.SQLITE_CORRUPT:
                 text += f"; a backup is put back without the {self.path.name}-wal and -shm of what was there before"
             raise StoreError(text) from error
+
+
+def _remove(partial: Path) -> None:
+    """Of a backup that is not whole, and what SQLite has beside it."""
+    for suffix in ("", "-journal"):
+        partial.with_name(partial.name + suffix).unlink(missing_ok=True)
 
 
 def _code(error: Exception) -> int:
