@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from octoai.server.catalogue import Model
 from octoai.server.counting import Counter, Histogram
 from octoai.server.engines.base import Generation, Usage
 from octoai.server.engines.scripted import ScriptedEngine
+from octoai.server.errors import Unavailable
 from octoai.server.metering import Meter
 from octoai.server.metrics import Metrics
 from octoai.server.params import TextRequest
@@ -152,6 +154,53 @@ def test_nobody_waits_while_what_was_counted_is_written(monkeypatch: pytest.Monk
     metrics.refusals.labels("overloaded").inc()
     assert b'octoai_refusals_total{reason="overloaded"} 1.0' in asyncio.run(metrics.text())
     assert threads and threading.get_ident() not in threads
+
+
+def test_the_counters_of_tokens_are_gone_through_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten thousand API tokens there are 40,000 numbers, and a thread that serves was to make something of each."""
+    threads: set[int] = set()
+
+    def added(self: Any, *given: Any, add: Any = CounterMetricFamily.add_metric) -> None:
+        threads.add(threading.get_ident())
+        add(self, *given)
+
+    monkeypatch.setattr(CounterMetricFamily, "add_metric", added)
+    metrics = Metrics()
+    metrics.token_cost.labels("tok_a").inc(2)
+    text = asyncio.run(metrics.text())
+    assert b'octoai_cost_usd_total{token_id="tok_a"} 2.0' in text
+    assert threads and threading.get_ident() not in threads
+
+
+def test_what_is_counted_while_others_are_gone_through_harms_nothing() -> None:
+    metrics = Metrics()
+    metrics.token_cost.labels("tok_a").inc(2)
+    counted = metrics.counted()
+    metrics.token_cost.labels("tok_b").inc(2)
+    text = generate_latest(counted)
+    assert b'token_id="tok_a"} 2.0' in text and b"tok_b" not in text
+    assert generate_latest(counted) == text
+
+
+@pytest.mark.parametrize("error", [None, Unavailable("The others do not answer.", retry_after=1)])
+def test_of_several_processes_many_who_ask_at_once_are_given_one_text(error: Exception | None) -> None:
+    num_asked = 0
+
+    async def of_all() -> bytes:
+        nonlocal num_asked
+        num_asked += 1
+        await asyncio.sleep(0.05)
+        if error is not None:
+            raise error
+        return b"all"
+
+    async def main() -> list[Any]:
+        metrics = Metrics()
+        metrics.of_all = of_all
+        return await asyncio.gather(*(metrics.text() for _ in range(50)), return_exceptions=True)
+
+    assert asyncio.run(main()) == [error or b"all"] * 50
+    assert num_asked == 1
 
 
 def test_many_who_ask_at_once_are_given_one_text_and_no_old_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

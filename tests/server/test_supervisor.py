@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prometheus_client.registry import Collector
 
-from octoai.server import supervisor
+from octoai.server import supervisor, totals, worker
 from octoai.server.channel import Channel
 from octoai.server.listener import Port
 from octoai.server.serving import CannotServe, Stop
@@ -94,6 +98,76 @@ def test_a_worker_that_cannot_be_started_for_any_reason_is_said(tmp_path: Path) 
 
     with pytest.raises(CannotServe, match=r"^worker \d cannot be started: what nobody thought of$"):
         supervised(Unlucky, tmp_path)
+
+
+async def read(channel: Channel) -> None:
+    async for _ in channel.messages():
+        raise AssertionError("nobody asks here")
+
+
+def test_a_worker_answers_while_what_it_counted_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ten thousand API tokens that takes a tenth of a second, in which no stream went on."""
+    may_go_on, threads = threading.Event(), list[int]()
+
+    def sent(registry: Collector) -> str:
+        threads.append(threading.get_ident())
+        assert may_go_on.wait(10)
+        return "[]"
+
+    async def main() -> None:
+        ours, theirs = [await Channel.over(end) for end in socket.socketpair()]
+        obeying = asyncio.create_task(worker._Worker(theirs).obey(theirs.messages()))
+        reading = asyncio.create_task(read(ours))
+        report = asyncio.create_task(ours.ask("report", seconds=10))
+        assert await ours.ask("alive", seconds=5) is True
+        assert not report.done()
+        may_go_on.set()
+        assert await report == "[]"
+        for task in (obeying, reading):
+            task.cancel()
+        await asyncio.gather(obeying, reading, return_exceptions=True)
+        await asyncio.gather(ours.close(), theirs.close())
+
+    monkeypatch.setattr("octoai.server.totals.sent", sent)
+    asyncio.run(main())
+    assert threads and threading.get_ident() not in threads
+
+
+def test_reports_are_added_up_beside_the_loop_one_scrape_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, at_once = list[int](), list[int]()
+
+    def whole(reports: list[totals.Report], told: Any = totals.whole) -> str:
+        threads.append(threading.get_ident())
+        at_once.append(1)
+        time.sleep(0.05)
+        assert at_once.pop() and not at_once
+        return str(told(reports))
+
+    async def main() -> None:
+        settings = Settings.model_validate({"data_dir": tmp_path, "cache_dir": tmp_path, "workers": 2})
+        with closing(Port("127.0.0.1", 0)) as port:
+            supervising = Supervisor(settings, port, Stop())
+            ours, theirs = [await Channel.over(end) for end in socket.socketpair()]
+            asking = _Worker(None, ours)  # type: ignore[arg-type]
+            reading = asyncio.create_task(read(theirs))
+            scrapes = [asyncio.create_task(theirs.ask("scrape", seconds=10)) for _ in range(3)]
+            async for message in ours.messages():
+                supervising._hear(asking, message)
+                if len(supervising._scrapes) == 3:
+                    break
+            answering = asyncio.create_task(read(ours))
+            for said in await asyncio.gather(*scrapes):
+                assert "octoai_workers 0.0" in said
+            for task in (reading, answering):
+                task.cancel()
+            await asyncio.gather(reading, answering, return_exceptions=True)
+            await asyncio.gather(ours.close(), theirs.close())
+
+    monkeypatch.setattr("octoai.server.totals.whole", whole)
+    asyncio.run(main())
+    assert len(threads) == 3 and threading.get_ident() not in threads
 
 
 def test_a_worker_that_cannot_listen_is_not_ready(tmp_path: Path) -> None:

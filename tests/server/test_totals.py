@@ -67,6 +67,14 @@ def test_slots_are_told_as_those_of_all() -> None:
     assert values(totals.merged([config(2), config(3)])) == {("vllm:cache_config_info", ("far", "5")): 1}
 
 
+def test_what_is_sent_is_received() -> None:
+    metrics = Metrics()
+    metrics.refusals.labels('a "reason" ✓').inc()
+    report = totals.received(totals.sent(metrics.counted()))
+    assert values(report) == values(totals.report(metrics.registry))
+    assert totals.whole([report, report]) == totals.text(totals.merged([report, report])).decode()
+
+
 def test_it_is_decided_for_every_gauge_how_several_are_told_as_one(tmp_path: Path) -> None:
     catalogue, engine = Catalogue.load(), ScriptedEngine()
     deployment = Deployment(catalogue[EMBEDDED_MODEL_ID], engine, FairQueue(1, 1))

@@ -1,20 +1,21 @@
 """Counters and histograms for one thread, which `prometheus_client` reports.
 
-Its own are safe for many threads, and take a tenth of a request's time; everything here is counted, and read, in the
-thread of the event loop.
+Its own are safe for many threads, and take a tenth of a request's time; everything here is counted, and collected, in
+the thread of the event loop. What was collected may be read in another.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, reduce
 from itertools import accumulate
 from operator import add
 from typing import Generic, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 Child = TypeVar("Child")
@@ -89,15 +90,30 @@ class _Labelled(Collector, Generic[Child]):
         return child
 
 
+class _Later:
+    """Samples that are made when they are read: there are some for each API token, which takes long."""
+
+    def __init__(self, make: Callable[[], Iterator[Sample]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self._make()
+
+
 class Counter(_Labelled[Count]):
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         super().__init__(name, text, labels, Count)
 
     def collect(self) -> Iterable[Metric]:
         family = CounterMetricFamily(self._name, self._text, labels=self._labels)
-        for values, count in self._children.items():
-            family.add_metric(values, count.value)
+        family.samples = _Later(partial(self._samples, tuple(self._children.items())))  # type: ignore[assignment]
         return (family,)
+
+    def _samples(self, children: Iterable[tuple[tuple[str, ...], Count]]) -> Iterator[Sample]:
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for values, count in children:
+            family.add_metric(values, count.value)
+        return iter(family.samples)
 
 
 class Histogram(_Labelled[Spread]):

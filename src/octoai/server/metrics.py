@@ -233,8 +233,6 @@ class Metrics:
 
     async def text(self) -> bytes:
         """Of the whole service: where this process is one of several, of all of them. Raises Unavailable."""
-        if self.of_all is not None:
-            return await self.of_all()
         if self._coming is None:
             self._coming = asyncio.ensure_future(self._text_after(self._writing))
         return await asyncio.shield(self._coming)
@@ -245,7 +243,13 @@ class Metrics:
         if before is not None:
             await asyncio.wait([before])
         self._writing, self._coming = self._coming, None
-        return await asyncio.to_thread(generate_latest, _Counted([*self.registry.collect()]))
+        if self.of_all is not None:
+            return await self.of_all()
+        return await asyncio.to_thread(generate_latest, self.counted())
+
+    def counted(self) -> Collector:
+        """What has been counted until now, which may be read in another thread."""
+        return _Counted([*self.registry.collect()])
 
 
 class _Registry(CollectorRegistry):
@@ -261,7 +265,7 @@ class _Registry(CollectorRegistry):
 
 
 class _Counted(Collector):
-    """What a registry had when it was read."""
+    """What a registry had when it was collected; counters may have a little more."""
 
     def __init__(self, families: Sequence[Metric]) -> None:
         self._families = families

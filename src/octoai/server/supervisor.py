@@ -55,6 +55,7 @@ class Supervisor:
         self._ended: totals.Report = []  # what workers that are no more had counted
         self._num_restarts = 0
         self._scrapes: set[asyncio.Task[None]] = set()
+        self._scraping = asyncio.Lock()  # so that no report takes the place of a newer one
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Until a stop is asked for and all have ended. Raises CannotServe where they cannot be started."""
@@ -187,14 +188,16 @@ class Supervisor:
             scrape.add_done_callback(self._scrapes.discard)
 
     async def _answer_scrape(self, asking: _Worker, question: Message) -> None:
-        await asyncio.gather(*map(self._ask_report, tuple(self._workers.values())))
-        reports = [self._ended, *(worker.report for worker in self._workers.values()), self._own()]
-        asking.channel.answer(question, totals.text(totals.merged(reports)).decode())
+        async with self._scraping:
+            await asyncio.gather(*map(self._ask_report, tuple(self._workers.values())))
+            reports = [self._ended, *(worker.report for worker in self._workers.values()), self._own()]
+            asking.channel.answer(question, await asyncio.to_thread(totals.whole, reports))
 
     async def _ask_report(self, worker: _Worker) -> None:
         """One that does not answer in time has counted what it said last, at least."""
         with suppress(ChannelClosed, TimeoutError):
-            worker.report = await worker.channel.ask("report", seconds=REPORT_SECONDS)
+            said = await worker.channel.ask("report", seconds=REPORT_SECONDS)
+            worker.report = await asyncio.to_thread(totals.received, said)
 
     def _own(self) -> totals.Report:
         num_ready = sum(worker.is_ready for worker in self._workers.values())

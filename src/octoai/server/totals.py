@@ -1,6 +1,7 @@
 """Metrics of several processes as those of one: counters and histograms added up, gauges each in its own way.
 
-Pure: a report is what a registry has, as values that may be sent. What a process that ended had counted is kept by
+Pure: a report is what a registry has, as values that may be sent. With thousands of API tokens all of this takes long,
+and is done in a thread beside the loop. What a process that ended had counted is kept by
 adding its last counters to those of the others, so that no sum ever goes back.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
+import orjson
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -41,6 +43,22 @@ def report(registry: Collector) -> Report:
         _family(each.name, each.documentation, each.type, [(one.name, one.labels, one.value) for one in each.samples])
         for each in registry.collect()
     ]
+
+
+def sent(registry: Collector) -> str:
+    """The same as text."""
+    return orjson.dumps(report(registry)).decode()
+
+
+def received(said: str) -> Report:
+    """The inverse of `sent`."""
+    one: Report = orjson.loads(said)
+    return one
+
+
+def whole(reports: Iterable[Report]) -> str:
+    """All of them as one, as Prometheus reads it."""
+    return text(merged(reports)).decode()
 
 
 def gauge(name: str, documentation: str, value: float) -> Report:

@@ -17,6 +17,8 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 
+from prometheus_client import CollectorRegistry
+
 from octoai.server import app, logs, serving, totals
 from octoai.server.channel import Channel, ChannelClosed, Message
 from octoai.server.errors import Unavailable
@@ -69,6 +71,7 @@ class _Worker:
         self._channel = channel
         self._stop = Stop()
         self._service: Service | None = None
+        self._reports: set[asyncio.Task[None]] = set()
 
     async def run(self, listener: socket.socket) -> None:
         messages = self._channel.messages()
@@ -90,8 +93,9 @@ class _Worker:
     async def obey(self, messages: AsyncIterator[Message]) -> None:
         async for message in messages:
             if message["kind"] == "report":
-                metrics = None if self._service is None else self._service.metrics
-                self._channel.answer(message, [] if metrics is None else totals.report(metrics.registry))
+                report = asyncio.create_task(self._report(message))
+                self._reports.add(report)
+                report.add_done_callback(self._reports.discard)
             elif message["kind"] == "alive":
                 self._channel.answer(message, True)
             elif message["kind"] == "drain":
@@ -100,6 +104,10 @@ class _Worker:
                 self._stop.drain.set()
                 self._stop.now.set()
         os._exit(1)  # the supervisor is gone: as if we had been killed with it
+
+    async def _report(self, question: Message) -> None:
+        counted = CollectorRegistry() if self._service is None else self._service.metrics.counted()
+        self._channel.answer(question, await asyncio.to_thread(totals.sent, counted))
 
     async def _prepared(self, settings: Settings) -> bool:
         """Bring in what a worker before us left, once the database answers. False when we are to stop before."""
