@@ -201,12 +201,13 @@ def test_only_the_owner_can_read_the_file_and_its_backup(tmp_path: Path) -> None
 def test_the_old_database_is_kept_beside_the_migrated_one(tmp_path: Path) -> None:
     place = Place(tmp_path / "data")
     old_database(place)
-    for number in range(NUM_BACKUPS + 2):
-        (place.data_dir / f"octoai-schema1-20200101T00000{number}Z.backup.db").touch()
+    for number in range(NUM_BACKUPS + 2):  # of numbers that come behind this one's as text
+        (place.data_dir / f"octoai-schema9{number}-20200101T00000{number}Z.backup.db").touch()
     connect(place).close()
-    backups = sorted(place.data_dir.glob("*.backup.db"))
+    backups = {*place.data_dir.glob("*.backup.db")}
     assert len(backups) == NUM_BACKUPS
-    copy = sqlite3.connect(backups[-1])
+    (newest,) = [backup for backup in backups if "-schema1-" in backup.name]
+    copy = sqlite3.connect(newest)
     assert copy.execute("SELECT * FROM tokens ORDER BY id").fetchall() == OLD_TOKENS
     copy.close()
 

@@ -161,7 +161,8 @@ class SqliteConnection:
             except BaseException:
                 _remove(partial)
                 raise
-        for old in sorted(self.path.parent.glob(f"{self.path.stem}-schema*.backup.db"))[:-NUM_BACKUPS]:
+        backups = self.path.parent.glob(f"{self.path.stem}-schema*.backup.db")
+        for old in sorted(backups, key=lambda each: each.name.rpartition("-")[2])[:-NUM_BACKUPS]:  # by their moments
             old.unlink(missing_ok=True)
 
     def _check_room(self) -> None:
