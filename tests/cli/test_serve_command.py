@@ -184,10 +184,35 @@ def test_a_service_goes_on_when_nobody_reads_its_lines(tmp_path: Path, workers: 
     assert "Traceback" not in said and "Exception" not in said
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_service_goes_on_and_ends_where_its_lines_are_not_read_any_more(tmp_path: Path, workers: str) -> None:
+    (tmp_path / "octoai.toml").write_text(FAR)
+    reader, output = os.pipe()
+    os.set_blocking(output, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(output, b"x")
+    os.set_blocking(output, True)
+    command = [sys.executable, "-m", "octoai", "serve", "--port", "0", "--workers", workers, "--data-dir", "data"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output) as service:
+        os.close(output)
+        try:
+            until(lambda: is_live(_credentials.read()), seconds=60)
+            stored = _credentials.read()
+            assert stored is not None
+            for _ in range(24):  # each of which has a line in the log, in whichever process
+                assert httpx.get(f"{stored.endpoint}/v1/models", timeout=10).status_code == 401
+            service.terminate()
+            assert service.wait(15) == 0
+        finally:
+            service.kill()
+            os.close(reader)
+
+
 def is_live(stored: Credentials | None) -> bool:
     if stored is None:
         return False
-    with suppress(OSError):
+    with suppress(httpx.TransportError):
         return httpx.get(f"{stored.endpoint}/health/live").status_code == 200
     return False
 

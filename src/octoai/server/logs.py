@@ -1,18 +1,30 @@
-"""Structured logs: one line of JSON per record on standard error. Prompts and answers are never in them."""
+"""Structured logs: one line of JSON per record on standard error. Prompts and answers are never in them.
+
+Who reads them may stop, with a pipe that is full by then: nobody is served later for that, and no end waits for it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import os
 import re
+import select
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import TextIO
 
 import orjson
 
 MOST_A_SECOND = 10
+MOST_WAITING_BYTES = 1 << 20  # of lines that nobody has read yet, beside those that are being written
+TOGETHER_SECONDS = 0.02  # what comes in it is written together: each time the thread wakes up, it takes the loop's turn
+FLUSH_SECONDS = 2.0
+SAY_SECONDS = 1.0
 
 
 class JsonLines(logging.Formatter):
@@ -60,9 +72,87 @@ class Bounded:
             self._log.info(message, extra={"fields": {**kind, "left_out": left_out}})
 
 
+class Lines(logging.Handler):
+    """Records written to a descriptor, by a thread of its own: that may take for ever. What finds no room meanwhile is
+    counted, and said once there is room again. Formatted at once: what a record tells of may change."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._changed = threading.Condition(self.lock)  # which is held where a record comes here
+        self._waiting: list[bytes] = []
+        self._num_bytes = 0
+        self._num_lost = 0
+        self._is_writing = False
+        threading.Thread(target=self._write_on, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self._line(record)
+        except Exception:  # noqa: BLE001  # as all handlers have it: of a log's own faults nobody ends
+            self.handleError(record)
+            return
+        if self._num_bytes + len(line) > MOST_WAITING_BYTES:
+            self._num_lost += 1
+            return
+        self._waiting.append(line)
+        self._num_bytes += len(line)
+        if len(self._waiting) == 1:
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until all is written, so long as somebody may still read it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._waiting or self._is_writing), FLUSH_SECONDS)
+
+    def _write_on(self) -> None:
+        num_lost = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                lines, self._waiting = self._waiting, []
+                num_lost += self._num_lost
+                self._num_bytes = self._num_lost = 0
+                self._is_writing = True
+            num_lost += sum(len(block) for block in _blocks(lines) if not self._is_written(block))
+            if num_lost and self._is_written([self._line(_of_lost(num_lost))]):
+                num_lost = 0
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+            time.sleep(TOGETHER_SECONDS)
+
+    def _is_written(self, block: Sequence[bytes]) -> bool:
+        try:
+            write(self._descriptor, b"".join(block))
+        except OSError:  # nobody reads there any more, or there is no room
+            return False
+        return True
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return self.format(record).encode() + b"\n"
+
+
+def _blocks(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """As many as a pipe takes in one piece: others of our processes write there as well."""
+    block: list[bytes] = []
+    for line in lines:
+        if block and sum(map(len, block)) + len(line) > select.PIPE_BUF:
+            yield block
+            block = []
+        block.append(line)
+    if block:
+        yield block
+
+
+def _of_lost(number: int) -> logging.LogRecord:
+    said = {"name": "octoai.logs", "levelno": logging.WARNING, "levelname": "WARNING"}
+    return logging.makeLogRecord({**said, "msg": "lines of this log are lost", "fields": {"left_out": number}})
+
+
 def set_up(level: str) -> None:
     """Everything the service and its HTTP server log, to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.NullHandler() if sys.stderr is None else Lines(sys.stderr.fileno())
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -75,6 +165,36 @@ def set_up(level: str) -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """A body without its end is how a stream that failed is cut: the request's own line tells that."""
     return "returned without completing response" not in record.getMessage()
+
+
+def say(line: str, stream: TextIO) -> None:
+    """A line for a person. Raises OSError where they have gone or do not read: it is waited for no longer than a
+    second, in a thread that is left behind."""
+    descriptor, text = stream.fileno(), f"{line}\n".encode(stream.encoding, "backslashreplace")
+    failures: list[OSError] = [TimeoutError("nobody reads")]
+
+    def attempt() -> None:
+        try:
+            write(descriptor, text)
+            failures.clear()
+        except OSError as error:
+            failures[0] = error
+
+    writing = threading.Thread(target=attempt, daemon=True)
+    writing.start()
+    writing.join(SAY_SECONDS)
+    for failure in failures:
+        raise failure
+
+
+def write(descriptor: int, text: bytes) -> None:
+    """All of it, however long that takes: also where somebody has made it a descriptor that does not block."""
+    left = memoryview(text)
+    while left:
+        try:
+            left = left[os.write(descriptor, left) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
 
 
 def without_password(url: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from octoai import _credentials
 from octoai._credentials import Credentials
-from octoai.server import accounts, app, listener, serving, tokens
+from octoai.server import accounts, app, listener, logs, serving, tokens
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.errors import Refusal
@@ -66,11 +66,13 @@ def serve(
 
 
 def say(line: str) -> None:
-    """To the person who started the service, who may have gone: it goes on as it would with them."""
+    """To the person who started the service, who may have gone, or read no more: it goes on as it would with them."""
+    if sys.stdout is None:
+        return
     try:
-        print(line, flush=True)
+        logs.say(line, sys.stdout)
     except OSError:
-        sys.stdout = None  # what is left of the line would fail again with the next, and when Python ends
+        sys.stdout = None  # the next line would fail, or be waited for, as well
 
 
 async def _use(search: Search, settings: Settings, router: Router) -> None:

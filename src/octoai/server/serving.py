@@ -18,7 +18,7 @@ from typing import Any
 import anyio.lowlevel
 import uvicorn
 
-from octoai.server import app, descriptors, idle
+from octoai.server import app, descriptors, idle, logs
 from octoai.server.errors import Refusal
 from octoai.server.heap import Heap
 from octoai.server.listener import BACKLOG, doors
@@ -187,9 +187,10 @@ async def _settled(service: Service, server: _Server) -> None:
 
 
 def _say(line: str) -> None:
-    """To the person who started the service, who may have gone: it goes on as it would with them."""
-    with contextlib.suppress(OSError):
-        print(f"octoai: {line}", file=sys.stderr, flush=True)
+    """To the person who started the service, who may have gone, or read no more: it goes on as it would with them."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            logs.say(f"octoai: {line}", sys.stderr)
 
 
 def http_config(service: Service) -> uvicorn.Config:

@@ -48,6 +48,7 @@ def main() -> None:
             log.exception("a worker failed")
         finally:
             # Not by way of the threads: one may still wait for a database that is away.
+            logging.shutdown()
             os._exit(status)
 
 

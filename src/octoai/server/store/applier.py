@@ -181,6 +181,7 @@ def main() -> None:
     options = json.loads(sys.stdin.buffer.readline())
     logs.set_up(options["log_level"])
     _follow(options)
+    logging.shutdown()
     # Our own end of the pipe: where it is lost without a word, the service has died, and the next one goes on.
     os._exit(0)
 
