@@ -16,7 +16,7 @@ import pytest
 
 from octoai import _credentials
 from octoai._credentials import Credentials
-from octoai.server import tokens
+from octoai.server import accounts, tokens
 from octoai.server.books import recover
 from octoai.server.journal import Journal
 from octoai.server.store import Place, connect
@@ -153,16 +153,84 @@ def test_a_damaged_credentials_file_is_one_line(tmp_path: Path) -> None:
     assert "credentials.toml is not valid TOML" in line
 
 
-def test_where_the_first_token_cannot_be_left_none_is_made(tmp_path: Path) -> None:
+def test_where_the_first_token_cannot_be_stored_it_is_printed_with_why(tmp_path: Path) -> None:
     (tmp_path / "octoai.toml").write_text(FAR)
     (tmp_path / "config").write_text("in the way")
-    status, line = serve(tmp_path, "--data-dir", "data", OCTOAI_CONFIG_DIR=str(tmp_path / "config"))
-    assert status == 1
-    where = f"cannot store the credentials in {tmp_path / 'config' / 'credentials.toml'}: "
-    assert line.startswith(f"octoai: {where}")
-    assert line.endswith("set OCTOAI_CONFIG_DIR to a directory that can be written")
-    with closing(connect(Place(tmp_path / "data"))) as db:
-        assert tokens.is_empty(db)
+    service = Serve(tmp_path)
+    try:
+        assert_works(service, printed_token(service))
+        where = f"octoai: cannot store the credentials in {tmp_path / 'config' / 'credentials.toml'}: "
+        (said,) = (line for line in service.lines if line.startswith(where))
+        assert "set OCTOAI_CONFIG_DIR to a directory that can be written" in said
+        assert f"set OCTOAI_BASE_URL={service.url} and OCTOAI_TOKEN" in said
+    finally:
+        assert service.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_kept"),
+    [
+        ("https://llm.example", True),
+        ("http://10.0.0.7:8000", True),
+        ("https://localhost:8443", True),
+        ("http://127.0.0.1:1", False),
+        ("http://localhost:1", False),
+        ("http://[::1]:1", False),
+    ],
+)
+def test_a_start_renews_an_address_of_this_machine_and_leaves_all_others(
+    tmp_path: Path, endpoint: str, is_kept: bool
+) -> None:
+    (tmp_path / "octoai.toml").write_text(FAR)
+    token = first_token(tmp_path / "data")
+    file = _credentials.write(endpoint, token, tmp_path / "config" / "credentials.toml")
+    service = Serve(tmp_path)
+    service.stop()
+    stored = _credentials.read(file)
+    assert stored is not None
+    assert (stored.endpoint, stored.token) == (endpoint if is_kept else service.url, token)
+
+
+_NOT_AS_ROOT = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # by which root writes everywhere; it is gone with the next program
+os.execv(sys.executable, [sys.executable, "-m", "octoai", "serve", "--port", "0", "--data-dir", "data"])
+"""
+
+
+def test_an_address_that_cannot_be_renewed_is_said(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text(FAR)
+    token = first_token(tmp_path / "data")
+    file = _credentials.write("http://127.0.0.1:1", token, tmp_path / "config" / "credentials.toml")
+    file.parent.chmod(0o500)
+    environ = os.environ | {"OCTOAI_CONFIG_DIR": str(file.parent)}
+    command = [sys.executable, "-c", _NOT_AS_ROOT]
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True) as service:
+        assert service.stdout is not None
+        said, ready = service.stdout.readline(), service.stdout.readline()
+        service.terminate()
+    file.parent.chmod(0o700)
+    url = ready.removeprefix("octoai ready on ").strip()
+    assert said.startswith(f"octoai: cannot store the credentials in {file}: ")
+    assert said.endswith(f"set OCTOAI_BASE_URL={url}\n")
+    assert service.returncode == 0
+
+
+def first_token(data_dir: Path) -> str:
+    with closing(connect(Place(data_dir))) as db, db.transaction():
+        accounts.ensure_default(db)
+        return tokens.mint(db, "first").text
+
+
+def printed_token(service: Serve) -> str:
+    (token,) = (line.rpartition(" ")[2] for line in service.lines if "your API token, shown once" in line)
+    return token
+
+
+def assert_works(service: Serve, token: str) -> None:
+    headers = {"authorization": f"Bearer {token}"}
+    assert httpx.get(f"{service.url}/v1/models", headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -226,12 +294,11 @@ def test_the_credentials_of_another_service_stay(tmp_path: Path) -> None:
     (tmp_path / "config" / "credentials.toml").write_text(OTHERS)
     service = Serve(tmp_path)
     try:
-        (token,) = (line.rpartition(" ")[2] for line in service.lines if "your API token" in line)
+        token = printed_token(service)
         (kept,) = (line for line in service.lines if "stays as it is" in line)
         assert "for https://llm.example;" in kept
         assert f"set OCTOAI_BASE_URL={service.url}" in kept
-        headers = {"authorization": f"Bearer {token}"}
-        assert httpx.get(f"{service.url}/v1/models", headers=headers).status_code == 200
+        assert_works(service, token)
     finally:
         service.stop()
     assert (tmp_path / "config" / "credentials.toml").read_text() == OTHERS

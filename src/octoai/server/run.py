@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from octoai import _credentials
 from octoai._credentials import Credentials
+from octoai.errors import ConfigurationError
 from octoai.server import accounts, app, listener, logs, serving, tokens
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions
@@ -36,6 +38,7 @@ __all__ = ["CannotListen", "CannotServe", "Search", "say", "serve"]
 log = logging.getLogger("octoai.run")
 
 BOOTSTRAP_NAME = "bootstrap"
+_LOOPBACK = re.compile(r"http://(127\.[\d.]+|localhost|\[::1\]):")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,21 +149,35 @@ def _bootstrap(db: Connection, url: str) -> None:
         if minted is not None:
             # Before it is kept: one that reached nobody would be lost, and the next start would make no other.
             _leave(minted.text, url, stored)
-    if minted is None and stored and stored.token and stored.endpoint != url and tokens.is_valid(db, stored.token):
-        _credentials.write(endpoint=url, token=stored.token)
+    if minted is None and stored and stored.token and _is_old(stored, url) and tokens.is_valid(db, stored.token):
+        try:
+            _credentials.write(endpoint=url, token=stored.token)
+        except ConfigurationError as error:
+            say(f"octoai: {error}; until then set OCTOAI_BASE_URL={url}")
+
+
+def _is_old(stored: Credentials, url: str) -> bool:
+    """Whether it was our address, and is another now. One that is not of this machine's loopback is the operator's
+    own: that of a proxy before us, for one."""
+    is_ours = _LOOPBACK.match(_credentials.origin(stored.endpoint)) is not None
+    return is_ours and stored.endpoint != url
 
 
 def _leave(token: str, url: str, stored: Credentials | None) -> None:
-    """Print the first token, and store it where `stored` is not for another service. Raises CannotServe,
-    ConfigurationError."""
+    """Print the first token, and store it, unless `stored` is for another service. Raises CannotServe where it could
+    be neither printed nor stored."""
     shown = f"octoai: your API token, shown once: {token}"
     if stored is None or _credentials.origin(stored.endpoint) == _credentials.origin(url):
-        say(f"{shown}\noctoai: endpoint and token are in {_credentials.write(endpoint=url, token=token)}")
-        return
-    other = f"{_credentials.path()} stays as it is, for {without_password(stored.endpoint)}"
+        try:
+            say(f"{shown}\noctoai: endpoint and token are in {_credentials.write(endpoint=url, token=token)}")
+            return
+        except ConfigurationError as error:
+            other = str(error)
+    else:
+        other = f"{_credentials.path()} stays as it is, for {without_password(stored.endpoint)}"
     say(f"{shown}\noctoai: {other}; to use this service set OCTOAI_BASE_URL={url} and OCTOAI_TOKEN")
     if sys.stdout is None:  # nobody was told
-        raise CannotServe(f"the first API token cannot be printed, and {other}: give it a standard output")
+        raise CannotServe(f"the first API token cannot be printed, and is stored nowhere: {other}")
 
 
 def _stand_in_lines(router: Router) -> Iterator[str]:
