@@ -88,3 +88,14 @@ def served(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     service = Serve(tmp_path_factory.mktemp("served"), environ={"OCTOAI_CACHE_DIR": str(CACHE)})
     yield service
     assert service.stop() == 0
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user of a container whom its list of users does not have."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)

@@ -24,6 +24,7 @@ DEFAULT_ENDPOINT = "http://127.0.0.1:8000"
 DEAD_HOSTS = ("octoai.run", "octoai.cloud", "octo.ai")
 TOKEN_VARIABLES = ("OCTOAI_TOKEN", "OCTOAI_API_TOKEN", "OCTOAI_API_KEY")
 ENDPOINT_VARIABLES = ("OCTOAI_BASE_URL", "OCTOAI_API_BASE")
+_FILENAME = "credentials.toml"
 _KNOWN_PATHS = ("/chat/completions", "/completions", "/v1")
 
 
@@ -79,25 +80,26 @@ def configured_endpoint(environ: Mapping[str, str] | None = None) -> str:
     return checked_base_url(named)
 
 
-def directory(environ: Mapping[str, str] | None = None) -> str:
+def directory(environ: Mapping[str, str] | None = None) -> str | None:
+    """None where it is in a home that nobody knows: then there is no credentials file, and none is written."""
     environ = os.environ if environ is None else environ
-    own = environ.get("OCTOAI_CONFIG_DIR")
-    if own:
-        return os.path.expanduser(own)
-    base = environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return os.path.join(base, "octoai")
+    found = os.path.expanduser(_named(environ))
+    return None if found.split(os.sep)[0] == "~" else found
 
 
 def path(environ: Mapping[str, str] | None = None) -> Path:
-    """Where the credentials file is, or would be."""
+    """Where the credentials file is, or would be, as a person is told it."""
     from pathlib import Path
 
-    return Path(_file(environ))
+    environ = os.environ if environ is None else environ
+    return Path(directory(environ) or _named(environ), _FILENAME)
 
 
 def read(file: str | os.PathLike[str] | None = None, *, environ: Mapping[str, str] | None = None) -> Credentials | None:
     """The credentials stored for this user; None if there are none."""
     name = os.fspath(file) if file is not None else _file(environ)
+    if name is None:
+        return None
     try:
         with open(name, "rb") as opened:
             content = opened.read()
@@ -120,6 +122,11 @@ def read(file: str | os.PathLike[str] | None = None, *, environ: Mapping[str, st
 def write(endpoint: str, token: str, file: str | os.PathLike[str] | None = None) -> Path:
     """Store both for this user; readable by nobody else at any moment, replaced in one step."""
     name = os.fspath(file) if file is not None else _file(None)
+    if name is None:
+        raise ConfigurationError(
+            message="cannot store the credentials: this user has no home directory; set OCTOAI_CONFIG_DIR to a "
+            "directory that can be written"
+        )
     try:
         _replace(name, f"endpoint = {_quoted(endpoint)}\ntoken = {_quoted(token)}\n")
     except OSError as error:
@@ -206,8 +213,15 @@ def _looked_up(host: str) -> str:
         return ""
 
 
-def _file(environ: Mapping[str, str] | None) -> str:
-    return os.path.join(directory(environ), "credentials.toml")
+def _named(environ: Mapping[str, str]) -> str:
+    """The directory as it is written, before a home is in place of "~"."""
+    own, base = environ.get("OCTOAI_CONFIG_DIR"), environ.get("XDG_CONFIG_HOME")
+    return own or os.path.join(base or os.path.join("~", ".config"), "octoai")
+
+
+def _file(environ: Mapping[str, str] | None) -> str | None:
+    found = directory(environ)
+    return None if found is None else os.path.join(found, _FILENAME)
 
 
 def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> str | None:

@@ -22,6 +22,7 @@ from octoai import (
     ApiError,
     ApiTimeoutError,
     AsyncOctoAI,
+    ConfigurationError,
     OctoAI,
     OctoAIEnvironment,
     StreamInterrupted,
@@ -69,6 +70,26 @@ def test_the_files_token_goes_only_to_the_files_endpoint(monkeypatch: pytest.Mon
     assert not OctoAI()._settings.access.covers("http://127.0.0.1:7002/infer")
     monkeypatch.setenv("OCTOAI_BASE_URL", "http://other")
     assert token_of(OctoAI()) is None
+
+
+@pytest.mark.usefixtures("homeless")
+@pytest.mark.parametrize(
+    "named", [{}, {"XDG_CONFIG_HOME": "~/.config"}, {"OCTOAI_CONFIG_DIR": "~/c"}, {"OCTOAI_CONFIG_DIR": "~"}]
+)
+def test_without_a_home_directory_there_is_no_credentials_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, named: dict[str, str]
+) -> None:
+    for variable in ("OCTOAI_CONFIG_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, directory in named.items():
+        monkeypatch.setenv(variable, directory)
+    monkeypatch.chdir(tmp_path)
+    for below in ("~/.config/octoai", "~/c", "~"):
+        _credentials.write(endpoint=FILE_URL, token="of whoever made this", file=f"{below}/credentials.toml")
+    assert (OctoAI().base_url, token_of(OctoAI())) == (_credentials.DEFAULT_ENDPOINT, None)
+    with pytest.raises(ConfigurationError, match=r"no home directory; set OCTOAI_CONFIG_DIR to "):
+        _credentials.write(endpoint=FILE_URL, token="t")
+    assert str(_credentials.path()).startswith("~")
 
 
 def test_the_credentials_file_is_private(tmp_path: Any) -> None:

@@ -74,7 +74,7 @@ def _catalogue_and_store() -> tuple[Catalogue, WeightStore]:
     from octoai.server.sources import WeightStore
 
     settings = load(path=None, environ=os.environ)
-    return app.catalogue(settings), WeightStore(settings.cache_dir)
+    return app.catalogue(settings), WeightStore(settings.cache)
 
 
 def pulled(store: WeightStore, model: Model) -> Path:

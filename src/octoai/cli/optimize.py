@@ -72,7 +72,7 @@ def optimize(args: argparse.Namespace) -> int:
                 f"{chosen.id} is served by {without_password(chosen.engine_url)}: optimize it where that server runs"
             )
         model = app.catalogue(settings)[chosen.id]
-        store = WeightStore(settings.cache_dir)
+        store = WeightStore(settings.cache)
         source = store.verified(model, tell) or pulled(store, model)
         if is_chore and _has_profile(settings, source):
             return 0
@@ -83,7 +83,7 @@ def optimize(args: argparse.Namespace) -> int:
             bounds=Bounds(max_loss=args.max_loss, max_memory_bytes=args.max_memory),
         )
         with _bar(chosen.id, args.seconds) as (on_trial, on_step):
-            result = optimized(source, settings.cache_dir, wish, on_trial, on_step)
+            result = optimized(source, settings.cache, wish, on_trial, on_step)
     except IsOptimized as error:
         fail(str(error))
         return idle.LATER
@@ -129,7 +129,7 @@ def _has_profile(settings: Settings, source: Path) -> bool:
     from octoai.optimizer.profile import BadProfile, Profiles
 
     try:
-        return Profiles(settings.cache_dir).find(source) is not None
+        return Profiles(settings.cache).find(source) is not None
     except BadProfile:
         return False
 

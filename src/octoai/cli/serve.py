@@ -53,10 +53,10 @@ def serve(args: argparse.Namespace) -> int:
         shares.check(settings)
         logs.set_up(settings.log_level)
         catalogue = app.catalogue(settings)
-        store = WeightStore(settings.cache_dir)
-        own = [catalogue[model.id] for model in settings.models if model.engine_url is None]
-        weights = {model.id: store.verified(model, tell) or pulled(store, model) for model in own}
-        tuned, searches = {}, []
+        weights, tuned, searches = {}, {}, []
+        if own := [catalogue[model.id] for model in settings.models if model.engine_url is None]:
+            store = WeightStore(settings.cache)
+            weights = {model.id: store.verified(model, tell) or pulled(store, model) for model in own}
         for model, source in list(weights.items()):
             if (known := _profile(settings, model, source)) is not None:
                 weights[model], tuned[model] = known
@@ -79,7 +79,7 @@ def _profile(settings: Settings, model: str, source: Path) -> tuple[Path, LlamaO
     from octoai.server.run import say
 
     try:
-        known = Profiles(settings.cache_dir).find(source)
+        known = Profiles(settings.cache).find(source)
     except BadProfile as error:
         fail(str(error))
         return None

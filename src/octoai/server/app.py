@@ -148,7 +148,7 @@ def catalogue(settings: Settings) -> Catalogue:
 
 def missing_weights(settings: Settings, catalogue: Catalogue) -> list[Model]:
     """Models that an engine of ours is to serve and whose weights are not on this machine."""
-    store = WeightStore(settings.cache_dir)
+    store = WeightStore(settings.cache)
     own = [catalogue[model.id] for model in settings.models if model.engine_url is None]
     return [model for model in own if store.path(model) is None]
 
@@ -201,6 +201,6 @@ def options(
         num_threads=num_threads,
         tuning=tuning,
         stall_seconds=settings.engine_stall_seconds,
-        prefix_dir=settings.cache_dir / "prefixes",
+        prefix_dir=settings.cache / "prefixes",
         prefix_bytes=settings.prefix_cache_mib * 2**20,
     )

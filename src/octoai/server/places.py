@@ -1,13 +1,19 @@
 """Where the service keeps things on this machine: models in a cache, accounts and usage in a data directory.
 
-Pure: the environment is an argument and nothing is created until `create` is called. What lies inside the
-directories is known to those who put it there.
+The environment is an argument and nothing is created until `create` is called. What lies inside the directories is
+known to those who put it there.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from octoai import _credentials
+
+NOWHERE = Path(os.devnull, "octoai")
+"""In place of what would be in a home that nobody knows: nothing is there, and nothing can be made there."""
 
 
 def cache_dir(environ: Mapping[str, str]) -> Path:
@@ -34,22 +40,35 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def known(path: str | Path) -> Path:
+    """As `expanded`, for a place where something is kept: NOWHERE, if nobody knows what "~" stands for."""
+    found = expanded(path)
+    return NOWHERE if found.parts[:1] == ("~",) else found
+
+
+def here() -> Path:
+    """The directory we are in, also where somebody has deleted it."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path()
+
+
+def configuration(name: str, environ: Mapping[str, str]) -> Path | None:
+    """The file of that name here, or else in the directory of the credentials."""
+    for directory in (here(), _credentials.directory(environ)):
+        # Unlike Path.is_file it does not raise where we may not enter.
+        if directory is not None and os.path.isfile(file := Path(directory, name)):
+            return file
+    return None
+
+
 def _place(environ: Mapping[str, str], own: str, xdg: str, fallback: str) -> Path:
-    chosen = environ.get(own)
-    if chosen:
-        return _expanded(chosen, environ).absolute()
-    base = environ.get(xdg, "")
+    chosen, base, home = environ.get(own), environ.get(xdg, ""), environ.get("HOME")
     # The XDG specification says that a relative path there is invalid and to be ignored.
-    if base.startswith("/"):
+    if not chosen and base.startswith("/"):
         return Path(base, "octoai")
-    return _home(environ) / fallback / "octoai"
-
-
-def _expanded(text: str, environ: Mapping[str, str]) -> Path:
-    path = Path(text)
-    return _home(environ).joinpath(*path.parts[1:]) if path.parts[:1] == ("~",) else path
-
-
-def _home(environ: Mapping[str, str]) -> Path:
-    home = environ.get("HOME")
-    return Path(home) if home else Path.home()
+    path = Path(chosen or f"~/{fallback}/octoai")
+    if home and path.parts[:1] == ("~",):
+        path = Path(home, *path.parts[1:])
+    return known(path).absolute()

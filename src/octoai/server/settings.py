@@ -100,7 +100,7 @@ class ModelSettings(_Checked):
             said["source"] = {"kind": "file", "path": str(self.path)}
         elif self.source is not None:
             said["source"] = self.source
-        own = parse_model(entry | said, _here())
+        own = parse_model(entry | said, places.here())
         model = own if known is None else self._over(known, own, said)
         prices = (model.input_price_nanos, model.output_price_nanos)
         if None in prices and {*prices, model.cached_input_price_nanos} != {None}:
@@ -147,8 +147,19 @@ class Settings(_Checked):
 
     @property
     def place(self) -> Place:
-        """Where the database is."""
-        return Place(self.data_dir, self.database)
+        """Where the database is. Raises BadSettings."""
+        return Place(self._known("data_dir"), self.database)
+
+    @property
+    def cache(self) -> Path:
+        """`cache_dir`, of which something is wanted. Raises BadSettings."""
+        return self._known("cache_dir")
+
+    def _known(self, key: str) -> Path:
+        path: Path = getattr(self, key)
+        if path == places.NOWHERE:
+            raise BadSettings(f"this user has no home directory: set OCTOAI_{key.upper()} to the directory to use")
+        return path
 
 
 def load(
@@ -162,7 +173,7 @@ def load(
 
     `models` are the ids or GGUF files of the command line, `overrides` its other options, None where not given.
     """
-    path = path or _found(environ)
+    path = path or places.configuration(FILENAME, environ)
     name = str(path) if path else "the environment"
     values = _from_file(path) if path else {}
     if values.get("models") == [] or not isinstance(values.get("models", []), list):
@@ -182,6 +193,7 @@ def load(
     }
     values |= {key: _PLACES[key](environ) if key in _PLACES else environ[said_by[key]] for key in said_by}
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    given |= {key: places.known(given[key]) for key in _PLACES if key in given}
     values |= given
     said_by |= {key: f"--{key.replace('_', '-')}" for key in given}
     for key, place in _PLACES.items():
@@ -233,23 +245,6 @@ def _named(model: str) -> dict[str, Any]:
     return {"id": model}
 
 
-def _here() -> Path:
-    """The directory we are in, also where somebody has deleted it."""
-    try:
-        return Path.cwd()
-    except FileNotFoundError:
-        return Path()
-
-
-def _found(environ: Mapping[str, str]) -> Path | None:
-    from octoai import _credentials
-
-    for directory in (_here(), Path(_credentials.path(environ)).parent):
-        if os.path.isfile(directory / FILENAME):  # also False where we may not enter: Path.is_file raises there
-            return directory / FILENAME
-    return None
-
-
 def _from_file(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -259,7 +254,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise BadSettings(f"{path} is not valid TOML: {error}") from None
     for key in ("data_dir", "cache_dir"):
         if isinstance(values.get(key), str):
-            values[key] = path.parent / expanded(values[key])
+            values[key] = path.parent / places.known(values[key])
     for model in values.get("models", []) if isinstance(values.get("models", []), list) else []:
         if isinstance(model, dict) and isinstance(model.get("path"), str):
             model["path"] = str((path.parent / expanded(model["path"])).absolute())
