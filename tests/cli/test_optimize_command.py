@@ -296,8 +296,8 @@ def test_a_damaged_profile_is_one_line_and_the_defaults(cache: Path, embedded_mo
 def test_a_signal_that_python_ignores_comes_once_more(number: int, status: int) -> None:
     program = f"""
 import signal, time
-from octoai.cli import optimize
-optimize._hear_signals()
+from octoai.cli import signals
+signals.hear()
 class Going:
     def __del__(self): signal.raise_signal({int(number)})
 going = Going()

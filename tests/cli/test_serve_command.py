@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -319,6 +320,14 @@ def test_a_first_token_that_can_be_neither_stored_nor_printed_is_not_made(tmp_pa
     assert "the first API token cannot be printed" in line
     with closing(connect(Place(tmp_path / "data"))) as db:
         assert tokens.is_empty(db)
+
+
+def test_a_signal_while_the_database_is_waited_for_ends_the_start(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text(f"database = 'postgresql://nobody@127.0.0.1:1/x'\n{FAR}")
+    service = Serve(tmp_path, wait=False)
+    until(lambda: "waiting for it" in service.log.read_text(), 60)
+    assert service.stop() == 128 + signal.SIGTERM  # by its own will: as the first process of a container too
+    assert service.log.read_text().splitlines()[1:] == ["octoai: stopped before it served"]
 
 
 def test_a_signal_while_an_engine_is_waited_for_ends_the_start_without_a_word(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from octoai.cli import signals
 from octoai.cli.messages import fail, tell
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from octoai.optimizer.outcome import Loss, Trial
     from octoai.server.settings import ModelSettings, Settings
 
-_AGAIN_SECONDS = 0.05
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -51,6 +51,7 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def optimize(args: argparse.Namespace) -> int:
     """Search within the time given; `octoai serve` uses what is found."""
+    signals.hear()  # SIGTERM keeps nothing; Ctrl-C, which is another matter, the best so far
     from octoai.cli.models import pulled
     from octoai.optimizer.optimization import CannotOptimize, IsOptimized, Wish
     from octoai.optimizer.optimization import optimize as optimized
@@ -63,7 +64,6 @@ def optimize(args: argparse.Namespace) -> int:
 
     if args.plot and not _can_be_written(args.plot):
         return fail(f"--plot: {args.plot} cannot be written: give a file in a directory of yours")
-    _hear_signals()
     is_chore = _follow_service()
     try:
         settings, chosen = _chosen(args.model, args.config)
@@ -223,28 +223,6 @@ def _losses(result: Optimized) -> dict[str, Loss]:
     """By what a reader calls them."""
     losses = result.outcome.losses.items()
     return {f"{weights}, compiled for this CPU" if kernels else weights: loss for (weights, kernels), loss in losses}
-
-
-def _hear_signals() -> None:
-    """Ctrl-C keeps the best so far, SIGTERM nothing. Whenever it comes, it is heard."""
-    signal.signal(signal.SIGTERM, _leave)
-    sys.unraisablehook = _say_again
-
-
-def _say_again(lost: sys.UnraisableHookArgs) -> None:
-    """A signal that comes while something is being deleted is an exception that Python ignores: it comes once more."""
-    error = lost.exc_value
-    if not isinstance(error, (KeyboardInterrupt, SystemExit)):
-        sys.__unraisablehook__(lost)
-        return
-    again = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(again))
-    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
-
-
-def _leave(number: int, _frame: object) -> NoReturn:
-    """Asked to go: nothing is stored, and engines go too."""
-    raise SystemExit(128 + number)
 
 
 def _seconds(text: str) -> float:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from octoai.cli import signals
 from octoai.cli.messages import fail, tell
 
 if TYPE_CHECKING:
@@ -36,6 +37,15 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def serve(args: argparse.Namespace) -> int:
     """Run the service until a signal ends it."""
+    signals.hear()
+    try:
+        return _serve(args)
+    except SystemExit:  # once it serves, signals are heard by its loop
+        tell("stopped before it served")
+        raise
+
+
+def _serve(args: argparse.Namespace) -> int:
     import os
 
     from octoai.cli.models import pulled
