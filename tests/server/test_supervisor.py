@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -65,14 +67,18 @@ class Stolen(Port):
             each.close()
 
 
-def supervised(kind: type[Supervisor], place: Path, given_port: Port | None = None, **settings: object) -> None:
-    """Until it ends by itself."""
+def settings_in(place: Path | str, **settings: object) -> Settings:
     models = [{"id": "far", "engine_url": "http://127.0.0.1:9/v1"}]
     given = {"data_dir": place, "cache_dir": place, "workers": 2, "models": models, **settings}
+    return Settings.model_validate(given)
+
+
+def supervised(kind: type[Supervisor], place: Path, given_port: Port | None = None, **settings: object) -> None:
+    """Until it ends by itself."""
     with closing(given_port or Port("127.0.0.1", 0)) as port:
 
         async def main() -> None:
-            supervising = kind(Settings.model_validate(given), port, Stop())
+            supervising = kind(settings_in(place, **settings), port, Stop())
             await asyncio.wait_for(supervising.run(lambda: None), 20)
 
         asyncio.run(main())
@@ -173,3 +179,49 @@ def test_reports_are_added_up_beside_the_loop_one_scrape_after_the_other(
 def test_a_worker_that_cannot_listen_is_not_ready(tmp_path: Path) -> None:
     with pytest.raises(CannotServe, match=r"^cannot listen: Address already in use$"):
         supervised(Supervisor, tmp_path, Stolen())
+
+
+_AS_FIRST_PROCESS = """
+import asyncio, ctypes, os, subprocess
+from octoai.server import supervisor
+from tests.server.test_supervisor import Ready, settings_in
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # what children leave behind is ours, as it is the first process's
+supervisor.REAP_SECONDS = 0.2
+subprocess.run(["sh", "-c", "sleep 0.1 &"], check=True)
+
+def num_ended():
+    return sum(line.split(") ")[1][0] == "Z" for line in map(state, children()))
+
+def children():
+    return open(f"/proc/self/task/{os.getpid()}/children").read().split()
+
+def state(pid):
+    return open(f"/proc/{pid}/stat").read()
+
+async def main():
+    supervising = Ready(settings_in("."), None, supervisor.Stop())
+    running = asyncio.create_task(supervising.run(lambda: None))
+    await asyncio.sleep(1.5)
+    print(len(children()), num_ended())
+    first, second = supervising._workers.values()
+    first.process.kill()
+    print(await first.process.wait())
+    second.process.kill()
+    os._exit(0)
+
+print(len(children()))
+asyncio.run(main())
+"""
+
+
+class Ready(Saying):
+    said = b'{"kind": "ready"}\n'
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are given to who asks for them on Linux only")
+def test_what_a_worker_leaves_behind_does_not_stay_as_a_zombie(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-c", _AS_FIRST_PROCESS]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=30, check=False)
+    assert ran.stderr == ""
+    assert ran.stdout.splitlines() == ["1", "2 0", "-9"]  # the orphan; both workers, and it no more; a status is known
