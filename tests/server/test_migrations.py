@@ -181,7 +181,23 @@ def test_a_newer_database_is_not_touched(place: Place) -> None:
     newer = "PRAGMA user_version = 99" if place.url is None else "UPDATE schema_version SET version = 99"
     connection.execute(newer)
     connection.close()
-    with pytest.raises(StoreError, match=r"newer version.*99"):
+    with pytest.raises(
+        StoreError, match=r"newer version.*99, and this one knows \d+\): use that version, or .* before"
+    ):
+        connect(place)
+
+
+def test_a_newer_database_is_refused_with_the_backup_that_can_be_used(tmp_path: Path) -> None:
+    place = Place(tmp_path / "data")
+    connection = connect(place)
+    (known,) = connection.row("PRAGMA user_version") or (0,)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(StoreError, match=r"put a backup from before in its place$"):
+        connect(place)
+    for schema, day in ((9, 1), (known, 2), (8, 1), (known + 1, 3)):
+        (place.data_dir / f"octoai-schema{schema}-2020010{day}T000000Z.backup.db").touch()
+    with pytest.raises(StoreError, match=rf": octoai-schema{known}-20200102T000000Z\.backup\.db is one, without "):
         connect(place)
 
 

@@ -157,7 +157,10 @@ class PostgresConnection:
         """How many migrations were done. Raises StoreError where there are more than we know."""
         (version,) = self.row("SELECT version FROM schema_version") or (0,)
         if version > len(MIGRATIONS):
-            raise StoreError(f"the database was written by a newer version of octoai (schema {version})")
+            raise StoreError(
+                f"the database was written by a newer version of octoai (schema {version}, and this one knows "
+                f"{len(MIGRATIONS)}): use that version, or a backup from before"
+            )
         return int(version)
 
     @contextmanager

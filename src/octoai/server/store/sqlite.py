@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 import time
@@ -18,6 +19,7 @@ FILENAME = "octoai.db"
 BUSY_SECONDS = 10.0
 TURN_SECONDS = 0.001  # between attempts to write while another does
 NUM_BACKUPS = 5
+_BACKUP = re.compile(r"octoai-schema(\d+)-(\w+)\.backup\.db")
 
 
 class SqliteConnection:
@@ -144,8 +146,20 @@ class SqliteConnection:
         """How many migrations were done. Raises StoreError where there are more than we know."""
         (version,) = self.row("PRAGMA user_version") or (0,)
         if version > len(MIGRATIONS):
-            raise StoreError(f"{self.path} was written by a newer version of octoai (schema {version})")
+            raise StoreError(
+                f"{self.path} was written by a newer version of octoai (schema {version}, and this one knows "
+                f"{len(MIGRATIONS)}): use that version, or put a backup from before in its place{self._last_backup()}"
+            )
         return int(version)
+
+    def _last_backup(self) -> str:
+        """The newest beside it that we could use, as a refusal says it."""
+        usable = [
+            (found[2], found[0])
+            for path in self.path.parent.iterdir()
+            if (found := _BACKUP.fullmatch(path.name)) and int(found[1]) <= len(MIGRATIONS)
+        ]
+        return f": {max(usable)[1]} is one, without what came later" if usable else ""
 
     def _back_up(self, version: int) -> None:
         """Under the write lock, so that nobody migrates meanwhile. It is called a backup once it is whole."""
