@@ -202,3 +202,21 @@ def test_a_directory_that_was_deleted_is_no_matter(tmp_path: Path) -> None:
     command = f'rmdir "{gone}" && "{sys.executable}" -m octoai usage --data-dir "{tmp_path}"'
     ran = subprocess.run(command, shell=True, cwd=gone, capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_who_reads_no_further_is_told_nothing(tmp_path: Path) -> None:
+    """As `| head` does, or a pager that is left: a traceback followed."""
+    with closing(connect(Place(tmp_path))) as db, db.transaction():
+        accounts.create(db, "acme")
+        start = moment("2026-11-01")
+        post(db, [charge(start + number * 60_000_000, f"tok_{number}", "tiny", 1) for number in range(3000)])
+    command = [sys.executable, "-m", "octoai", "usage", "--since", "2026-10-01", "--by", "token", "--csv"]
+    reading = subprocess.Popen(
+        [*command, "--data-dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert reading.stdout is not None and reading.stderr is not None
+    reading.stdout.readline()
+    reading.stdout.close()
+    assert reading.stderr.read() == ""
+    reading.stderr.close()
+    reading.wait(20)

@@ -63,6 +63,14 @@ def test_a_cost_that_is_a_number_keeps_its_digits(cost: str) -> None:
     assert usage.cost == cost
 
 
+@pytest.mark.parametrize("cost", ["0.0000007", "0.000000001", "12.5", "1234567.000000001"])
+def test_what_a_stream_cost_is_the_same_when_it_is_put_together(cost: str) -> None:
+    events = [json.dumps(chunk("a")).encode(), json.dumps(chunk(finish="stop", usage=COUNTS)).encode()]
+    events[1] = events[1].replace(b'"usage": {', b'"usage": {"cost": %b, ' % cost.encode())
+    whole = ChatCompletionResponse.parse_obj(_gather.chat_completion(events))
+    assert whole.usage is not None and whole.usage.cost == cost
+
+
 @pytest.mark.parametrize(
     "body",
     [

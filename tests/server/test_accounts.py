@@ -19,6 +19,7 @@ from octoai.server.errors import Unauthenticated, Unavailable
 from octoai.server.store import Connection, Place, StoreAway, connect
 from octoai.server.store import entries as entry_table
 from octoai.server.store.accounts import Limits
+from octoai.server.store.directory import version_of
 from octoai.server.store.entries import balance_nanos
 from octoai.server.store.reader import Reader
 from octoai.server.tokens import new_token
@@ -264,22 +265,55 @@ def test_the_first_look_may_take_longer_than_those_for_changes(place: Place, mon
     class Slow(WatchedReader):
         async def run(self, action: Callable[[Connection], Any], *, seconds: float = 5.0) -> Any:
             def slowly(db: Connection) -> Any:
-                time.sleep(0.2)
+                if is_hung or action is not version_of:
+                    time.sleep(0.2)
                 return action(db)
 
             return await super().run(slowly, seconds=seconds)
 
+    is_hung = False
+
     async def run() -> None:
+        nonlocal is_hung
         token, known = minted(place), Directory(Slow(place))
         await known.start()
         try:
             assert (await entered(known, token.text)).token.id == token.id
+            # Nor could what had changed be read again, or all of a database that has gone back.
+            for version in (0, 1_000_000):
+                known._version = version
+                await known.refresh()
+                assert (await entered(known, token.text)).token.id == token.id
+            is_hung = True
             with pytest.raises(StoreAway, match=r"did not answer within 0\.05 s"):
                 await known.refresh()
         finally:
             await known.close()
 
     monkeypatch.setattr("octoai.server.directory.WAIT_SECONDS", 0.05)
+    asyncio.run(run())
+
+
+def test_what_comes_back_with_as_many_changes_but_others_is_read_anew(place: Place) -> None:
+    """A standby that was behind, and has been changed as often as it had missed: a token that was revoked there stayed
+    good, and one that it does not know."""
+
+    async def run() -> None:
+        revoked, lost = minted(place), minted(place)
+        async with directory(place) as (known, reader):
+            for token in (revoked, lost):
+                await entered(known, token.text)
+            reader.is_away = True
+            with pytest.raises(StoreAway):
+                await known.refresh()
+            with closing(connect(place)) as db, db.transaction():  # at the same version
+                db.execute("UPDATE tokens SET revoked_at = 1 WHERE id = ?", (revoked.id,))
+                db.execute("DELETE FROM tokens WHERE id = ?", (lost.id,))
+            reader.is_away = False
+            await known.refresh()
+            assert "revoked" in await refused(known, revoked.text)
+            assert "not known" in await refused(known, lost.text)
+
     asyncio.run(run())
 
 

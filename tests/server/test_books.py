@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -90,6 +91,31 @@ def test_reports_of_one_account_keep_nobody_else_from_the_database(
 
     run(main())
     assert most == 1
+
+
+def test_reports_of_others_are_waited_for_and_are_not_taken_for_a_database_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(books_module, "TURN_SECONDS", 0.5)
+    place = Place(tmp_path)
+
+    def slow(db: Connection) -> int:
+        time.sleep(0.2)
+        return balance_nanos(db, "default")
+
+    async def main() -> None:
+        books = Books(place, opened(place))
+        books._reports.run = partial(books._reports.run, seconds=0.4)  # type: ignore[method-assign]
+        books.start()
+        said = await asyncio.gather(
+            *(books.report(f"acct{number}", slow) for number in range(8)), return_exceptions=True
+        )
+        await books.close()
+        assert said[:4] == [0] * 4
+        assert all(each == 0 or isinstance(each, RateLimited) for each in said), said
+        assert isinstance(said[-1], RateLimited)
+
+    run(main())
 
 
 def test_a_report_on_one_account_goes_through_its_own_usage_alone(tmp_path: Path) -> None:

@@ -208,6 +208,16 @@ def test_a_kind_of_tool_that_is_not_offered_is_refused_as_that(change: dict[str,
     assert (refusal.status, refusal.param, refusal.message) == (422, param, f"{param}: Input should be 'function'")
 
 
+@pytest.mark.parametrize("kind", [{}, {"type": None}, {"type": ""}, {"type": "function"}])
+def test_a_call_that_is_told_again_need_not_say_its_kind(kind: dict[str, Any]) -> None:
+    call = {"id": "c", "function": {"name": "f", "arguments": "{}"}, **kind}
+    (generation,) = params.chat(
+        encoded({**CHAT, "messages": [{"role": "assistant", "tool_calls": [call]}]})
+    ).generations
+    assert generation.messages is not None
+    assert generation.messages[0]["tool_calls"] == [{**call, "type": "function"}]
+
+
 def test_of_a_body_with_many_wrong_values_the_first_are_told_in_no_time() -> None:
     for wrong, decode in (({"prompt": [-1] * 2000}, params.completion), ({"messages": [{}] * 2000}, params.chat)):
         began = time.process_time()

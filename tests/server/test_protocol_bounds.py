@@ -351,3 +351,34 @@ def test_who_never_stops_sending_is_left_some_time_later(
                 client.sendall(head.encode())  # it is not read as another request either
                 time.sleep(0.01)
         assert time.monotonic() - began < 2
+
+
+def test_who_asks_first_whether_to_send_is_told_by_what_goes_through_asgi_too(
+    in_process: Callable[..., InProcess],
+) -> None:
+    service = in_process(ScriptedEngine())
+    body = b'{"name": "t"}'
+    head = (
+        f"POST /v1/admin/tokens HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {service.token}\r\n"
+        f"content-length: {len(body)}\r\nexpect: 100-continue\r\nconnection: close\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", service.port), 5) as client:
+        client.sendall(head.encode())
+        assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body)
+        assert client.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
+
+
+def test_what_cannot_be_read_is_no_fault_of_ours(
+    in_process: Callable[..., InProcess], caplog: pytest.LogCaptureFixture
+) -> None:
+    service = in_process(ScriptedEngine())
+    head = (
+        f"POST {PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {service.token}\r\n"
+        "transfer-encoding: chunked\r\nexpect: 100-continue\r\n\r\nno chunk\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", service.port), 5) as client:
+        client.sendall(head.encode())
+        assert client.makefile("rb").read().startswith(b"HTTP/1.1 400 ")
+    service.close()  # at once, though its client had not ended
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

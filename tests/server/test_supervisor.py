@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -139,16 +139,11 @@ def test_a_worker_answers_while_what_it_counted_is_written(monkeypatch: pytest.M
     assert threads and threading.get_ident() not in threads
 
 
-def test_reports_are_added_up_beside_the_loop_one_scrape_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads, at_once = list[int](), list[int]()
+def test_reports_are_added_up_beside_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = list[int]()
 
     def whole(reports: list[totals.Report], told: Any = totals.whole) -> str:
         threads.append(threading.get_ident())
-        at_once.append(1)
-        time.sleep(0.05)
-        assert at_once.pop() and not at_once
         return str(told(reports))
 
     async def main() -> None:
@@ -174,6 +169,33 @@ def test_reports_are_added_up_beside_the_loop_one_scrape_after_the_other(
     monkeypatch.setattr("octoai.server.totals.whole", whole)
     asyncio.run(main())
     assert len(threads) == 3 and threading.get_ident() not in threads
+
+
+def test_a_report_that_comes_late_takes_no_newer_ones_place(tmp_path: Path) -> None:
+    """Nor does one scrape wait for another, whose worker does not answer."""
+
+    async def main() -> None:
+        settings = Settings.model_validate({"data_dir": tmp_path, "cache_dir": tmp_path, "workers": 2})
+        with closing(Port("127.0.0.1", 0)) as port:
+            supervising = Supervisor(settings, port, Stop())
+            ours, theirs = [await Channel.over(end) for end in socket.socketpair()]
+            worker, questions = _Worker(None, ours), list[Any]()  # type: ignore[arg-type]
+            reading = asyncio.create_task(read(ours))
+            asked = [asyncio.create_task(supervising._ask_report(worker)) for _ in range(2)]
+            async for message in theirs.messages():
+                questions.append(message)
+                if len(questions) == 2:
+                    break
+            for question, value in ((questions[1], 2.0), (questions[0], 1.0)):
+                theirs.answer(question, json.dumps(totals.counter("x", "Some.", value)))
+                await asyncio.sleep(0.05)
+            await asyncio.gather(*asked)
+            assert worker.report[0]["samples"][0][2] == 2.0
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            await asyncio.gather(ours.close(), theirs.close())
+
+    asyncio.run(main())
 
 
 def test_a_worker_that_cannot_listen_is_not_ready(tmp_path: Path) -> None:

@@ -308,7 +308,9 @@ def test_a_signal_drains_all_even_where_all_are_sent_it(
 ) -> None:
     """As a service manager sends it to every process of a service; that a terminal closes, each is told twice, or by
     that and by the end of its session."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup` it is ignored, by what we start as well
     service = serve(tmp_path, engine, "--workers", num_workers)
+    signal.signal(signal.SIGHUP, before)
     target = Target(service.url, service.token, MODEL)
     told = [Told(next(_numbers), "stream") for _ in range(12)]
 

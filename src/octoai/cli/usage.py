@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,8 @@ def _show(db: Connection, args: argparse.Namespace, span: tuple[int, int], by: S
             fail(str(error))
             return 2
         if args.csv:
-            print_csv([*_header(by), *COUNTS], ([*_keys(row, by, names), *figures(row, "")] for row in rows))
+            with closing(rows):  # before its connection is, where nobody reads on
+                print_csv([*_header(by), *COUNTS], ([*_keys(row, by, names), *figures(row, "")] for row in rows))
             return 0
         found = list(rows)
     if args.json:

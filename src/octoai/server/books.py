@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import AsyncExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -69,6 +69,7 @@ class Books:
         self.place = place
         self.reader = Reader(place)
         self._reports = Reader(place, NUM_REPORTS)
+        self._reporting = asyncio.Semaphore(NUM_REPORTS)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.writer = Writer(place, journal, applier=Applier(place, journal) if journal and is_beside else None)
         self._journal = journal
@@ -102,21 +103,20 @@ class Books:
         """As `read`, for what may take long: never in the way of other reads, and one at a time of those that an
         account asks for. Raises RateLimited where its others take too long."""
         turn = self._turns.setdefault(account, asyncio.Lock())
-        try:
-            async with asyncio.timeout(TURN_SECONDS):
-                await turn.acquire()
-        except TimeoutError:
-            raise RateLimited(
-                "Limit of reports at once of this account: 1, and others are before this one. Try again when they have "
-                "been answered, or ask for shorter ranges.",
-                kind="requests",
-                retry_after=TURN_SECONDS,
-            ) from None
-        try:
+        async with AsyncExitStack() as turns:
+            try:
+                async with asyncio.timeout(TURN_SECONDS):
+                    await turns.enter_async_context(turn)
+                    await turns.enter_async_context(self._reporting)
+            except TimeoutError:
+                raise RateLimited(
+                    f"Limit of reports at once: {NUM_REPORTS}, 1 of an account, and others are before this one. Try "
+                    "again when they have been answered, or ask for shorter ranges.",
+                    kind="requests",
+                    retry_after=TURN_SECONDS,
+                ) from None
             await self.writer.caught_up()
             return await self._reports.run(action)
-        finally:
-            turn.release()
 
     async def write(self, action: Callable[[Connection], T]) -> T:
         """In a transaction, on disk when this returns. Raises StoreAway, and what `action` raises."""

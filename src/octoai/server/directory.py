@@ -21,7 +21,7 @@ from octoai.server.billing import Price, PriceBook
 from octoai.server.errors import Unauthenticated, Unavailable
 from octoai.server.store.accounts import AccountRow
 from octoai.server.store.database import StoreError
-from octoai.server.store.directory import Changes, changes_since
+from octoai.server.store.directory import Changes, changes_since, version_of
 from octoai.server.store.reader import Reader
 from octoai.server.store.tokens import TokenRow
 from octoai.server.tokens import digest, is_well_formed
@@ -31,7 +31,7 @@ log = logging.getLogger("octoai.directory")
 REFRESH_SECONDS = 0.25
 MIN_SECONDS = 0.03
 WAIT_SECONDS = 2.0
-FIRST_SECONDS = 60.0  # for the look at the start, which reads every token that was ever made
+READ_SECONDS = 60.0  # for what has changed: at the start that is every token that was ever made
 MAX_UNKNOWN = 10_000
 
 _HOW = "Send `Authorization: Bearer <token>`; `octoai token create --name NAME` makes one."
@@ -47,6 +47,7 @@ class Directory:
         self._reader = reader
         self._clock = clock
         self._version = 0
+        self._reads_all = True
         self._accounts: dict[str, AccountRow] = {}
         self._tokens: dict[bytes, TokenRow] = {}
         self._callers: dict[bytes, Caller] = {}  # by the same hash, as they are asked for
@@ -163,10 +164,8 @@ class Directory:
         self._looking, self._coming = self._coming, None
         self._asked_at = began = self._clock()
         self.num_looks += 1
-        version = self._version
-        seconds = WAIT_SECONDS if version else FIRST_SECONDS
         try:
-            changes = await self._reader.run(lambda db: changes_since(db, version), seconds=seconds)
+            changes = await self._changes()
         except Exception as error:  # noqa: BLE001  # whatever it is: what is known grows old
             return self._went_away(error)
         self._take(changes)
@@ -176,16 +175,25 @@ class Directory:
         self._is_away = False
         return None
 
+    async def _changes(self) -> Changes:
+        version, known = await self._reader.run(version_of, seconds=WAIT_SECONDS), self._version
+        if version == known and not self._reads_all:
+            return Changes(version)
+        since = 0 if self._reads_all else known
+        return await self._reader.run(lambda db: changes_since(db, since), seconds=READ_SECONDS)
+
     def _went_away(self, error: Exception) -> StoreError:
         if not self._is_away:
             unexpected = None if isinstance(error, StoreError) else error
             log.error("%s; known tokens stay good for %.0f s", error, self.away_seconds, exc_info=unexpected)
-        self._is_away = True
+        # What comes back may be another's copy, with as many changes, of which some are others.
+        self._is_away = self._reads_all = True
         return error if isinstance(error, StoreError) else StoreError(str(error))
 
     def _take(self, changes: Changes) -> None:
         if changes.version < self._version:
             log.warning("the database has gone back in time: accounts, tokens and prices are what it has now")
+        if changes.is_all:
             self._accounts, self._tokens, self._unknown = {}, {}, OrderedDict()
             self._callers.clear()
             self.prices = PriceBook()
@@ -197,7 +205,7 @@ class Directory:
         if changes.accounts or changes.tokens:
             self._callers.clear()
         self.prices.add(changes.prices)
-        self._version = changes.version
+        self._version, self._reads_all = changes.version, False
 
     async def _keep_fresh(self) -> None:
         while True:

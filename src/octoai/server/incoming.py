@@ -125,7 +125,7 @@ class Incoming:
         account, num_held = "" if self.caller is None else self.caller.account.id, 0
         try:
             num_held = self._hold(account, num_held)  # where it does not fit, its client hears that before it sends it
-            if self.head.expects_continue:
+            if self.head.expects_continue and not self.disconnected:
                 self._connection.transport.write(_CONTINUE)
             async with asyncio.timeout(seconds):
                 while self.more_body:

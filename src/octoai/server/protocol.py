@@ -179,6 +179,12 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             self._answering.leave()
         self._leaving = self.loop.call_later(LINGER_SECONDS, self._has_left)
 
+    def shutdown(self) -> None:
+        if self._is_leaving:
+            self._has_left()
+        else:
+            super().shutdown()
+
     def _has_left(self) -> None:
         self.transport.close()
         self._linger()
@@ -375,6 +381,9 @@ class _Transport:
 
     def close(self) -> None:
         self._protocol.close()
+
+    def is_closing(self) -> bool:
+        return self._protocol._is_leaving or self._protocol.transport.is_closing()
 
 
 def num_unacknowledged(raw: Any) -> int:

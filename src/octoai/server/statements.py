@@ -6,7 +6,7 @@ to its closing balance, to the nano-dollar. Read it in one snapshot, or what hap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, reduce
@@ -118,7 +118,7 @@ def statements(db: Connection, month: tuple[int, int], now_us: int) -> list[Stat
 
 def usage_by(
     db: Connection, start_us: int, end_us: int, by: Sequence[str], account_ids: Sequence[str] | None = None
-) -> Iterator[Usage]:
+) -> Generator[Usage]:
     """Usage by any of BY, in that order, of [start_us, end_us) widened to whole minutes. Refunds and corrections are in
     the cost, when they were made. Rows come as they are read, inside a transaction. Raises ValueError, in one line, for
     what cannot be."""
@@ -143,7 +143,7 @@ def usage_by(
         )
         for each in found
     )
-    return iter(added(rows)) if "month" in times else rows  # the database knows of days, not of months
+    return (each for each in added(rows)) if "month" in times else rows  # the database knows of days, not of months
 
 
 def added(rows: Iterable[Usage]) -> list[Usage]:

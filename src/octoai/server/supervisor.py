@@ -8,6 +8,7 @@ knows the metrics of all. Requests never come here.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import socket
@@ -44,6 +45,7 @@ class _Worker:
     is_ready: bool = False
     reason: str | None = None
     report: totals.Report = field(default_factory=list)
+    report_number = 0  # of the question that it answers
 
 
 class Supervisor:
@@ -57,7 +59,7 @@ class Supervisor:
         self._ended: totals.Report = []  # what workers that are no more had counted
         self._num_restarts = 0
         self._scrapes: set[asyncio.Task[None]] = set()
-        self._scraping = asyncio.Lock()  # so that no report takes the place of a newer one
+        self._questions = itertools.count(1)
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Until a stop is asked for and all have ended. Raises CannotServe where they cannot be started."""
@@ -201,16 +203,18 @@ class Supervisor:
             scrape.add_done_callback(self._scrapes.discard)
 
     async def _answer_scrape(self, asking: _Worker, question: Message) -> None:
-        async with self._scraping:
-            await asyncio.gather(*map(self._ask_report, tuple(self._workers.values())))
-            reports = [self._ended, *(worker.report for worker in self._workers.values()), self._own()]
-            asking.channel.answer(question, await asyncio.to_thread(totals.whole, reports))
+        await asyncio.gather(*map(self._ask_report, tuple(self._workers.values())))
+        reports = [self._ended, *(worker.report for worker in self._workers.values()), self._own()]
+        asking.channel.answer(question, await asyncio.to_thread(totals.whole, reports))
 
     async def _ask_report(self, worker: _Worker) -> None:
         """One that does not answer in time has counted what it said last, at least."""
         with suppress(ChannelClosed, TimeoutError):
+            number = next(self._questions)
             said = await worker.channel.ask("report", seconds=REPORT_SECONDS)
-            worker.report = await asyncio.to_thread(totals.received, said)
+            report = await asyncio.to_thread(totals.received, said)
+            if number > worker.report_number:  # none that was asked for later is here already
+                worker.report, worker.report_number = report, number
 
     def _own(self) -> totals.Report:
         num_ready = sum(worker.is_ready for worker in self._workers.values())

@@ -6,9 +6,10 @@ what has another form stays as it came (`lenient`).
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from octoai.wire.messages import ChatMessage
 from octoai.wire.record import Answer, Record
@@ -16,7 +17,18 @@ from octoai.wire.record import Answer, Record
 FinishReason = Union[Literal["stop", "length", "tool_calls", "content_filter", "function_call", "cancelled"], Any]
 
 
-Cost = Annotated[Union[str, Any], Field(union_mode="left_to_right")]
+def _with_digits(cost: Any) -> Any:
+    """A number as text, with all of its digits and no exponent."""
+    is_number = isinstance(cost, int | float) and not isinstance(cost, bool)
+    return format(Decimal(repr(cost)), "f") if is_number else cost
+
+
+Cost = Annotated[
+    Union[str, Any],
+    Field(union_mode="left_to_right"),
+    BeforeValidator(_with_digits),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]}),
+]
 
 
 class UsageStats(Record):

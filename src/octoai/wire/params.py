@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NotRequired, Optional, Required, Union
 
-from pydantic import ConfigDict, Field, GetPydanticSchema
+from pydantic import BeforeValidator, ConfigDict, Field, GetPydanticSchema
 from typing_extensions import TypedDict
 
 from octoai.wire.messages import (
@@ -60,11 +60,13 @@ class _Function(TypedDict):
 # Of tools, and of what names or calls one, there is one kind. It comes before what only that kind has: of what is wrong
 # the first is told.
 _Kind = Literal["function"]
+# Of a call that is told again: who put it together from a stream may have no more than this.
+_KindOrNone = Annotated[Optional[_Kind], BeforeValidator(lambda kind: kind or None)]
 
 
 class _ToolCall(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
-    type: NotRequired[Optional[_Kind]]
+    type: NotRequired[_KindOrNone]
     function: Required[_Function]
     id: NotRequired[Optional[str]]
 

@@ -82,6 +82,8 @@ class SqliteConnection:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
+        if self._connection.in_transaction:  # one whose end was interrupted
+            self.execute("ROLLBACK")
         self.execute("BEGIN")
         try:
             yield
