@@ -11,6 +11,7 @@ its database has changed.
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -284,6 +285,24 @@ def flooded(on: Served, seconds: float) -> dict[str, float]:
     return figures
 
 
+@contextlib.contextmanager
+def mock_engine() -> Iterator[str]:
+    """Its URL, while it runs."""
+    mock = subprocess.Popen([sys.executable, __file__, "--engine"], stdout=subprocess.PIPE, text=True)
+    assert mock.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{int(mock.stdout.readline())}/v1"
+    finally:
+        mock.terminate()
+
+
+def keep(figures: dict[str, Any], place: Path) -> None:
+    """With the date and the machine."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine, **figures}, indent=2))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=25)
@@ -299,21 +318,16 @@ def main() -> None:
         run_load(*args.load)
         return
     rounds, seconds = (5, 0.4) if args.short else (args.rounds, args.seconds)
-    mock = subprocess.Popen([sys.executable, __file__, "--engine"], stdout=subprocess.PIPE, text=True)
-    with tempfile.TemporaryDirectory() as directory:
-        assert mock.stdout is not None
-        url = f"http://127.0.0.1:{int(mock.stdout.readline())}/v1"
+    with tempfile.TemporaryDirectory() as directory, mock_engine() as url:
         on, off = (Served(Path(directory, name), url, name) for name in ("on", "off"))
         try:
             found = compared(on, off, rounds, seconds)
             found["flood"] = flooded(on, max(2.0, seconds))
             print(on.run("ledger", "verify"))
         finally:
-            on.stop(), off.stop(), mock.terminate()
+            on.stop(), off.stop()
     if not args.short:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine, **found}, indent=2))
+        keep(found, RESULTS)
 
 
 if __name__ == "__main__":

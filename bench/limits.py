@@ -16,11 +16,9 @@ a minute go on for over a minute, so that each request is counted among those of
 """
 
 import argparse
-import asyncio
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ledger import NUM_TOKENS, Served, engine, load
+from ledger import NUM_TOKENS, Served, keep, load, mock_engine
 
 RESULTS = Path(__file__).parent / "results" / "limits.json"
 MANY = "1000000000"
@@ -121,12 +119,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--minute", type=float, default=75.0, help="seconds of the last part; 0 leaves it out")
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--load", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.engine:
-        asyncio.run(engine())
-        return
     if args.load:
         import uvloop
 
@@ -134,10 +128,8 @@ def main() -> None:
         print(json.dumps(uvloop.run(load(int(port), asks(token, kind), int(clients), float(seconds)))))
         return
     rounds, minute = (3, 0.0) if args.short else (args.rounds, args.minute)
-    mock = subprocess.Popen([sys.executable, __file__, "--engine"], stdout=subprocess.PIPE, text=True)
-    with tempfile.TemporaryDirectory() as directory:
-        assert mock.stdout is not None
-        served = Served(Path(directory, "on"), f"http://127.0.0.1:{int(mock.stdout.readline())}/v1", "on")
+    with tempfile.TemporaryDirectory() as directory, mock_engine() as url:
+        served = Served(Path(directory, "on"), url, "on")
         try:
             callers = tokens(served)
             found = compared(served, callers, rounds, args.seconds)
@@ -146,11 +138,9 @@ def main() -> None:
                     found[f"sustained, {kind}"] = sustained(served, callers[kind], kind, minute)
             print(served.run("ledger", "verify"))
         finally:
-            served.stop(), mock.terminate()
+            served.stop()
     if not args.short:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine, **found}, indent=2))
+        keep(found, RESULTS)
 
 
 if __name__ == "__main__":
