@@ -280,6 +280,14 @@ asyncio.run(main())
 # ── a database that goes back in time: a standby that was behind takes its place ──
 
 
+async def lose_five(server: PostgresServer, url: str, books: Books, journal: Journal) -> None:
+    """Of eight settlements that it had the database has three, as a standby that was behind."""
+    await books.writer.reached(await appended(journal, range(3)))
+    standby = server.copy(url)
+    await books.writer.reached(await appended(journal, range(3, 8)))
+    server.replace(url, standby)
+
+
 @pytest.mark.parametrize("is_beside", [True, False])
 def test_what_a_database_lacks_that_went_back_is_brought_in_again(
     postgres_server: PostgresServer,
@@ -292,10 +300,7 @@ def test_what_a_database_lacks_that_went_back_is_brought_in_again(
 
     async def main() -> None:
         async with kept(place, is_beside=is_beside) as (books, journal):
-            await books.writer.reached(await appended(journal, range(3)))
-            standby = postgres_server.copy(postgres_url)
-            await books.writer.reached(await appended(journal, range(3, 8)))
-            postgres_server.replace(postgres_url, standby)
+            await lose_five(postgres_server, postgres_url, books, journal)
             last = await appended(journal, range(8, 10))
             await until(lambda: books.writer.applied >= last and books.writer.away_seconds is None)
             await books.writer.caught_up()
@@ -317,10 +322,7 @@ def test_a_database_that_went_back_while_nothing_came_is_noticed(
 
     async def main() -> None:
         async with kept(place) as (books, journal):
-            await books.writer.reached(await appended(journal, range(3)))
-            standby = postgres_server.copy(postgres_url)
-            await books.writer.reached(await appended(journal, range(3, 8)))
-            postgres_server.replace(postgres_url, standby)
+            await lose_five(postgres_server, postgres_url, books, journal)
             while balance(place) != -8 * COST:
                 await asyncio.sleep(0.1)
             await until(lambda: books.writer.away_seconds is None)
@@ -337,10 +339,7 @@ def test_a_journal_stays_whose_database_went_back_before_the_end(
 
     async def main() -> None:
         async with kept(place, is_beside=is_beside) as (books, journal):
-            await books.writer.reached(await appended(journal, range(3)))
-            standby = postgres_server.copy(postgres_url)
-            await books.writer.reached(await appended(journal, range(3, 8)))
-            postgres_server.replace(postgres_url, standby)
+            await lose_five(postgres_server, postgres_url, books, journal)
 
     run(main())
     assert list(journal_dir(place).glob("*.journal"))
