@@ -28,7 +28,6 @@ from octoai.server.queue import FairQueue
 from octoai.server.router import Deployment, Router
 from octoai.server.service import Service
 from octoai.server.settings import NUM_SLOTS_ELSEWHERE, BadSettings, ModelSettings, Settings
-from octoai.server.sources import WeightStore
 from octoai.server.store import Connection, clocks, connect
 from octoai.server.store.reader import Reader
 
@@ -144,13 +143,6 @@ def catalogue(settings: Settings) -> Catalogue:
     """The catalogue with the configuration's models in it."""
     shipped = Catalogue.load()
     return shipped.with_models([model.described(shipped) for model in settings.models])
-
-
-def missing_weights(settings: Settings, catalogue: Catalogue) -> list[Model]:
-    """Models that an engine of ours is to serve and whose weights are not on this machine."""
-    store = WeightStore(settings.cache)
-    own = [catalogue[model.id] for model in settings.models if model.engine_url is None]
-    return [model for model in own if store.path(model) is None]
 
 
 def _engine_key(chosen: ModelSettings) -> str | None:
