@@ -81,6 +81,7 @@ def streams(draw: st.DrawFn) -> bytes:
     cached: dict[str, Any] = draw(
         st.sampled_from([{}, {}, *({"prompt_tokens_details": {"cached_tokens": number}} for number in (0, 1, 2))])
     )
+    more = draw(st.sampled_from([{}, {}, {"system_fingerprint": "100%d%"}]))
     events: list[dict[str, Any]] = []
     total = 0
     if draw(st.booleans()):
@@ -107,7 +108,7 @@ def streams(draw: st.DrawFn) -> bytes:
                 st.sampled_from([{}, {**usage, "prompt_tokens": 4}, {"completion_tokens": total}, {**usage, "x": 1}])
             )
         timed = draw(timings(total)) if is_timed else {}
-        events.append({"choices": [choice], "id": "x", **timed, **({"usage": usage} if says_usage else {})})
+        events.append({"choices": [choice], "id": "x", **more, **timed, **({"usage": usage} if says_usage else {})})
     events.append({"id": "x", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     if draw(st.booleans()):
         events.append(draw(odd_events(total)))

@@ -88,13 +88,14 @@ class Plain(NamedTuple):
 
     def _behind(self, counts: range, prompt_tokens: int) -> bytes:
         """What stands behind the texts of events that count so many tokens, each with a gap."""
-        _, middle, between, ends, is_last, _ = self
+        _, middle, between, ends, _, _ = self
         if not between:
             return (middle + ends + _GAP) * len(counts)
-        said, total = counts, range(counts.start + prompt_tokens, counts.stop + prompt_tokens)
-        parts = [middle, b"", between, b"", ends + _GAP] * len(counts)
-        parts[1::5], parts[3::5] = (_digits(total), _digits(said)) if is_last else (_digits(said), _digits(total))
-        return b"".join(parts)
+        numbers = [0] * (2 * len(counts))
+        numbers[self.is_last :: 2] = counts
+        numbers[not self.is_last :: 2] = range(counts.start + prompt_tokens, counts.stop + prompt_tokens)
+        each = b"%d".join([part.replace(b"%", b"%%") for part in (middle, between, ends + _GAP)])
+        return each * len(counts) % tuple(numbers)
 
     def _as_foreseen(self, run: Sequence[bytes], num_counted: int, prompt_tokens: int) -> tuple[list[str], list[int]]:
         """Of one token each."""
@@ -153,10 +154,6 @@ class Plain(NamedTuple):
         except ValueError:
             return None
         return counts if len(counts) == len(pairs) and max(counts, default=0) < MAX_TOKENS else None
-
-
-def _digits(numbers: range) -> list[bytes]:
-    return " ".join(map(str, numbers)).encode().split(b" ") if numbers else []
 
 
 def _num_same(parts: list[bytes], wanted: bytes) -> int:
