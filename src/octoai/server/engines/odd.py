@@ -56,7 +56,8 @@ class OddEvents:
             return None
         if not prompt:
             return has_choice, reason, None
-        num_cached, num_thought = (int(found[place]) if place else None for place in (cached, reasoning))
+        num_cached = int(found[cached]) if cached else None
+        num_thought = int(found[reasoning]) if reasoning else None
         return has_choice, reason, (int(found[prompt]), num_cached, int(found[completion]), num_thought)
 
     def learn(self, event: bytes, chunk: Mapping[str, Any]) -> None:
@@ -70,8 +71,9 @@ class OddEvents:
 
 
 def _without_id(event: bytes) -> bytes:
-    before, found, after = event.partition(_ID)
-    return before + found + after.partition(_QUOTE)[2]
+    start = event.find(_ID) + len(_ID)
+    end = event.find(_QUOTE, start)
+    return event if start < len(_ID) or end < 0 else event[:start] + event[end + 1 :]
 
 
 def _shape(event: bytes, chunk: Mapping[str, Any]) -> _Shape | None:
