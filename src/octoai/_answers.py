@@ -9,13 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from octoai import _credentials, _retry
-from octoai.errors import (
-    ApiError,
-    AuthenticationError,
-    ResponseError,
-    status_class,
-)
+from octoai import _retry
+from octoai.errors import ApiError, ResponseError, status_class
 from octoai.wire import lenient
 from octoai.wire.record import Answer, RawResponse, Record
 
@@ -23,8 +18,9 @@ R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 
 
-def status_error(raw: RawResponse, *, lacked_token: bool, now: float) -> ApiError:
-    """The error that an answer with a status of 300 or more is. `now`: the time of day, for dates in headers."""
+def status_error(raw: RawResponse, *, advice: str | None, now: float) -> ApiError:
+    """The error that an answer with a status of 300 or more is. `advice` goes behind what the service said. `now`: the
+    time of day, for dates in headers."""
     body = json_or_text(raw.body)
     error = status_class(raw.status_code)(
         status_code=raw.status_code,
@@ -33,13 +29,9 @@ def status_error(raw: RawResponse, *, lacked_token: bool, now: float) -> ApiErro
         retryable=_retry.is_retryable(raw.status_code, raw.headers),
         retry_after=_retry.retry_after(raw.headers, now),
     )
-    if isinstance(error, AuthenticationError) and lacked_token:
-        said = (error.message or "the service wants a token").rstrip(".")
-        error.message = (
-            f"{said}. No token was sent: give one as OctoAI(api_key=…), "
-            f"in the environment variable OCTOAI_TOKEN, or in the credentials file {_credentials.path()} "
-            "(`octoai serve` writes it)"
-        )
+    if advice is not None:
+        said = (error.message or "the service wants a token that it knows").rstrip(".")
+        error.message = f"{said}. {advice}"
     elif 300 <= raw.status_code < 400:
         error.message = f"the service redirects to {raw.headers.get('location')}, which is not followed"
     elif type(error) is not ApiError:

@@ -113,8 +113,8 @@ class Shell:
         if response.status < 300:
             return response
         raw = RawResponse(response.status, response.headers, await _body(response, deadlines, whole=False))
-        lacked_token = call.lacked_token(request, self.defaults.base_url)
-        raise _answers.status_error(raw, lacked_token=lacked_token, now=time.time())
+        advice = call.token_advice(request, self._access) if response.status == 401 else None
+        raise _answers.status_error(raw, advice=advice, now=time.time())
 
     async def _send(self, request: Request, deadlines: Deadlines) -> AsyncResponse:
         deadlines.send()

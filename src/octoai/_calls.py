@@ -79,11 +79,14 @@ class Call:
             return None
         return Request("GET", url, {name: value for name, value in request.headers.items() if name in _FOR_ANYBODY})
 
-    def lacked_token(self, request: Request, base_url: str) -> bool:
-        """Whether this last request of an attempt asked the call's own service, and without a token. Where results may
-        be elsewhere, the call's address may itself be that of a store."""
-        own = base_url if self.may_lead_away else self.url
-        return "authorization" not in request.headers and _credentials.origin(request.url) == _credentials.origin(own)
+    def token_advice(self, request: Request, access: _credentials.Access) -> str | None:
+        """What to say of our token where this last request of an attempt got a 401; None where it is not about that.
+        Where results may be elsewhere, the call's address may itself be that of a store."""
+        if "authorization" in request.headers:
+            return access.refused(request.url) if self.wants_token else None
+        own = access.base_url if self.may_lead_away else self.url
+        is_own = _credentials.origin(request.url) == _credentials.origin(own)
+        return access.missing(request.url) if is_own else None
 
 
 def _keeps_method(method: str, status: int) -> bool:

@@ -42,29 +42,57 @@ class Credentials:
 
 
 class Access:
-    """A service and the right to use it. `only_for` limits the token to one origin; None means no such limit."""
+    """A service and the right to use it. `only_for` limits the token to one origin, that of the credentials file it is
+    from; None means no such limit. `variable` of the environment has the token, where no caller gave one."""
 
-    __slots__ = ("base_url", "only_for", "token")
+    __slots__ = ("base_url", "only_for", "token", "variable")
 
-    def __init__(self, base_url: str, token: Any, only_for: str | None = None) -> None:
+    def __init__(self, base_url: str, token: Any, only_for: str | None = None, variable: str | None = None) -> None:
         self.base_url = base_url
         self.token = token
         self.only_for = only_for
+        self.variable = variable
 
     def covers(self, url: str) -> bool:
         """Whether the token may be sent to this address."""
         return self.only_for is None or origin(url) == self.only_for
 
+    def refused(self, url: str) -> str | None:
+        """Where the token is from that this address did not take, and whether there is another for it; None where a
+        caller gave it. Never the token itself."""
+        if self.only_for is not None:
+            return f"The token that was sent is that of the credentials file {path()}"
+        if self.variable is None:
+            return None
+        said = f"The token that was sent is that of the environment variable {self.variable}"
+        stored = _stored_token()
+        if stored is None or origin(stored.endpoint) != origin(url) or stored.token == self.token:
+            return said
+        return f"{said}; unset it to send the one that the credentials file {path()} has for this service"
+
+    def missing(self, url: str) -> str:
+        """Where a token for this address can be given, and whom the stored one is for, where that is another."""
+        stored = _stored_token()
+        if stored is None or origin(stored.endpoint) == origin(url):
+            about = " (`octoai serve` writes it)"
+        else:
+            about = f", whose token is for {origin(stored.endpoint)} only"
+        return (
+            "No token was sent: give one as OctoAI(api_key=…), in the environment variable OCTOAI_TOKEN, "
+            f"or in the credentials file {path()}{about}"
+        )
+
 
 def resolve(*, base_url: str | None, token: Any, environ: Mapping[str, str] | None = None) -> Access:
     """`base_url` and `token` are what the user gave; `token` may be a callable."""
     environ = os.environ if environ is None else environ
-    token = token or _first(environ, TOKEN_VARIABLES)
+    variable = None if token else _first_of(environ, TOKEN_VARIABLES)
+    token = token or (variable and environ[variable])
     base_url = base_url or _first(environ, ENDPOINT_VARIABLES)
     stored = None if (base_url and token) else read(environ=environ)
     url = checked_base_url(base_url or (stored.endpoint if stored else DEFAULT_ENDPOINT))
     if token:
-        return Access(url, token.strip() if isinstance(token, str) else token)
+        return Access(url, token.strip() if isinstance(token, str) else token, variable=variable)
     if stored and stored.token and origin(stored.endpoint) == origin(url):
         return Access(url, stored.token, only_for=origin(url))
     return Access(url, None)
@@ -224,8 +252,23 @@ def _file(environ: Mapping[str, str] | None) -> str | None:
     return None if found is None else os.path.join(found, _FILENAME)
 
 
+def _stored_token() -> Credentials | None:
+    """What is in the credentials file, if it has a token. Whoever explains an error does not raise another."""
+    try:
+        stored = read()
+    except ConfigurationError:
+        return None
+    return stored if stored and stored.token else None
+
+
 def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> str | None:
-    return next((value for name in names if (value := environ.get(name, "").strip())), None)
+    name = _first_of(environ, names)
+    return name and environ[name].strip()
+
+
+def _first_of(environ: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    """The first of these variables that says something."""
+    return next((name for name in names if environ.get(name, "").strip()), None)
 
 
 def _quoted(text: str) -> str:

@@ -35,6 +35,7 @@ from octoai import (
     ServerError,
     Timeout,
     UnprocessableEntityError,
+    _credentials,
 )
 from octoai._json import encoded
 from octoai.client import InferenceFuture
@@ -254,6 +255,56 @@ def test_a_missing_token_is_explained(api: Any, serve: Any) -> None:
         api.chat(api.client(base_url=server.url, api_key=None))
     for way in ("api_key", "OCTOAI_TOKEN", "credentials.toml"):
         assert way in str(caught.value)
+    assert "authorization" not in server.requests[0].headers
+
+
+def refusal(api: Any, client: Any) -> str:
+    with pytest.raises(AuthenticationError) as caught:
+        api.chat(client)
+    return str(caught.value)
+
+
+def test_a_token_that_is_refused_is_said_where_it_is_from(
+    api: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(lambda x: x.reply(401, {"message": "not a valid token."}))
+    _credentials.write(endpoint=server.url, token="secret-stored")
+    from_file = refusal(api, api.client(api_key=None))
+    assert f"not a valid token. The token that was sent is that of the credentials file {_credentials.path()} (" in (
+        from_file
+    )
+    monkeypatch.setenv("OCTOAI_API_KEY", "secret-old")
+    from_variable = refusal(api, api.client(api_key=None))
+    assert "is that of the environment variable OCTOAI_API_KEY; unset it to send the one that the " in from_variable
+    sent = [request.headers["authorization"] for request in server.requests]
+    assert sent == ["Bearer secret-stored", "Bearer secret-old"]
+    given = refusal(api, api.client(base_url=server.url))
+    own_header = refusal(api, api.client(default_headers={"authorization": "Bearer secret-own"}, api_key=None))
+    for said in (given, own_header):
+        assert "was sent" not in said
+    for said in (from_file, from_variable, given, own_header):
+        assert "secret" not in said
+
+
+def test_of_another_token_only_one_that_would_be_sent_is_told(
+    api: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(lambda x: x.reply(401, {"message": "not a valid token"}))
+    monkeypatch.setenv("OCTOAI_TOKEN", "t")
+    for endpoint, token in (("http://127.0.0.1:1", "another"), (server.url, "t"), (server.url, "")):
+        _credentials.write(endpoint=endpoint, token=token)
+        said = refusal(api, api.client(base_url=server.url, api_key=None))
+        assert "is that of the environment variable OCTOAI_TOKEN (status_code" in said
+    _credentials.path().write_text("endpoint = [")
+    assert "variable OCTOAI_TOKEN (status_code" in refusal(api, api.client(base_url=server.url, api_key=None))
+
+
+def test_a_missing_token_that_is_stored_for_another_address_is_said_whom_it_is_for(api: Any, serve: Any) -> None:
+    server = serve(lambda x: x.reply(401, {"message": "who are you?"}))
+    _credentials.write(endpoint="http://somebody:pw@localhost:7001/v1", token="secret-stored")
+    said = refusal(api, api.client(base_url=server.url, api_key=None))
+    assert f"credentials file {_credentials.path()}, whose token is for http://localhost:7001 only (" in said
+    assert "secret-stored" not in said
     assert "authorization" not in server.requests[0].headers
 
 
