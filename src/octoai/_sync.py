@@ -299,8 +299,8 @@ class Stream(EventStream[C], Generic[C, A]):
 
     @property
     def usage(self) -> UsageStats | None:
-        """What the service counted, as soon as it has said so; None until then. Ours says it in a stream only where that
-        was asked for, with `stream_options={"include_usage": True}`."""
+        """What the service counted, as soon as it has said so; None until then. Ours says it in a stream only where
+        that was asked for, with `stream_options={"include_usage": True}`."""
         usage: UsageStats | None = self._reader.usage
         return usage
 

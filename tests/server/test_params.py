@@ -507,13 +507,21 @@ def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None
         (params.chat, CHAT, "peft", "my-lora"),
         (params.chat, CHAT, "modalities", ["audio"]),
         (params.chat, CHAT, "audio", {"voice": "x"}),
+        (params.chat, CHAT, "web_search_options", {}),
+        (params.chat, CHAT, "guided_json", {"type": "object"}),
+        (params.chat, CHAT, "guided_choice", ["a", "b"]),
+        (params.chat, CHAT, "structured_outputs", {"regex": "a+"}),
+        (params.chat, CHAT, "best_of", 3),
+        (params.chat, CHAT, "echo", True),
+        (params.completion, TEXT, "guided_regex", "a+"),
+        (params.completion, TEXT, "guided_grammar", "root ::= x"),
         (params.completion, TEXT, "suffix", "x"),
         (params.completion, TEXT, "best_of", 3),
         (params.completion, TEXT, "echo", True),
     ],
 )
 def test_what_nothing_here_can_do_is_refused_by_name(decode: Any, base: dict[str, Any], name: str, value: Any) -> None:
-    more = {"logprobs": 1} if name == "echo" else {}
+    more = {"logprobs": 1} if (name, base) == ("echo", TEXT) else {}
     refusal = refused(decode, {**base, name: value, **more})
     assert isinstance(refusal, UnsupportedParameter)
     assert (refusal.status, refusal.param) == (400, name)
@@ -521,8 +529,15 @@ def test_what_nothing_here_can_do_is_refused_by_name(decode: Any, base: dict[str
 
 def test_harmless_forms_of_it_are_not() -> None:
     assert chat(functions=[], function_call="auto", loglikelihood=False, peft="", modalities=["text"]) == chat()
+    nothing = {"guided_json": None, "structured_outputs": {}, "web_search_options": None, "best_of": 1, "echo": False}
+    assert chat(**nothing) == chat()
+    assert chat(n=3, best_of=3) == chat(n=3)
     assert completion(suffix="", best_of=1) == completion()
     assert completion(n=3, best_of=3).num_choices == 3
+
+
+def test_other_keys_that_are_not_known_are_ignored() -> None:
+    assert chat(reasoning_effort="high", verbosity="low", store=True, maxtokens=5) == chat()
 
 
 def test_the_response_formats_say_a_schema() -> None:

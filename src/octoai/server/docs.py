@@ -26,7 +26,9 @@ _ANSWERS: tuple[type[BaseModel], ...] = (
     answers.HttpValidationError,
 )
 _REFUSALS = {
-    "400": "Malformed JSON, a parameter that the model's engine cannot honour, or a prompt longer than the context",
+    "400": "Malformed JSON, a parameter that the model's engine cannot honour, a well-known one that would change the "
+    "answer and is not offered here (`functions`, `guided_json`, `web_search_options`, …; other unknown keys are "
+    "ignored), or a prompt longer than the context",
     "401": "No API token, or not a valid one",
     "402": "`insufficient_quota`: the credit or a hard budget is used up",
     "403": "The token lacks the scope `inference`, or may not use the model",

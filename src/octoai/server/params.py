@@ -31,21 +31,26 @@ MAX_VALUES = 2**21
 MAX_LISTS_AND_TEXTS = 2**17
 COUNTED_BYTES = 2**18  # a body of fewer bytes cannot have too many
 
-# Parameters of today's OpenAI clients that would change the answer in a way nothing here can do. The harmless rest
-# (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) is accepted and changes nothing.
+# Parameters of today's clients, OpenAI's and vLLM's, that would change the answer in a way nothing here can do. The
+# harmless rest (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) is accepted and changes nothing.
 IMPOSSIBLE = frozenset(
     {
         "audio",
         "function_call",
         "functions",
+        "guided_choice",
+        "guided_grammar",
+        "guided_json",
+        "guided_regex",
         "loglikelihood",
         "peft",
         "prediction",
+        "structured_outputs",
         "suffix",
         "web_search_options",
     }
 )
-
+_IMPOSSIBLE_IN_CHAT = IMPOSSIBLE | {"best_of", "echo"}
 
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -130,7 +135,7 @@ class TextRequest:
 
 def chat(body: bytes) -> TextRequest:
     params = _checked(_CHAT, body)
-    _refuse_impossible(params)
+    _refuse_impossible(params, _IMPOSSIBLE_IN_CHAT)
     sampling = _sampling(params)
     if params.get("logprobs"):
         sampling["logprobs"] = params.get("top_logprobs") or 0
@@ -148,7 +153,7 @@ def chat(body: bytes) -> TextRequest:
 
 def completion(body: bytes) -> TextRequest:
     params = _checked(_COMPLETION, body)
-    _refuse_impossible(params)
+    _refuse_impossible(params, IMPOSSIBLE)
     sampling = _sampling(params)
     sampling["logprobs"] = params.get("logprobs")
     if (params.get("best_of") or sampling["n"]) != sampling["n"]:
@@ -278,14 +283,26 @@ def _schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | No
     return bounded(named.get("schema") or {})
 
 
-def _refuse_impossible(params: Mapping[str, Any]) -> None:
-    given = () if IMPOSSIBLE.isdisjoint(params) else sorted(IMPOSSIBLE.intersection(params))
+def _refuse_impossible(params: Mapping[str, Any], impossible: frozenset[str]) -> None:
+    given = () if impossible.isdisjoint(params) else sorted(impossible.intersection(params))
     for name in given:
-        if params[name] and not (name == "function_call" and params[name] in ("none", "auto")):
+        if _asks_for_something(name, params):
             raise UnsupportedParameter(f"{name}: not offered here; leave it out", param=name)
     modalities = params.get("modalities")
     if modalities and any(kind != "text" for kind in modalities):
         raise UnsupportedParameter("modalities: only text is generated here", param="modalities")
+
+
+def _asks_for_something(name: str, params: Mapping[str, Any]) -> bool:
+    """Whether the impossible parameter is more than its default."""
+    value = params[name]
+    if name == "function_call":
+        return bool(value) and value not in ("none", "auto")
+    if name == "best_of":
+        return bool(value) and value != (params.get("n") or 1)
+    if name == "web_search_options":
+        return value not in (None, False)  # an empty object is how it is asked for
+    return bool(value)
 
 
 def _checked(adapter: TypeAdapter[Any], body: bytes) -> dict[str, Any]:

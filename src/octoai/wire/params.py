@@ -2,7 +2,8 @@
 pydantic's `TypeAdapter`, checks the body on the server.
 
 Ranges and defaults are the OctoAI API's (its OpenAPI document of 2024-08-30). Every optional parameter may be
-null, which means the same as leaving it out. Unknown keys are kept and ignored, as the original did.
+null, which means the same as leaving it out. Unknown keys are kept; the service ignores them, as the original did, but
+for those known of other services that would change the answer, which it refuses.
 """
 
 from __future__ import annotations
