@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import stat
 import subprocess
@@ -212,6 +213,30 @@ def test_only_the_owner_can_read_the_file_and_its_backup(tmp_path: Path) -> None
     connect(Place(tmp_path / "new")).close()
     assert (mode(tmp_path / "new"), mode(tmp_path / "new" / FILENAME)) == (0o700, 0o600)
     connection.close()
+
+
+def test_a_file_that_was_put_in_place_for_all_to_read_is_made_private(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    file = tmp_path / FILENAME
+    with closing(connect(place)) as other:
+        files = [file, *tmp_path.glob(f"{FILENAME}-*")]
+        assert len(files) == 3
+        for each in files:
+            each.chmod(0o644)
+        connect(place).close()
+        assert {mode(each) for each in files} == {0o600}
+        with other.transaction(), pytest.raises(sqlite3.OperationalError, match="locked"):  # its locks are whole
+            sqlite3.connect(file, timeout=0).execute("BEGIN IMMEDIATE")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to somebody else")
+def test_a_file_of_somebody_else_keeps_its_mode(tmp_path: Path) -> None:
+    place, file = Place(tmp_path), tmp_path / FILENAME
+    connect(place).close()
+    os.chown(file, 65534, 65534)
+    file.chmod(0o664)
+    connect(place).close()
+    assert mode(file) == 0o664
 
 
 def test_the_old_database_is_kept_beside_the_migrated_one(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class SqliteConnection:
                     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             except (OSError, ValueError) as error:  # the latter for a name with a character that none may have
                 raise StoreError(f"cannot use the database {str(path)!r}: {error}") from error
+            _make_private(path)
             self._connection = sqlite3.connect(
                 path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
@@ -228,6 +229,16 @@ class SqliteConnection:
             if _code(error) == sqlite3.SQLITE_CORRUPT:
                 text += f"; a backup is put back without the {self.path.name}-wal and -shm of what was there before"
             raise StoreError(text) from error
+
+
+def _make_private(path: Path) -> None:
+    """A backup that was put in place may be for all to read, as `sqlite3` makes it. Another user's file is let be."""
+    for suffix in ("", "-wal", "-shm"):
+        file = path.with_name(path.name + suffix)
+        with contextlib.suppress(OSError):
+            found = file.stat()
+            if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+                file.chmod(found.st_mode & 0o700)
 
 
 def _remove(partial: Path) -> None:
