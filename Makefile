@@ -14,7 +14,7 @@ help:
 	@echo "make test       every test, the real model included (minutes)"
 	@echo "make test-slow  the suites that take longer"
 	@echo "make check      format, lint, types, architecture"
-	@echo "make bench      a short form of the measurements in bench/"
+	@echo "make bench      a short form of the measurements in bench/ (10 minutes)"
 
 setup: $(READY)
 
