@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -9,9 +10,12 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from octoai import _credentials
+from octoai.cli import account, ledger, price, token
 from octoai.server.settings import ModelSettings, Settings
 from tests.running import Serve
 
@@ -88,6 +92,24 @@ def test_the_commands_about_accounts_run(tmp_path: Path) -> None:
 def test_every_setting_is_in_the_table() -> None:
     for key in Settings.model_fields:
         assert f"`{key}`" in README or key == "models"
+    for key in ModelSettings.model_fields:
+        assert re.search(rf"^{key} = |\b{key} = \{{|`{key}`", README, re.M), key
+
+
+def test_every_variable_of_the_environment_is_named() -> None:
+    places = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
+    for name in (*_credentials.TOKEN_VARIABLES, *_credentials.ENDPOINT_VARIABLES, *places):
+        assert f"`{name}`" in README
+
+
+@pytest.mark.parametrize("module", [account, ledger, price, token])
+def test_every_action_of_a_command_is_in_the_table(module: ModuleType) -> None:
+    commands = argparse.ArgumentParser().add_subparsers()
+    module.add_parsers(commands)
+    ((command, parser),) = commands.choices.items()
+    (actions,) = [each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `octoai {command} ")]
+    assert {action for action in actions if not re.search(rf"\b{action}\b", row)} == set()
 
 
 def test_the_configuration_shown_is_one_that_can_be_read() -> None:
