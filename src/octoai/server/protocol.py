@@ -237,7 +237,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         is_1_1 = self.parser.get_http_version() == "1.1"
         keep_alive = is_1_1 and self.parser.should_keep_alive()
         head = Head(path, dict(reversed(self.headers)), keep_alive, is_1_1 and self.expect_100_continue, is_1_1)
-        length = head.header(b"content-length") or ""
+        length = (head.header(b"content-length") or "").lstrip("0")  # as many as there are: int() takes 4300 digits
         self._begin(Incoming(self, head, int(length) if length.isdigit() else None))
 
     def _begin(self, incoming: Incoming) -> None:
