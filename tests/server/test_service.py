@@ -15,6 +15,7 @@ from typing import Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from octoai.server import streaming, tokens
 from octoai.server.engines import base
@@ -754,6 +755,28 @@ def test_metrics_have_vllms_names_and_labels(in_process: Start) -> None:
     assert metric(service, "vllm:generation_tokens_total") == 5
     assert metric(service, "vllm:prompt_tokens_total") == 2
     assert any('finished_reason="stop"' in line for line in lines)
+
+
+def test_what_each_api_token_used_is_told_to_operators_alone(in_process: Start) -> None:
+    """Whoever asks for the metrics now and then would know how long each request of another account was."""
+    service = in_process(ScriptedEngine())
+    chat(service)
+    until(lambda: is_idle(service))
+
+    def said_to(authorization: str) -> dict[str, Any]:
+        text = ask(service, "/metrics", authorization=authorization)[2].decode()
+        return {family.name: family.samples for family in text_string_to_metric_families(text)}
+
+    operators = said_to(f"Bearer {service.mint('operator', scopes=('admin',)).text}")
+    assert {sample.value for sample in operators["octoai_tokens"]} == {2, 0, 5}
+    assert len(operators["octoai_cost_usd"]) == 1
+    others = {name for name in operators if name not in ("octoai_tokens", "octoai_cost_usd")}
+    for authorization in ("", f"Bearer {service.mint('other', scopes=('inference', 'usage')).text}"):
+        found = said_to(authorization)
+        assert set(found) == others
+        assert not any("token_id" in sample.labels for samples in found.values() for sample in samples)
+    status, _, body = ask(service, "/metrics", authorization="Bearer octoai_nobody")
+    assert (status, json.loads(body)["code"]) == (401, "invalid_api_key")
 
 
 def test_no_word_of_an_engine_becomes_a_label(in_process: Start) -> None:

@@ -64,8 +64,11 @@ class Workers:
     def connections(self, token: str, number: int = NUM_CONNECTIONS) -> list[Connected]:
         return [Connected(self, token) for _ in range(number)]
 
+    def metrics(self, token: str) -> str:
+        return Connected(self, token).asked("GET", "/metrics")[2].decode()
+
     def metric(self, name: str) -> float:
-        text = Connected(self, self.service.token).asked("GET", "/metrics")[2].decode()
+        text = self.metrics(self.service.token)
         found = [line.rsplit(" ", 1)[1] for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
         return sum(map(float, found))
 
@@ -154,6 +157,8 @@ def test_all_serve_and_the_metrics_are_those_of_all(workers: Workers) -> None:
         assert workers.metric(name) == before + NUM_CONNECTIONS
     assert workers.metric("octoai_workers") == 2
     assert workers.metric("vllm:cache_config_info") == 1
+    assert workers.metric(f'octoai_tokens_total{{kind="prompt",token_id="{client.id}"}}') > 0
+    assert "octoai_workers" in workers.metrics(client.text) and client.id not in workers.metrics(client.text)
     until(lambda: workers.metric("octoai_ledger_behind_bytes") == 0, 5)
     journals = workers.books(lambda db: db.rows("SELECT journal FROM requests WHERE account = 'all'"))
     assert len(journals) == NUM_CONNECTIONS

@@ -143,8 +143,10 @@ async def ready(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
+    """For anybody, but what each API token used: that is for operators."""
     service: Service = request.state.service
-    return Response(await service.metrics.text(), media_type=CONTENT_TYPE)
+    is_operator = bool(request.headers.get("authorization")) and "admin" in (await caller_of(request)).token.scopes
+    return Response(await service.metrics.text(by_token=is_operator), media_type=CONTENT_TYPE)
 
 
 async def body_of(scope: Scope, receive: Receive) -> bytes:

@@ -85,6 +85,7 @@ def _paths() -> dict[str, Any]:
     chat = "A chat completion, whole or, with `stream: true`, as server-sent events that end with `data: [DONE]`."
     text = "Continue a prompt as it is: no chat template is applied."
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+    measured = "Prometheus metrics, under vLLM's names and our own; what each token used for the scope `admin` alone."
     open_to_all: dict[str, Any] = {"security": []}
     return {
         "/v1/chat/completions": {
@@ -99,7 +100,7 @@ def _paths() -> dict[str, Any]:
         "/health/live": {"get": {**_reading("The process answers."), **open_to_all}},
         "/health/ready": {"get": {**_reading("A request would be served now; 503 where not."), **open_to_all}},
         "/health": {"get": {**_reading("The same, where vLLM and llama-server say it."), **open_to_all}},
-        "/metrics": {"get": {**_reading("Prometheus metrics, under vLLM's names and our own."), **open_to_all}},
+        "/metrics": {"get": {**_reading(measured), "security": [{}, {"token": []}]}},
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
@@ -60,12 +61,15 @@ _HTTP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 _COUNTS = (1, 2, 5, 10, 20)
 
 _LABELS = ("model_name", "engine")
+# The metrics that have a value for each API token, in the text.
+_BY_TOKEN = re.compile(rb"# HELP (?:octoai_tokens|octoai_cost_usd)_total [^#]*# TYPE [^#]*")
 MAX_UNCOUNTED = 100
 
 _TOKENS_OF = attrgetter("prompt_tokens", "cached_tokens", "completion_tokens")
 _TIMES_OF = attrgetter("received", "turn", "first_token", "last_token")
 
 Labelled = TypeVar("Labelled", Counter, Histogram)
+Texts = tuple[bytes, bytes]  # with what each API token used, and without
 
 
 class _Ended(NamedTuple):
@@ -86,8 +90,8 @@ class Metrics:
     where this process is one of several: the text of all of them."""
 
     of_all: Callable[[], Awaitable[bytes]] | None = None
-    _writing: asyncio.Future[bytes] | None = None
-    _coming: asyncio.Future[bytes] | None = None
+    _writing: asyncio.Future[Texts] | None = None
+    _coming: asyncio.Future[Texts] | None = None
 
     def __init__(self) -> None:
         self.registry = _Registry(self._count_ended)
@@ -231,21 +235,24 @@ class Metrics:
             counter.value += sum(used)
         counters[3].value += sum(costs) / NANOS
 
-    async def text(self) -> bytes:
+    async def text(self, *, by_token: bool = True) -> bytes:
         """Of the whole service: where this process is one of several, of all of them. Raises Unavailable."""
         if self._coming is None:
-            self._coming = asyncio.ensure_future(self._text_after(self._writing))
-        return await asyncio.shield(self._coming)
+            self._coming = asyncio.ensure_future(self._texts_after(self._writing))
+        whole, others = await asyncio.shield(self._coming)
+        return whole if by_token else others
 
-    async def _text_after(self, before: asyncio.Future[bytes] | None) -> bytes:
+    async def _texts_after(self, before: asyncio.Future[Texts] | None) -> Texts:
         """Whoever comes once it is being written is for the next: one serves all who wait, and none has old numbers.
         With thousands of API tokens it takes a tenth of a second, in which streams go on."""
         if before is not None:
             await asyncio.wait([before])
         self._writing, self._coming = self._coming, None
         if self.of_all is not None:
-            return await self.of_all()
-        return await asyncio.to_thread(generate_latest, self.counted())
+            whole = await self.of_all()
+        else:
+            whole = await asyncio.to_thread(generate_latest, self.counted())
+        return whole, _BY_TOKEN.sub(b"", whole)
 
     def counted(self) -> Collector:
         """What has been counted until now, which may be read in another thread."""
