@@ -113,7 +113,16 @@ REQUESTS = st.builds(
     st.sampled_from(["a", "a", "a", "b"]),
     st.one_of(
         st.binary(max_size=30),
-        st.sampled_from([b"", b"\r\n\r\n", b"\r\ncontent-length: 3\r\n\r\n", request("a", b"inner", ""), b"x" * 300]),
+        st.sampled_from(
+            [
+                b"",
+                b"\r\n\r\n",
+                b"\r\ncontent-length: 3\r\n\r\n",
+                request("a", b"inner", ""),
+                b"x" * 300,
+                b"\r\n\r\n" * 300,
+            ]
+        ),
     ),
     st.sampled_from(["", "", "", "", "chunked", "zeros", "last", "blank"]),
 )
@@ -180,6 +189,16 @@ def test_a_head_that_differs_in_more_than_its_length_is_not_known(given: bytes, 
 )
 def test_what_may_mean_something_else_is_not_learnt(data: bytes) -> None:
     assert heads.known(Head(PATH, {}, keep_alive=True, expects_continue=False), 2, data) is None
+
+
+def test_one_request_is_parsed_as_it_came_and_many_a_few_at_a_time() -> None:
+    long = request("a" * 3000, b'{\r\n "a": 1\r\n}', "")
+    short = b"GET / HTTP/1.1\r\n\r\n"
+    for whole in (long, long[:2000], b"\r\n" + long, short, b"[1,\n2]" * 2000, long + short[:-2]):
+        assert heads.few(whole) == whole
+    assert heads.few(long * 2) == long.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    for many in (short * 1000, b"12" + short * 1000, b"\r\n\r\n" * 1000):
+        assert heads.few(many) == many[:512]
 
 
 def test_a_token_that_is_revoked_is_refused_on_a_connection_that_has_used_it(in_process: Any) -> None:

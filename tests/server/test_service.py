@@ -17,7 +17,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from octoai.server import streaming, tokens
+from octoai.server import docs, streaming, tokens
 from octoai.server.engines import base
 from octoai.server.engines.base import Event, Finished, Generation, Started, Usage
 from octoai.server.engines.scripted import ScriptedEngine, Step
@@ -835,6 +835,14 @@ def test_the_description_is_openapi_and_whole(service: InProcess) -> None:
         assert "model" in schema["required"]
         assert {"temperature", "stream", "stop", "n"} <= schema["properties"].keys()
     assert b"<h1>" in ask(service, "/docs")[2]
+
+
+def test_the_description_is_put_together_once(service: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for no token, and took 3 ms, in which nothing else went on."""
+    paths = ("/docs", "/openapi.json")
+    first = [ask(service, path)[2] for path in paths]
+    monkeypatch.setattr(docs, "document", None)
+    assert [ask(service, path)[2] for path in paths] == first
 
 
 def test_one_line_is_logged_per_request_without_its_text(in_process: Start, caplog: pytest.LogCaptureFixture) -> None:

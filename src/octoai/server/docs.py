@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import orjson
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 
 from octoai.server import admin, organization, pricing
 from octoai.server.params import ChatBody, CompletionBody
@@ -46,12 +47,12 @@ _REFUSALS = {
 
 
 async def openapi(_: Request) -> Response:
-    return JSONResponse(document())
+    return Response(_json(), media_type="application/json")
 
 
 async def page(_: Request) -> Response:
     policy = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
-    return HTMLResponse(_page(document()), headers=policy)
+    return HTMLResponse(_page(), headers=policy)
 
 
 @cache
@@ -128,8 +129,14 @@ def _ref(name: str) -> dict[str, Any]:
     return {"schema": {"$ref": _REF.format(model=name)}}
 
 
-def _page(spec: Mapping[str, Any]) -> str:
-    rows = []
+@cache
+def _json() -> bytes:
+    return orjson.dumps(document())
+
+
+@cache
+def _page() -> bytes:
+    spec, rows = document(), []
     for path, operations in spec["paths"].items():
         for method, operation in operations.items():
             rows.append(
@@ -143,7 +150,8 @@ def _page(spec: Mapping[str, Any]) -> str:
             rows.append(
                 "<ul>" + "".join(f"<li><b>{code}</b> {_text(a['description'])}</li>" for code, a in answers_) + "</ul>"
             )
-    return _FRAME.format(title=spec["info"]["title"], version=spec["info"]["version"], body="\n".join(rows))
+    info = spec["info"]
+    return _FRAME.format(title=info["title"], version=info["version"], body="\n".join(rows)).encode()
 
 
 def _parameters(schema: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hmac import compare_digest
 
 _END = b"\r\n\r\n"
+_FEW_BYTES = 512  # of which a request has 18 at least
 _LENGTH = re.compile(rb"\r\ncontent-length: ?([0-9]{1,9})(?=\r\n)", re.IGNORECASE)
 
 
@@ -54,6 +55,14 @@ class KnownHead:
         ):
             return None
         return int(length), end
+
+
+def few(data: bytes) -> bytes:
+    """What of it may be parsed at once: all of it, where one head at most ends in it; never more than ends 28."""
+    end = data.find(_END) + len(_END)
+    if data.find(b"\n", end) < 0 or data.find(_END, end) < 0:  # mostly the first, which takes no time
+        return data
+    return data[: max(end, _FEW_BYTES)]
 
 
 def length_of_offer(method: bytes, headers: Sequence[tuple[bytes, bytes]]) -> int:

@@ -27,7 +27,7 @@ from octoai.server.ids import new_request_id
 from octoai.server.incoming import Bodies, Connection, Incoming
 
 MAX_HEAD_BYTES = 64 * 1024
-MAX_AHEAD = 1024  # requests behind one that is answered: one read may have ten times as many, and each takes 2 KB
+MAX_AHEAD = 16  # behind that many requests what came stays bytes: as a request, 20 of them may take 2 KB
 LINGER_SECONDS = 30.0  # for a client to read some of what it was sent before its connection was closed, or to send on
 
 
@@ -46,6 +46,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     _is_between = True  # nothing of the next request has come
     _known: KnownHead | None = None
     _num_missing = 0  # bytes of a body that the parser does not see: its head was known, or offers an upgrade
+    _held = b""  # of what came, behind MAX_AHEAD requests
     _is_behind = False  # between two answers its client does not read
     _rests_since: float | None = None  # where a request is waited for, the rest of its head, or that of a refused body
     _resting: asyncio.TimerHandle | None = None
@@ -76,40 +77,42 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self._linger()  # the transport closes itself
 
     def data_received(self, data: bytes) -> None:
+        if self._held:
+            data, self._held = self._held + data, b""
         while data and not self._is_leaving:
+            if len(self.pipeline) >= MAX_AHEAD:
+                self._held = data
+                self.flow.pause_reading()
+                return
             if self._num_missing:
                 data = self._rest_of_body(data)
             if self._is_between and self._known is not None:
                 data = self._as_before(self._known, data)
-            if data:
+            if data and len(self.pipeline) < MAX_AHEAD:
                 data = self._parse(data)
 
     def _parse(self, data: bytes) -> bytes:
-        """Returns what the parser has left: what follows a head that asks for another protocol."""
-        is_whole_head, before, rest = self._is_between, self.cycle, b""
-        self._head_bytes += len(data)
+        """Returns what is left: of more than a few requests, or behind a head that asks for another protocol."""
+        is_whole_head, before = self._is_between, self.cycle
+        part = heads.few(data)
+        rest = data[len(part) :]
+        self._head_bytes += len(part)
         try:
-            self.parser.feed_data(data)
+            self.parser.feed_data(part)
         except httptools.HttpParserError:
-            if len(self.pipeline) < MAX_AHEAD:
-                self.send_400_response("")
-            else:
-                self._refuse_more()
+            self.send_400_response("")
             return b""
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
         if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge(MAX_HEAD_BYTES))
         elif is_whole_head and self.cycle is not before and isinstance(self.cycle, Incoming):
-            self._known = heads.known(self.cycle.head, len(self.headers), data)
+            self._known = heads.known(self.cycle.head, len(self.headers), part)
         return rest
 
     def _as_before(self, known: KnownHead, data: bytes) -> bytes:
         """Begin requests whose heads are as one was before; returns what is left."""
-        while data and not self._num_missing and (read := known.read(data)) is not None:
-            if len(self.pipeline) >= MAX_AHEAD:
-                self._refuse_more()
-                return b""
+        while len(self.pipeline) < MAX_AHEAD and data and (read := known.read(data)) is not None:
             self._rests_since = None
             length, start = read
             incoming = Incoming(self, known.head, length)
@@ -131,9 +134,6 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if not self._num_missing:
             self.on_message_complete()
         return rest
-
-    def _refuse_more(self) -> None:
-        self._refuse(MalformedRequest(f"More than {MAX_AHEAD} requests came ahead of their answers."))
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedRequest("This is not a request in HTTP/1.1."))
@@ -226,8 +226,6 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     def on_headers_complete(self) -> None:
         self._reads_head, self._head_bytes = False, 0
         self._rests_since = None
-        if len(self.pipeline) >= MAX_AHEAD:
-            raise OverflowError  # the parser's only way to stop
         if self.parser.should_upgrade():  # to the parser such a message ends with its head
             self._num_missing = heads.length_of_offer(self.parser.get_method(), self.headers)
         path = self._posted_to()
@@ -342,6 +340,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         if self.pipeline:
             self._rests_since = None
             self._start_asgi_task(*self.pipeline.pop())
+        if self._held:
+            self.data_received(b"")
         self._read_on()
 
     def resume_writing(self) -> None:
