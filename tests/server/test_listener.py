@@ -65,3 +65,14 @@ def test_a_port_of_workers_is_held_while_none_of_them_listens() -> None:
                 pass
     with closing(Port("127.0.0.1", port.number)):
         pass
+
+
+@pytest.mark.parametrize("host", ["nonesuch.invalid", "192.0.2.1"])  # no name of a machine; of another machine
+def test_a_host_that_is_not_here_is_told_to_be_another_host(host: str) -> None:
+    with pytest.raises(CannotListen, match=r"choose another with --host$"):
+        listen(host, 0).close()
+
+
+def test_a_port_that_is_in_use_is_told_to_be_another_port() -> None:
+    with closing(listen("127.0.0.1", 0)) as other, pytest.raises(CannotListen, match=r"choose another with --port$"):
+        listen("127.0.0.1", other.getsockname()[1]).close()

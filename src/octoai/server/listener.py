@@ -90,7 +90,8 @@ def _bound(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
             bound.close()
             raise
     except UnicodeError:
-        raise CannotListen(f"cannot listen on {host!r:.80}: it is no name of a machine; choose another") from None
+        reason = "it is no name of a machine; choose another with --host"
+        raise CannotListen(f"cannot listen on {host!r:.80}: {reason}") from None
     except OSError as error:
         raise _refusal(host, port, error) from None
     return bound
@@ -98,4 +99,6 @@ def _bound(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
 
 def _refusal(host: str, port: int, error: OSError) -> CannotListen:
     reason = "it is in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
-    return CannotListen(f"cannot listen on {host}:{port}: {reason}; choose another with --port")
+    is_of_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+    option = "--host" if is_of_host else "--port"
+    return CannotListen(f"cannot listen on {host}:{port}: {reason}; choose another with {option}")
