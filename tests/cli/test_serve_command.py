@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -177,6 +179,8 @@ def test_where_the_first_token_cannot_be_stored_it_is_printed_with_why(tmp_path:
         ("http://127.0.0.1:1", False),
         ("http://localhost:1", False),
         ("http://[::1]:1", False),
+        ("http://127.0.0.1:99999", False),
+        ("http://127.0..1:1", False),
     ],
 )
 def test_a_start_renews_an_address_of_this_machine_and_leaves_all_others(
@@ -190,6 +194,44 @@ def test_a_start_renews_an_address_of_this_machine_and_leaves_all_others(
     stored = _credentials.read(file)
     assert stored is not None
     assert (stored.endpoint, stored.token) == (endpoint if is_kept else service.url, token)
+
+
+def test_a_second_service_leaves_the_address_that_the_first_is_reached_at(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text(FAR)
+    first = Serve(tmp_path)
+    try:
+        second = Serve(tmp_path)
+        assert second.stop() == 0
+        stored = _credentials.read(tmp_path / "config" / "credentials.toml")
+        assert stored is not None
+        assert stored.endpoint == first.url
+        (said,) = (line for line in second.lines if "stays as it is" in line)
+        assert f"for the service at {first.url}, which runs; to use this one set OCTOAI_BASE_URL={second.url}" in said
+    finally:
+        assert first.stop() == 0
+
+
+class _NoServiceOfOurs(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_address_that_another_program_has_by_now_is_renewed(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text(FAR)
+    token = first_token(tmp_path / "data")
+    with HTTPServer(("127.0.0.1", 0), _NoServiceOfOurs) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{other.server_port}"
+        file = _credentials.write(endpoint, token, tmp_path / "config" / "credentials.toml")
+        service = Serve(tmp_path)
+        service.stop()
+        other.shutdown()
+    stored = _credentials.read(file)
+    assert stored is not None
+    assert stored.endpoint == service.url
 
 
 _NOT_AS_ROOT = """

@@ -7,6 +7,7 @@ nothing of requests.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import logging
 import re
 import signal
@@ -39,6 +40,7 @@ log = logging.getLogger("octoai.run")
 
 BOOTSTRAP_NAME = "bootstrap"
 _LOOPBACK = re.compile(r"http://(127\.[\d.]+|localhost|\[::1\]):")
+_ANSWER_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +152,21 @@ def _bootstrap(db: Connection, url: str) -> None:
             # Before it is kept: one that reached nobody would be lost, and the next start would make no other.
             _leave(minted.text, url, stored)
     if minted is None and stored and stored.token and _is_old(stored, url) and tokens.is_valid(db, stored.token):
-        try:
-            _credentials.write(endpoint=url, token=stored.token)
-        except ConfigurationError as error:
-            say(f"octoai: {error}; until then set OCTOAI_BASE_URL={url}")
+        _renew(stored, url)
+
+
+def _renew(stored: Credentials, url: str) -> None:
+    """Store our address in place of the old one, unless a service beside us is still reached at that."""
+    other = _credentials.origin(stored.endpoint)
+    try:
+        # Of our own port it is another spelling, and nobody would answer yet.
+        if other.rpartition(":")[2] != url.rpartition(":")[2] and _is_served(other):
+            kept = f"{_credentials.path()} stays as it is, for the service at {without_password(stored.endpoint)}"
+            say(f"octoai: {kept}, which runs; to use this one set OCTOAI_BASE_URL={url}")
+        else:
+            _credentials.write(endpoint=url, token=stored.token or "")
+    except ConfigurationError as error:
+        say(f"octoai: {error}; until then set OCTOAI_BASE_URL={url}")
 
 
 def _is_old(stored: Credentials, url: str) -> bool:
@@ -161,6 +174,18 @@ def _is_old(stored: Credentials, url: str) -> bool:
     own: that of a proxy before us, for one."""
     is_ours = _LOOPBACK.match(_credentials.origin(stored.endpoint)) is not None
     return is_ours and stored.endpoint != url
+
+
+def _is_served(origin: str) -> bool:
+    """By a service as we are: another program may have the port by now."""
+    try:
+        with closing(http.client.HTTPConnection(origin.partition("://")[2], timeout=_ANSWER_SECONDS)) as connection:
+            connection.request("GET", "/health/live")
+            return connection.getresponse().read(100) == b'{"status":"ok"}'
+    except TimeoutError:  # it listens, and is busy or still starting
+        return True
+    except (OSError, OverflowError, ValueError, http.client.HTTPException):  # of what is no port, or no name, too
+        return False
 
 
 def _leave(token: str, url: str, stored: Credentials | None) -> None:
