@@ -184,7 +184,13 @@ def test_a_month_that_is_not_over_says_so(run: Run, token: str) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
-    [(("2026-13",), 2, "2026-11"), (("November",), 2, "2026-11"), (("2026-11", "--account", "nobody"), 1, "'nobody'")],
+    [
+        (("2026-13",), 2, "2026-11"),
+        (("November",), 2, "2026-11"),
+        (("2099-01",), 2, "2099-01 has not begun"),
+        (("2099-01", "--csv"), 2, "2099-01 has not begun"),
+        (("2026-11", "--account", "nobody"), 1, "'nobody'"),
+    ],
 )
 def test_what_cannot_be_is_told_in_one_line(
     run: Run, token: str, arguments: tuple[str, ...], status: int, said: str

@@ -37,6 +37,8 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 def run(args: argparse.Namespace) -> int:
     try:
         month = dates.months(args.month)
+        if month[0] > time.time_ns() // 1000:
+            raise ValueError(f"{args.month} has not begun: a statement is of this month, or of one before it")
     except ValueError as error:
         fail(str(error))
         return 2
