@@ -68,6 +68,30 @@ def test_pulling_a_file_of_ones_own_verifies_it(
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert "the weights of 'm' are not the expected ones" in said.err
+    assert said.err.endswith("; correct the model's `path` or `sha256`\n")
+
+
+def test_a_file_of_ones_own_that_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "octoai.toml").write_text("[[models]]\nid = 'm'\npath = 'm.gguf'")
+    assert run("pull", "m") == 1
+    said = f"octoai: the weights of 'm' are not at {tmp_path / 'm.gguf'}: correct its `path`\n"
+    assert capsys.readouterr() == ("", said)
+
+
+def test_the_configuration_may_be_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "other.toml").write_text("[[models]]\nid = 'mine'\npath = 'm.gguf'")
+    assert run("pull", "mine", "--config", str(tmp_path / "other.toml")) == 0
+    assert run("models", "--config", str(tmp_path / "other.toml")) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith(f"{tmp_path / 'm.gguf'}\n")
+    assert "\nmine " in out
+    for command in ("models", "pull mine"):
+        assert run(*command.split(), "--config", str(tmp_path / "missing.toml")) == 1
+        assert "missing.toml" in capsys.readouterr().err
 
 
 def test_an_unknown_id_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

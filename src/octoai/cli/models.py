@@ -30,6 +30,8 @@ def add_parsers(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     listing = subparsers.add_parser("models", help="list the models there are", description=models.__doc__)
     listing.add_argument("--json", action="store_true", help="for programs: a JSON list")
     listing.set_defaults(run=models)
+    for parser in (pulling, listing):
+        parser.add_argument("--config", type=Path, metavar="FILE", help="octoai.toml (default: the one here, if any)")
 
 
 def pull(args: argparse.Namespace) -> int:
@@ -39,7 +41,7 @@ def pull(args: argparse.Namespace) -> int:
     from octoai.server.sources import PullFailed
 
     try:
-        catalogue, store = _catalogue_and_store()
+        catalogue, store = _catalogue_and_store(args.config)
         for model in [catalogue.named(name) for name in args.ids]:
             print(pulled(store, model), flush=True)
     except (BadCatalogue, BadSettings, PullFailed) as error:
@@ -56,7 +58,7 @@ def models(args: argparse.Namespace) -> int:
     from octoai.server.settings import BadSettings
 
     try:
-        catalogue, store = _catalogue_and_store()
+        catalogue, store = _catalogue_and_store(args.config)
     except (BadCatalogue, BadSettings) as error:
         return fail(str(error))
     if args.json:
@@ -67,13 +69,13 @@ def models(args: argparse.Namespace) -> int:
     return 0
 
 
-def _catalogue_and_store() -> tuple[Catalogue, WeightStore]:
+def _catalogue_and_store(config: Path | None) -> tuple[Catalogue, WeightStore]:
     """With the models of octoai.toml, where there is one."""
     from octoai.server import app
     from octoai.server.settings import load
     from octoai.server.sources import WeightStore
 
-    settings = load(path=None, environ=os.environ)
+    settings = load(path=config, environ=os.environ)
     return app.catalogue(settings), WeightStore(settings.cache)
 
 
@@ -81,8 +83,8 @@ def pulled(store: WeightStore, model: Model) -> Path:
     if present := store.verified(model, tell):
         tell(f"{model.id} is already here")
         return present
-    if model.source is None:
-        return store.pull(model)  # refused, without a bar first
+    if model.source is None or model.source.kind == "file":
+        return store.pull(model)  # nothing is downloaded
     with _bar(model) as progress:
         return store.pull(model, progress)
 

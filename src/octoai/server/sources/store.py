@@ -96,7 +96,7 @@ class WeightStore:
                 shutil.rmtree(work, ignore_errors=True)
             raise
         try:
-            _verify(model, fetched)
+            _verify(model, fetched, "pull again, or correct the model's `sha256`")
             _flush(fetched.path)
             return fetched.path.replace(self._place(model))
         finally:
@@ -124,13 +124,13 @@ def _local(model: Model, path: Path) -> Path:
     if not path.is_file():
         raise PullFailed(f"the weights of {model.id!r} are not at {path}: correct its `path`")
     try:
-        _verify(model, Fetched(path))
+        _verify(model, Fetched(path), "correct the model's `path` or `sha256`")
     except OSError as error:
         raise PullFailed(f"cannot read the weights {path}: {error.strerror or error}; check its owner") from error
     return path
 
 
-def _verify(model: Model, fetched: Fetched) -> None:
+def _verify(model: Model, fetched: Fetched, advice: str) -> None:
     expected = {sha256 for sha256 in (model.sha256, fetched.published_sha256) if sha256}
     if not expected:
         return
@@ -139,7 +139,7 @@ def _verify(model: Model, fetched: Fetched) -> None:
     if expected != {actual}:
         raise PullFailed(
             f"the weights of {model.id!r} are not the expected ones: SHA-256 {actual}, "
-            f"expected {' and '.join(sorted(expected))}; pull again, or correct the model's `sha256`"
+            f"expected {' and '.join(sorted(expected))}; {advice}"
         )
 
 
