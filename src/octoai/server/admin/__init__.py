@@ -142,8 +142,11 @@ async def _answered(request: Request, operation: Operation) -> Response:
         raise BadRequest(_sentence(error), param=error.param) from None
 
 
-def _sentence(error: Exception) -> str:
-    return f"{str(error)[:1].upper()}{str(error)[1:]}."
+def _sentence(error: BadAccount) -> str:
+    text = str(error)
+    if text.startswith(f"{error.param}: "):  # the name of a field, which has its own spelling
+        return text
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _described(operation: Operation) -> dict[str, Any]:
