@@ -101,6 +101,25 @@ def test_weights_that_are_not_the_expected_ones_are_not_served(tmp_path: Path) -
     assert "the weights of 'm' are not the expected ones" in line
 
 
+def test_what_is_no_model_is_one_line_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "junk.gguf").write_text("not a model")
+    status, line = serve(tmp_path, "--model", "junk.gguf", "--data-dir", "data")
+    assert status == 1
+    assert line == f"octoai: {tmp_path / 'junk.gguf'} is not a GGUF file, or cannot be read: give another"
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_stand_in_that_the_command_line_leaves_out_is_told_how_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "octoai.toml").write_text(f"stand_in = 'x'\n{FAR}")
+    (tmp_path / "junk.gguf").write_text("not a model")
+    status, line = serve(tmp_path, "--model", "junk.gguf")
+    assert status == 1
+    assert line.endswith(
+        """stand_in: 'x' is not served; these are: junk; for none, stand_in = "" or an empty OCTOAI_STAND_IN"""
+    )
+    assert "is not a GGUF file" in serve(tmp_path, "--model", "junk.gguf", OCTOAI_STAND_IN="")[1]
+
+
 def test_a_damaged_journal_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     async def abandoned() -> Path:
         journal = Journal.open(tmp_path / "data" / "journal")

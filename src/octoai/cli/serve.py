@@ -52,6 +52,7 @@ def _serve(args: argparse.Namespace) -> int:
     from octoai.errors import ConfigurationError
     from octoai.server import app, logs, run, shares
     from octoai.server.catalogue import BadCatalogue
+    from octoai.server.engines.header import is_gguf
     from octoai.server.journal import JournalError, JournalGap
     from octoai.server.settings import BadSettings, load
     from octoai.server.sources import PullFailed, WeightStore
@@ -67,6 +68,9 @@ def _serve(args: argparse.Namespace) -> int:
         if own := [catalogue[model.id] for model in settings.models if model.engine_url is None]:
             store = WeightStore(settings.cache)
             weights = {model.id: store.verified(model, tell) or pulled(store, model) for model in own}
+        for source in weights.values():
+            if not is_gguf(source):
+                return fail(f"{source} is not a GGUF file, or cannot be read: give another")
         for model, source in list(weights.items()):
             if (known := _profile(settings, model, source)) is not None:
                 weights[model], tuned[model] = known

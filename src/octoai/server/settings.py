@@ -212,7 +212,8 @@ def _canonical(settings: Settings, name: str) -> Settings:
     known = {candidate.lower() for model in models for candidate in model.described(shipped).names}
     if settings.stand_in and settings.stand_in.lower() not in known:
         served = ", ".join(model.id for model in models)
-        raise BadSettings(f"{name}: stand_in: {settings.stand_in!r} is not served; these are: {served}")
+        none = 'for none, stand_in = "" or an empty OCTOAI_STAND_IN'
+        raise BadSettings(f"{name}: stand_in: {settings.stand_in!r} is not served; these are: {served}; {none}")
     return settings.model_copy(update={"models": models})
 
 

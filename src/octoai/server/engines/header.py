@@ -16,6 +16,7 @@ MAX_TOKENS = 4 * 1024 * 1024
 MAX_STRING_BYTES = 64 * 1024
 _NUMBER_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MAGIC = b"GGUF"
 _OF_VOCABULARY = "tokenizer."
 
 Value = str | float | Sequence[str] | Sequence[float]
@@ -33,6 +34,15 @@ class Vocabulary:
     has_end: bool
     ends: Set[int] = frozenset()
     begin: int | None = None
+
+
+def is_gguf(weights: Path) -> bool:
+    """Whether it begins as one; what comes then may still be damaged. Not where it cannot be read."""
+    try:
+        with weights.open("rb") as file:
+            return file.read(4) == _MAGIC
+    except OSError:
+        return False
 
 
 def metadata(weights: Path) -> dict[str, Value]:
@@ -65,7 +75,7 @@ def _read(weights: Path, *, to_vocabulary: bool) -> dict[str, Value]:
 
 def _values(file: BinaryIO, to_vocabulary: bool) -> dict[str, Value]:
     """Raises ValueError or struct.error for what is no GGUF file."""
-    if file.read(4) != b"GGUF":
+    if file.read(4) != _MAGIC:
         raise ValueError("not a GGUF file")
     _, _, num_keys = _unpacked(file, "IQQ")
     said: dict[str, Value] = {}
