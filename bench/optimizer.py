@@ -174,6 +174,9 @@ def main() -> None:
     if options.search_only:
         print("\n".join(f"{name}: {profile}; {loss(profile)}" for name, (profile, _) in found.items()))
         return
+    if "ours" not in found:
+        print("nothing better was found than what a service does without a profile: there is nothing to compare")
+        return
     workload = Workload().part(options.share or (1 / 4 if options.short else 1))
     samples = asyncio.run(measured(source, found, options.rounds, workload))
     text, bars = report(samples, found)

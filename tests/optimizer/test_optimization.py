@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from octoai.optimizer import optimization
+from octoai.optimizer import kernels, optimization
 from octoai.optimizer.optimization import CannotOptimize, IsOptimized, Optimized, Wish, optimize
-from octoai.optimizer.outcome import Outcome
-from octoai.optimizer.space import Candidate
+from octoai.optimizer.outcome import Outcome, Trial
+from octoai.optimizer.profile import Profiles
+from octoai.optimizer.space import Candidate, first_guesses
+from octoai.optimizer.workload import Speed
+from octoai.server.cores import num_cores
 from octoai.server.places import create
 
-FOUND = Outcome(best=Candidate(num_slots=2))
+FOUND = Outcome(best=Candidate(num_slots=2), is_usable=True)
 
 
 class Benchless:
@@ -34,20 +38,25 @@ class Benchless:
         pass
 
 
-@pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Weights for which a search finds something at once."""
+def finds(outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next search does."""
 
     class Searchless:
         def __init__(self, *_: object, **__: object) -> None:
             pass
 
         def run(self, *_: object) -> Outcome:
-            return FOUND
+            return outcome
+
+    monkeypatch.setattr(optimization, "Search", Searchless)
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights for which a search finds something at once."""
 
     monkeypatch.setattr(optimization, "Bench", Benchless)
-    monkeypatch.setattr(optimization, "Search", Searchless)
-    monkeypatch.setattr(Outcome, "is_usable", property(lambda _: True))
+    finds(FOUND, monkeypatch)
     (tmp_path / "model.gguf").write_bytes(b"weights")
     return tmp_path / "model.gguf"
 
@@ -65,12 +74,65 @@ def test_who_interrupts_while_what_was_found_is_stored_does_not_lose_it(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+NOTED = Outcome(best=Candidate(), trials=[Trial("defaults", Candidate(), 0.1, note="failed: not done in 9 s")])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "seconds", "said"),
+    [
+        (Outcome(best=Candidate()), 30, "there was not enough time to measure model.gguf here: give it more --seconds"),
+        (
+            NOTED,
+            0,
+            "there was not enough time to measure model.gguf here (failed: not done in 9 s): give it more --sec",
+        ),
+        (NOTED, 30, "model.gguf could not be run here: failed: not done in 9 s"),
+    ],
+)
 def test_a_search_without_time_says_what_to_give_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, seconds: float, said: str
+) -> None:
+    finds(outcome, monkeypatch)
+    with pytest.raises(CannotOptimize, match=f"^{re.escape(said)}"):
+        optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=seconds))
+
+
+def test_a_search_too_short_to_compile_kernels_says_how_long_would_do(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Outcome, "is_usable", property(lambda _: False))
-    with pytest.raises(CannotOptimize, match=r"model\.gguf could not be run here: there was no time: give it more"):
-        optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=30))
+    finds(Outcome(best=first_guesses(num_cores())[0], is_usable=True), monkeypatch)
+    found = optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=30))
+    assert found.no_kernels == (
+        "no kernels for this CPU are here, and only a search of 60 seconds or more compiles them"
+    )
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+@pytest.mark.parametrize(
+    ("has_kernels", "times", "is_kept"),
+    [(True, 1.5, True), (True, None, True), (True, 0.9, False), (False, 1.5, False), (False, None, False)],
+)
+def test_where_a_search_began_is_kept_only_with_kernels_that_are_no_slower(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_kernels: bool,
+    times: float | None,
+    is_kept: bool,
+    is_stopped: bool,
+) -> None:
+    made = Profiles(tmp_path / "cache").kernels_path(kernels.RECIPE)
+    create(create(tmp_path / "cache") / "kernels")
+    made.write_bytes(b"kernels")
+    monkeypatch.setattr(kernels, "can_be_loaded", lambda _: True)
+    starts = first_guesses(num_cores(), made, is_unified=kernels.shares_cache())
+    defaults = Speed(100, 10, 10)
+    pairs = [] if times is None else [(defaults, Speed(100 * times, 10 * times, 10 * times))]
+    best = starts[0 if has_kernels else 1]
+    finds(Outcome(best=best, is_usable=True, pairs=pairs, is_interrupted=is_stopped), monkeypatch)
+    found = optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=30))
+    assert (found.profile is not None) == (is_kept and not is_stopped)
+    assert (Profiles(tmp_path / "cache").find(source) is not None) == (is_kept and not is_stopped)
 
 
 def test_what_killed_searches_left_is_cleared_away_and_what_others_use_is_not(tmp_path: Path) -> None:

@@ -189,6 +189,12 @@ def test_the_budget_is_exceeded_by_no_more_than_a_trial(seconds: float) -> None:
     assert FORMATS[outcome.best.weights] >= 1
 
 
+def test_what_kernels_lose_is_not_measured_when_there_is_no_time_for_them_any_more() -> None:
+    machine = Machine()
+    assert not found(machine, seconds=TRIAL_SECONDS, kernels=KERNELS).is_usable
+    assert machine.asked == []
+
+
 def test_what_was_clearly_faster_in_a_round_is_kept_when_time_runs_out_before_the_next() -> None:
     kept = {found(Machine(), seconds=seconds).best.weights for seconds in range(1, 40)}
     assert kept == {AS_GIVEN, "Q8_0"}

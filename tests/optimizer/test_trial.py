@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from octoai.optimizer import trial
 from octoai.optimizer.outcome import TrialFailed
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.optimizer.trial import Bench
@@ -76,3 +78,14 @@ def test_a_candidate_that_takes_too_long_is_a_failed_one(embedded_model: Path, t
     options = {"context_length": 512, "num_threads": 2, "trial_seconds": 0.2}
     with Bench(embedded_model, tmp_path, **options) as bench, pytest.raises(TrialFailed, match="not done"):
         bench.speed(replace(Candidate(), num_threads=1), 1, 1)
+
+
+def test_a_trial_is_not_much_longer_than_the_search(
+    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "LATE_SECONDS", 0.2)
+    options = {"context_length": 512, "num_threads": 2, "ends_at": time.monotonic() + 0.1}
+    with Bench(embedded_model, tmp_path, **options) as bench:
+        for measured in (lambda: bench.speed(Candidate(), 1, 1), lambda: bench.steadiness(Candidate())):
+            with pytest.raises(TrialFailed, match="not done in 0 s"):
+                measured()

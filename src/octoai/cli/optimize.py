@@ -34,7 +34,13 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--for", dest="goal", choices=("latency", "throughput", "balanced"), default="balanced", help="what counts"
     )
-    parser.add_argument("--seconds", type=_seconds, default=120.0, metavar="S", help="time to spend (default 120)")
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=120.0,
+        metavar="S",
+        help="time to spend (default 120); what is being measured then may end a little later",
+    )
     parser.add_argument(
         "--max-loss",
         type=_nats,
@@ -100,9 +106,19 @@ def optimize(args: argparse.Namespace) -> int:
             args.plot.write_bytes(result.plot.read_bytes())
         except OSError as error:
             return fail(f"--plot: {error.filename}: {error.strerror or error}")
+    return _status(result, is_chore=is_chore)
+
+
+def _status(result: Optimized, *, is_chore: bool) -> int:
+    """That of the command; says why nothing is stored, where that is so. A service that had us search knows by 0 that
+    it was done."""
+    is_stopped = result.outcome.is_interrupted
     if result.profile is None:
-        fail("stopped before anything better was found: nothing is stored")
-    return 130 if result.outcome.is_interrupted else 0
+        nothing = "nothing better was found than what a service does without a profile"
+        tell(f"{'stopped before anything better was found' if is_stopped else nothing}: nothing is stored")
+    if is_stopped:
+        return 130
+    return int(result.profile is None and not is_chore)
 
 
 def _can_be_written(path: Path) -> bool:
@@ -199,7 +215,10 @@ def _shown(result: Optimized) -> str:
                 f"times the engine's defaults: {joint:.2f} for eight requests at once, {stream:.2f} for one stream, "
                 f"{prompt:.2f} for a long prompt\n"
             )
-        lines.append(f"stored in {result.place}; the plot is {result.plot}\n")
+        lines.append(
+            f"stored in {result.place}; the plot is {result.plot}\n"
+            "a service that runs already uses it from its next start on\n"
+        )
     return "".join(lines)
 
 

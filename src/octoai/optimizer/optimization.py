@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed
 from octoai.optimizer.plot import plotted
 from octoai.optimizer.profile import OTHERS_CODE, Profile, Profiles, is_ours_alone, sha256, sha256_of_model
 from octoai.optimizer.search import Search
-from octoai.optimizer.space import AS_GIVEN, engine_defaults, first_guesses, stages
+from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guesses, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
 from octoai.optimizer.weights import UnusableWeights
 from octoai.server.cores import num_cores
@@ -48,8 +48,9 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Optimized:
-    """`profile` is None where nothing was found before it was stopped, `place` is the directory it is in. `no_kernels`
-    says why there were none for this CPU to try, "" where there were. `is_exact`: as of `Bench`."""
+    """`profile` is None where nothing better was found than how a service runs without one, `place` is the directory
+    it is in. `no_kernels` says why there were none for this CPU to try, "" where there were. `is_exact`: as of
+    `Bench`."""
 
     outcome: Outcome
     profile: Profile | None = None
@@ -98,10 +99,10 @@ def optimize(
                 )
                 outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
                 ignore_them()
-                if outcome.is_interrupted and (not outcome.is_usable or outcome.best in starts):
+                if not outcome.is_usable and not outcome.is_interrupted:
+                    raise CannotOptimize(_why_not(source, outcome, is_late=time.monotonic() >= began + wish.seconds))
+                if not _is_gain(outcome, starts, wish.goal):
                     return Optimized(outcome, no_kernels=no_kernels, is_exact=bench.is_exact)
-                if not outcome.is_usable:
-                    raise CannotOptimize(f"{source.name} could not be run here: {_last_words(outcome)}")
                 found = _stored(profiles, source, model_sha256, outcome, wish, bench)
                 return replace(found, no_kernels=no_kernels, is_exact=bench.is_exact)
     except KeyboardInterrupt:  # before the search began
@@ -123,7 +124,8 @@ def _kernels(
         return path, ""
     path.unlink(missing_ok=True)  # damaged
     if wish.seconds < _COMPILING_SECONDS:
-        return None, f"no kernels for this CPU are here, and compiling them takes more than {wish.seconds:.0f} seconds"
+        least = f"only a search of {_COMPILING_SECONDS:.0f} seconds or more compiles them"
+        return None, f"no kernels for this CPU are here, and {least}"
     on_step("compiling kernels for this CPU")
     try:
         seconds = wish.seconds * _COMPILING_PART
@@ -163,10 +165,20 @@ def _stored(
     return Optimized(outcome, profile, place)
 
 
-def _last_words(outcome: Outcome) -> str:
-    return next(
-        (trial.note for trial in reversed(outcome.trials) if trial.note), "there was no time: give it more --seconds"
-    )
+def _is_gain(outcome: Outcome, starts: Sequence[Candidate], goal: Goal) -> bool:
+    """Whether it is better than what a service does without a profile: that is how a search starts, apart from kernels
+    for this CPU. Of one that was stopped there was no time to see whether these are faster."""
+    if outcome.best not in starts:
+        return outcome.is_usable
+    return outcome.best.tuning.kernels is not None and not outcome.is_interrupted and outcome.gain(goal) >= 1
+
+
+def _why_not(source: Path, outcome: Outcome, *, is_late: bool) -> str:
+    note = next((trial.note for trial in reversed(outcome.trials) if trial.note), "")
+    if note and not is_late:
+        return f"{source.name} could not be run here: {note}"
+    last = f" ({note})" if note else ""
+    return f"there was not enough time to measure {source.name} here{last}: give it more --seconds"
 
 
 @contextmanager

@@ -98,6 +98,10 @@ class Outcome:
             median(best.joint_rate / defaults.joint_rate for defaults, best in self.pairs),
         )
 
+    def gain(self, goal: Goal) -> float:
+        """How many times as fast as the defaults the best was in the end; 1 where they were not compared."""
+        return median(score(best, defaults, goal) for defaults, best in self.pairs) if self.pairs else 1.0
+
 
 def score(speed: Speed, beside: Speed, goal: Goal, rates: Sequence[Rate] = ALL_RATES) -> float:
     """How many times as fast, for the goal, by these rates alone."""

@@ -114,6 +114,7 @@ class Search:
 
     def _begin(self, beside: Speed) -> None:
         """Where the search starts, with fewer slots and smaller batches where that is too much here."""
+        self._check_time()  # to see what kernels lose takes long
         usual = (start for start in self._starts if self._loses_little(start))
         for start in (each for first in usual for each in _ever_smaller(first)):
             self._outcome.best = start

@@ -25,6 +25,7 @@ from octoai.server.engines.llama import LlamaEngine
 from octoai.server.errors import Refusal
 
 TRIAL_SECONDS = 60.0
+LATE_SECONDS = 10.0  # that a trial may always take: an engine has to start first
 COMPANY_SHARE = 1 / 8
 _GLANCE_POSITIONS = 48  # enough to see that a format loses ten times what it may
 _COLLAPSED = 4.0  # as long as alone: no need to wait for more
@@ -34,8 +35,9 @@ _BUSY = "import select, sys\nwhile not select.select([sys.stdin], [], [], 0)[0]:
 
 class Bench:
     """Measures candidates for one file of weights. `directory` is empty and the search's own. Use it as a context
-    manager: what quality is compared with lies on disk meanwhile. To measure a loss may take until `ends_at`, by the
-    monotonic clock, and as long as a trial in any case."""
+    manager: what quality is compared with lies on disk meanwhile. A trial may take `trial_seconds`, but not longer than
+    until `ends_at`, by the monotonic clock, or `LATE_SECONDS` where that is near or over. To measure a loss may take
+    until `ends_at`, and as long as a trial in any case."""
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class Bench:
         self, candidate: Candidate, share: float, turn: int, max_seconds: float | None = None
     ) -> tuple[Speed, int]:
         weights = self.weights(candidate.weights)
-        seconds = min(max_seconds or self._trial_seconds, self._trial_seconds)
+        seconds = self._limit(max_seconds)
         workload = Workload().part(share).within(self._context_length)
         return asyncio.run(self._measured(candidate, weights, workload, turn, seconds))
 
@@ -109,6 +111,11 @@ class Bench:
             return self._compared_to(MAX_POSITIONS).measure(path, kernels, self._patience)
         except UnusableWeights as error:
             raise TrialFailed(str(error)) from None
+
+    def _limit(self, max_seconds: float | None) -> float:
+        """What a trial that begins now may take."""
+        left = max(LATE_SECONDS, self._ends_at - time.monotonic())
+        return min(max_seconds or self._trial_seconds, self._trial_seconds, left)
 
     @property
     def _patience(self) -> float | None:
@@ -134,7 +141,7 @@ class Bench:
 
     def steadiness(self, candidate: Candidate, max_seconds: float | None = None) -> float:
         weights = self.weights(candidate.weights)
-        seconds = min(max_seconds or self._trial_seconds, self._trial_seconds)
+        seconds = self._limit(max_seconds)
         return asyncio.run(self._beside_another(candidate, weights, seconds))
 
     async def _measured(
