@@ -90,7 +90,8 @@ def test_a_client_that_has_gone_leaves_nothing(ends: str) -> None:
     uvloop.run(main())
 
 
-def test_a_client_of_what_goes_through_asgi_leaves_nothing() -> None:
+@pytest.mark.parametrize("num_ahead", [0, 3])
+def test_a_client_of_what_goes_through_asgi_leaves_nothing(num_ahead: int) -> None:
     async def main() -> None:
         found: list[weakref.ref[Any]] = []
         async with serving(found) as port:
@@ -98,7 +99,9 @@ def test_a_client_of_what_goes_through_asgi_leaves_nothing() -> None:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
                 assert (await reader.readuntil(b"12345")).startswith(b"HTTP/1.1 200")
-                writer.close()
+                writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" * num_ahead)
+                await asyncio.sleep(0)
+                writer.transport.abort()
             assert await settled(found) == []
 
     uvloop.run(main())

@@ -194,6 +194,24 @@ def test_who_says_that_it_closes_is_closed(in_process: Start) -> None:
         assert b"\r\nconnection: close\r\n" in received
 
 
+@pytest.mark.parametrize("num_behind", [10, 70_000, 400_000])
+def test_what_comes_behind_the_last_request_is_no_matter(in_process: Start, num_behind: int) -> None:
+    service = in_process(ScriptedEngine([0.1, "Hello"]))
+    for asking in (
+        asked(service, head="connection: close\r\n"),
+        asked(service, "POST /v1/chat/completions HTTP/1.0", head="connection: keep-alive\r\n"),
+    ):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+            connection.sendall(asking)
+            time.sleep(0.02)
+            connection.sendall(b"x" * num_behind)
+            received = b""
+            while block := connection.recv(65536):
+                received += block
+        assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert received.count(b"HTTP/1.1 ") == 1
+
+
 def test_an_older_client_is_sent_no_chunks(in_process: Start) -> None:
     service = in_process(ScriptedEngine())
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
@@ -283,29 +301,46 @@ def test_a_refused_body_that_comes_in_the_end_leaves_its_connection_as_good_as_n
 
 
 def test_what_is_no_http_is_not_answered_in_the_middle_of_an_answer(in_process: Start) -> None:
-    service = in_process(ScriptedEngine(["Hello", 8.0, " world"]))
+    service = in_process(ScriptedEngine(["Hello", 0.3, " world"]))
     for behind in (b"", asked(service, stream=True)):
         with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
             connection.sendall(asked(service, stream=True))
             received = connection.recv(65536)
-            connection.sendall(behind + b"nonsense\r\n\r\n")
+            connection.sendall(behind + b"nonsense\r\n\r\n" + asked(service))
             while block := connection.recv(65536):
                 received += block
-        assert received.startswith(b"HTTP/1.1 200 ")
-        assert received.count(b"HTTP/1.1") == 1
-        assert not received.endswith(b"0\r\n\r\n")
-        until(lambda: is_idle(service), 2)
+        *answers, refusal = received.split(b"HTTP/1.1 ")[1:]
+        assert len(answers) == 1 + bool(behind)
+        assert all(answer.startswith(b"200 ") and answer.endswith(b"0\r\n\r\n") for answer in answers)
+        assert refusal.startswith(b"400 ")
+    assert len(service.engine.seen) == 3  # type: ignore[attr-defined]
 
 
-def test_what_is_no_http_is_answered_where_no_answer_has_begun(in_process: Start) -> None:
-    service = in_process(ScriptedEngine([0.5, "Hello"]))
-    chunked = (
-        POSTED + f"authorization: Bearer {service.token}\r\ntransfer-encoding: chunked\r\n\r\nnonsense\r\n".encode()
-    )
-    for sent in (chunked, asked(service) + b"nonsense\r\n\r\n", asked(service) * 2 + b"nonsense\r\n\r\n"):
+def test_a_body_that_cannot_be_read_has_no_second_answer(in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    for line in (b"POST /v1/chat/completions", b"POST /nowhere"):
         with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
-            connection.sendall(sent)
-            assert statuses(connection, 1) == [b"400"]
+            connection.sendall(line + b" HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+            received = connection.recv(65536)
+            connection.sendall(b"nonsense\r\n")
+            while block := connection.recv(65536):
+                received += block
+        assert received.startswith((b"HTTP/1.1 401 ", b"HTTP/1.1 404 "))
+        assert received.count(b"HTTP/1.1 ") == 1
+
+
+def test_what_is_no_http_is_answered_behind_what_came_before_it(in_process: Start) -> None:
+    service = in_process(ScriptedEngine([0.1, "Hello"]))
+    token = f"authorization: Bearer {service.token}\r\n".encode()
+    bad_body = token + b"transfer-encoding: chunked\r\n\r\nnonsense\r\n"
+    minting = b"POST /v1/admin/tokens HTTP/1.1\r\nhost: x\r\n"
+    minted = minting + token + b'content-length: 12\r\n\r\n{"name":"t"}'
+    for nonsense in (b"nonsense\r\n\r\n", POSTED + bad_body, minting + bad_body):
+        for before in ([], [asked(service)], [asked(service)] * 2, [minted], [minted, asked(service), minted]):
+            with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+                connection.sendall(b"".join(before) + nonsense)
+                assert statuses(connection, len(before) + 1) == [b"200"] * len(before) + [b"400"]
+                assert connection.recv(1) == b""
 
 
 def test_who_has_sent_ahead_and_leaves_is_noticed_at_once(in_process: Start) -> None:

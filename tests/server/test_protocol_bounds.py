@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from octoai.server import accounts
+from octoai.server import accounts, ending
 from octoai.server import protocol as protocol_module
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import Unavailable
@@ -63,8 +63,13 @@ class Edge(Recording):
             incoming.end(b"%d" % size)
 
 
-def connected(keep_alive: float = 75, app: Any = lambda *_: None) -> tuple[Any, Held]:
-    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none")
+async def nothing(_scope: Any, _receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body"})
+
+
+def connected(keep_alive: float = 75, asgi: Any = nothing) -> tuple[Any, Held]:
+    config = uvicorn.Config(asgi, log_config=None, lifespan="off", ws="none")
     config.timeout_keep_alive = keep_alive  # type: ignore[assignment]
     config.load()
     pipe = Held()
@@ -145,7 +150,7 @@ def test_what_is_sent_ahead_is_kept_as_it_came_but_for_a_few_requests(kind: str)
     """A thousand of them took 2.4 MB, for which a client had to send 30 KB, and no token."""
 
     async def main() -> None:
-        protocol, pipe = connected(app=echo)
+        protocol, pipe = connected(asgi=echo)
         protocol.data_received(AHEAD["the same head"](0))
         await settle()
         sent, num_kept = b"".join(map(AHEAD[kind], range(3000))), 0
@@ -169,7 +174,7 @@ def test_what_is_sent_ahead_is_kept_as_it_came_but_for_a_few_requests(kind: str)
 @pytest.mark.parametrize("size", [1, 700, 5000, 10**6])
 def test_however_many_come_at_once_each_is_answered_in_its_order(size: int) -> None:
     async def main() -> None:
-        protocol, pipe = connected(app=echo)
+        protocol, pipe = connected(asgi=echo)
         sent, expected = [], []
         for number in range(300):
             path, body = b"/%d" % number, [b"x", b"\r\n\r\n" * 300, b"\n" * 2000][number % 3] * (number % 7)
@@ -189,6 +194,36 @@ def test_however_many_come_at_once_each_is_answered_in_its_order(size: int) -> N
         protocol.connection_lost(None)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["its client has left", "it is being closed"])
+def test_what_goes_through_asgi_ends_unsaid_where_another_waits_behind_it(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        go_on, heard = asyncio.Event(), []
+
+        async def asgi(scope: Any, receive: Any, send: Any) -> None:
+            heard.append(await receive())
+            await go_on.wait()
+            await nothing(scope, receive, send)
+            heard.append(await receive())
+
+        protocol, pipe = connected(asgi=asgi)
+        protocol.data_received(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 2)
+        await settle()
+        if how == "its client has left":
+            protocol.connection_lost(ConnectionResetError())
+        else:
+            pipe.close()
+        go_on.set()
+        await settle()
+        assert [message["type"] for message in heard] == ["http.request", "http.disconnect"]
+        assert pipe.written == b""
+        protocol.connection_lost(None)
+
+    asyncio.run(main())
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 LINES: dict[str, Callable[[int], bytes]] = {
@@ -234,7 +269,7 @@ def test_a_little_behind_the_last_chunk_does_no_harm_nor_does_a_large_body() -> 
 
 
 def test_who_reads_slowly_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol_module, "LINGER_SECONDS", 0.03)
+    monkeypatch.setattr(ending, "LINGER_SECONDS", 0.03)
 
     async def main() -> None:
         protocol, pipe = connected()
@@ -256,7 +291,7 @@ def test_who_reads_slowly_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_connection_that_is_closed_does_not_wait_for_its_client_for_ever(
     monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(protocol_module, "LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(ending, "LINGER_SECONDS", 0.05)
 
     async def main() -> None:
         protocol, pipe = connected(keep_alive=0.01)
@@ -386,7 +421,7 @@ def test_who_is_refused_while_it_sends_hears_why(in_process: Callable[..., InPro
 def test_who_never_stops_sending_is_left_some_time_later(
     in_process: Callable[..., InProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol_module, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(ending, "LINGER_SECONDS", 0.3)
     service = in_process(ScriptedEngine())
     head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 9000000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", service.port), 5) as client:

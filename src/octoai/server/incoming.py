@@ -80,7 +80,8 @@ class Connection:
 class Incoming:
     """`caller` and `limit_headers` are known when it has been admitted, `status` when its answer has begun.
 
-    uvicorn's protocol asks `keep_alive`, `more_body`, `disconnected` and `response_complete` of a request under way.
+    uvicorn's protocol asks `keep_alive`, `more_body`, `disconnected` and `response_complete` of a request under way,
+    ours `response_started` as well.
     """
 
     task: asyncio.Task[None]  # that answers it
@@ -161,6 +162,10 @@ class Incoming:
     async def caught_up(self) -> None:
         """Return when it has not to wait any more, or the client has left."""
         await self._connection.flow.drain()
+
+    @property
+    def response_started(self) -> bool:
+        return self.status is not None
 
     def begin(self, status: int, headers: Headers) -> None:
         """The head: it leaves with what follows. A body whose length is not among the headers is sent in chunks,

@@ -7,9 +7,7 @@ ASGI, as uvicorn does it. The order of both on one connection is uvicorn's. Know
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import sys
-import termios
+from collections import deque
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
@@ -21,38 +19,33 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from octoai.server import heads
 from octoai.server.awake import Awake
 from octoai.server.edge import Edge
+from octoai.server.ending import Ending
 from octoai.server.errors import HeadTooLarge, MalformedRequest, Refusal
 from octoai.server.heads import Head, KnownHead
 from octoai.server.ids import new_request_id
-from octoai.server.incoming import Bodies, Connection, Incoming
+from octoai.server.incoming import Bodies, Incoming
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_AHEAD = 16  # behind that many requests what came stays bytes: as a request, 20 of them may take 2 KB
-LINGER_SECONDS = 30.0  # for a client to read some of what it was sent before its connection was closed, or to send on
 
 
-class ServiceProtocol(HttpToolsProtocol, Connection):
+class ServiceProtocol(Ending, HttpToolsProtocol):
     """`edge`, `awake` and `bodies` are the server's (see `protocol_for`)."""
 
     edge: Edge
     awake: Awake
-    transport: asyncio.Transport
-    cycle: Any  # an `Incoming`, or what uvicorn has for a request
+    cycle: Any  # the newest request: an `Incoming`, or what uvicorn has for one
+    pipeline: deque[Any]  # of those behind the one that is answered, the newest first
 
     _fixed: tuple[Any, bytes] = (None, b"")  # header lines, and of which headers; for all connections
-    _answering: Incoming | None = None
     _head_bytes = 0  # of a head, or of what stands between the chunks of a body and behind them
     _reads_head = True
-    _is_between = True  # nothing of the next request has come
     _known: KnownHead | None = None
     _num_missing = 0  # bytes of a body that the parser does not see: its head was known, or offers an upgrade
     _held = b""  # of what came, behind MAX_AHEAD requests
     _is_behind = False  # between two answers its client does not read
     _rests_since: float | None = None  # where a request is waited for, the rest of its head, or that of a refused body
     _resting: asyncio.TimerHandle | None = None
-    _lingering: asyncio.TimerHandle | None = None
-    _is_leaving = False  # all that we say is said; what its client still sends is dropped
-    _leaving: asyncio.TimerHandle | None = None
 
     # ---- what the loop calls ----
 
@@ -61,12 +54,9 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self._rest()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._answering is not None:  # `cycle` is the newest that came, which may wait behind it
-            self._answering.leave()
-        if isinstance(self.cycle, Incoming):
-            self.cycle = None
-        elif self.cycle is not None:
-            self.cycle.transport = self.transport
+        self._tell_that_nobody_hears()
+        self._answering = self.cycle = None  # they know us as well: all would be left to the garbage collector
+        self.pipeline.clear()
         for timer in (self._resting, self._lingering, self._leaving):
             if timer is not None:
                 timer.cancel()
@@ -79,7 +69,10 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
     def data_received(self, data: bytes) -> None:
         if self._held:
             data, self._held = self._held + data, b""
-        while data and not self._is_leaving:
+        while data:
+            if self._is_deaf:
+                self._is_between = False  # its client is not done with sending
+                return
             if len(self.pipeline) >= MAX_AHEAD:
                 self._held = data
                 self.flow.pause_reading()
@@ -139,11 +132,26 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self._refuse(MalformedRequest("This is not a request in HTTP/1.1."))
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Before there is a request, nobody else can: the same body and the same headers as any refusal. In the middle
-        of an answer it would be read as a part of that."""
-        if self._is_in_an_answer():
-            self.close()
+        """What cannot be read is answered behind what came before it. In the middle of an answer, or behind the one to
+        the same request, that would be read as something else."""
+        if self._is_deaf:
             return
+        self._is_deaf, self._is_between = True, False  # nobody knows how much more of it there is
+        is_body = not self._reads_head
+        if is_body and self.cycle.response_started:
+            self.close()
+        elif is_body and self.cycle is self._answering:
+            self._answer_unread(refusal)
+        else:
+            if is_body:
+                self.pipeline.popleft()
+            if self.pipeline or not (self._answering is None or self._answering.response_complete):
+                self.pipeline.appendleft((refusal, None))
+            else:
+                self._answer_unread(refusal)
+
+    def _answer_unread(self, refusal: Refusal) -> None:
+        """Where there is no request, nobody else can: the same body and the same headers as any refusal."""
         request_id = new_request_id()
         body = self.edge.refuse_unread(refusal, request_id)
         head = (
@@ -151,60 +159,13 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        self._is_between = False  # nobody knows how much more of it there is
         self.close()
-
-    def _is_in_an_answer(self) -> bool:
-        answering, newest = self._answering, self.cycle
-        if answering is not None and not answering.response_complete:
-            return answering.status is not None
-        if newest is None or newest.response_complete:
-            return False
-        return bool(self.pipeline) or isinstance(newest, Incoming) or bool(newest.response_started)
-
-    def close(self) -> None:
-        if self._is_between or self.transport.is_closing():
-            self.transport.close()
-            self._linger()
-        elif not self._is_leaving:
-            self._leave()
-
-    def _leave(self) -> None:
-        """Where its client is not done with sending: closed at once, what comes now would have the kernel throw away
-        the answer on its way, and the client would hear of a broken connection instead."""
-        self._is_leaving = True
-        self.transport.write_eof()
-        self.flow.resume_reading()
-        if self._answering is not None:
-            self._answering.leave()
-        self._leaving = self.loop.call_later(LINGER_SECONDS, self._has_left)
 
     def shutdown(self) -> None:
         if self._is_leaving:
             self._has_left()
         else:
             super().shutdown()
-
-    def _has_left(self) -> None:
-        self.transport.close()
-        self._linger()
-
-    def _linger(self) -> None:
-        """A transport that closes waits until all is written: for ever to who does not read, here while he does."""
-        if self._lingering is None and self.transport.get_write_buffer_size():
-            self._lingering = self.loop.call_later(LINGER_SECONDS, self._close_if_unread, self._num_unread())
-
-    def _close_if_unread(self, num_before: int) -> None:
-        self._lingering = None
-        if self._num_unread() < num_before:
-            self._linger()
-        else:
-            self.transport.abort()
-
-    def _num_unread(self) -> int:
-        """Bytes that the client's machine has not acknowledged, as far as the system tells: the kernel holds megabytes,
-        and takes no more from us until a good part of them has gone."""
-        return self.transport.get_write_buffer_size() + num_unacknowledged(self.transport.get_extra_info("socket"))
 
     # ---- what the parser calls ----
 
@@ -224,14 +185,17 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        self._reads_head, self._head_bytes = False, 0
         self._rests_since = None
         if self.parser.should_upgrade():  # to the parser such a message ends with its head
             self._num_missing = heads.length_of_offer(self.parser.get_method(), self.headers)
         path = self._posted_to()
         if path is None:
             self._go_through_asgi()
-            return
+        else:
+            self._go_directly(path)
+        self._reads_head, self._head_bytes = False, 0
+
+    def _go_directly(self, path: str) -> None:
         is_1_1 = self.parser.get_http_version() == "1.1"
         keep_alive = is_1_1 and self.parser.should_keep_alive()
         head = Head(path, dict(reversed(self.headers)), keep_alive, is_1_1 and self.expect_100_continue, is_1_1)
@@ -245,7 +209,7 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
         else:  # sent before the answer to an earlier one
             if self.pipeline:
                 self.flow.pause_reading()
-            self.pipeline.appendleft((incoming, None))  # type: ignore[arg-type]
+            self.pipeline.appendleft((incoming, None))
 
     def _read_on(self) -> None:
         """One request may wait behind another: who does not read does not notice that a client leaves."""
@@ -284,6 +248,8 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             return
         self._reads_head, self._is_between, self._head_bytes = True, True, 0
         incoming = self.cycle
+        if not incoming.keep_alive:  # it was the last
+            self._is_deaf = True
         if incoming.response_complete:  # the rest of what was refused
             self._rests_since = self.loop.time()
         if not isinstance(incoming, Incoming):
@@ -301,7 +267,10 @@ class ServiceProtocol(HttpToolsProtocol, Connection):
             self.awake.begins(cycle.began, is_alone=not self.tasks)
             cycle.task = self.loop.create_task(self._answer(cycle))
             self.tasks.add(cycle.task)
+        elif isinstance(cycle, Refusal):
+            self._answer_unread(cycle)
         else:
+            self._answering = cycle
             super()._start_asgi_task(cycle, app)
 
     async def _answer(self, incoming: Incoming) -> None:
@@ -376,7 +345,7 @@ class _Transport:
         self._protocol = protocol
 
     def write(self, data: bytes) -> None:
-        if not self._protocol._is_leaving:
+        if not self.is_closing():
             self._protocol.transport.write(data)
 
     def close(self) -> None:
@@ -384,14 +353,6 @@ class _Transport:
 
     def is_closing(self) -> bool:
         return self._protocol._is_leaving or self._protocol.transport.is_closing()
-
-
-def num_unacknowledged(raw: Any) -> int:
-    """What of it is in the kernel's buffer for that socket; 0 where the system does not tell."""
-    try:
-        return int.from_bytes(fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    except (AttributeError, OSError, ValueError):
-        return 0
 
 
 def protocol_for(edge: Edge) -> type[ServiceProtocol]:
