@@ -159,9 +159,30 @@ def test_a_client_that_waits_to_be_asked_for_its_body_is_asked_where_its_token_i
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(body)
         assert statuses(connection, 1) == [b"200"]
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status"),
+    [
+        ("/v1/chat/completions", (b"octoai_", b"nobody_"), b"401"),
+        ("/v1/chat/completions", (b"content-length: ", b"content-length: 900000"), b"413"),
+        ("/v1/chat/completions", (b"host: x", b"host: x\r\ncontent-encoding: gzip"), b"415"),
+        ("/v1/admin/tokens", (b"octoai_", b"nobody_"), b"401"),
+        ("/nowhere", (b"", b""), b"404"),
+    ],
+)
+def test_who_is_refused_before_its_body_is_asked_for_is_not_taken_to_send_it(
+    in_process: Start, path: str, change: tuple[bytes, bytes], status: bytes
+) -> None:
+    service = in_process(ScriptedEngine())
+    head, _, _ = asked(service, f"POST {path} HTTP/1.1", head="expect: 100-continue\r\n").partition(b"\r\n\r\n")
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
-        connection.sendall(head.replace(b"octoai_", b"nobody_") + b"\r\n\r\n")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 401 ")
+        connection.sendall(head.replace(*change) + b"\r\n\r\n")
+        received = b""
+        while block := connection.recv(65536):
+            received += block
+    assert received.startswith(b"HTTP/1.1 %b " % status)
+    assert b"\r\nconnection: close\r\n" in received
 
 
 def test_a_body_may_come_in_pieces_and_in_chunks(in_process: Start) -> None:

@@ -74,6 +74,8 @@ class Edge:
         headers, body = self._refused(refusal)
         if incoming.limit_headers is None or incoming.has_joined:  # it did not become a job, which has its own line
             self._log(refusal, incoming.request_id, incoming.caller, "POST", incoming.head.path)
+        if incoming.head.expects_continue and incoming.more_body:  # the next request could be read as this one's body
+            incoming.keep_alive = False
         if incoming.limit_headers is None and not _says_limits(headers):
             incoming.limit_headers = await limit_headers(self.service, incoming.caller)
         incoming.begin(refusal.status, headers)
@@ -108,6 +110,8 @@ class Edge:
             return  # too late for another answer; the connection is cut
         self._log(refusal, answer.request_id, scope["state"].get("caller"), scope["method"][:20], scope["path"][:200])
         headers, body = self._refused(refusal)
+        if any(name == b"expect" for name, _ in scope["headers"]):  # as above
+            headers = [*headers, (b"connection", b"close")]
         await answer.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await answer.send({"type": "http.response.body", "body": body})
 
