@@ -317,12 +317,7 @@ def test_a_service_goes_on_when_nobody_reads_its_lines(tmp_path: Path, workers: 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_service_goes_on_and_ends_where_its_lines_are_not_read_any_more(tmp_path: Path, workers: str) -> None:
     (tmp_path / "octoai.toml").write_text(FAR)
-    reader, output = os.pipe()
-    os.set_blocking(output, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(output, b"x")
-    os.set_blocking(output, True)
+    reader, output = unread()
     command = [sys.executable, "-m", "octoai", "serve", "--port", "0", "--workers", workers, "--data-dir", "data"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output) as service:
         os.close(output)
@@ -334,6 +329,35 @@ def test_a_service_goes_on_and_ends_where_its_lines_are_not_read_any_more(tmp_pa
                 assert httpx.get(f"{stored.endpoint}/v1/models", timeout=10).status_code == 401
             service.terminate()
             assert service.wait(15) == 0
+        finally:
+            service.kill()
+            os.close(reader)
+
+
+def unread() -> tuple[int, int]:
+    """A pipe that is full, since nobody reads it."""
+    reader, output = os.pipe()
+    os.set_blocking(output, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(output, b"x")
+    os.set_blocking(output, True)
+    return reader, output
+
+
+@pytest.mark.parametrize("signalled", [False, True], ids=["by itself", "by a signal"])
+def test_a_service_that_cannot_start_ends_where_nobody_reads_why(tmp_path: Path, signalled: bool) -> None:
+    away = "database = 'postgresql://nobody@127.0.0.1:1/x'"
+    (tmp_path / "octoai.toml").write_text(f"{away}\n{FAR}" if signalled else "prot = 1")
+    reader, output = unread()
+    command = [sys.executable, "-m", "octoai", "serve", "--port", "0", "--data-dir", "data"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output) as service:
+        os.close(output)
+        try:
+            if signalled:
+                time.sleep(4)
+                service.terminate()
+            assert service.wait(30) == (128 + signal.SIGTERM if signalled else 1)
         finally:
             service.kill()
             os.close(reader)

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from octoai.server import logs
+from octoai.server import logs, run, serving
 from octoai.server.logs import Bounded, JsonLines, Lines
+from octoai.server.serving import Stop
 from tests.talking import until
 
 
@@ -113,6 +116,32 @@ def test_what_could_not_be_written_is_counted_once_it_can_be(read: Read) -> None
     assert (said["message"], lost["left_out"]) == ("said again", 3)
 
 
+def test_a_line_that_a_full_disk_cut_spoils_no_other_and_is_counted(tmp_path: Path) -> None:
+    """The limit on a file's size is of a whole process: this is one of its own."""
+    program = f"""
+import logging, os, resource
+from octoai.server import logs
+
+handler = logs.Lines(os.open({str(tmp_path / "log")!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+handler.setFormatter(logging.Formatter("%(message)s%(fields)s", defaults={{"fields": ""}}))
+log = logging.Logger("octoai.test")
+log.addHandler(handler)
+
+def says(*lines: str, room: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    for line in lines:
+        log.info(line)
+    handler.flush()
+
+says("first", "second", "third", "fourth", room=10)  # to the middle of the second
+says("fifth", room=16)  # and to the fifth's end, but for that of its line
+says("sixth", room=10_000)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines == ["first", "seco", "fifth", "sixth", "lines of this log are lost{'left_out': 3}"]
+
+
 def test_an_end_waits_for_who_reads_and_not_for_who_does_not(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "FLUSH_SECONDS", 0.5)
     read.log.info("said")
@@ -149,4 +178,32 @@ def test_a_line_for_who_reads_no_more_is_waited_for_a_moment(monkeypatch: pytest
         with pytest.raises(TimeoutError):
             logs.say("x" * 100_000, stream)
         until(lambda: len(os.read(output, 1 << 20)) < 65_536, 5)  # what waited is written, and goes
+    os.close(output)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"], ids=["it is ready", "it is finishing requests"])
+def test_nobody_is_served_later_for_a_line_that_is_not_read(monkeypatch: pytest.MonkeyPatch, stream: str) -> None:
+    output, descriptor = os.pipe()
+    os.set_blocking(descriptor, False)
+    os.write(descriptor, b"x" * (1 << 20))
+    os.set_blocking(descriptor, True)
+
+    async def main() -> None:
+        drained = asyncio.Event()
+        began = time.monotonic()
+        if stream == "stdout":
+            run._say_ready("http://x")
+        else:
+            asyncio.get_running_loop().call_later(0.1, drained.set)
+            await serving._drain(SimpleNamespace(jobs=["one"], drain=drained.wait), Stop())  # type: ignore[arg-type]
+        assert time.monotonic() - began < 0.6
+
+    with open(descriptor, "w") as full:
+        monkeypatch.setattr(sys, stream, full)
+        asyncio.run(main())
+        monkeypatch.undo()
+        said = b""
+        while not said.endswith(b"\n"):  # it is written all the same
+            said += os.read(output, 1 << 20)
+        assert said.strip(b"x").startswith(b"octoai ready on http:" if stream == "stdout" else b"octoai: finishing 1 ")
     os.close(output)

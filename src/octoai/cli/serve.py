@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octoai.cli import signals
-from octoai.cli.messages import fail, tell
 
 if TYPE_CHECKING:
     from octoai.server.engines.llama_options import LlamaOptions
@@ -41,7 +40,7 @@ def serve(args: argparse.Namespace) -> int:
     try:
         return _serve(args)
     except SystemExit:  # once it serves, signals are heard by its loop
-        tell("stopped before it served")
+        _fail("stopped before it served")
         raise
 
 
@@ -67,10 +66,10 @@ def _serve(args: argparse.Namespace) -> int:
         weights, tuned, searches = {}, {}, []
         if own := [catalogue[model.id] for model in settings.models if model.engine_url is None]:
             store = WeightStore(settings.cache)
-            weights = {model.id: store.verified(model, tell) or pulled(store, model) for model in own}
+            weights = {model.id: store.verified(model, logs.tell) or pulled(store, model) for model in own}
         for source in weights.values():
             if not is_gguf(source):
-                return fail(f"{source} is not a GGUF file, or cannot be read: give another")
+                return _fail(f"{source} is not a GGUF file, or cannot be read: give another")
         for model, source in list(weights.items()):
             if (known := _profile(settings, model, source)) is not None:
                 weights[model], tuned[model] = known
@@ -80,11 +79,19 @@ def _serve(args: argparse.Namespace) -> int:
                 _say_unknown(model, command, settings)
         return run.serve(settings, weights, tuned, searches if settings.optimize_when_idle == "on" else ())
     except (BadCatalogue, BadSettings, ConfigurationError, JournalGap, PullFailed, StoreError) as error:
-        return fail(str(error))
+        return _fail(str(error))
     except (run.CannotListen, run.CannotServe) as error:
-        return fail(str(error))
+        return _fail(str(error))
     except JournalError as error:
-        return fail(f"{error} To start without what is there, move that journal's files to another directory.")
+        return _fail(f"{error} To start without what is there, move that journal's files to another directory.")
+
+
+def _fail(message: str) -> int:
+    """As every command has it; but where nobody reads it, a service that ends would wait for them for ever."""
+    from octoai.server import logs
+
+    logs.tell(message)
+    return 1
 
 
 def _profile(settings: Settings, model: str, source: Path) -> tuple[Path, LlamaOptions] | None:
@@ -95,7 +102,7 @@ def _profile(settings: Settings, model: str, source: Path) -> tuple[Path, LlamaO
     try:
         known = Profiles(settings.cache).find(source)
     except BadProfile as error:
-        fail(str(error))
+        _fail(str(error))
         return None
     if known is None:
         return None

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -83,7 +84,7 @@ class Lines(logging.Handler):
         self._waiting: list[bytes] = []
         self._num_bytes = 0
         self._num_lost = 0
-        self._is_writing = False
+        self._is_writing = self._is_torn = False  # torn: the last line there has no end yet
         threading.Thread(target=self._write_on, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -114,20 +115,23 @@ class Lines(logging.Handler):
                 num_lost += self._num_lost
                 self._num_bytes = self._num_lost = 0
                 self._is_writing = True
-            num_lost += sum(len(block) for block in _blocks(lines) if not self._is_written(block))
-            if num_lost and self._is_written([self._line(_of_lost(num_lost))]):
+            num_lost += sum(map(self._num_lost_of, _blocks(lines)))
+            if num_lost and not self._num_lost_of([self._line(_of_lost(num_lost))]):
                 num_lost = 0
             with self._changed:
                 self._is_writing = False
                 self._changed.notify_all()
             time.sleep(TOGETHER_SECONDS)
 
-    def _is_written(self, block: Sequence[bytes]) -> bool:
-        try:
-            write(self._descriptor, b"".join(block))
-        except OSError:  # nobody reads there any more, or there is no room
-            return False
-        return True
+    def _num_lost_of(self, block: Sequence[bytes]) -> int:
+        """Write these lines, on a line of their own; returns how many are not there whole."""
+        text = b"".join([b"\n" * self._is_torn, *block])
+        left = bytearray(text)
+        with suppress(OSError):  # nobody reads there any more, or there is no room
+            write(self._descriptor, left)
+        if written := text[: len(text) - len(left)]:
+            self._is_torn = not written.endswith(b"\n")
+        return left.count(b"\n") - left.startswith(b"\n")  # which is no line's, or ends one that is there
 
     def _line(self, record: logging.LogRecord) -> bytes:
         return self.format(record).encode() + b"\n"
@@ -170,7 +174,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 def say(line: str, stream: TextIO) -> None:
     """A line for a person. Raises OSError where they have gone or do not read: it is waited for no longer than a
     second, in a thread that is left behind."""
-    descriptor, text = stream.fileno(), f"{line}\n".encode(stream.encoding, "backslashreplace")
+    descriptor, text = stream.fileno(), bytearray(f"{line}\n".encode(stream.encoding, "backslashreplace"))
     failures: list[OSError] = [TimeoutError("nobody reads")]
 
     def attempt() -> None:
@@ -187,12 +191,20 @@ def say(line: str, stream: TextIO) -> None:
         raise failure
 
 
-def write(descriptor: int, text: bytes) -> None:
-    """All of it, however long that takes: also where somebody has made it a descriptor that does not block."""
-    left = memoryview(text)
+def tell(message: str) -> None:
+    """A line on standard error, for the person who started the service. They may have gone, or read no more: it goes
+    on, and ends, as it would with them."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            say(f"octoai: {message}", sys.stderr)
+
+
+def write(descriptor: int, left: bytearray) -> None:
+    """All of it, however long that takes: also where somebody has made it a descriptor that does not block. What is
+    written is taken out of it."""
     while left:
         try:
-            left = left[os.write(descriptor, left) :]
+            del left[: os.write(descriptor, left)]
         except BlockingIOError:
             select.select([], [descriptor], [])
 

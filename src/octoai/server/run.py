@@ -80,6 +80,11 @@ def say(line: str) -> None:
         sys.stdout = None  # the next line would fail, or be waited for, as well
 
 
+def _say_ready(url: str) -> None:
+    """In the loop, where somebody is served already: they are not to wait for who may not read it."""
+    asyncio.get_running_loop().run_in_executor(None, say, f"octoai ready on {url}")
+
+
 async def _use(search: Search, settings: Settings, router: Router) -> None:
     """From the next moment on in which nobody is served."""
     found = await asyncio.to_thread(search.found)
@@ -103,7 +108,7 @@ def _serve_alone(settings: Settings, router: Router, chores: Sequence[Chore]) ->
         _begin(db, settings, router, url)
 
     async def main() -> None:
-        await serving.serve(service, listening, _signalled(), lambda: say(f"octoai ready on {url}"), chores)
+        await serving.serve(service, listening, _signalled(), partial(_say_ready, url), chores)
 
     with serving.runner() as runner, listening:
         runner.run(main())
@@ -116,7 +121,7 @@ def _serve_in_workers(settings: Settings, router: Router) -> None:
         _begin(db, settings, router, url)
 
     async def main() -> None:
-        await Supervisor(settings, port, _signalled()).run(lambda: say(f"octoai ready on {url}"))
+        await Supervisor(settings, port, _signalled()).run(partial(_say_ready, url))
 
     with closing(port):
         asyncio.run(main())

@@ -135,7 +135,7 @@ def database(settings: Settings) -> Connection:
             if time.monotonic() > until:
                 raise
             if not has_said:
-                _say(f"{error}; waiting for it")
+                logs.tell(f"{error}; waiting for it")
             has_said = True
             time.sleep(DATABASE_POLL_SECONDS)
 
@@ -169,8 +169,9 @@ async def _until_ready(starting: asyncio.Future[list[None]], stop: Stop) -> bool
 
 
 async def _drain(service: Service, stop: Stop) -> None:
-    if service.jobs:
-        _say(f"finishing {len(service.jobs)} requests; once more to stop at once")
+    if service.jobs:  # which are not to wait for who may not read this
+        said = f"finishing {len(service.jobs)} requests; once more to stop at once"
+        asyncio.get_running_loop().run_in_executor(None, logs.tell, said)
     draining = asyncio.create_task(service.drain())
     now: asyncio.Task[Any] = asyncio.create_task(stop.now.wait())
     await asyncio.wait([draining, now], return_when=asyncio.FIRST_COMPLETED)
@@ -184,13 +185,6 @@ async def _settled(service: Service, server: _Server) -> None:
         for task in server.server_state.tasks:
             task.cancel()
     await service.drain(SETTLE_SECONDS)
-
-
-def _say(line: str) -> None:
-    """To the person who started the service, who may have gone, or read no more: it goes on as it would with them."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            logs.say(f"octoai: {line}", sys.stderr)
 
 
 def http_config(service: Service) -> uvicorn.Config:
