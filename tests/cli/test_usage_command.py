@@ -181,6 +181,14 @@ def test_a_closed_output_is_no_matter(tmp_path: Path) -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("command", ["usage --csv", "statement 2026-10 --csv", "ledger export"])
+def test_what_is_made_for_a_file_is_not_made_for_a_closed_output(tmp_path: Path, command: str) -> None:
+    connect(Place(tmp_path)).close()
+    command = f'"{sys.executable}" -m octoai {command} --data-dir "{tmp_path}" >&-'
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (1, "octoai: there is no standard output to write to\n")
+
+
 def test_what_was_printed_before_something_went_wrong_is_there(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

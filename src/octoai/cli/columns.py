@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Iterable, Sequence
+
+from octoai.cli.messages import output
 
 # With these a spreadsheet takes a cell for a formula, and runs it.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -27,7 +28,7 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], *, indent: int
 def print_csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """As RFC 4180 has it, each row as it comes. Text that a spreadsheet would take for a formula has an apostrophe
     before it."""
-    writer = csv.writer(sys.stdout)
+    writer = csv.writer(output())
     writer.writerow(header)
     writer.writerows([cell if isinstance(cell, Figure) else guarded(cell) for cell in row] for row in rows)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import TYPE_CHECKING
 
 from octoai.cli.database import add_options, with_database
 from octoai.cli.dates import moment, rfc3339
-from octoai.cli.messages import fail
+from octoai.cli.messages import fail, output
 
 if TYPE_CHECKING:
     from octoai.server.store import Connection
@@ -80,10 +79,10 @@ def _export(db: Connection, args: argparse.Namespace) -> int:
     if args.account is not None and not args.account.isprintable():
         return fail(f"there is no account {args.account!r:.80}")
     statuses = [*(args.status or STATUSES), *(["open"] if args.open else [])]
-    output = sys.stdout.buffer
+    exported = output().buffer
     for row in between(db, args.since, args.until, statuses=statuses, account=args.account):
-        output.write(orjson.dumps(_exported(row), option=orjson.OPT_APPEND_NEWLINE))
-    output.flush()
+        exported.write(orjson.dumps(_exported(row), option=orjson.OPT_APPEND_NEWLINE))
+    exported.flush()
     return 0
 
 
