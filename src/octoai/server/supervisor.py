@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from octoai.server import totals
+from octoai.server import orphans, totals
 from octoai.server.channel import Channel, ChannelClosed, Message
 from octoai.server.listener import Port
 from octoai.server.serving import CannotServe, Stop
@@ -32,7 +31,6 @@ MAX_DELAY_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # a worker that lived this long starts the back-off afresh
 START_SECONDS = 60.0  # in which a worker that is not ready yet may say nothing
 REPORT_SECONDS = 2.0
-REAP_SECONDS = 5.0
 NOW_SECONDS = 30.0  # for workers that are to stop at once; then they are killed
 
 
@@ -65,7 +63,7 @@ class Supervisor:
         """Until a stop is asked for and all have ended. Raises CannotServe where they cannot be started."""
         keeping = [asyncio.create_task(self._keep(number)) for number in range(self._settings.workers)]
         telling = asyncio.create_task(self._tell_when_ready(on_ready))
-        reaping = asyncio.create_task(self._reap())
+        reaping = asyncio.create_task(orphans.reap())  # what a worker that died had started
         try:
             await self._stop.drain.wait()
             for worker in self._workers.values():
@@ -83,15 +81,6 @@ class Supervisor:
     async def _tell_when_ready(self, on_ready: Callable[[], None]) -> None:
         await self._all_ready.wait()
         on_ready()
-
-    async def _reap(self) -> None:
-        """As the first process of a container we are given what a worker that died had started. Its end must be asked
-        for, and nobody else does that."""
-        while sys.platform == "linux":
-            await asyncio.sleep(REAP_SECONDS)
-            # While one is being started it may have ended, and nobody would know it for ours.
-            if len(self._workers) == self._settings.workers:
-                _reap_others({worker.process.pid for worker in self._workers.values()})
 
     async def _hurry(self) -> None:
         await self._stop.now.wait()
@@ -223,14 +212,6 @@ class Supervisor:
             *totals.counter("octoai_worker_restarts", "Times a process that serves was started again.",
                             self._num_restarts),
         ]  # fmt: skip
-
-
-def _reap_others(ours: set[int]) -> None:
-    """Children that have ended; not `ours`, whose statuses are waited for."""
-    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    with suppress(ChildProcessError):
-        while (ended := os.waitid(os.P_ALL, 0, look)) is not None and ended.si_pid not in ours:
-            os.waitpid(ended.si_pid, os.WNOHANG)
 
 
 def _kill(worker: _Worker) -> None:
