@@ -14,14 +14,20 @@ from pathlib import Path
 import orjson
 import pytest
 
-from octoai.server import accounts, app
+from octoai.server import accounts, app, tokens
 from octoai.server import books as books_module
+from octoai.server.accounts import Caller
+from octoai.server.billing import Price
 from octoai.server.books import Books, journal_dir, recover
+from octoai.server.engines.base import Usage
 from octoai.server.errors import RateLimited
 from octoai.server.journal import Journal, JournalDamaged, Orphan, is_alive
+from octoai.server.ledger import Ledger, Tab
 from octoai.server.settings import Settings
 from octoai.server.store import Connection, Place, connect, usage
+from octoai.server.store.audit import verify
 from octoai.server.store.entries import Entry, balance_nanos, post
+from octoai.server.store.reservations import Reservation
 from octoai.server.store.usage import Filters
 from tests.server.test_applier import COST, balance, process_of, run, settlement, until
 from tests.server.test_rates import num_steps
@@ -279,3 +285,78 @@ def test_an_applier_that_is_killed_where_segments_were_given_up_is_followed_by_o
 
     run(main())
     assert balance(place) == -4000 * COST
+
+
+@pytest.mark.parametrize("is_settled", [True, False])
+def test_what_a_backup_lacks_is_charged_though_it_lacks_the_credit_too(tmp_path: Path, is_settled: bool) -> None:
+    place, credit, most = Place(tmp_path), 1_000_000, 100_000
+
+    def give(db: Connection) -> None:
+        post(db, [Entry(time.time_ns() // 1000, "acme", "grant", credit)])
+
+    async def main() -> None:
+        journal = opened(place)
+        with closing(connect(place)) as db:
+            with db.transaction():
+                account = accounts.create(db, "acme", plan="unlimited", is_prepaid=True)
+            with closing(sqlite3.connect(tmp_path / "backup")) as backup:
+                db._connection.backup(backup)  # type: ignore[attr-defined]
+            with db.transaction():
+                caller = Caller(account, tokens.find(db, tokens.mint(db, "made later", "acme").id))
+                give(db)
+        books = Books(place, journal)
+        books.start()
+        ledger = Ledger(journal, books.writer)
+        for number in range(5):
+            now_us, price = time.time_ns() // 1000, Price(output_nanos=1000)
+            tab = Tab(ledger, f"id{number}", f"req_{number}", caller, "m", "m", price, lambda: Usage(0, 0, 100), True)
+            held = (tab.id, "acme", caller.token.id, now_us, most, 0, 100, now_us + 60_000_000)
+            assert await ledger.reserve(tab, Reservation(*held)) is not None
+            tab.open()
+            await tab.durable()
+            if is_settled:
+                await tab.settle("finished")
+            else:
+                tab.checkpoint()
+        await books.writer.caught_up()
+        assert await books.read(lambda db: balance_nanos(db, "acme")) == credit - (5 * most if is_settled else 0)
+        await asyncio.to_thread(books.writer.close)
+        journal.close()  # and no more, as where it is killed
+
+    run(main())
+    for suffix in ("", "-wal", "-shm"):
+        (tmp_path / f"octoai.db{suffix}").unlink(missing_ok=True)
+    (tmp_path / "backup").rename(tmp_path / "octoai.db")
+    assert recover(place) == (0 if is_settled else 5)
+    with closing(connect(place)) as db:
+        assert balance_nanos(db, "acme") == -5 * most
+        with db.transaction():
+            give(db)
+        assert balance_nanos(db, "acme") == credit - 5 * most
+        verify(db)
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+def test_what_is_waived_when_a_journal_is_brought_in_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_dead: bool
+) -> None:
+    """Of a journal that does not say what was held."""
+    place = Place(tmp_path)
+
+    async def main() -> None:
+        journal = opened(place)
+        with closing(connect(place)) as db, db.transaction():
+            accounts.create(db, "acme", plan="unlimited", is_prepaid=True)
+        for number in range(3):
+            await journal.append(settlement(number) | {"account": "acme", "is_reserved": True})
+        if is_dead:
+            journal.close()
+            recover(place)
+        else:
+            books = Books(place, journal)
+            books.start()
+            await books.close()
+
+    run(main())
+    (told,) = [record.getMessage() for record in caplog.records if "waived" in record.getMessage()]
+    assert told.startswith(f"{3 * COST} nano-dollars of usage are waived")

@@ -165,10 +165,10 @@ def test_the_database_may_be_full_while_the_journal_has_room(in_process: Start, 
     applied = applier.apply_in_portions
     is_full = True
 
-    def apply(*arguments: Any) -> None:
+    def apply(*arguments: Any) -> int:
         if is_full:
             raise StoreFull("database or disk is full")
-        applied(*arguments)
+        return applied(*arguments)
 
     monkeypatch.setattr(applier, "apply_in_portions", apply)
     until(lambda: refusal(service)[:2] == (503, "no_room"), 5)

@@ -64,6 +64,7 @@ class Running:
             **{"token_id": self.caller.token.id, "model": "small", "served_model": "small"},
             **{"input_nanos": 3, "cached_input_nanos": 1, "output_nanos": 10, "opened_us": self.opened_us},
             **{"journal": "j", "is_reserved": self.reservation is not None, "lease_us": now_us + LEASE},
+            "held_nanos": None if self.reservation is None else self.reservation.nanos,
             **{"prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens},
             **{"completion_tokens": self.completion_tokens, "outcome": "ok", "settled_us": now_us},
         }
@@ -506,6 +507,66 @@ def test_a_reservation_that_is_not_there_holds_nothing(table: Callable[..., Tabl
     books.begin("two", START, 50)
     books.write(one, "settlement", START, 90)
     assert books.row("one") == ("settled", 400, 500)
+
+
+@pytest.mark.parametrize("last", ["settlement", "checkpoint"])
+def test_what_a_database_lost_with_its_reservation_is_charged_as_it_was_held(
+    table: Callable[..., Table], last: str
+) -> None:
+    """It went back to before the request, and to before its budget was raised."""
+    books = table(budget=0)
+    one = Running(
+        "one", books.caller, START, 0, 0, Reservation("one", "a", books.caller.token.id, START, 900, 0, 90, 0)
+    )
+    one.completion_tokens = 50
+    written = [one.record(kind, START) for kind in dict.fromkeys(("intent", "checkpoint", last))]
+    for number in range(1, len(written) + 1):
+        for _ in range(2):  # read again, it changes nothing
+            books.apply(written[:number], LATER)
+    assert standings(books.db, books.caller, LATER).account.held_nanos == (900 if last == "checkpoint" else 0)
+    books.expire(LATER + LEASE)
+    assert books.row("one") == ("settled" if last == "settlement" else "interrupted", 500, 0)
+    books.apply(written, LATER + LEASE)
+    assert books.row("one")[1:] == (500, 0)
+
+
+def test_more_than_a_lost_reservation_held_is_waived_where_nothing_is_left(table: Callable[..., Table]) -> None:
+    books = table(budget=0)
+    one = Running(
+        "one", books.caller, START, 0, 0, Reservation("one", "a", books.caller.token.id, START, 300, 0, 30, 0)
+    )
+    books.write(one, "settlement", START, 50)
+    assert books.row("one") == ("settled", 300, 200)
+
+
+def test_what_has_lapsed_is_not_held_again_once_it_is_old(table: Callable[..., Table]) -> None:
+    """Its process was cut off for an hour before it had written anything; what it held went to another."""
+    books = table()
+    ids, hour = ("late", "a", books.caller.token.id), 3600 * SECOND
+    late = Running("late", books.caller, START, 0, 0, Reservation(*ids, START, 900, 0, 90, START + LEASE))
+    assert late.reservation is not None
+    with books.db.transaction():
+        reserve(books.db, books.caller, late.reservation)
+    books.write(books.begin("quick", LATER), "settlement", LATER, 90)
+    with books.db.transaction():
+        assert not reservations.prune(books.db, LATER + hour)
+    late.completion_tokens = 50
+    books.apply([late.record("intent", START)], LATER + hour)
+    books.apply([late.record("settlement", LATER)], LATER + hour)
+    assert (books.row("late"), books.row("quick")) == (("settled", 0, 500), ("settled", 900, 0))
+
+
+def test_who_the_database_does_not_know_is_bounded_by_nothing_of_its_own(table: Callable[..., Table]) -> None:
+    """An account, or a token, made after the backup that the database is now; of a journal that says nothing of what
+    was held."""
+    books = table()
+    for number, (account, token) in enumerate([("a", "tok_new"), ("new", "tok_newer")]):
+        one = Running(f"id{number}", books.caller, START, 0, 0, None, 50)
+        record = one.record("settlement", START) | {"account": account, "token_id": token, "is_reserved": True}
+        books.apply([record], START)
+        assert books.row(f"id{number}") == ("settled", 500, 0)
+    books.apply([record | {"id": "id2", "request_id": "req_id2", "account": "a"}], START)
+    assert books.row("id2") == ("settled", 400, 100)
 
 
 def test_checkpoints_that_are_read_again_take_nothing_back(table: Callable[..., Table]) -> None:

@@ -181,7 +181,8 @@ class Books:
         lost = [row for row in expired if row.journal not in alive]
         if lost:
             log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
-        requests.interrupt(db, lost, now_us)
+        if waived_nanos := requests.interrupt(db, lost, now_us):
+            log.warning(requests.WAIVED, waived_nanos)
         if time.monotonic() > self._ahead_told_at + AHEAD_SECONDS and (line := clocks.ahead(db, now_us)):
             log.warning("%s", line)
             self._ahead_told_at = time.monotonic()
@@ -218,19 +219,21 @@ def recover(place: Place) -> int:
 
 def _recovered(db: Connection, orphan: Orphan) -> int:
     position = position_of(db, orphan.instance)
-    tail = orphan.tail(position)
+    tail, waived_nanos = orphan.tail(position), 0
     while batch := tail.records(BATCH):
         with db.transaction():
             expect(db, orphan.instance, position)
-            requests.apply(db, [orjson.loads(payload) for payload, _ in batch], _now_us())
+            waived_nanos += requests.apply(db, [orjson.loads(payload) for payload, _ in batch], _now_us())
             keep_position(db, orphan.instance, batch[-1][1])
         position = batch[-1][1]
     with db.transaction():
         expect(db, orphan.instance, position)
         left = requests.open_of_journal(db, orphan.instance)
-        requests.interrupt(db, left, _now_us())
+        waived_nanos += requests.interrupt(db, left, _now_us())
         keys.release_of_journal(db, orphan.instance)
         end(db, orphan.instance)
+    if waived_nanos > 0:
+        log.warning(requests.WAIVED, waived_nanos)
     orphan.remove()
     with db.transaction():
         forget(db, orphan.instance)

@@ -116,8 +116,7 @@ class Tab:
         if settled is None:
             self.ledger.closed(self)
             record, usage = self._record("settlement", settled_us := now_us()), self.usage()
-            record |= _counts(usage)
-            record["outcome"], record["settled_us"], record["answer"] = outcome, settled_us, answer
+            record |= {**_counts(usage), "outcome": outcome, "settled_us": settled_us, "answer": answer}
             if (held := self.reservation or self.unheard) is not None:
                 self.ledger.remaining.release(held, self.price.charge(usage))
             self._settled = settled = self.ledger.settle(
@@ -139,7 +138,7 @@ class Tab:
 
     def _record(self, kind: str, at_us: int) -> dict[str, Any]:
         key, key_body = self.key or (None, None)
-        caller, price = self.caller, self.price
+        caller, price, held = self.caller, self.price, self.reservation
         return {
             "kind": kind,
             "id": self.id,
@@ -153,7 +152,8 @@ class Tab:
             "output_nanos": price.output_nanos,
             "opened_us": self.opened_us,
             "journal": self.ledger.instance,
-            "is_reserved": self.reservation is not None,
+            "is_reserved": held is not None,
+            "held_nanos": held and held.nanos,  # for a database that went back to before it was reserved
             "lease_us": at_us + LEASE_US,
             "key": key,
             "key_body": key_body,

@@ -12,6 +12,15 @@ from typing import Any, Protocol
 
 Row = tuple[Any, ...]
 Parameters = Sequence[Any]
+CHUNK = 400  # parameters of one IN (…): SQLite's older limit is 999
+
+
+def chunks(values: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """For `IN (…)`, in order: the marks between the brackets, and what they stand for."""
+    ordered = sorted(values)
+    for start in range(0, len(ordered), CHUNK):
+        chunk = ordered[start : start + CHUNK]
+        yield ", ".join("?" * len(chunk)), chunk
 
 
 class StoreError(Exception):

@@ -13,12 +13,11 @@ from operator import attrgetter
 from typing import Any
 
 from octoai.server.store import keys, reservations, tokens
-from octoai.server.store.database import Connection
+from octoai.server.store.database import Connection, chunks
 from octoai.server.store.entries import Entry, post
 
 REST_SECONDS = 0.00002
 PAGE = 1000
-CHUNK = 400  # parameters of one IN (…): SQLite's older limit is 999
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +69,24 @@ _UPSERT = (
 )
 
 Record = dict[str, Any]
+WAIVED = "%d nano-dollars of usage are waived: beyond what the requests held, no more was left under hard limits"
 
 
-def apply_in_portions(db: Connection, records: Sequence[Record], now_us: int) -> None:
+def apply_in_portions(db: Connection, records: Sequence[Record], now_us: int) -> int:
     """As `apply`, with a rest after each portion. A process that computes for milliseconds keeps its core that long
     from threads that wait for it, one that syncs the journal among them, even while another core is idle: one client's
     99th percentile was 3.5 ms without, and is 2.6 to 3.1 (two cores, an engine that answers at once)."""
+    waived_nanos = 0
     for start in range(0, len(records), db.portion):
         if start:
             time.sleep(REST_SECONDS)
-        apply(db, records[start : start + db.portion], now_us)
+        waived_nanos += apply(db, records[start : start + db.portion], now_us)
+    return waived_nanos
 
 
-def apply(db: Connection, records: Iterable[Record], now_us: int) -> None:
-    """Bring intents, checkpoints and settlements into the books, inside the caller's transaction.
+def apply(db: Connection, records: Iterable[Record], now_us: int) -> int:
+    """Bring intents, checkpoints and settlements into the books, inside the caller's transaction. Returns how many
+    nano-dollars were waived.
 
     Records that were applied before change nothing, so a journal may be replayed from anywhere.
     """
@@ -91,19 +94,23 @@ def apply(db: Connection, records: Iterable[Record], now_us: int) -> None:
     ended = {record["id"] for record in records if record["kind"] == "settlement"}
     records = [each for each in records if each["kind"] == "settlement" or each["id"] not in ended]  # it says it all
     rows = _found(db, {record["id"] for record in records})
+    reservations.hold_again(db, [record for record in records if record["id"] not in rows], now_us)
     changed: dict[str, RequestRow] = {}
     due: list[Entry] = []
+    waived_nanos = 0
     for record in records:
         before = rows.get(record["id"])
         after = _after(db, before, record, due, now_us)
         if after is not None and after != before:
             rows[after.id] = changed[after.id] = after
+            waived_nanos += after.waived_nanos - (before.waived_nanos if before else 0)
     _write(db, changed.values())
     post(db, due)
     _note_keys(db, records, now_us)
     leases = [(row.lease_us, row.id) for row in changed.values() if row.is_reserved and row.status == "open"]
     reservations.renew(db, leases)
     tokens.used(db, {row.token_id: row.opened_us // 1_000_000 for row in changed.values()})
+    return waived_nanos
 
 
 def _note_keys(db: Connection, records: Sequence[Record], now_us: int) -> None:
@@ -115,11 +122,13 @@ def _note_keys(db: Connection, records: Sequence[Record], now_us: int) -> None:
             refund(db, row, f"asked again under its Idempotency-Key, as {record['request_id']}", now_us)
 
 
-def interrupt(db: Connection, rows: Sequence[RequestRow], now_us: int) -> None:
-    """Settle requests that nobody will settle any more, by their last checkpoints."""
+def interrupt(db: Connection, rows: Sequence[RequestRow], now_us: int) -> int:
+    """Settle requests that nobody will settle any more, by their last checkpoints. Returns as `apply`."""
     due: list[Entry] = []
-    _write(db, [_settled(db, row, replace(row, status="interrupted", settled_us=now_us), due, now_us) for row in rows])
+    ended = [_settled(db, row, replace(row, status="interrupted", settled_us=now_us), due, now_us) for row in rows]
+    _write(db, ended)
     post(db, due)
+    return sum(row.waived_nanos for row in ended)
 
 
 def open_of_journal(db: Connection, journal: str) -> list[RequestRow]:
@@ -274,13 +283,7 @@ def _counts(record: Record) -> dict[str, Any]:
 
 
 def _found(db: Connection, ids: set[str]) -> dict[str, RequestRow]:
-    ordered = sorted(ids)
-    rows: dict[str, RequestRow] = {}
-    for start in range(0, len(ordered), CHUNK):
-        chunk = ordered[start : start + CHUNK]
-        marks = ", ".join("?" * len(chunk))
-        rows |= {row.id: row for row in _selected(db, f"id IN ({marks})", chunk)}
-    return rows
+    return {row.id: row for marks, chunk in chunks(ids) for row in _selected(db, f"id IN ({marks})", chunk)}
 
 
 def _selected(db: Connection, condition: str, values: Sequence[Any]) -> list[RequestRow]:

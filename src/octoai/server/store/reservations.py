@@ -5,20 +5,27 @@ One row for each request of an account or token with limits. While it is open it
 concurrent ones, until its lease ends; its tokens count for the minute that follows `at_us`, first as many as it might
 need, then as many as it had. A lease that is over has lapsed once somebody else was given what it held; until then
 its request may still be renewed or charged.
+
+What has lapsed is kept for a day: a request that is settled late must not be taken for one whose reservation was lost
+with the database that it was in, and is held again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from octoai.server.store import accounts, rates, tokens
 from octoai.server.store.accounts import AccountRow, Limits
-from octoai.server.store.database import Connection
+from octoai.server.store.database import Connection, chunks
 from octoai.server.store.entries import ledger_us, month_of
 from octoai.server.store.rates import MINUTE_US, PRUNED_AT_ONCE, SECOND_US, Payer
 from octoai.server.store.tokens import TokenRow
 
 _COLUMNS = "id, account, token_id, at_us, nanos, prompt_tokens, completion_tokens, lease_us"
+_ENDED, _OPEN, _LAPSED = 0, 1, -1  # in `is_open`
+LAPSED_US = 24 * 60 * MINUTE_US
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +91,14 @@ def standings(
 ) -> tuple[Standing, Standing]:
     """Of the account and of the token, as things are now; spent is the month of a charge at `charge_us`."""
     month = month_of(ledger_us(db, now_us if charge_us is None else charge_us))
-    return (
-        _standing(db, "account", account.id, account.limits, now_us, month, is_prepaid=account.is_prepaid),
-        _standing(db, "token_id", token.id, token.limits, now_us, month),
-    )
+    return _of_account(db, account, now_us, month), _of_token(db, token, now_us, month)
 
 
 def lapse(db: Connection, account: str, now_us: int) -> None:
     """End what an account's requests hold beyond their leases, before its money is given to others. For good: neither
     a late sign of life nor a clock that goes back must bring it to life again."""
-    sql = "UPDATE reservations SET is_open = 0 WHERE account = ? AND is_open = 1 AND lease_us < ?"
-    db.execute(sql, (account, now_us))
+    over = f"account = ? AND is_open = {_OPEN} AND lease_us < ?"
+    db.execute(f"UPDATE reservations SET is_open = {_LAPSED} WHERE {over}", (account, now_us))  # noqa: S608
 
 
 def hold(db: Connection, reservation: Reservation) -> None:
@@ -107,6 +111,18 @@ def hold(db: Connection, reservation: Reservation) -> None:
         ),
     )
     rates.add(db, *reservation.counted)
+
+
+def hold_again(db: Connection, records: Iterable[Mapping[str, Any]], now_us: int) -> None:
+    """What requests held by the journal's `records`, of which this database never heard: it is older than they are. A
+    copy was restored, or a standby that was behind has taken its place; what they used is theirs to pay all the same.
+    """
+    held = {record["id"]: record for record in records if record.get("held_nanos") is not None}
+    for marks, ids in chunks(held):
+        known = {row[0] for row in db.rows(f"SELECT id FROM reservations WHERE id IN ({marks})", ids)}  # noqa: S608
+        for record in (held[id_] for id_ in ids if id_ not in known):
+            payers, lease_us = (record["account"], record["token_id"]), max(record["lease_us"], now_us + MINUTE_US)
+            hold(db, Reservation(record["id"], *payers, record["opened_us"], record["held_nanos"], 0, 0, lease_us))
 
 
 def release(db: Connection, reservation_id: str) -> None:
@@ -136,7 +152,7 @@ def _find(db: Connection, reservation_id: str) -> tuple[Reservation, bool] | Non
     """And whether it holds anything."""
     query = f"SELECT {_COLUMNS}, is_open FROM reservations WHERE id = ?"  # noqa: S608  # constants only
     row = db.row(query, (reservation_id,))
-    return None if row is None else (Reservation(*row[:-1]), bool(row[-1]))
+    return None if row is None else (Reservation(*row[:-1]), row[-1] == _OPEN)
 
 
 def renew(db: Connection, leases: list[tuple[int, str]]) -> None:
@@ -153,19 +169,30 @@ def prune(db: Connection, now_us: int) -> bool:
     requests a second, to delete all of ten seconds would keep everybody else from writing for a tenth of one."""
     old_us = now_us - 2 * MINUTE_US
     before_us = old_us // SECOND_US * SECOND_US  # as `rates` has them
-    oldest = "SELECT id FROM reservations WHERE at_us < ? AND (is_open = 0 OR lease_us < ?) ORDER BY at_us LIMIT ?"
-    sql = f"DELETE FROM reservations WHERE id IN ({oldest})"  # noqa: S608  # constants only
-    num = db.execute(sql, (before_us, old_us, PRUNED_AT_ONCE))
+    oldest = f"at_us < ? AND (is_open = {_ENDED} OR lease_us < ?) ORDER BY at_us LIMIT ?"
+    sql = f"DELETE FROM reservations WHERE id IN (SELECT id FROM reservations WHERE {oldest})"  # noqa: S608  # constants only
+    num = db.execute(sql, (before_us, now_us - LAPSED_US, PRUNED_AT_ONCE))
     return num == PRUNED_AT_ONCE or rates.prune(db, before_us)
 
 
 def left_nanos(db: Connection, account_id: str, token_id: str, now_us: int, charge_us: int) -> int:
-    """What may still be charged at `charge_us` to this account by this token under hard limits."""
+    """What may still be charged at `charge_us` to this account by this token under hard limits. Either bounds nothing
+    where the database does not know it, having gone back to before it was made."""
     account, token = accounts.find(db, account_id), tokens.find(db, token_id)
-    if account is None or token is None:
-        return 0
-    bounds = [standing.left_nanos for standing in standings(db, account, token, now_us, charge_us)]
-    return min((bound for bound in bounds if bound is not None), default=2**62)
+    month, found = month_of(ledger_us(db, charge_us)), list[Standing]()
+    if account is not None:
+        found.append(_of_account(db, account, now_us, month))
+    if token is not None:
+        found.append(_of_token(db, token, now_us, month))
+    return min((each.left_nanos for each in found if each.left_nanos is not None), default=2**62)
+
+
+def _of_account(db: Connection, account: AccountRow, now_us: int, month: str) -> Standing:
+    return _standing(db, "account", account.id, account.limits, now_us, month, is_prepaid=account.is_prepaid)
+
+
+def _of_token(db: Connection, token: TokenRow, now_us: int, month: str) -> Standing:
+    return _standing(db, "token_id", token.id, token.limits, now_us, month)
 
 
 def _standing(

@@ -23,7 +23,7 @@ from octoai.server.store import Place, clocks, connect
 from octoai.server.store.applier import Applier, News
 from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull
 from octoai.server.store.journals import keep_position, position_of
-from octoai.server.store.requests import Record, apply_in_portions
+from octoai.server.store.requests import WAIVED, Record, apply_in_portions
 from octoai.server.store.work import Action, T, Work, done, resolve
 
 log = logging.getLogger("octoai.store")
@@ -209,15 +209,18 @@ class Writer:
         db = self._connected()
         records: list[Record] = [orjson.loads(payload) for payload, _ in payloads]
         # What came from the journal is safe there until its segment is given up; what was asked for is not.
-        self._set_durable(db, any(each.is_durable for each in work) or self._gives_up_segment(payloads))
-        results: list[tuple[Any, BaseException | None]] = []
+        gives_up_segment = bool(payloads) and payloads[-1][1].segment > self.applied.segment
+        self._set_durable(db, any(each.is_durable for each in work) or gives_up_segment)
+        waived_nanos = 0
         with db.transaction():
             if self._tail is not None and self._has_gone_back(db):
                 payloads.clear()  # they come after what is missing, and are read again
             elif records and self._journal is not None:
-                apply_in_portions(db, records, time.time_ns() // 1000)
+                waived_nanos = apply_in_portions(db, records, time.time_ns() // 1000)
                 keep_position(db, self._journal.instance, payloads[-1][1])
-            results.extend(done(db, each) for each in work)
+            results = [done(db, each) for each in work]
+        if waived_nanos > 0:
+            log.warning(WAIVED, waived_nanos)
         return results
 
     def _has_gone_back(self, db: Connection) -> bool:
@@ -243,9 +246,6 @@ class Writer:
         if is_durable != self._is_durable:
             db.set_durable(is_durable)
             self._is_durable = is_durable
-
-    def _gives_up_segment(self, payloads: list[tuple[bytes, Position]]) -> bool:
-        return bool(payloads) and payloads[-1][1].segment > self.applied.segment
 
     def _connected(self) -> Connection:
         if self._db is None:
