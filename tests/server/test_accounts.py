@@ -294,6 +294,67 @@ def test_the_first_look_may_take_longer_than_those_for_changes(place: Place, mon
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("is_waiting_for_all", [False, True])
+def test_who_waits_for_a_look_at_what_is_locked_is_told_soon(
+    place: Place, monkeypatch: pytest.MonkeyPatch, is_waiting_for_all: bool
+) -> None:
+    """That there is a change could be read, and not what: a new token and whoever had changed something waited a
+    minute, in which the database did not count as away."""
+
+    class Locked(WatchedReader):
+        async def run(self, action: Callable[[Connection], Any], *, seconds: float = 5.0) -> Any:
+            if is_locked and action is not version_of:
+                await asyncio.sleep(seconds)
+                raise StoreAway("the table of tokens is locked")
+            return await super().run(action, seconds=seconds)
+
+    is_locked = False
+
+    async def run() -> None:
+        nonlocal is_locked
+        old, known = minted(place), Directory(Locked(place))
+        await known.start()
+        try:
+            is_locked, known._reads_all, new = True, is_waiting_for_all, minted(place)
+            began = time.monotonic()
+            with pytest.raises(StoreAway):
+                await known.refresh()
+            with pytest.raises(Unavailable):
+                await entered(known, new.text)
+            assert time.monotonic() < began + 5
+            await entered(known, old.text)
+        finally:
+            await known.close()
+
+    monkeypatch.setattr("octoai.server.directory.WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("octoai.server.directory.PATIENCE_SECONDS", 0.5)
+    asyncio.run(run())
+
+
+def test_what_is_read_again_and_is_as_it_was_is_not_made_anew(place: Place) -> None:
+    """After a look that took too long: 200,000 tokens made anew, and those before thrown away, had the service stand
+    still for 0.4 s. When one was used last is no change."""
+
+    async def run() -> None:
+        done(place, lambda db: accounts.create(db, "acme"))
+        same, other = minted(place, "acme"), minted(place, "acme")
+        async with directory(place) as (known, reader):
+            before = [await entered(known, each.text) for each in (same, other)]
+            reader.is_away = True
+            with pytest.raises(StoreAway):
+                await known.refresh()
+            with closing(connect(place)) as db, db.transaction():
+                db.execute("UPDATE tokens SET last_used_at = 7 WHERE id = ?", (same.id,))
+                db.execute("UPDATE tokens SET name = 'new' WHERE id = ?", (other.id,))
+            reader.is_away = False
+            await known.refresh()
+            after = [await entered(known, each.text) for each in (same, other)]
+            assert after[0].token is before[0].token and after[0].account is before[0].account
+            assert after[1].token.name == "new" != before[1].token.name
+
+    asyncio.run(run())
+
+
 def test_what_comes_back_with_as_many_changes_but_others_is_read_anew(place: Place) -> None:
     """A standby that was behind, and has been changed as often as it had missed: a token that was revoked there stayed
     good, and one that it does not know."""

@@ -20,7 +20,7 @@ from octoai.server.accounts import Caller
 from octoai.server.billing import Price, PriceBook
 from octoai.server.errors import Unauthenticated, Unavailable
 from octoai.server.store.accounts import AccountRow
-from octoai.server.store.database import StoreError
+from octoai.server.store.database import StoreAway, StoreError
 from octoai.server.store.directory import Changes, changes_since, version_of
 from octoai.server.store.reader import Reader
 from octoai.server.store.tokens import TokenRow
@@ -31,7 +31,8 @@ log = logging.getLogger("octoai.directory")
 REFRESH_SECONDS = 0.25
 MIN_SECONDS = 0.03
 WAIT_SECONDS = 2.0
-READ_SECONDS = 60.0  # for what has changed: at the start that is every token that was ever made
+READ_SECONDS = 60.0  # for all there is, at the start and when the database was away: every token that was ever made
+PATIENCE_SECONDS = 5.0  # of who waits for a look, and for the one before it
 MAX_UNKNOWN = 10_000
 
 _HOW = "Send `Authorization: Bearer <token>`; `octoai token create --name NAME` makes one."
@@ -57,13 +58,13 @@ class Directory:
         # A look that has begun may miss what came since: who comes now waits for the one that has not.
         self._looking: asyncio.Task[StoreError | None] | None = None
         self._coming: asyncio.Task[StoreError | None] | None = None
-        self._searching: asyncio.Task[None] | None = None
+        self._searching: asyncio.Task[bool] | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._is_away = False
 
     async def start(self) -> None:
         """Read everything, then keep it fresh. Raises StoreError."""
-        await self.refresh()
+        await self.refresh(is_patient=True)
         self._keeping = asyncio.create_task(self._keep_fresh())
 
     async def close(self) -> None:
@@ -96,11 +97,16 @@ class Directory:
         row = self.prices.of(model, at_us)
         return None if row is None else Price(row.input_nanos, row.cached_input_nanos, row.output_nanos)
 
-    async def refresh(self) -> None:
-        """Read what has changed until now; calls at the same time share one look. Raises StoreError."""
+    async def refresh(self, *, is_patient: bool = False) -> None:
+        """Read what has changed until now; calls at the same time share one look. Raises StoreError, also where that
+        takes longer."""
         if self._coming is None:
             self._coming = asyncio.create_task(self._look(self._looking))
-        error = await asyncio.shield(self._coming)
+        try:
+            async with asyncio.timeout(None if is_patient else PATIENCE_SECONDS):
+                error = await asyncio.shield(self._coming)
+        except TimeoutError:
+            raise StoreAway(f"the database did not answer within {PATIENCE_SECONDS:g} s") from None
         if error is not None:
             raise error
 
@@ -111,13 +117,13 @@ class Directory:
             return None
         if self._is_away and self._clock() - self._fresh_at > self.away_seconds:
             raise Unavailable("The database of accounts does not answer.", retry_after=5, code="database_away")
-        row = self._tokens.get(key)
+        row, is_away = self._tokens.get(key), self._is_away
         if row is None and key in self._unknown:
             return None
-        if row is None and not self._is_away:
-            await self._search()
+        if row is None and not is_away:
+            is_away = not await self._searched()
             row = self._tokens.get(key)
-        if row is None and self._is_away:
+        if row is None and is_away:
             raise Unavailable(
                 "The database of accounts does not answer, and this token has not been seen before.",
                 retry_after=5,
@@ -133,17 +139,20 @@ class Directory:
         if len(self._unknown) > MAX_UNKNOWN:
             self._unknown.popitem(last=False)
 
-    async def _search(self) -> None:
-        """Return after a look that began after this call."""
+    async def _searched(self) -> bool:
+        """Whether a look that began after this call has found all there is."""
         if self._searching is None:
             self._searching = asyncio.create_task(self._look_in_turn())
-        await asyncio.shield(self._searching)
+        return await asyncio.shield(self._searching)
 
-    async def _look_in_turn(self) -> None:
+    async def _look_in_turn(self) -> bool:
         await asyncio.sleep(max(0.0, self._asked_at + MIN_SECONDS - self._clock()))
         self._searching = None
-        with contextlib.suppress(StoreError):
+        try:
             await self.refresh()
+        except StoreError:
+            return False
+        return True
 
     def _caller(self, row: TokenRow) -> Caller:
         caller = self._callers.get(row.hash)
@@ -179,8 +188,9 @@ class Directory:
         version, known = await self._reader.run(version_of, seconds=WAIT_SECONDS), self._version
         if version == known and not self._reads_all:
             return Changes(version)
-        since = 0 if self._reads_all else known
-        return await self._reader.run(lambda db: changes_since(db, since), seconds=READ_SECONDS)
+        since = 0 if self._reads_all or version < known else known
+        known_rows, seconds = (self._accounts, self._tokens), WAIT_SECONDS if since else READ_SECONDS
+        return await self._reader.run(lambda db: changes_since(db, since, *known_rows), seconds=seconds)
 
     def _went_away(self, error: Exception) -> StoreError:
         if not self._is_away:
@@ -194,15 +204,14 @@ class Directory:
         if changes.version < self._version:
             log.warning("the database has gone back in time: accounts, tokens and prices are what it has now")
         if changes.is_all:
-            self._accounts, self._tokens, self._unknown = {}, {}, OrderedDict()
-            self._callers.clear()
+            self._accounts, self._tokens, self._unknown = changes.accounts, changes.tokens, OrderedDict()
             self.prices = PriceBook()
-        for account in changes.accounts:
-            self._accounts[account.id] = account
-        for token in changes.tokens:
-            self._tokens[token.hash] = token
-            self._unknown.pop(token.hash, None)
-        if changes.accounts or changes.tokens:
+        else:
+            self._accounts.update(changes.accounts)
+            self._tokens.update(changes.tokens)
+            for token_hash in changes.tokens:
+                self._unknown.pop(token_hash, None)
+        if changes.is_all or changes.accounts or changes.tokens:
             self._callers.clear()
         self.prices.add(changes.prices)
         self._version, self._reads_all = changes.version, False
