@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import subprocess
@@ -23,6 +24,7 @@ from octoai.server.journal import (
     JournalError,
     JournalFailed,
     JournalFull,
+    Position,
     Tail,
     files,
 )
@@ -157,6 +159,39 @@ def test_a_disk_that_fails_throughout_is_told_and_may_recover(opened: Opened, mo
         assert numbers(Tail(journal.directory, journal.instance)) == list(range(100))
 
     run(main())
+
+
+@pytest.mark.usefixtures("by_thread")
+def test_a_gap_goes_on_behind_a_segment_that_was_given_up(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest that is left failed before anything in it was durable; all of it is in the next."""
+    monkeypatch.setattr(journal_writer, "_RETRY_SECONDS", 0.02)
+
+    async def main() -> Journal:
+        journal = opened()
+        await append_all(journal, range(3))
+        working, num_calls = os.fdatasync, 0
+
+        def fail_twice(fd: int) -> None:
+            nonlocal num_calls
+            num_calls += 1
+            return working(fd) if num_calls > 2 else failing(errno.EIO)()
+
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fdatasync", fail_twice)
+            with contextlib.suppress(JournalFailed):  # who waited for the second is told
+                await journal.append(record(3))
+        await until(lambda: journal.has_room)
+        await append_all(journal, range(4, 6))
+        return journal
+
+    journal = asyncio.run(main())
+    journal.close()
+    file_of(journal, 1).unlink()
+    files.incomplete_path(journal.directory, journal.instance).touch()
+    assert file_of(journal, 2).exists() and journal.durable.segment == 3
+    orphan = only_orphan(journal.directory)
+    assert numbers(orphan.tail())[-2:] == numbers(orphan.tail(Position(1, 1)))[-2:] == [4, 5]
+    orphan.close()
 
 
 @pytest.mark.usefixtures("by_thread")

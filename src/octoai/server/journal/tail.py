@@ -97,14 +97,18 @@ class Tail:
 
 def gap(directory: Path, instance: str, position: Position) -> Position | None:
     """Where the oldest segment begins, where those between `position` and that are gone; None where none is missing.
-    Raises JournalDamaged."""
+    Of several that go on from the same one, the highest counts, as in `Tail`. Raises JournalDamaged."""
+    begin, before = 0, START
     for number, path in files.segments(directory, instance):
         if number == position.segment:
             return None
         after = _begins_after(path) if number > position.segment else None
-        if after is not None:
-            return Position(number, 0) if after > position else None
-    return None
+        if after is None:
+            continue
+        if begin and after.segment != before.segment:
+            break
+        begin, before = number, after
+    return Position(begin, 0) if before > position else None
 
 
 def _begins_after(path: Path) -> Position | None:

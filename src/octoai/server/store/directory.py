@@ -13,7 +13,7 @@ from octoai.server.store.database import Connection, Row
 from octoai.server.store.prices import PriceRow
 from octoai.server.store.tokens import TokenRow
 
-PORTION, REST_SECONDS = 100, 0.0005
+PORTION, REST_SECONDS = 300, 0.0005
 _TOKENS = tokens.COLUMNS.replace("last_used_at", "NULL")  # it changes all the time, and copies need it for nothing
 
 Named = TypeVar("Named", AccountRow, TokenRow)
