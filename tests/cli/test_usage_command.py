@@ -212,6 +212,27 @@ def test_a_directory_that_was_deleted_is_no_matter(tmp_path: Path) -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+def test_who_takes_a_while_to_read_does_not_make_the_log_grow(tmp_path: Path) -> None:
+    """As with a pager: what was written meanwhile stayed in the write-ahead log, gigabytes of it."""
+    with closing(connect(Place(tmp_path))) as db:
+        with db.transaction():
+            accounts.create(db, "acme")
+            start = moment("2026-11-01")
+            post(db, [charge(start + number * 60_000_000, f"tok_{number}", "tiny", 1) for number in range(3000)])
+        db.execute("PRAGMA busy_timeout = 0")
+        command = [sys.executable, "-m", "octoai", "usage", "--since", "2026-10-01", "--by", "token", "--csv"]
+        with subprocess.Popen([*command, "--data-dir", str(tmp_path)], stdout=subprocess.PIPE, text=True) as reading:
+            assert reading.stdout is not None
+            first = reading.stdout.readline()  # what follows is more than a pipe takes
+            with db.transaction():
+                post(db, [charge(start, "tok_late", "tiny", 1)])
+            row = db.row("PRAGMA wal_checkpoint(TRUNCATE)")
+            assert row is not None and row[0] == 0  # all of it, nobody being in the way
+            rest = list(reading.stdout)
+    assert first.startswith("token_id,") and len(rest) == 3000
+    assert not any(line.startswith("tok_late,") for line in rest)
+
+
 def test_who_reads_no_further_is_told_nothing(tmp_path: Path) -> None:
     """As `| head` does, or a pager that is left: a traceback followed."""
     with closing(connect(Place(tmp_path))) as db, db.transaction():

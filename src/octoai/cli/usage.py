@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, redirect_stdout
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from tempfile import SpooledTemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 from octoai.cli import dates
 from octoai.cli.columns import Figure, aligned, print_csv
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from octoai.server.store import Connection
 
 MINUTE_US = 60_000_000
+MEMORY_BYTES = 8 * 1024 * 1024  # of CSV: more goes into a temporary file
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "usd")
 
 
@@ -61,17 +63,30 @@ def _show(db: Connection, args: argparse.Namespace, span: tuple[int, int], by: S
         except ValueError as error:
             fail(str(error))
             return 2
-        if args.csv:
-            with closing(rows):  # before its connection is, where nobody reads on
-                print_csv([*_header(by), *COUNTS], ([*_keys(row, by, names), *figures(row, "")] for row in rows))
-            return 0
-        found = list(rows)
-    if args.json:
+        with closing(rows):  # before its connection is, where there is no room
+            told = ([*_keys(row, by, names), *figures(row, "")] for row in rows)
+            kept = _kept_csv([*_header(by), *COUNTS], told) if args.csv else None
+            found = list(rows)
+    if kept is not None:
+        with kept:
+            for line in kept:
+                print(line, end="")
+    elif args.json:
         _print_json(found, span, by, names)
     else:
         print(f"Usage from {written(span[0])} to {written(span[1])}")
         print(usage_table(_header(by), [(_keys(row, by, names), row) for row in found]), end="")
     return 0
+
+
+def _kept_csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> IO[str]:
+    """To be printed when the snapshot is over: while a reader takes its time, as a pager does, what others write
+    meanwhile must not stay in the log."""
+    kept = SpooledTemporaryFile(MEMORY_BYTES, "w+", encoding="utf-8", errors="surrogatepass", newline="")  # noqa: SIM115
+    with redirect_stdout(kept):
+        print_csv(header, rows)
+    kept.seek(0)
+    return kept
 
 
 def usage_table(header: Sequence[str], rows: Sequence[tuple[Sequence[str], Usage]], *, indent: int = 0) -> str:
