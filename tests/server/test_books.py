@@ -20,7 +20,7 @@ from octoai.server.accounts import Caller
 from octoai.server.billing import Price
 from octoai.server.books import Books, journal_dir, recover
 from octoai.server.engines.base import Usage
-from octoai.server.errors import RateLimited
+from octoai.server.errors import RateLimited, Unavailable
 from octoai.server.journal import Journal, JournalDamaged, Orphan, is_alive
 from octoai.server.ledger import Ledger, Tab
 from octoai.server.settings import Settings
@@ -118,8 +118,9 @@ def test_reports_of_others_are_waited_for_and_are_not_taken_for_a_database_that_
         )
         await books.close()
         assert said[:4] == [0] * 4
-        assert all(each == 0 or isinstance(each, RateLimited) for each in said), said
-        assert isinstance(said[-1], RateLimited)
+        assert all(each == 0 or isinstance(each, Unavailable) for each in said), said
+        assert isinstance(said[-1], Unavailable)
+        assert (said[-1].code, said[-1].headers) == ("overloaded", {"retry-after": "1"})
 
     run(main())
 

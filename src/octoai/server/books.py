@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 import orjson
 
-from octoai.server.errors import RateLimited
+from octoai.server.errors import RateLimited, Unavailable
 from octoai.server.idempotency import KEEP_SECONDS
 from octoai.server.journal import Journal, JournalError, Orphan, Position, is_alive, orphans
 from octoai.server.store import Place, clocks, connect, keys, requests, reservations
@@ -101,20 +101,16 @@ class Books:
 
     async def report(self, account: str, action: Callable[[Connection], T]) -> T:
         """As `read`, for what may take long: never in the way of other reads, and one at a time of those that an
-        account asks for. Raises RateLimited where its others take too long."""
-        turn = self._turns.setdefault(account, asyncio.Lock())
+        account asks for. Raises RateLimited where its others take too long, Unavailable where those of others do."""
+        turn, has_turn = self._turns.setdefault(account, asyncio.Lock()), False
         async with AsyncExitStack() as turns:
             try:
                 async with asyncio.timeout(TURN_SECONDS):
                     await turns.enter_async_context(turn)
+                    has_turn = True
                     await turns.enter_async_context(self._reporting)
             except TimeoutError:
-                raise RateLimited(
-                    f"Limit of reports at once: {NUM_REPORTS}, 1 of an account, and others are before this one. Try "
-                    "again when they have been answered, or ask for shorter ranges.",
-                    kind="requests",
-                    retry_after=TURN_SECONDS,
-                ) from None
+                raise (_others_are_read() if has_turn else _own_are_read()) from None
             await self.writer.caught_up()
             return await self._reports.run(action)
 
@@ -186,6 +182,23 @@ class Books:
         if time.monotonic() > self._ahead_told_at + AHEAD_SECONDS and (line := clocks.ahead(db, now_us)):
             log.warning("%s", line)
             self._ahead_told_at = time.monotonic()
+
+
+def _own_are_read() -> RateLimited:
+    return RateLimited(
+        "Limit of reports at once of an account: 1, and others of this one are before it. Try again when they have "
+        "been answered, or ask for shorter ranges.",
+        kind="requests",
+        retry_after=TURN_SECONDS,
+    )
+
+
+def _others_are_read() -> Unavailable:
+    return Unavailable(
+        f"Reports of other accounts are being read, {NUM_REPORTS} at once, and take their time.",
+        retry_after=TURN_SECONDS,
+        code="overloaded",
+    )
 
 
 def _end(db: Connection, journal: str, applied: Position) -> None:

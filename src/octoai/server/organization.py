@@ -213,6 +213,7 @@ def _described(summary: str, report: Report, listed: tuple[str, ...]) -> dict[st
     refusals = {"400": "`param` names what is wrong", "403": "The token has neither the scope `usage` nor `admin`"}
     if listed:
         refusals["429"] = "Others of the account's reports take too long: they are read one after the other"
+        refusals["503"] = "Reports of other accounts take too long, or the database is away; with `retry-after`"
     return {
         "summary": f"{summary} With the scope `usage` of one's own account, with `admin` of all.",
         "parameters": [

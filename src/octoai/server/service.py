@@ -120,7 +120,7 @@ class Service:
         return await self.admission.books.read(action)
 
     async def report(self, caller: Caller, action: Callable[[Connection], T]) -> T:
-        """As `read`, for what may take long. Raises StoreAway, RateLimited."""
+        """As `read`, for what may take long. Raises StoreAway, RateLimited, Unavailable."""
         return await self.admission.books.report(caller.account.id, action)
 
     async def standings(self, caller: Caller) -> Standings:
