@@ -199,6 +199,36 @@ def test_however_many_answers_are_kept_they_take_no_more_memory_than_they_may(an
     assert recordings.find("default", Key.of("key-0", PATH, b"{}")) is None
 
 
+def test_what_is_over_age_is_gone_also_where_nobody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    recordings, at_us = Recordings(), 1_000_000
+    monkeypatch.setattr(idempotency, "_now_us", lambda: at_us)
+    for number in range(2):
+        recorded(recordings, number, [b"secret"])
+    key = Key.of("key-2", PATH, b"{}")
+    recording = Recording(key, "req_2")
+    recordings.begin("default", recording)
+    recordings.replace("default", recording, idempotency.unpacked(key, "req_2", zlib.compress(STORED), 1))
+    at_us += int(idempotency.KEEP_SECONDS * 1_000_000) - 1
+    recordings.forget_old()  # the one that another process gave a second before
+    assert [name for _, name in recordings._done] == ["key-0", "key-1"]
+    at_us += 1
+    recordings.forget_old()
+    assert (list(recordings._done), recordings._done_bytes) == ([], 0)
+
+
+STORED = b'{"status":200,"headers":[]}\nsecret'
+
+
+def test_a_service_forgets_answers_when_their_time_is_over(in_process: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octoai.server.books.KEEP_ORDER_SECONDS", 0.05)
+    service = in_process(ScriptedEngine())
+    admission = service.service.admission
+    admission._keep_seconds = 2.0
+    assert ask(service, PATH, request(service), idempotency_key="k1")[0] == 200
+    assert admission._recordings._done
+    until(lambda: not admission._recordings._done, seconds=20)
+
+
 def test_to_keep_an_answer_takes_no_longer_for_those_that_are_kept_already() -> None:
     recordings = Recordings()
     first = median([recorded(recordings, number, [b"x"]) for number in range(100)])

@@ -66,6 +66,7 @@ class Admission:
         self._prices = prices
         self._keep_seconds = keep_seconds
         self._recordings = Recordings()
+        books.chores.append(self._recordings.forget_old)
         self._given: OrderedDict[str, None] = OrderedDict()  # by clients, lately: the database hears of them later
 
     async def admit(

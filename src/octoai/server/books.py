@@ -76,6 +76,7 @@ class Books:
         self._keep_seconds = keep_seconds
         self._keeping: asyncio.Task[None] | None = None
         self._told: set[str] = set()  # of journals that cannot be read
+        self.chores: list[Callable[[], None]] = []  # of others, to be done as often as what is done here
         self._ahead_told_at = time.monotonic()  # at the start, by who makes the database ready
 
     def start(self) -> None:
@@ -134,6 +135,8 @@ class Books:
     async def _keep_order(self) -> None:
         while True:
             await asyncio.sleep(KEEP_ORDER_SECONDS)
+            for chore in self.chores:
+                chore()
             try:
                 await self.writer.caught_up()
                 await self.writer.run(self._order)

@@ -74,9 +74,8 @@ class Recording:
         """Of memory, once it is whole."""
         return OVERHEAD_BYTES + sum(map(len, self.blocks))
 
-    @property
-    def is_over_age(self) -> bool:
-        return self.is_done and _now_us() - self.ended_us >= self.keep_seconds * 1_000_000
+    def is_over_age(self, at_us: int) -> bool:
+        return self.is_done and at_us - self.ended_us >= self.keep_seconds * 1_000_000
 
     def begin(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.head = (status, headers)
@@ -184,10 +183,17 @@ class Recordings:
         if ident in self._running:
             return self._running[ident]
         found = self._done.get(ident)
-        if found is None or not found.is_over_age:
+        if found is None or not found.is_over_age(_now_us()):
             return found
-        self._done_bytes -= self._done.pop(ident).size_bytes
+        self._forget(ident)
         return None
+
+    def forget_old(self) -> None:
+        """Those whose time is over, whether or not anybody asks for them again: they are text of users. All are looked
+        at: one that another process gave ended before others that were put here earlier."""
+        at_us = _now_us()
+        for ident in [ident for ident, each in self._done.items() if each.is_over_age(at_us)]:
+            self._forget(ident)
 
     def begin(self, account: str, recording: Recording) -> None:
         """Where `find` found none."""
@@ -211,5 +217,7 @@ class Recordings:
         self._done[ident] = recording
         self._done_bytes += recording.size_bytes
         while self._done_bytes > MAX_RECENT_BYTES:
-            _, oldest = self._done.popitem(last=False)
-            self._done_bytes -= oldest.size_bytes
+            self._forget(next(iter(self._done)))
+
+    def _forget(self, ident: tuple[str, str]) -> None:
+        self._done_bytes -= self._done.pop(ident).size_bytes
