@@ -132,6 +132,32 @@ def test_a_snapshot_is_of_one_moment_and_holds_no_writer_up(opened: Callable[[],
     assert ids(reader) == [1, 2]
 
 
+@pytest.mark.parametrize("num_interrupted", [1, 2])
+def test_a_snapshot_whose_end_is_interrupted_is_over_for_the_next(tmp_path: Path, num_interrupted: int) -> None:
+    place = Place(tmp_path)
+    with closing(connect(place)) as reader, closing(connect(place)) as writer:
+        writer.execute("CREATE TABLE things (id INTEGER PRIMARY KEY, name TEXT)")
+        ends = 0
+
+        def interrupt(statement: str) -> None:
+            nonlocal ends
+            ends += statement == "ROLLBACK"
+            if statement == "ROLLBACK" and ends <= num_interrupted:
+                reader.interrupt()
+
+        reader._connection.set_trace_callback(interrupt)  # type: ignore[attr-defined]
+        with reader.snapshot():
+            assert ids(reader) == []
+        add(writer, 1)
+        assert ends == 2
+        if num_interrupted == 1:
+            assert ids(reader) == [1]
+        with reader.snapshot():
+            assert ids(reader) == [1]
+        add(writer, 2)
+        assert ids(reader) == [1, 2]
+
+
 def test_what_a_transaction_has_read_is_not_changed_meanwhile(opened: Callable[[], Connection]) -> None:
     opened().execute("INSERT INTO things VALUES (1, '0')")
 

@@ -89,8 +89,10 @@ class SqliteConnection:
         try:
             yield
         finally:
-            with contextlib.suppress(StoreError):
-                self.execute("ROLLBACK")
+            for _ in range(2):  # the first may be interrupted, and what is read next would still be of this moment
+                with contextlib.suppress(StoreError):
+                    if self._connection.in_transaction:
+                        self.execute("ROLLBACK")
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
