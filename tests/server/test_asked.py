@@ -117,6 +117,18 @@ def test_a_prompt_that_takes_too_long_at_once_is_refused_where_it_cannot_be_aske
 
 
 @pytest.mark.model
+def test_a_prompt_is_counted_without_the_schema_of_its_answer(embedded_model: Path, tmp_path: Path) -> None:
+    """Of which the engine would make a grammar to do so, before anybody has looked at the caller's credit."""
+
+    async def main() -> None:
+        async with running(embedded_model, tmp_path, num_slots=1) as engine:
+            refusable = Generation(max_tokens=4, messages=CHAT.messages, schema={"type": "no-such-type"})
+            assert await engine.count_tokens(refusable) == await engine.count_tokens(CHAT)
+
+    asyncio.run(main())
+
+
+@pytest.mark.model
 def test_an_answer_is_the_same_either_way(
     embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

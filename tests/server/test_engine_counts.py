@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -455,6 +456,12 @@ def test_llama_cpp_is_asked_for_the_template_and_the_tokens() -> None:
     assert [message["role"] for message in asked[0][1]["messages"]] == ["system", "assistant"]
     assert asked[1][1] == {"content": "<Hi>", "add_special": True, "parse_special": True}
     assert asked[2][1]["content"] == "Hello my"
+
+
+def test_no_grammar_is_made_to_count_tokens() -> None:
+    numbers, asked = counts("llama.cpp", LLAMA, replace(CHAT, schema={"type": "object"}))
+    assert numbers == [4]
+    assert "response_format" not in asked[0][1]
 
 
 def test_vllm_is_asked_for_the_tokens_of_what_it_would_be_asked_to_continue() -> None:

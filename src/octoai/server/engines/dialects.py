@@ -128,12 +128,12 @@ class LlamaDialect(Dialect):
         return None if generation.has_images else self._counting(generation, model)
 
     def _counting(self, generation: Generation, model: str) -> Counting:
-        """As it does itself: the template, for which all of the request may matter, and then the tokens."""
+        """As it does itself: the template, for which all may matter but a schema, and then the tokens."""
         if generation.tokens is not None:
             return len(generation.tokens)
         text = generation.text
         if text is None:
-            text = orjson.loads((yield "/apply-template", self.body(generation, model)))["prompt"]
+            text = orjson.loads((yield "/apply-template", self.body(replace(generation, schema=None), model)))["prompt"]
         asked = {"content": text, "add_special": True, "parse_special": True}
         return _num_listed((yield "/tokenize", orjson.dumps(asked)))
 

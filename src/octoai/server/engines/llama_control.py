@@ -48,8 +48,8 @@ class Control:
         if text is None:
             if generation.has_images:
                 raise text_only()
-            # Of all that may be in the body only what the template sees matters.
-            asked = _ASKED.body(replace(generation, logit_bias={}), self._model)
+            # Of all that may be in the body only what the template sees matters. A grammar would be made of a schema.
+            asked = _ASKED.body(replace(generation, logit_bias={}, schema=None), self._model)
             text = (await self._ask("/apply-template", asked)).get("prompt")
         content: str | list[str] | None = text
         if isinstance(text, str) and self._special.is_slow(text):
