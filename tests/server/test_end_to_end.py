@@ -217,6 +217,43 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(client: Client) -> 
     assert (status, answer["param"]) == (400, "response_format")
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": {"a": {"$ref": "#/$defs/a"}}, "allOf": [{"$ref": "#/$defs/a"}]},
+        {"type": "string", "pattern": "^a{5,1}$"},
+        {"type": "integer", "minimum": 2**63 - 1, "maximum": 2**63 - 1},
+    ],
+)
+def test_a_schema_that_would_take_the_engine_from_everybody_is_refused_by_name(
+    client: Client, schema: dict[str, Any]
+) -> None:
+    status, answer = client.refused({**CHAT, "response_format": {"type": "json_object", "schema": schema}})
+    assert (status, answer["param"]) == (400, "response_format")
+    assert client.chat(max_tokens=2)["choices"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "^(.?){12}$"},
+        {"type": "string", "pattern": "^([a-z]+ ?)+$"},
+        {"type": "string", "pattern": "^.{0,1900}$"},
+        {"type": "integer", "minimum": 10**15 - 1},
+        {"type": "integer", "maximum": 1 - 10**15},
+        {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+        {"$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}, "allOf": [{"$ref": "#/$defs/a"}]},
+    ],
+)
+def test_the_most_that_is_accepted_of_a_schema_does_not_hold_the_engine_up(
+    client: Client, schema: dict[str, Any]
+) -> None:
+    started = time.monotonic()
+    assert client.chat(response_format={"type": "json_object", "schema": schema}, max_tokens=12)["choices"]
+    assert time.monotonic() - started < 20  # a supervisor's patience is 30 s; alone it takes one or two
+
+
 def test_a_bias_decides(client: Client) -> None:
     ids = {57: "I"}  # a token of the embedded model
     answer = client.chat(logit_bias=dict.fromkeys(map(str, ids), 100), max_tokens=3)

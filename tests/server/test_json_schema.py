@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from octoai.server.errors import BadRequest
 from octoai.server.json_schema import MAX_ALTERNATIVES, bounded
+
+A, B = "#/$defs/a", "#/$defs/b"
 
 
 @pytest.mark.parametrize(
@@ -17,6 +21,20 @@ from octoai.server.json_schema import MAX_ALTERNATIVES, bounded
         {"type": "object", "properties": {"a": {"enum": list(range(900))}}},
         {"type": "string", "pattern": "a" * 2000},
         {"properties": {"enum": {"type": "string"}, "pattern": {"type": "integer"}}},
+        {"properties": {"const": {"type": "string"}, "minimum": {"type": "integer"}, "$ref": {"type": "string"}}},
+        {"const": {"minItems": 3, "maxItems": 1}, "default": {"$ref": "#"}},
+        {"$defs": {"a": {"properties": {"next": {"anyOf": [{"$ref": A}, {"type": "null"}]}}}}, "$ref": A},
+        {"$defs": {"a": {"type": "array", "items": {"$ref": A}}}, "allOf": [{"$ref": A}]},
+        {"type": "object", "properties": {"child": {"$ref": "#"}}},
+        {"$ref": "https://example.com/schema.json"},
+        {"$ref": "#/no/such/place"},
+        {"type": ["object", "null"], "properties": {"a": {"type": ["string", "null"], "maxLength": 5}}},
+        {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+        {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+        {"type": "integer", "exclusiveMinimum": 0, "maximum": 9007199254740991},
+        {"type": "integer", "minimum": 10**15 - 1},
+        {"type": "number", "minimum": 1e300, "maximum": 1e301},
+        {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "string", "minLength": 1, "maxLength": 2000}},
     ],
 )
 def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
@@ -31,9 +49,62 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
         ({"allOf": [{"properties": {f"{n}{m}": {} for m in range(100)}} for n in range(11)]}, "properties"),
         ({"type": "string", "pattern": "a|" * 1001}, "pattern"),
         ({"description": "x" * 200_000}, "bytes"),
+        ({"type": "string", "pattern": "^(a?){300}$"}, "ways"),
+        ({"type": "string", "pattern": "^[A-Z]{3,2}$"}, "larger bound first"),
+        ({"type": "object", "patternProperties": {"^(.?){99}$": {}}}, "ways"),
+        ({"type": "array", "minItems": 3, "maxItems": 1}, "minItems is more than maxItems"),
+        ({"minLength": 6, "maxLength": 5}, "minLength is more than maxLength"),
+        ({"minLength": 6, "maxLength": 2**32 + 5}, "maxLength: at most"),
+        ({"type": "integer", "minimum": 2**63 - 1, "maximum": 2**63 - 1}, "integers: a minimum of at most"),
+        ({"type": ["integer", "null"], "minimum": 1e17}, "integers: a minimum of at most"),
+        ({"type": "integer", "exclusiveMaximum": -(10**17)}, "integers: .* a maximum of at least"),
+        ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, "maximum: for integers"),
+        ({"type": "integer", "minimum": 5, "exclusiveMaximum": 5}, "no integer"),
+        ({"type": ["object", "object"]}, "each of them once"),
+        ({"type": ["object", "string"], "allOf": [{}]}, "allOf"),
     ],
 )
 def test_schemas_beyond_the_bounds_are_refused_by_name(schema: dict[str, Any], words: str) -> None:
     with pytest.raises(BadRequest, match=words) as refused:
         bounded({"type": "object", "properties": {"deep": {"items": schema}}})
     assert refused.value.param == "response_format"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": {"a": {"$ref": A}}, "allOf": [{"$ref": A}]},
+        {"$defs": {"a": {"$ref": A}}, "allOf": [{"anyOf": [{"$ref": A}]}]},
+        {"$defs": {"a": {"$ref": B}, "b": {"$ref": A}}, "properties": {"x": {"$ref": B}}},
+        {"$defs": {"a": {"oneOf": [{"type": "string"}, {"$ref": A}]}}, "$ref": A},
+        {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/b/00"}]}, "b": [{"$ref": A}]}, "$ref": A},
+        {"anyOf": [{"type": "null"}, {"$ref": "#"}]},
+    ],
+)
+def test_references_that_lead_to_themselves_are_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="leads to itself") as refused:
+        bounded(schema)
+    assert refused.value.param == "response_format"
+
+
+def test_what_is_referred_to_counts_once_for_each_spelling() -> None:
+    large = {"properties": {f"p{number}": {"items": {"type": "integer"}} for number in range(400)}}
+    definitions: dict[str, Any] = {"a": large, "b": [{"$ref": A}]}
+    named = {"$defs": definitions, "anyOf": [{"$ref": A} for _ in range(200)]}
+    assert bounded(named) is named
+    spelled = [{"$ref": f"#/$defs/b/{'0' * number}"} for number in range(1, 100)]
+    assert bounded({"$defs": definitions, "anyOf": spelled})
+    definitions["b"] = [large]
+    with pytest.raises(BadRequest, match="parts"):
+        bounded({"$defs": definitions, "anyOf": spelled})
+
+
+def test_schemas_are_looked_through_in_a_moment() -> None:
+    """Nobody else is served meanwhile."""
+    patterns = [{"pattern": f"^a{{{number}}}[^a].{{0,1900}}$"} for number in range(900)]
+    links = {"$defs": {f"n{number}": {"$ref": f"#/$defs/n{number + 1}"} for number in range(900)}}
+    for schema in ({"anyOf": patterns}, links, {"items": [{}] * 30_000}, {"enum": [[0] * 40_000]}):
+        started = time.process_time()
+        with suppress(BadRequest):
+            bounded(schema)
+        assert time.process_time() - started < 2

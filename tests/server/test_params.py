@@ -549,6 +549,17 @@ def test_the_response_formats_say_a_schema() -> None:
     assert only(chat(response_format=named)).schema == schema
 
 
+def test_tools_that_have_to_be_called_have_arguments_of_a_bounded_schema() -> None:
+    """An engine makes a grammar of them then."""
+    tools = [{"function": {"name": "f"}}, {"function": {"name": "g", "parameters": {"pattern": "^(a?){100}$"}}}]
+    for choice in (None, "auto", "none"):
+        assert len(only(chat(tools=tools, tool_choice=choice)).tools) == 2
+    for choice in ("required", {"type": "function", "function": {"name": "g"}}):
+        refusal = refused(params.chat, {**CHAT, "tools": tools, "tool_choice": choice})
+        assert (refusal.status, refusal.param) == (400, "tools")
+    assert len(only(chat(tools=tools[:1], tool_choice="required")).tools) == 1
+
+
 # Any body at all
 
 KEYS = (

@@ -1,21 +1,29 @@
-"""Which JSON Schemas are accepted for an answer: bounded ones.
+"""Which JSON Schemas are accepted for an answer, or for a tool's arguments: bounded ones.
 
 An engine turns a schema into a grammar and tries it on every token, for everybody in the same batch: llama.cpp took
 0.4 s an answer for an `enum` of 100 values, 7 s for one of 2,000 and did not come back within 30 s from one of 5,000.
-The bounds are those that OpenAI documents for structured outputs, where it has one.
+It does not come back either from bounds whose larger one is first, and from a reference to itself it crashes. The
+bounds are those that OpenAI documents for structured outputs, where it has one. Of patterns: `patterns`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from octoai.server.errors import BadRequest
+from octoai.server.patterns import Readings, Unreadable
 
 MAX_BYTES = 128 * 1024
 MAX_ALTERNATIVES = 1000
 MAX_PATTERN_LENGTH = 2000
+MAX_PARTS = 20_000  # with what is referred to, once for each spelling: llama.cpp took 8 s for 240,000
+MAX_COUNT = 2**31 - 1
+MAX_LEAST_INTEGER = 10**15 - 1  # llama.cpp has no more digits where there is but one bound
 _BRANCHES = (
     "anyOf",
     "oneOf",
@@ -27,29 +35,185 @@ _BRANCHES = (
     "$defs",
     "definitions",
 )
+_SAME_VALUE = ("anyOf", "oneOf", "allOf")  # whose schemas are of the value that the schema itself is of
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_VALUES = frozenset({"const", "enum", "default", "examples"})  # not schemas
+_COUNTED = (("minLength", "maxLength"), ("minItems", "maxItems"), ("minProperties", "maxProperties"))
+_DIGITS = re.compile(r"\s*\+?([0-9]{1,4000})")
+_Schema = Mapping[str, Any]
 
 
-def bounded(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema, where it is small enough. Raises BadRequest."""
-    size = len(json.dumps(schema))
-    if size > MAX_BYTES:
-        raise _refusal(f"the schema has {size} bytes; at most {MAX_BYTES} are accepted")
-    alternatives = 0
-    waiting: list[Any] = [schema]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, dict):
-            alternatives += sum(len(node[key]) for key in _BRANCHES if isinstance(node.get(key), (dict, list)))
-            if isinstance(node.get("pattern"), str) and len(node["pattern"]) > MAX_PATTERN_LENGTH:
-                raise _refusal(f"a pattern has more than {MAX_PATTERN_LENGTH} characters")
-            waiting.extend(node.values())
-        elif isinstance(node, list):
-            waiting.extend(node)
-    if alternatives > MAX_ALTERNATIVES:
-        counted = f"{alternatives} properties, branches and enum values"
-        raise _refusal(f"the schema has {counted}; at most {MAX_ALTERNATIVES} are accepted")
+class _Unbounded(ValueError):
+    """The text says why."""
+
+
+def bounded(schema: _Schema) -> _Schema:
+    """The schema of an answer, where it is small enough. Raises BadRequest."""
+    _refuse_unbounded([schema], "response_format")
     return schema
 
 
-def _refusal(problem: str) -> BadRequest:
-    return BadRequest(f"response_format: {problem}", param="response_format")
+def refuse_unbounded_tools(schemas: Sequence[_Schema]) -> None:
+    """Where one of them is to be called engines make one grammar of the arguments of all. Raises BadRequest."""
+    _refuse_unbounded(schemas, "tools")
+
+
+def _refuse_unbounded(schemas: Sequence[_Schema], param: str) -> None:
+    try:
+        size = sum([len(json.dumps(schema)) for schema in schemas])
+        if size > MAX_BYTES:
+            raise _Unbounded(f"the schema has {size} bytes; at most {MAX_BYTES} are accepted")
+        seen = _Seen()
+        for schema in schemas:
+            seen.add(schema)
+    except _Unbounded as refused:
+        raise BadRequest(f"{param}: {refused}", param=param) from None
+
+
+class _Seen:
+    """What there is in schemas that are offered together."""
+
+    def __init__(self) -> None:
+        self._num_parts = self._num_alternatives = 0
+        self._patterns = Readings()
+        self._known: set[int] = set()
+
+    def add(self, schema: _Schema) -> None:
+        """Raises _Unbounded."""
+        targets = {"#": schema}
+        same_value: dict[int, list[int]] = {}
+        waiting = [schema]
+        while waiting:
+            part = waiting.pop()
+            self._add_part(part)
+            of_same_value = [each for key in _SAME_VALUE for each in _schemas(part.get(key))]
+            reference = part.get("$ref")
+            if isinstance(reference, str):
+                if reference not in targets:
+                    targets[reference] = _target(schema, reference)
+                    waiting.append(targets[reference])
+                of_same_value.append(targets[reference])
+            if of_same_value:
+                same_value[id(part)] = [id(each) for each in of_same_value]
+            waiting.extend(_parts(part))
+        if self._num_alternatives > MAX_ALTERNATIVES:
+            counted = f"{self._num_alternatives} properties, branches and enum values"
+            raise _Unbounded(f"the schema has {counted}; at most {MAX_ALTERNATIVES} are accepted")
+        try:
+            TopologicalSorter(same_value).prepare()
+        except CycleError:
+            raise _Unbounded("a $ref leads to itself: let properties or items be between") from None
+
+    def _add_part(self, part: _Schema) -> None:
+        self._num_parts += 1
+        if self._num_parts > MAX_PARTS:
+            raise _Unbounded(f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for")
+        if id(part) in self._known:
+            return
+        self._known.add(id(part))
+        self._num_alternatives += sum(len(part[key]) for key in _BRANCHES if isinstance(part.get(key), (dict, list)))
+        _check_types(part)
+        _check_bounds(part)
+        _check_patterns(part, self._patterns)
+
+
+def _schemas(values: Any) -> Iterator[_Schema]:
+    """Those among the values that are schemas."""
+    if isinstance(values, list):
+        yield from (each for each in values if isinstance(each, dict))
+
+
+def _parts(schema: _Schema) -> Iterator[_Schema]:
+    for key, value in schema.items():
+        if key in _VALUES:
+            continue
+        if not isinstance(value, dict):
+            yield from _schemas(value)
+        elif key in _NAMED:
+            yield from _schemas(list(value.values()))
+        else:
+            yield value
+
+
+def _target(schema: _Schema, reference: str) -> _Schema:
+    """What it refers to, as llama.cpp finds it; nothing where it refers to nothing, which engines refuse."""
+    found: Any = schema
+    for name in reference.removeprefix("#/").split("/"):
+        if isinstance(found, dict):
+            found = found.get(name, found.get(name.replace("~1", "/").replace("~0", "~")))
+        elif isinstance(found, list):
+            number = _number(name)
+            found = found[number] if number is not None and number < len(found) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _number(text: str) -> int | None:
+    """As C reads it: up to what is no digit."""
+    digits = _DIGITS.match(text)
+    return int(digits[1]) if digits else None
+
+
+def _check_types(schema: _Schema) -> None:
+    """A schema of several types is read as one of each, whatever is in it."""
+    types = schema.get("type")
+    if not isinstance(types, list):
+        return
+    if any(types.count(each) > 1 for each in types[:10]) or len(types) > 10:
+        raise _Unbounded("a list of types has each of them once")
+    if "allOf" in schema and "object" in types and "string" in types:
+        raise _Unbounded("allOf: not where both 'object' and 'string' are allowed; use anyOf for them")
+
+
+def _check_bounds(schema: _Schema) -> None:
+    for least_name, most_name in _COUNTED:
+        least, most = _given(schema, least_name), _given(schema, most_name)
+        for name, count in ((least_name, least), (most_name, most)):
+            if count is not None and count > MAX_COUNT:
+                raise _Unbounded(f"{name}: at most {MAX_COUNT} is accepted")
+        if least is not None and most is not None and least > most:
+            raise _Unbounded(f"{least_name} is more than {most_name}")
+    types = schema.get("type")
+    if types == "integer" or (isinstance(types, list) and "integer" in types):
+        _check_integer(schema)
+
+
+def _check_integer(schema: _Schema) -> None:
+    least, most = -(2**63), 2**63 - 1
+    for name in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
+        bound = _given(schema, name)
+        if bound is None:
+            continue
+        if not -(2**63) <= bound < 2**63:
+            raise _Unbounded(f"{name}: for integers at least -2^63, and less than 2^63")
+        if name.endswith("inimum"):
+            least = max(least, math.ceil(bound) if name == "minimum" else math.floor(bound) + 1)
+        else:
+            most = min(most, math.floor(bound) if name == "maximum" else math.ceil(bound) - 1)
+    if least > most:
+        raise _Unbounded("no integer lies between minimum and maximum")
+    if least > MAX_LEAST_INTEGER or most < -MAX_LEAST_INTEGER:
+        raise _Unbounded(
+            f"integers: a minimum of at most {MAX_LEAST_INTEGER}, a maximum of at least -{MAX_LEAST_INTEGER}"
+        )
+
+
+def _given(schema: _Schema, name: str) -> int | float | None:
+    value = schema.get(name)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _check_patterns(schema: _Schema, patterns: Readings) -> None:
+    for pattern in _patterns(schema):
+        if len(pattern) > MAX_PATTERN_LENGTH:
+            raise _Unbounded(f"a pattern has more than {MAX_PATTERN_LENGTH} characters")
+        try:
+            patterns.add(pattern)
+        except Unreadable as error:
+            raise _Unbounded(f"pattern {pattern[:100]}: {error}") from None
+
+
+def _patterns(schema: _Schema) -> Iterable[str]:
+    if isinstance(schema.get("pattern"), str):
+        yield schema["pattern"]
+    if isinstance(schema.get("patternProperties"), dict):
+        yield from schema["patternProperties"]

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from octoai.server.engines.base import Generation
 from octoai.server.errors import BadRequest, InvalidBody, MalformedBody, UnsupportedParameter
-from octoai.server.json_schema import bounded
+from octoai.server.json_schema import bounded, refuse_unbounded_tools
 from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, Messages
 
 DEFAULT_MAX_TOKENS = 512
@@ -144,7 +144,7 @@ def chat(body: bytes) -> TextRequest:
     generation = Generation(
         messages=_messages(params["messages"]),
         schema=_schema(params.get("response_format")),
-        tools=_tools(params.get("tools")),
+        tools=_tools(params.get("tools"), params.get("tool_choice")),
         tool_choice=params.get("tool_choice"),
         **sampling,
     )
@@ -267,8 +267,12 @@ def _part(part: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:
     raise _invalid(where, "A content part is {type: text, text} or {type: image_url, image_url}", "value_error")
 
 
-def _tools(tools: Iterable[Mapping[str, Any]] | None) -> tuple[dict[str, Any], ...]:
-    return tuple([{**tool, "type": "function"} for tool in tools]) if tools else ()
+def _tools(tools: Sequence[Mapping[str, Any]] | None, choice: Any) -> tuple[dict[str, Any], ...]:
+    if not tools:
+        return ()
+    if choice not in (None, "auto", "none"):
+        refuse_unbounded_tools([tool["function"].get("parameters") or {} for tool in tools])
+    return tuple([{**tool, "type": "function"} for tool in tools])
 
 
 def _schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
