@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
-
-from octoai.cli.messages import output
+from typing import IO
 
 # With these a spreadsheet takes a cell for a formula, and runs it.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -25,10 +24,10 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], *, indent: int
     return "".join(f"{line}\n" for line in lines)
 
 
-def print_csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def write_csv(file: IO[str], header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """As RFC 4180 has it, each row as it comes. Text that a spreadsheet would take for a formula has an apostrophe
     before it."""
-    writer = csv.writer(output())
+    writer = csv.writer(file)
     writer.writerow(header)
     writer.writerows([cell if isinstance(cell, Figure) else guarded(cell) for cell in row] for row in rows)
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from octoai.cli import dates
-from octoai.cli.columns import Figure, aligned, print_csv
+from octoai.cli.columns import Figure, aligned, write_csv
 from octoai.cli.database import add_options, with_database
-from octoai.cli.messages import fail
+from octoai.cli.messages import fail, output
 from octoai.cli.usage import usage_table, written
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _show(db: Connection, args: argparse.Namespace, month: tuple[int, int]) -> i
             found = [statements.statement(db, args.account, month, now_us)]
         names = statements.token_names(db)
     if args.csv:
-        print_csv(HEADER, (row for each in found for row in _csv_rows(each, args.month, names)))
+        write_csv(output(), HEADER, (row for each in found for row in _csv_rows(each, args.month, names)))
         if now_us < month[1]:
             print(f"octoai: {args.month} is not over; this is as of {written(now_us)}", file=sys.stderr)
     else:

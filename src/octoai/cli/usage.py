@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing, redirect_stdout
+from contextlib import closing
 from datetime import UTC, datetime
 from tempfile import SpooledTemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
 from octoai.cli import dates
-from octoai.cli.columns import Figure, aligned, print_csv
+from octoai.cli.columns import Figure, aligned, write_csv
 from octoai.cli.database import add_options, with_database
-from octoai.cli.messages import fail
+from octoai.cli.messages import fail, output
 
 if TYPE_CHECKING:
     from octoai.server.statements import Usage
@@ -56,6 +56,7 @@ def _show(db: Connection, args: argparse.Namespace, span: tuple[int, int], by: S
     from octoai.server import accounts, statements
 
     chosen = None if args.account is None else [accounts.find(db, args.account).id]
+    csv_output = output() if args.csv else None
     with db.snapshot():
         names = statements.token_names(db) if "token" in by else {}
         try:
@@ -65,12 +66,11 @@ def _show(db: Connection, args: argparse.Namespace, span: tuple[int, int], by: S
             return 2
         with closing(rows):  # before its connection is, where there is no room
             told = ([*_keys(row, by, names), *figures(row, "")] for row in rows)
-            kept = _kept_csv([*_header(by), *COUNTS], told) if args.csv else None
+            kept = None if csv_output is None else _kept_csv([*_header(by), *COUNTS], told)
             found = list(rows)
-    if kept is not None:
+    if csv_output is not None and kept is not None:
         with kept:
-            for line in kept:
-                print(line, end="")
+            csv_output.writelines(kept)
     elif args.json:
         _print_json(found, span, by, names)
     else:
@@ -83,8 +83,7 @@ def _kept_csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> IO[str]:
     """To be printed when the snapshot is over: while a reader takes its time, as a pager does, what others write
     meanwhile must not stay in the log."""
     kept = SpooledTemporaryFile(MEMORY_BYTES, "w+", encoding="utf-8", errors="surrogatepass", newline="")  # noqa: SIM115
-    with redirect_stdout(kept):
-        print_csv(header, rows)
+    write_csv(kept, header, rows)
     kept.seek(0)
     return kept
 

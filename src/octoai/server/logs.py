@@ -6,6 +6,7 @@ Who reads them may stop, with a pipe that is full by then: nobody is served late
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import os
@@ -174,7 +175,12 @@ def _is_news(record: logging.LogRecord) -> bool:
 def say(line: str, stream: TextIO) -> None:
     """A line for a person. Raises OSError where they have gone or do not read: it is waited for no longer than a
     second, in a thread that is left behind."""
-    descriptor, text = stream.fileno(), bytearray(f"{line}\n".encode(stream.encoding, "backslashreplace"))
+    try:
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:  # it is no file: nobody is waited for there
+        stream.write(f"{line}\n")
+        return
+    text = bytearray(f"{line}\n".encode(stream.encoding, "backslashreplace"))
     failures: list[OSError] = [TimeoutError("nobody reads")]
 
     def attempt() -> None:
