@@ -203,6 +203,10 @@ def test_one_search_at_a_time_and_what_runs_while_idle_comes_again_or_finds_the_
         assert ran.returncode == idle.LATER
         assert "is being optimized already" in ran.stderr
         profiles = Profiles(cache)
+        profiles.note_in_vain(embedded_model, sha256(embedded_model))
+        assert run(tmp_path, **chore).returncode == 0
+        assert run(tmp_path, OCTOAI_CACHE_DIR=str(cache)).returncode == idle.LATER
+        shutil.rmtree(cache / "searched")
         profiles.store(embedded_model, profile_of(embedded_model, profiles, Candidate(num_slots=2)), None)
         assert run(tmp_path, **chore).returncode == 0
         assert run(tmp_path, OCTOAI_CACHE_DIR=str(cache)).returncode == idle.LATER  # by hand it is another search

@@ -131,8 +131,10 @@ def test_where_a_search_began_is_kept_only_with_kernels_that_are_no_slower(
     best = starts[0 if has_kernels else 1]
     finds(Outcome(best=best, is_usable=True, pairs=pairs, is_interrupted=is_stopped), monkeypatch)
     found = optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=30))
-    assert (found.profile is not None) == (is_kept and not is_stopped)
-    assert (Profiles(tmp_path / "cache").find(source) is not None) == (is_kept and not is_stopped)
+    is_stored, profiles = is_kept and not (is_stopped and times is None), Profiles(tmp_path / "cache")
+    assert (found.profile is not None) == is_stored
+    assert (profiles.find(source) is not None) == is_stored
+    assert profiles.is_searched_in_vain(source) == (not is_stored and not is_stopped)
 
 
 def test_what_killed_searches_left_is_cleared_away_and_what_others_use_is_not(tmp_path: Path) -> None:

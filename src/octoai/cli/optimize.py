@@ -80,7 +80,7 @@ def optimize(args: argparse.Namespace) -> int:
         model = app.catalogue(settings)[chosen.id]
         store = WeightStore(settings.cache)
         source = store.verified(model, tell) or pulled(store, model)
-        if is_chore and _has_profile(settings, source):
+        if is_chore and _is_searched(settings, source):
             return 0
         wish = Wish(
             context_length=chosen.context_length or model.context_length or app.DEFAULT_CONTEXT_LENGTH,
@@ -140,12 +140,13 @@ def _follow_service() -> bool:
     return True
 
 
-def _has_profile(settings: Settings, source: Path) -> bool:
-    """By now: a service has a search made only where there was none."""
+def _is_searched(settings: Settings, source: Path) -> bool:
+    """By now: a service has a search made only where there was no profile, and not again where one found nothing."""
     from octoai.optimizer.profile import BadProfile, Profiles
 
+    profiles = Profiles(settings.cache)
     try:
-        return Profiles(settings.cache).find(source) is not None
+        return profiles.find(source) is not None or profiles.is_searched_in_vain(source)
     except BadProfile:
         return False
 

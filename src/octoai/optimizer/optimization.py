@@ -102,6 +102,8 @@ def optimize(
                 if not outcome.is_usable and not outcome.is_interrupted:
                     raise CannotOptimize(_why_not(source, outcome, is_late=time.monotonic() >= began + wish.seconds))
                 if not _is_gain(outcome, starts, wish.goal):
+                    if not outcome.is_interrupted:
+                        profiles.note_in_vain(source, model_sha256)
                     return Optimized(outcome, no_kernels=no_kernels, is_exact=bench.is_exact)
                 found = _stored(profiles, source, model_sha256, outcome, wish, bench)
                 return replace(found, no_kernels=no_kernels, is_exact=bench.is_exact)
@@ -167,10 +169,11 @@ def _stored(
 
 def _is_gain(outcome: Outcome, starts: Sequence[Candidate], goal: Goal) -> bool:
     """Whether it is better than what a service does without a profile: that is how a search starts, apart from kernels
-    for this CPU. Of one that was stopped there was no time to see whether these are faster."""
+    for this CPU. Of a search that was stopped nobody may have seen whether these are faster."""
     if outcome.best not in starts:
         return outcome.is_usable
-    return outcome.best.tuning.kernels is not None and not outcome.is_interrupted and outcome.gain(goal) >= 1
+    is_seen = bool(outcome.pairs) or not outcome.is_interrupted
+    return outcome.best.tuning.kernels is not None and is_seen and outcome.gain(goal) >= 1
 
 
 def _why_not(source: Path, outcome: Outcome, *, is_late: bool) -> str:
