@@ -169,9 +169,10 @@ def test_a_client_that_waits_to_be_asked_for_its_body_is_asked_where_its_token_i
         ("/v1/chat/completions", (b"host: x", b"host: x\r\ncontent-encoding: gzip"), b"415"),
         ("/v1/admin/tokens", (b"octoai_", b"nobody_"), b"401"),
         ("/nowhere", (b"", b""), b"404"),
+        ("/v1/models", (b"POST", b"GET"), b"200"),
     ],
 )
-def test_who_is_refused_before_its_body_is_asked_for_is_not_taken_to_send_it(
+def test_who_is_answered_before_its_body_is_asked_for_is_not_taken_to_send_it(
     in_process: Start, path: str, change: tuple[bytes, bytes], status: bytes
 ) -> None:
     service = in_process(ScriptedEngine())

@@ -171,6 +171,30 @@ def test_what_is_sent_ahead_is_kept_as_it_came_but_for_a_few_requests(kind: str)
     asyncio.run(main())
 
 
+def test_who_reads_the_body_of_an_earlier_request_lets_nobody_send_more_ahead() -> None:
+    async def reads(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await asyncio.sleep(0)
+        await nothing(scope, receive, send)
+
+    async def main() -> None:
+        protocol, pipe = connected(asgi=reads)
+        block = b"POST /docs HTTP/1.1\r\ncontent-length: 1\r\n\r\nx" * 100
+        num_sent = num_held = 0
+        while pipe.written.count(b"HTTP/1.1 200 OK") < 1000:
+            if num_sent < 10 and not pipe.is_paused:
+                protocol.data_received(block)
+                num_sent += 1
+            num_held = max(num_held, len(protocol._held))
+            await asyncio.sleep(0)
+        assert num_held <= len(block)
+        await settle()
+        assert not pipe.is_paused
+        protocol.connection_lost(None)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("size", [1, 700, 5000, 10**6])
 def test_however_many_come_at_once_each_is_answered_in_its_order(size: int) -> None:
     async def main() -> None:

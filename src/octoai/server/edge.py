@@ -110,8 +110,6 @@ class Edge:
             return  # too late for another answer; the connection is cut
         self._log(refusal, answer.request_id, scope["state"].get("caller"), scope["method"][:20], scope["path"][:200])
         headers, body = self._refused(refusal)
-        if any(name == b"expect" for name, _ in scope["headers"]):  # as above
-            headers = [*headers, (b"connection", b"close")]
         await answer.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await answer.send({"type": "http.response.body", "body": body})
 

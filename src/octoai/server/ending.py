@@ -11,18 +11,32 @@ import sys
 import termios
 from typing import Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
+
 from octoai.server.incoming import Connection, Incoming
 
 LINGER_SECONDS = 30.0  # for a client to read some of what it was sent before its connection was closed, or to send on
+
+
+class Flow(FlowControl):
+    """Nothing more is read while some of what came is held back, though each of uvicorn's requests asks for more."""
+
+    is_holding = False
+
+    def resume_reading(self) -> None:
+        if not self.is_holding:
+            super().resume_reading()
 
 
 class Ending(Connection):
     """Of one connection; `protocol` has the rest of it."""
 
     loop: asyncio.AbstractEventLoop
+    flow: Flow
 
     _answering: Any = None  # the request that is: an `Incoming`, or what uvicorn has for one
     _is_between = True  # nothing of the next request has come
+    _held = b""  # of what came, behind as many requests as are kept
     _is_deaf = False  # all that is answered has come; what its client still sends is dropped
     _is_leaving = False  # and all that we say is said
     _leaving: asyncio.TimerHandle | None = None
@@ -40,6 +54,7 @@ class Ending(Connection):
         the answer on its way, and the client would hear of a broken connection instead."""
         self._is_leaving = self._is_deaf = True
         self.transport.write_eof()
+        self._held, self.flow.is_holding = b"", False
         self.flow.resume_reading()
         self._tell_that_nobody_hears()
         self._leaving = self.loop.call_later(LINGER_SECONDS, self._has_left)

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from octoai.server import heads
 from octoai.server.awake import Awake
 from octoai.server.edge import Edge
-from octoai.server.ending import Ending
+from octoai.server.ending import Ending, Flow
 from octoai.server.errors import HeadTooLarge, MalformedRequest, Refusal
 from octoai.server.heads import Head, KnownHead
 from octoai.server.ids import new_request_id
@@ -34,6 +34,7 @@ class ServiceProtocol(Ending, HttpToolsProtocol):
 
     edge: Edge
     awake: Awake
+    flow: Any  # `Ending` says of which kind: uvicorn's own knows of no holding
     cycle: Any  # the newest request: an `Incoming`, or what uvicorn has for one
     pipeline: deque[Any]  # of those behind the one that is answered, the newest first
 
@@ -42,7 +43,6 @@ class ServiceProtocol(Ending, HttpToolsProtocol):
     _reads_head = True
     _known: KnownHead | None = None
     _num_missing = 0  # bytes of a body that the parser does not see: its head was known, or offers an upgrade
-    _held = b""  # of what came, behind MAX_AHEAD requests
     _is_behind = False  # between two answers its client does not read
     _rests_since: float | None = None  # where a request is waited for, the rest of its head, or that of a refused body
     _resting: asyncio.TimerHandle | None = None
@@ -51,6 +51,7 @@ class ServiceProtocol(Ending, HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
+        self.flow = Flow(transport)
         self._rest()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -68,13 +69,13 @@ class ServiceProtocol(Ending, HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._held:
-            data, self._held = self._held + data, b""
+            data, self._held, self.flow.is_holding = self._held + data, b"", False
         while data:
             if self._is_deaf:
                 self._is_between = False  # its client is not done with sending
                 return
             if len(self.pipeline) >= MAX_AHEAD:
-                self._held = data
+                self._held, self.flow.is_holding = data, True
                 self.flow.pause_reading()
                 return
             if self._num_missing:
@@ -232,6 +233,8 @@ class ServiceProtocol(Ending, HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expects_continue
         super().on_headers_complete()
         self.cycle.transport = _Transport(self)
+        if expects_continue:  # answered before the body is asked for, the next request could be read as this one's body
+            self.cycle.keep_alive = False
         self._read_on()
 
     def on_body(self, body: bytes) -> None:
