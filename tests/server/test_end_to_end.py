@@ -217,12 +217,16 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(client: Client) -> 
     assert (status, answer["param"]) == (400, "response_format")
 
 
+ARRAY = {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 2}
+
+
 @pytest.mark.parametrize(
     "schema",
     [
         {"$defs": {"a": {"$ref": "#/$defs/a"}}, "allOf": [{"$ref": "#/$defs/a"}]},
         {"type": "string", "pattern": "^a{5,1}$"},
         {"type": "integer", "minimum": 2**63 - 1, "maximum": 2**63 - 1},
+        {"$defs": {"a": {"anyOf": [ARRAY, {**ARRAY, "title": "x"}]}}, **ARRAY},
     ],
 )
 def test_a_schema_that_would_take_the_engine_from_everybody_is_refused_by_name(
@@ -243,6 +247,7 @@ def test_a_schema_that_would_take_the_engine_from_everybody_is_refused_by_name(
         {"type": "integer", "minimum": 10**15 - 1},
         {"type": "integer", "maximum": 1 - 10**15},
         {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+        {"anyOf": [{"type": "array", "items": {"type": "integer"}, "minItems": 1}] * 128},
         {"$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}, "allOf": [{"$ref": "#/$defs/a"}]},
     ],
 )

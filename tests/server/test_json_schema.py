@@ -62,6 +62,7 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
         ({"type": "integer", "minimum": 5, "exclusiveMaximum": 5}, "no integer"),
         ({"type": ["object", "object"]}, "each of them once"),
         ({"type": ["object", "string"], "allOf": [{}]}, "allOf"),
+        ({"anyOf": [{"type": "array", "items": {"type": "integer"}}] * 129}, "more than 128 ways"),
     ],
 )
 def test_schemas_beyond_the_bounds_are_refused_by_name(schema: dict[str, Any], words: str) -> None:
@@ -90,7 +91,7 @@ def test_references_that_lead_to_themselves_are_refused(schema: dict[str, Any]) 
 def test_what_is_referred_to_counts_once_for_each_spelling() -> None:
     large = {"properties": {f"p{number}": {"items": {"type": "integer"}} for number in range(400)}}
     definitions: dict[str, Any] = {"a": large, "b": [{"$ref": A}]}
-    named = {"$defs": definitions, "anyOf": [{"$ref": A} for _ in range(200)]}
+    named = {"$defs": definitions, "anyOf": [{"$ref": A} for _ in range(100)]}
     assert bounded(named) is named
     spelled = [{"$ref": f"#/$defs/b/{'0' * number}"} for number in range(1, 100)]
     assert bounded({"$defs": definitions, "anyOf": spelled})
@@ -103,7 +104,11 @@ def test_schemas_are_looked_through_in_a_moment() -> None:
     """Nobody else is served meanwhile."""
     patterns = [{"pattern": f"^a{{{number}}}[^a].{{0,1900}}$"} for number in range(900)]
     links = {"$defs": {f"n{number}": {"$ref": f"#/$defs/n{number + 1}"} for number in range(900)}}
-    for schema in ({"anyOf": patterns}, links, {"items": [{}] * 30_000}, {"enum": [[0] * 40_000]}):
+    tagged = [{"properties": {"kind": {"const": number}}, "required": ["kind"]} for number in range(490)]
+    for schema in (
+        *({"anyOf": patterns}, links, {"items": [{}] * 30_000}, {"enum": [[0] * 40_000]}),
+        *({"anyOf": tagged}, {"anyOf": [{"const": number} for number in range(990)]}, {"anyOf": [{}] * 990}),
+    ):
         started = time.process_time()
         with suppress(BadRequest):
             bounded(schema)
