@@ -19,6 +19,7 @@ A, B = "#/$defs/a", "#/$defs/b"
     [
         {},
         {"type": "object", "properties": {"a": {"enum": list(range(900))}}},
+        {"type": ["integer", "null"], "enum": [*range(400), None]},
         {"type": "string", "pattern": "a" * 2000},
         {"properties": {"enum": {"type": "string"}, "pattern": {"type": "integer"}}},
         {"properties": {"const": {"type": "string"}, "minimum": {"type": "integer"}, "$ref": {"type": "string"}}},
@@ -45,6 +46,7 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
     ("schema", "words"),
     [
         ({"enum": list(range(MAX_ALTERNATIVES + 1))}, "enum values"),
+        ({"type": ["integer", "string", "null"], "enum": list(range(400))}, "for each type"),
         ({"anyOf": [{"const": number} for number in range(MAX_ALTERNATIVES + 1)]}, "branches"),
         ({"allOf": [{"properties": {f"{n}{m}": {} for m in range(100)}} for n in range(11)]}, "properties"),
         ({"type": "string", "pattern": "a|" * 1001}, "pattern"),

@@ -100,6 +100,9 @@ def test_what_is_nested_multiplies() -> None:
         check(nested(1, MAX_READINGS + 1, TEXT))
     with pytest.raises(Ambiguous, match=f"more than {MAX_READINGS} ways"):
         check(nested(1, 30, {"enum": list(range(300))}))
+    check(nested(1, 2, {"enum": list(range(300))}))
+    with pytest.raises(Ambiguous, match=f"more than {MAX_READINGS} ways"):
+        check(nested(1, 2, {"type": ["integer", "string"], "enum": list(range(300))}))
 
 
 def test_what_is_beside_each_other_does_not_multiply() -> None:

@@ -99,7 +99,7 @@ class _Seen:
                 same_value[id(part)] = [id(each) for each in of_same_value]
             waiting.extend(_parts(part))
         if self._num_alternatives > MAX_ALTERNATIVES:
-            counted = f"{self._num_alternatives} properties, branches and enum values"
+            counted = f"{self._num_alternatives} properties, branches and enum values (these for each type of a list)"
             raise _Unbounded(f"the schema has {counted}; at most {MAX_ALTERNATIVES} are accepted")
         try:
             TopologicalSorter(same_value).prepare()
@@ -118,6 +118,7 @@ class _Seen:
             return
         self._known.add(id(part))
         self._num_alternatives += sum(len(part[key]) for key in _BRANCHES if isinstance(part.get(key), (dict, list)))
+        self._num_alternatives += _num_read_again(part)
         _check_types(part)
         _check_bounds(part)
         _check_patterns(part, self._patterns)
@@ -168,6 +169,12 @@ def _check_types(schema: _Schema) -> None:
         raise _Unbounded("a list of types has each of them once")
     if "allOf" in schema and "object" in types and "string" in types:
         raise _Unbounded("allOf: not where both 'object' and 'string' are allowed; use anyOf for them")
+
+
+def _num_read_again(schema: _Schema) -> int:
+    """The values of an enum beside a list of types, for each type but the first."""
+    types, values = schema.get("type"), schema.get("enum")
+    return len(values) * (len(types) - 1) if types and isinstance(types, list) and isinstance(values, list) else 0
 
 
 def _check_bounds(schema: _Schema) -> None:

@@ -121,7 +121,7 @@ class Unions:
             return _either([beginning for beginning, _ in begun]), sum(num for _, num in begun)
         literals = _literals(schema)
         if literals is not None:
-            return _of_literals(literals), len(literals)
+            return _of_literals(literals), len(literals) * max(1, len(_types(schema)))  # read once for each type
         types = _types(schema) or ["object" if "properties" in schema else "array" if "items" in schema else ""]
         kinds = types if _ALL.issuperset(types) else list(_ALL)
         return {kind: self._names(schema) if kind == "object" else () for kind in kinds}, len(kinds)
