@@ -85,6 +85,7 @@ class Unions:
         return [each for each in found if isinstance(each, dict)]
 
     def _num_readings(self, group: Sequence[_Schema]) -> int:
+        """Of a group, whose parts have no number yet. `beside`: what is followed together with one that leads back."""
         most, beside = 1, 0
         for part in group:
             within = [self._readings.get(id(each), 1) for each in self._within(part)]
@@ -93,7 +94,7 @@ class Unions:
                 if most > MAX_READINGS:
                     break
                 others = [self._readings[id(each)] for each in together if id(each) in self._readings]
-                num_back = len(together) - len(others)  # such as have no number yet, as this part has none
+                num_back = len(together) - len(others)
                 if num_back > 1:
                     raise Ambiguous(f"alternatives of anyOf that begin alike lead back to it: {_ADVICE}")
                 if num_back:
