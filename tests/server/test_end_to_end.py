@@ -224,6 +224,7 @@ ARRAY = {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 2}
     "schema",
     [
         {"$defs": {"a": {"$ref": "#/$defs/a"}}, "allOf": [{"$ref": "#/$defs/a"}]},
+        {"$defs": {"a": {"properties": {"x": {"allOf": [{"$ref": "#/$defs/a"}]}}}}, "$ref": "#/$defs/a"},
         {"type": "string", "pattern": "^a{5,1}$"},
         {"type": "integer", "minimum": 2**63 - 1, "maximum": 2**63 - 1},
         {"$defs": {"a": {"anyOf": [ARRAY, {**ARRAY, "title": "x"}]}}, **ARRAY},

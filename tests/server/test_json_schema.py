@@ -27,6 +27,8 @@ A, B = "#/$defs/a", "#/$defs/b"
         {"$defs": {"a": {"properties": {"next": {"anyOf": [{"$ref": A}, {"type": "null"}]}}}}, "$ref": A},
         {"$defs": {"a": {"type": "array", "items": {"$ref": A}}}, "allOf": [{"$ref": A}]},
         {"type": "object", "properties": {"child": {"$ref": "#"}}},
+        {"$defs": {"a": {"properties": {"x": {"allOf": [{"type": "string"}]}}}}, "allOf": [{"$ref": A}, {"$ref": A}]},
+        {"$defs": {"a": {"allOf": [{"properties": {"next": {"$ref": A}}}]}}, "$ref": A},
         {"$ref": "https://example.com/schema.json"},
         {"$ref": "#/no/such/place"},
         {"type": ["object", "null"], "properties": {"a": {"type": ["string", "null"], "maxLength": 5}}},
@@ -100,6 +102,36 @@ def test_what_is_referred_to_counts_once_for_each_spelling() -> None:
     definitions["b"] = [large]
     with pytest.raises(BadRequest, match="parts"):
         bounded({"$defs": definitions, "anyOf": spelled})
+
+
+def test_what_an_all_of_refers_to_counts_for_each_branch() -> None:
+    """llama.cpp copies it each time, and what is in an anyOf there as properties that may be left out."""
+    large = {"properties": {f"p{number}": {"type": "string"} for number in range(40)}}
+
+    def schema(num: int, optional: int) -> dict[str, Any]:
+        branches = [{"$ref": B}] * num + [{"anyOf": [{"$ref": A}] * optional}]
+        return {"$defs": {"a": {"$ref": B}, "b": large}, "allOf": branches}
+
+    assert bounded(schema(1, 5))
+    assert bounded(schema(400, 0))
+    with pytest.raises(BadRequest, match="properties"):
+        bounded(schema(0, 30))
+    with pytest.raises(BadRequest, match="parts"):
+        bounded(schema(600, 0))
+    kinds = {"$defs": {"a": {"enum": list(range(50))}}}
+    assert bounded({**kinds, "properties": {f"p{number}": {"allOf": [{"$ref": A}]} for number in range(100)}})
+    with pytest.raises(BadRequest, match="parts"):
+        bounded({**kinds, "allOf": [{"$ref": A}] * 500})
+
+
+def test_what_an_all_of_refers_to_does_not_multiply_or_lead_back() -> None:
+    for step in ({"allOf": [{"$ref": A}]}, {"allOf": [{"anyOf": [{"$ref": A}]}]}):
+        for definition in ({"properties": {"x": step}}, {"properties": {"x": {"items": step}}}):
+            with pytest.raises(BadRequest, match="without allOf"):
+                bounded({"$defs": {"a": definition}, "$ref": A})
+    doubled = {f"n{n}": {"properties": {"x": {"allOf": [{"$ref": f"#/$defs/n{n + 1}"}] * 2}}} for n in range(30)}
+    with pytest.raises(BadRequest, match="without allOf"):
+        bounded({"$defs": doubled, "$ref": "#/$defs/n0"})
 
 
 def test_schemas_are_looked_through_in_a_moment() -> None:

@@ -23,7 +23,7 @@ from octoai.server.unions import Ambiguous, Unions
 MAX_BYTES = 128 * 1024
 MAX_ALTERNATIVES = 1000
 MAX_PATTERN_LENGTH = 2000
-MAX_PARTS = 20_000  # with what is referred to, once for each spelling: llama.cpp took 8 s for 240,000
+MAX_PARTS = 20_000  # with what $refs stand for, once for each spelling, in an allOf each time: 240,000 took 8 s
 MAX_COUNT = 2**31 - 1
 MAX_LEAST_INTEGER = 10**15 - 1  # llama.cpp has no more digits where there is but one bound
 _BRANCHES = (
@@ -84,36 +84,48 @@ class _Seen:
         """Raises _Unbounded."""
         targets = {"#": schema}
         same_value: dict[int, list[int]] = {}
-        waiting = [schema]
-        while waiting:
-            part = waiting.pop()
+        merged: dict[int, bool] = {}
+        waiting: list[tuple[_Schema, bool | None]] = [(schema, None)]
+        while waiting and self._num_parts <= MAX_PARTS:
+            part, is_optional = waiting.pop()
             self._add_part(part)
             of_same_value = [each for key in _SAME_VALUE for each in _schemas(part.get(key))]
             reference = part.get("$ref")
             if isinstance(reference, str):
-                if reference not in targets:
+                is_new = reference not in targets
+                if is_new:
                     targets[reference] = _target(schema, reference)
-                    waiting.append(targets[reference])
+                if is_optional is not None:
+                    self._add_copy(targets[reference], is_optional)
+                if is_new or is_optional is not None:
+                    waiting.append((targets[reference], is_optional))
                 of_same_value.append(targets[reference])
             if of_same_value:
                 same_value[id(part)] = [id(each) for each in of_same_value]
-            waiting.extend(_parts(part))
-        if self._num_alternatives > MAX_ALTERNATIVES:
-            counted = f"{self._num_alternatives} properties, branches and enum values (these for each type of a list)"
-            raise _Unbounded(f"the schema has {counted}; at most {MAX_ALTERNATIVES} are accepted")
+            merged |= _merged(part)
+            waiting.extend((each, merged.get(id(each))) for each in _parts(part))
         try:
             TopologicalSorter(same_value).prepare()
         except CycleError:
             raise _Unbounded("a $ref leads to itself: let properties or items be between") from None
+        self._refuse_too_many()
         try:
             Unions(targets).check(schema)
         except Ambiguous as error:
             raise _Unbounded(str(error)) from None
 
+    def _refuse_too_many(self) -> None:
+        if self._num_parts > MAX_PARTS:
+            raise _Unbounded(
+                f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for, in an allOf for each "
+                "of them: refer to what is large, or leads back there, without allOf"
+            )
+        if self._num_alternatives > MAX_ALTERNATIVES:
+            counted = f"{self._num_alternatives} properties, branches and enum values (these for each type of a list)"
+            raise _Unbounded(f"the schema has {counted}; at most {MAX_ALTERNATIVES} are accepted")
+
     def _add_part(self, part: _Schema) -> None:
         self._num_parts += 1
-        if self._num_parts > MAX_PARTS:
-            raise _Unbounded(f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for")
         if id(part) in self._known:
             return
         self._known.add(id(part))
@@ -122,6 +134,21 @@ class _Seen:
         _check_types(part)
         _check_bounds(part)
         _check_patterns(part, self._patterns)
+
+    def _add_copy(self, target: _Schema, is_optional: bool) -> None:
+        """Of properties that may be left out an engine makes a rule for each that can come after each."""
+        properties, values = target.get("properties"), target.get("enum")
+        if is_optional and isinstance(properties, dict):
+            self._num_alternatives += len(properties)
+        if isinstance(values, list):
+            self._num_parts += len(values)
+
+
+def _merged(schema: _Schema) -> dict[int, bool]:
+    """The branches of an allOf, of which engines make one object: whether its properties may be left out there."""
+    branches = list(_schemas(schema.get("allOf")))
+    alternatives = [each for branch in branches for key in ("anyOf", "oneOf") for each in _schemas(branch.get(key))]
+    return dict.fromkeys(map(id, branches), False) | dict.fromkeys(map(id, alternatives), True)
 
 
 def _schemas(values: Any) -> Iterator[_Schema]:
