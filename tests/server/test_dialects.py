@@ -68,6 +68,14 @@ def test_llama_cpp_is_told_everything_by_its_own_names() -> None:
     assert said["messages"] == [{"role": "user", "content": "Hi"}]
 
 
+def test_llama_cpp_is_not_told_limits_that_limit_nothing_and_cannot_be_read() -> None:
+    unlimited = {"type": "array", "minItems": 1, "maxItems": 2**32, "items": {"type": "integer", "maximum": 2**64 - 1}}
+    generation = Generation(max_tokens=9, text="Hi", schema=unlimited)
+    told = body("llama.cpp", generation)["response_format"]["schema"]
+    assert told == {"type": "array", "minItems": 1, "items": {"type": "integer"}}
+    assert body("vllm", generation)["response_format"]["json_schema"]["schema"] == unlimited
+
+
 @pytest.mark.parametrize(
     ("given", "samplers"),
     [

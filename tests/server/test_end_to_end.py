@@ -248,6 +248,8 @@ def test_a_schema_that_would_take_the_engine_from_everybody_is_refused_by_name(
         {"type": "integer", "minimum": 10**15 - 1},
         {"type": "integer", "maximum": 1 - 10**15},
         {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+        {"type": "integer", "minimum": 1234567890123456, "maximum": 8987654321098765432},
+        {"type": "array", "maxItems": 2**32, "items": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}},
         {"anyOf": [{"type": "array", "items": {"type": "integer"}, "minItems": 1}] * 128},
         {"$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}, "allOf": [{"$ref": "#/$defs/a"}]},
     ],

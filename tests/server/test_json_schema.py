@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from octoai.server.errors import BadRequest
-from octoai.server.json_schema import MAX_ALTERNATIVES, bounded
+from octoai.server.json_schema import MAX_ALTERNATIVES, bounded, without_idle_limits
 
 A, B = "#/$defs/a", "#/$defs/b"
 
@@ -36,6 +36,12 @@ A, B = "#/$defs/a", "#/$defs/b"
         {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
         {"type": "integer", "exclusiveMinimum": 0, "maximum": 9007199254740991},
         {"type": "integer", "minimum": 10**15 - 1},
+        {"type": "integer", "minimum": 10**18, "maximum": 2 * 10**18},
+        {"type": "integer", "exclusiveMinimum": -(10**18), "maximum": -(10**17)},
+        {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
+        {"type": ["integer", "null"], "maximum": 1e20, "exclusiveMaximum": 10**400},
+        {"type": "string", "minLength": 1, "maxLength": 2**53 - 1},
+        {"type": "array", "maxItems": 2**32 - 1},
         {"type": "number", "minimum": 1e300, "maximum": 1e301},
         {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "string", "minLength": 1, "maxLength": 2000}},
     ],
@@ -58,11 +64,15 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
         ({"type": "object", "patternProperties": {"^(.?){99}$": {}}}, "ways"),
         ({"type": "array", "minItems": 3, "maxItems": 1}, "minItems is more than maxItems"),
         ({"minLength": 6, "maxLength": 5}, "minLength is more than maxLength"),
-        ({"minLength": 6, "maxLength": 2**32 + 5}, "maxLength: at most"),
-        ({"type": "integer", "minimum": 2**63 - 1, "maximum": 2**63 - 1}, "integers: a minimum of at most"),
-        ({"type": ["integer", "null"], "minimum": 1e17}, "integers: a minimum of at most"),
-        ({"type": "integer", "exclusiveMaximum": -(10**17)}, "integers: .* a maximum of at least"),
-        ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, "maximum: for integers"),
+        ({"minLength": 2**31, "maxLength": 2**32}, "minLength: at most"),
+        ({"type": "integer", "minimum": 2**63 - 1, "maximum": 2**63 - 1}, "integers: a minimum of more"),
+        ({"type": ["integer", "null"], "minimum": 1e17}, "integers: a minimum of more"),
+        ({"type": "integer", "minimum": 10**17, "maximum": 2**64, "title": "x"}, "integers: a minimum of more"),
+        ({"type": "integer", "minimum": 10**17, "maximum": 2**63 - 1, "exclusiveMaximum": 10**18}, "integers: a min"),
+        ({"type": "integer", "exclusiveMaximum": -(10**17)}, "integers: .* a maximum of less"),
+        ({"type": "integer", "minimum": 1 - 2**63, "maximum": -(10**17)}, "integers: .* a maximum of less"),
+        ({"type": "integer", "minimum": 2**63, "maximum": 2**64 - 1}, "minimum: for integers"),
+        ({"type": "integer", "maximum": -1e20}, "maximum: for integers"),
         ({"type": "integer", "minimum": 5, "exclusiveMaximum": 5}, "no integer"),
         ({"type": ["object", "object"]}, "each of them once"),
         ({"type": ["object", "string"], "allOf": [{}]}, "allOf"),
@@ -102,6 +112,21 @@ def test_what_is_referred_to_counts_once_for_each_spelling() -> None:
     definitions["b"] = [large]
     with pytest.raises(BadRequest, match="parts"):
         bounded({"$defs": definitions, "anyOf": spelled})
+
+
+def test_limits_that_limit_nothing_can_be_left_out() -> None:
+    idle = {"maxLength": 2**32, "maxItems": 2**53 - 1, "maximum": 2**63, "exclusiveMaximum": 1e20}
+    rest = {"minimum": -5, "maxLength": 2**31 - 1, "maxItems": "9" * 20, "maximum": 2**63 - 1, "title": "x"}
+    values = {"const": idle, "enum": [idle], "default": idle, "examples": [idle]}
+
+    def schema(part: dict[str, Any]) -> dict[str, Any]:
+        named = {"maxLength": part, "const": part, "other": True}
+        return {**part, **values, "anyOf": [part, True], "items": {**part, **values}, "properties": named}
+
+    given = schema(idle | rest)
+    before = repr(given)
+    assert without_idle_limits(given) == schema(rest)
+    assert repr(given) == before
 
 
 def test_what_an_all_of_refers_to_counts_for_each_branch() -> None:

@@ -25,7 +25,11 @@ MAX_ALTERNATIVES = 1000
 MAX_PATTERN_LENGTH = 2000
 MAX_PARTS = 20_000  # with what $refs stand for, once for each spelling, in an allOf each time: 240,000 took 8 s
 MAX_COUNT = 2**31 - 1
-MAX_LEAST_INTEGER = 10**15 - 1  # llama.cpp has no more digits where there is but one bound
+LEAST_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1  # to llama.cpp the same as no bound
+MAX_LONE_BOUND = 10**15 - 1  # llama.cpp has no more digits where there is but one bound
+# More than that limits nothing, and is what tools write for no limit: llama.cpp cannot read it.
+_MOST = dict.fromkeys(("maxLength", "maxItems", "maxProperties"), MAX_COUNT)
+_MOST |= {"maximum": MAX_INTEGER, "exclusiveMaximum": MAX_INTEGER}
 _BRANCHES = (
     "anyOf",
     "oneOf",
@@ -53,6 +57,21 @@ def bounded(schema: _Schema) -> _Schema:
     """The schema of an answer, where it is small enough. Raises BadRequest."""
     _refuse_unbounded([schema], "response_format")
     return schema
+
+
+def without_idle_limits(schema: _Schema) -> dict[str, Any]:
+    """Without the upper limits that limit nothing."""
+    kept = {key: value for key, value in schema.items() if not _limits_nothing(key, value)}
+    for key, value in kept.items():
+        if isinstance(value, list) and key not in _VALUES:
+            kept[key] = [without_idle_limits(each) if isinstance(each, dict) else each for each in value]
+        elif isinstance(value, dict) and key in _NAMED:
+            kept[key] = {
+                name: without_idle_limits(each) if isinstance(each, dict) else each for name, each in value.items()
+            }
+        elif isinstance(value, dict) and key not in _VALUES:
+            kept[key] = without_idle_limits(value)
+    return kept
 
 
 def refuse_unbounded_tools(schemas: Sequence[_Schema]) -> None:
@@ -207,9 +226,8 @@ def _num_read_again(schema: _Schema) -> int:
 def _check_bounds(schema: _Schema) -> None:
     for least_name, most_name in _COUNTED:
         least, most = _given(schema, least_name), _given(schema, most_name)
-        for name, count in ((least_name, least), (most_name, most)):
-            if count is not None and count > MAX_COUNT:
-                raise _Unbounded(f"{name}: at most {MAX_COUNT} is accepted")
+        if least is not None and least > MAX_COUNT:
+            raise _Unbounded(f"{least_name}: at most {MAX_COUNT} is accepted")
         if least is not None and most is not None and least > most:
             raise _Unbounded(f"{least_name} is more than {most_name}")
     types = schema.get("type")
@@ -218,28 +236,37 @@ def _check_bounds(schema: _Schema) -> None:
 
 
 def _check_integer(schema: _Schema) -> None:
-    least, most = -(2**63), 2**63 - 1
-    for name in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
+    """As llama.cpp reads them: where there is a minimum it does not look at an exclusive one."""
+    least, most = LEAST_INTEGER, MAX_INTEGER
+    for name in ("exclusiveMinimum", "minimum", "exclusiveMaximum", "maximum"):
         bound = _given(schema, name)
         if bound is None:
             continue
-        if not -(2**63) <= bound < 2**63:
+        if not LEAST_INTEGER <= bound <= MAX_INTEGER:
             raise _Unbounded(f"{name}: for integers at least -2^63, and less than 2^63")
         if name.endswith("inimum"):
-            least = max(least, math.ceil(bound) if name == "minimum" else math.floor(bound) + 1)
+            least = math.ceil(bound) if name == "minimum" else math.floor(bound) + 1
         else:
-            most = min(most, math.floor(bound) if name == "maximum" else math.ceil(bound) - 1)
+            most = math.floor(bound) if name == "maximum" else math.ceil(bound) - 1
     if least > most:
         raise _Unbounded("no integer lies between minimum and maximum")
-    if least > MAX_LEAST_INTEGER or most < -MAX_LEAST_INTEGER:
+    is_lone = least > MAX_LONE_BOUND and most == MAX_INTEGER
+    if is_lone or (most < -MAX_LONE_BOUND and least <= LEAST_INTEGER + 1):
         raise _Unbounded(
-            f"integers: a minimum of at most {MAX_LEAST_INTEGER}, a maximum of at least -{MAX_LEAST_INTEGER}"
+            f"integers: a minimum of more than {MAX_LONE_BOUND} needs a maximum of less than 2^63 - 1, and a maximum of "
+            f"less than -{MAX_LONE_BOUND} a minimum of more than 1 - 2^63"
         )
 
 
 def _given(schema: _Schema, name: str) -> int | float | None:
+    """None also where it limits nothing."""
     value = schema.get(name)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and not _limits_nothing(name, value) else None
+
+
+def _limits_nothing(name: str, limit: Any) -> bool:
+    return name in _MOST and isinstance(limit, (int, float)) and limit > _MOST[name]
 
 
 def _check_patterns(schema: _Schema, patterns: Readings) -> None:

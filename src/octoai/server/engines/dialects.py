@@ -19,6 +19,7 @@ import orjson
 from octoai.server.engines.base import Generation, Message
 from octoai.server.engines.choices import tokens_of
 from octoai.server.errors import BadRequest
+from octoai.server.json_schema import without_idle_limits
 
 # Requests (path from the server's root, body) out, their answers in, the number of tokens at the end: None where it
 # cannot tell, as of images that it counts as the few tokens that stand for them.
@@ -150,7 +151,7 @@ class LlamaDialect(Dialect):
         return Dialect._logprobs(self, max(1, number), is_chat=is_chat)  # of 0 it says none, also of the token it took
 
     def _response_format(self, schema: Mapping[str, Any]) -> dict[str, Any]:
-        return {"type": "json_object", "schema": schema} if schema else {"type": "json_object"}
+        return {"type": "json_object", "schema": without_idle_limits(schema)} if schema else {"type": "json_object"}
 
 
 class VllmDialect(Dialect):
@@ -279,8 +280,7 @@ DIALECTS: Mapping[str, Dialect] = {
         VllmDialect(
             "vllm",
             extra={"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
-            # It makes a request of each choice itself, but refuses several at temperature 0.
-            max_choices=1,
+            max_choices=1,  # it makes a request of each choice itself, but refuses several at temperature 0
         ),
         Dialect(
             "ollama",
