@@ -114,6 +114,21 @@ def test_what_is_referred_to_counts_once_for_each_spelling() -> None:
         bounded({"$defs": definitions, "anyOf": spelled})
 
 
+def test_patterns_are_summed_where_an_answer_can_begin_with_several_of_them() -> None:
+    texts = [{"type": "string", "pattern": rf"^x{{{number}}}([a-z]+ ?)+$"} for number in range(9)]
+    objects = [{"type": "object", "properties": {"a": text}, "required": ["a"]} for text in texts]
+    tagged = [
+        {"type": "object", "properties": {"kind": {"const": number}, "a": text}, "required": ["kind", "a"]}
+        for number, text in enumerate(texts)
+    ]
+    form = {f"p{number}": {"anyOf": [text, {"type": "string"}, {"type": "null"}]} for number, text in enumerate(texts)}
+    assert bounded({"type": "object", "properties": form})
+    assert bounded({"anyOf": tagged})
+    for alternatives in (texts, objects, texts[:1] * 9, [{"items": text} for text in texts]):
+        with pytest.raises(BadRequest, match="patterns that are read in fewer"):
+            bounded({"items": {"anyOf": alternatives}})
+
+
 def test_limits_that_limit_nothing_can_be_left_out() -> None:
     idle = {"maxLength": 2**32, "maxItems": 2**53 - 1, "maximum": 2**63, "exclusiveMaximum": 1e20}
     rest = {"minimum": -5, "maxLength": 2**31 - 1, "maxItems": "9" * 20, "maximum": 2**63 - 1, "title": "x"}

@@ -26,6 +26,9 @@ from octoai.server.patterns import Readings, Unreadable
         r"^[^\x00-\x1f\]\\-]+$",
         r"^.{0,1900}$",
         r"^(?=.*[0-9])[\p{L}\w]{8,}$",
+        *(f"^{unknown}([a-z]+ ?)+(a?){{100}}$" for unknown in (r"\w", r"\s", r"\d?", r"\b", r"(x)\1", r"\/", r"\p")),
+        *(f"^{unknown}(a?){{100}}$" for unknown in ("(?=a)", "(?!a)", "(?<!a)", "(?<n>a)", "(?i)", r"[\w]", r"[a-\d]")),
+        *(f"^{unknown}(a?){{100}}$" for unknown in (r"[\.]", r"[\^]", r"[\/]", r"\x4", r"[\u123]")),
         "^" + "|".join(f"word{number}" for number in range(200)) + "$",
     ],
 )
@@ -43,6 +46,8 @@ def test_patterns_that_people_write_are_taken(pattern: str) -> None:
         (r"^[^\x00-\U0010FFFF]$", "no character can stand for"),
         (r"^(a?){100}$", "ways"),
         (r"^(a?){1900}$", "ways"),
+        *((f"^{known}(a?){{100}}$", "ways") for known in ("(?:a)", r"\.\^\$\|\*\+\?\(\)\{\}", r"\[\]\-\"\\\t\n\r")),
+        *((f"^{known}(a?){{100}}$", "ways") for known in (r"[\[\]\-\"\\\t\n\r]", r"\x41\u0041\U00000041", r"b{2\w}")),
         (r"^([+]?[0-9]?[ -]?){20}$", "ways"),
         (r"^(.?.?.?.?){400}$", "ways|too much"),
         ("^(" + "|".join([".*"] * 400) + ")*$", "ways|too much"),
@@ -66,14 +71,17 @@ def test_readings_are_counted() -> None:
         Readings().add("^(.?){13}$")
 
 
-def test_of_all_patterns_together_there_are_not_too_many_readings() -> None:
+def test_each_pattern_has_readings_of_its_own_and_all_of_them_the_room() -> None:
     readings = Readings()
     for number in range(100):
-        readings.add(f"^[a-z]{{{number},200}}$")
-        readings.add(r"^([a-z]*,){3}$")  # the same is one
-    with pytest.raises(Unreadable):
+        assert readings.add(f"^[a-z]{{{number},200}}$") < 10
+        assert readings.add("^(.?){12}$") == 4096  # the same takes no more room
+        assert readings.add(r"^\w(.?){13}$") == 1
+    assert readings.add("^([a-z]+ ?)+$") > 1000
+    assert readings.add("^[0-9]{5}$") == 1
+    with pytest.raises(Unreadable, match="too much is repeated"):
         for number in range(100):
-            readings.add(f"^([a-z]+ ?){{{number + 1}}}$")
+            readings.add(f"^([a-z],?){{{number + 1},30}}$")
 
 
 @given(st.text(alphabet=r"ab[]^-()?:*+{}0123,|.\xu$", max_size=40))

@@ -23,7 +23,7 @@ def record(*optional: str, **properties: Any) -> dict[str, Any]:
 
 
 def check(schema: dict[str, Any], **definitions: dict[str, Any]) -> None:
-    Unions({f"#/$defs/{name}": each for name, each in definitions.items()}).check(schema)
+    Unions({f"#/$defs/{name}": each for name, each in definitions.items()}, {}).check(schema)
 
 
 def nested(depth: int, alternatives: int, inmost: dict[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,7 @@ class _Seen:
     def __init__(self) -> None:
         self._num_parts = self._num_alternatives = 0
         self._patterns = Readings()
+        self._texts: dict[int, int] = {}
         self._known: set[int] = set()
 
     def add(self, schema: _Schema) -> None:
@@ -129,15 +130,15 @@ class _Seen:
             raise _Unbounded("a $ref leads to itself: let properties or items be between") from None
         self._refuse_too_many()
         try:
-            Unions(targets).check(schema)
+            Unions(targets, self._texts).check(schema)
         except Ambiguous as error:
             raise _Unbounded(str(error)) from None
 
     def _refuse_too_many(self) -> None:
         if self._num_parts > MAX_PARTS:
             raise _Unbounded(
-                f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for, in an allOf for each "
-                "of them: refer to what is large, or leads back there, without allOf"
+                f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for, in an allOf for "
+                "each of them: refer to what is large, or leads back there, without allOf"
             )
         if self._num_alternatives > MAX_ALTERNATIVES:
             counted = f"{self._num_alternatives} properties, branches and enum values (these for each type of a list)"
@@ -152,7 +153,7 @@ class _Seen:
         self._num_alternatives += _num_read_again(part)
         _check_types(part)
         _check_bounds(part)
-        _check_patterns(part, self._patterns)
+        self._texts[id(part)] = _num_readings(part, self._patterns)
 
     def _add_copy(self, target: _Schema, is_optional: bool) -> None:
         """Of properties that may be left out an engine makes a rule for each that can come after each."""
@@ -253,8 +254,8 @@ def _check_integer(schema: _Schema) -> None:
     is_lone = least > MAX_LONE_BOUND and most == MAX_INTEGER
     if is_lone or (most < -MAX_LONE_BOUND and least <= LEAST_INTEGER + 1):
         raise _Unbounded(
-            f"integers: a minimum of more than {MAX_LONE_BOUND} needs a maximum of less than 2^63 - 1, and a maximum of "
-            f"less than -{MAX_LONE_BOUND} a minimum of more than 1 - 2^63"
+            f"integers: a minimum of more than {MAX_LONE_BOUND} needs a maximum of less than 2^63 - 1, and a maximum "
+            f"of less than -{MAX_LONE_BOUND} a minimum of more than 1 - 2^63"
         )
 
 
@@ -269,14 +270,17 @@ def _limits_nothing(name: str, limit: Any) -> bool:
     return name in _MOST and isinstance(limit, (int, float)) and limit > _MOST[name]
 
 
-def _check_patterns(schema: _Schema, patterns: Readings) -> None:
+def _num_readings(schema: _Schema, patterns: Readings) -> int:
+    """Of a text. Raises _Unbounded."""
+    num = 0
     for pattern in _patterns(schema):
         if len(pattern) > MAX_PATTERN_LENGTH:
             raise _Unbounded(f"a pattern has more than {MAX_PATTERN_LENGTH} characters")
         try:
-            patterns.add(pattern)
+            num += patterns.add(pattern)
         except Unreadable as error:
             raise _Unbounded(f"pattern {pattern[:100]}: {error}") from None
+    return num
 
 
 def _patterns(schema: _Schema) -> Iterable[str]:

@@ -1,8 +1,8 @@
 """In how many ways the patterns of a schema can be read: an engine follows all of them, for every token there is.
 
 `^(a?){100}$` reads "aaaaa" in 75 million ways, `^([+]?[0-9]?[ -]?){20}$` a number with some dashes in thousands: each
-held llama.cpp up for 20 s. A pattern is read as llama.cpp reads it; what it does not know (look-ahead, `\\w`), with
-which it takes any text, is read as if it were characters. Knows nothing of schemas.
+held llama.cpp up for 20 s. A pattern is read as llama.cpp reads it; where there is something in it that llama.cpp does
+not know (look-ahead, `\\w`) it takes any text, in one way. Knows nothing of schemas.
 """
 
 from __future__ import annotations
@@ -29,10 +29,16 @@ _LARGEST = 0x10FFFF
 _BOUNDS = re.compile(r"\{\s*+\+?+([0-9]*+)[^,}]*+(?:(,)\s*+\+?+([0-9]*+)[^}]*+)?+\}")
 _HEX = re.compile(r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})")
 _CONTROLS = {"t": "\t", "n": "\n", "r": "\r"}
+_ESCAPED_ANYWHERE = '\\"[]-' + "".join(_CONTROLS)  # of others llama.cpp knows none
+_ESCAPED = _ESCAPED_ANYWHERE + "^$.()|{}*+?"
 
 
 class Unreadable(ValueError):
     """The pattern cannot be offered to an engine; the text says why."""
+
+
+class _Unknown(Exception):
+    """With this in it, llama.cpp takes any text for the pattern."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ _Part = _Characters | _Sequence | _Choice | _Repeated
 
 
 class _Text:
-    """A pattern as it is read, from the left. Raises Unreadable."""
+    """A pattern as it is read, from the left. Raises Unreadable and _Unknown."""
 
     def __init__(self, pattern: str) -> None:
         self._pattern = pattern
@@ -95,14 +101,16 @@ class _Text:
 
     def _part(self, character: str) -> _Part:
         if character == "(":
-            if self._pattern.startswith("?", self._at):  # (?:…), or what llama.cpp does not know
+            if self._pattern.startswith("?", self._at):
+                if not self._pattern.startswith("?:", self._at):
+                    raise _Unknown
                 self._at += 2
             return self.choice()
         if character == "[":
             return self._class()
         if character == ".":
             return _Characters(_DOT)
-        return _Characters(1 << min(self._code(character), _OTHER))
+        return _Characters(1 << min(self._code(character, _ESCAPED), _OTHER))
 
     def _class(self) -> _Characters:
         start = self._at - 1
@@ -110,10 +118,10 @@ class _Text:
         self._at += is_negated
         bits = 0
         while (character := self._next()) not in ("]", ""):
-            first = last = self._code(character)
+            first = last = self._code(character, _ESCAPED_ANYWHERE)
             if self._pattern.startswith("-", self._at) and not self._pattern.startswith("-]", self._at):
                 self._at += 1
-                last = self._code(self._next())
+                last = self._code(self._next(), _ESCAPED_ANYWHERE)
             if first <= _LARGEST:
                 bits |= (2 << min(last, _OTHER)) - (1 << min(first, _OTHER)) if first <= last else 0
         bits = _ANY & (~bits if is_negated else bits)
@@ -121,13 +129,15 @@ class _Text:
             raise Unreadable(f"no character can stand for {self._pattern[start : self._at]}")
         return _Characters(bits)
 
-    def _code(self, character: str) -> int:
+    def _code(self, character: str, escaped: str) -> int:
         if character != "\\":
             return ord(character or "\0")
-        if escaped := _HEX.match(self._pattern, self._at):
-            self._at = escaped.end()
-            return int(escaped[escaped.lastindex or 0], 16)
+        if number := _HEX.match(self._pattern, self._at):
+            self._at = number.end()
+            return int(number[number.lastindex or 0], 16)
         character = self._next()
+        if character not in escaped:
+            raise _Unknown
         return ord(_CONTROLS.get(character, character) or "\\")
 
 
@@ -237,27 +247,31 @@ def _kinds(characters: list[int]) -> list[int]:
 
 
 class Readings:
-    """Those of all patterns of a schema."""
+    """Those of the patterns of a schema, each by itself: a text is read by one of them."""
 
     def __init__(self) -> None:
-        self._num = 0
         self._room = MAX_LINKS
-        self._seen: set[str] = set()
+        self._known: dict[str, int] = {}
 
-    def add(self, pattern: str) -> None:
-        """Raises Unreadable."""
-        if pattern in self._seen:
-            return
-        self._seen.add(pattern)
+    def add(self, pattern: str) -> int:
+        """How many there are of a token. Raises Unreadable."""
+        if pattern not in self._known:
+            self._known[pattern] = self._num(pattern)
+        return self._known[pattern]
+
+    def _num(self, pattern: str) -> int:
         places = _Places(self._room - _LINKS_TO_BEGIN)
         try:
             places.add(_Sequence([_Characters(_QUOTE), _Text(pattern).choice(), _Characters(_QUOTE)]))
         except RecursionError:
             raise Unreadable("its parts are nested too deeply") from None
-        self._num += places.num_readings()
+        except _Unknown:
+            return 1
+        num = places.num_readings()
         self._room = places.room
-        if self._num > MAX_READINGS:
+        if num > MAX_READINGS:
             raise Unreadable(
                 f"a text can be read in more than {MAX_READINGS} ways: say what begins a part that is repeated, so "
                 "that it cannot also be more of what is before it, as in [a-z]+( [a-z]+)* for ([a-z]+ ?)+"
             )
+        return num

@@ -3,7 +3,7 @@
 Alternatives that begin alike are followed together, for every token there is, until what was written tells them apart.
 Nesting multiplies them: where two that begin alike lead back to where they are chosen from there is no bound, and
 llama.cpp took 24 s for 40 tokens of two such arrays. A schema is read as llama.cpp reads it: the required properties
-come first, in the order of `properties`. Knows nothing of patterns.
+come first, in the order of `properties`. Knows of patterns only in how many ways each is read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 MAX_READINGS = 128  # about a second for a short answer; 900 took eleven
 _LITERALS = 8  # count as one other reading, with which an enum may have as many as are accepted of alternatives
+_TEXTS = 40  # readings of a text count as one other: there may be plain ones beside any pattern that is accepted
 _MAX_NAMES = 8  # of properties in which alternatives are told apart, or not at all
 _KINDS = {dict: "object", list: "array", str: "string", int: "number", float: "number", bool: "boolean"}
 _KINDS[type(None)] = "null"
@@ -21,6 +22,7 @@ _ALL = frozenset(_KINDS.values())
 _PLAIN = _ALL - {"object", "array"}
 _DONE = 2**62  # more than there are parts
 _ADVICE = "give each, as its first required property, one with a const of its own"
+_SIMPLER = f"{_ADVICE}, or patterns that are read in fewer"
 _Schema = Mapping[str, Any]
 _Path = Sequence[frozenset[str] | None]  # what comes first, and then: one of these, or anything
 _Beginning = Mapping[str, _Path]  # for each kind of value that it can be
@@ -31,10 +33,12 @@ class Ambiguous(ValueError):
 
 
 class Unions:
-    """Those of a schema. `targets`: what its references stand for; none leads to itself by references alone."""
+    """Those of a schema. `targets`: what its references stand for; none leads to itself by references alone. `texts`:
+    in how many ways a text is read by the patterns of a part, by its id."""
 
-    def __init__(self, targets: Mapping[str, _Schema]) -> None:
+    def __init__(self, targets: Mapping[str, _Schema], texts: Mapping[int, int]) -> None:
         self._targets = targets
+        self._texts = texts
         self._begun: dict[int, tuple[_Beginning, int]] = {}
         self._readings: dict[int, int] = {}
 
@@ -44,7 +48,7 @@ class Unions:
             for group in self._groups(schema):
                 num = self._num_readings(group)
                 if num > MAX_READINGS:
-                    raise Ambiguous(f"alternatives of anyOf can be read in more than {MAX_READINGS} ways: {_ADVICE}")
+                    raise Ambiguous(f"alternatives of anyOf can be read in more than {MAX_READINGS} ways: {_SIMPLER}")
                 self._readings.update(dict.fromkeys(map(id, group), num))
         except RecursionError:
             raise Ambiguous("its alternatives are nested too deeply") from None
@@ -89,7 +93,7 @@ class Unions:
         most, beside = 1, 0
         for part in group:
             within = [self._readings.get(id(each), 1) for each in self._within(part)]
-            most = max(most, self._begin(part)[1] // _LITERALS, *within)
+            most = max(most, self._begin(part)[1] // _LITERALS, self._texts.get(id(part), 0) // _TEXTS, *within)
             for together in self._alike(_listed(part, "oneOf", "anyOf")):
                 if most > MAX_READINGS:
                     break
