@@ -169,9 +169,11 @@ class WatchedReader(Reader):
 
 
 @asynccontextmanager
-async def directory(place: Place, **options: Any) -> AsyncIterator[tuple[Directory, WatchedReader]]:
+async def directory(
+    place: Place, kind: type[WatchedReader] = WatchedReader, **options: Any
+) -> AsyncIterator[tuple[Directory, WatchedReader]]:
     connect(place).close()
-    reader = WatchedReader(place)
+    reader = kind(place)
     made = Directory(reader, **options)
     try:
         await made.start()
@@ -275,9 +277,8 @@ def test_the_first_look_may_take_longer_than_those_for_changes(place: Place, mon
 
     async def run() -> None:
         nonlocal is_hung
-        token, known = minted(place), Directory(Slow(place))
-        await known.start()
-        try:
+        token = minted(place)
+        async with directory(place, Slow) as (known, _):
             assert (await entered(known, token.text)).token.id == token.id
             # Nor could what had changed be read again, or all of a database that has gone back.
             for version in (0, 1_000_000):
@@ -287,8 +288,6 @@ def test_the_first_look_may_take_longer_than_those_for_changes(place: Place, mon
             is_hung = True
             with pytest.raises(StoreAway, match=r"did not answer within 0\.05 s"):
                 await known.refresh()
-        finally:
-            await known.close()
 
     monkeypatch.setattr("octoai.server.directory.WAIT_SECONDS", 0.05)
     asyncio.run(run())
@@ -312,9 +311,8 @@ def test_who_waits_for_a_look_at_what_is_locked_is_told_soon(
 
     async def run() -> None:
         nonlocal is_locked
-        old, known = minted(place), Directory(Locked(place))
-        await known.start()
-        try:
+        old = minted(place)
+        async with directory(place, Locked) as (known, _):
             is_locked, known._reads_all, new = True, is_waiting_for_all, minted(place)
             began = time.monotonic()
             with pytest.raises(StoreAway):
@@ -323,8 +321,6 @@ def test_who_waits_for_a_look_at_what_is_locked_is_told_soon(
                 await entered(known, new.text)
             assert time.monotonic() < began + 5
             await entered(known, old.text)
-        finally:
-            await known.close()
 
     monkeypatch.setattr("octoai.server.directory.WAIT_SECONDS", 0.1)
     monkeypatch.setattr("octoai.server.directory.PATIENCE_SECONDS", 0.5)

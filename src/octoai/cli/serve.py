@@ -97,12 +97,13 @@ def _fail(message: str) -> int:
 def _profile(settings: Settings, model: str, source: Path) -> tuple[Path, LlamaOptions] | None:
     """How a profile says to run the model in that file, and the file to run then. One line about it."""
     from octoai.optimizer.profile import BadProfile, Profiles
+    from octoai.server import logs
     from octoai.server.run import say
 
     try:
         known = Profiles(settings.cache).find(source)
     except BadProfile as error:
-        _fail(str(error))
+        logs.tell(str(error))
         return None
     if known is None:
         return None
