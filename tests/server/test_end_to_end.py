@@ -242,6 +242,7 @@ def test_a_schema_that_would_take_the_engine_from_everybody_is_refused_by_name(
 @pytest.mark.parametrize(
     "schema",
     [
+        {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(400)}},
         {"type": "string", "pattern": "^(.?){12}$"},
         {"type": "string", "pattern": "^([a-z]+ ?)+$"},
         {"type": "string", "pattern": "^.{0,1900}$"},

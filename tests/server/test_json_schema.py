@@ -20,7 +20,11 @@ A, B = "#/$defs/a", "#/$defs/b"
         {},
         {"type": "object", "properties": {"a": {"enum": list(range(900))}}},
         {"type": ["integer", "null"], "enum": [*range(400), None]},
-        {"type": "string", "pattern": "a" * 2000},
+        {"type": "string", "pattern": "^" + "a" * 1998 + "$"},
+        {"type": "string", "pattern": "(.?){99}"},
+        {"type": "object", "patternProperties": {"^(.?){99}$": {}}},
+        {"$defs": {"a": {"pattern": "^a{5,1}$"}, "b": {"enum": list(range(2000))}}, "type": "string"},
+        {"properties": {f"p{number}": {} for number in range(900)}, "required": [f"p{n}" for n in range(500)]},
         {"properties": {"enum": {"type": "string"}, "pattern": {"type": "integer"}}},
         {"properties": {"const": {"type": "string"}, "minimum": {"type": "integer"}, "$ref": {"type": "string"}}},
         {"const": {"minItems": 3, "maxItems": 1}, "default": {"$ref": "#"}},
@@ -57,11 +61,11 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
         ({"type": ["integer", "string", "null"], "enum": list(range(400))}, "for each type"),
         ({"anyOf": [{"const": number} for number in range(MAX_ALTERNATIVES + 1)]}, "branches"),
         ({"allOf": [{"properties": {f"{n}{m}": {} for m in range(100)}} for n in range(11)]}, "properties"),
-        ({"type": "string", "pattern": "a|" * 1001}, "pattern"),
+        ({"properties": {f"p{number}": {} for number in range(401)}}, "401 properties that may be left out"),
+        ({"type": "string", "pattern": "^" + "a|" * 1000 + "$"}, "pattern"),
         ({"description": "x" * 200_000}, "bytes"),
         ({"type": "string", "pattern": "^(a?){300}$"}, "ways"),
         ({"type": "string", "pattern": "^[A-Z]{3,2}$"}, "larger bound first"),
-        ({"type": "object", "patternProperties": {"^(.?){99}$": {}}}, "ways"),
         ({"type": "array", "minItems": 3, "maxItems": 1}, "minItems is more than maxItems"),
         ({"minLength": 6, "maxLength": 5}, "minLength is more than maxLength"),
         ({"minLength": 2**31, "maxLength": 2**32}, "minLength: at most"),
@@ -103,13 +107,17 @@ def test_references_that_lead_to_themselves_are_refused(schema: dict[str, Any]) 
 
 
 def test_what_is_referred_to_counts_once_for_each_spelling() -> None:
-    large = {"properties": {f"p{number}": {"items": {"type": "integer"}} for number in range(400)}}
+    names = [f"p{number}" for number in range(400)]
+    large = {"properties": {name: {"items": {"type": "integer"}} for name in names}, "required": names}
     definitions: dict[str, Any] = {"a": large, "b": [{"$ref": A}]}
     named = {"$defs": definitions, "anyOf": [{"$ref": A} for _ in range(100)]}
     assert bounded(named) is named
     spelled = [{"$ref": f"#/$defs/b/{'0' * number}"} for number in range(1, 100)]
     assert bounded({"$defs": definitions, "anyOf": spelled})
     definitions["b"] = [large]
+    assert bounded({"$defs": definitions, "anyOf": spelled[:2]})
+    with pytest.raises(BadRequest, match="properties"):
+        bounded({"$defs": definitions, "anyOf": spelled[:3]})
     with pytest.raises(BadRequest, match="parts"):
         bounded({"$defs": definitions, "anyOf": spelled})
 

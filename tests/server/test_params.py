@@ -513,6 +513,11 @@ def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None
         (params.chat, CHAT, "structured_outputs", {"regex": "a+"}),
         (params.chat, CHAT, "best_of", 3),
         (params.chat, CHAT, "echo", True),
+        (params.chat, CHAT, "json_schema", {"type": "object"}),
+        (params.completion, TEXT, "response_format", {"type": "json_object"}),
+        (params.completion, TEXT, "tools", [{"function": {"name": "f"}}]),
+        (params.completion, TEXT, "top_logprobs", 2),
+        (params.completion, TEXT, "grammar", "root ::= x"),
         (params.completion, TEXT, "guided_regex", "a+"),
         (params.completion, TEXT, "guided_grammar", "root ::= x"),
         (params.completion, TEXT, "suffix", "x"),
@@ -532,7 +537,8 @@ def test_harmless_forms_of_it_are_not() -> None:
     nothing = {"guided_json": None, "structured_outputs": {}, "web_search_options": None, "best_of": 1, "echo": False}
     assert chat(**nothing) == chat()
     assert chat(n=3, best_of=3) == chat(n=3)
-    assert completion(suffix="", best_of=1) == completion()
+    nothing = {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "top_logprobs": 0}
+    assert completion(suffix="", best_of=1, **nothing) == completion()
     assert completion(n=3, best_of=3).num_choices == 3
 
 

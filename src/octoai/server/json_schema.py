@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -22,6 +22,7 @@ from octoai.server.unions import Ambiguous, Unions
 
 MAX_BYTES = 128 * 1024
 MAX_ALTERNATIVES = 1000
+MAX_OPTIONAL = 400  # an engine has a rule for each that can come after each: a second, and 4.6 of 900
 MAX_PATTERN_LENGTH = 2000
 MAX_PARTS = 20_000  # with what $refs stand for, once for each spelling, in an allOf each time: 240,000 took 8 s
 MAX_COUNT = 2**31 - 1
@@ -38,11 +39,10 @@ _BRANCHES = (
     "prefixItems",
     "properties",
     "patternProperties",
-    "$defs",
-    "definitions",
 )
 _SAME_VALUE = ("anyOf", "oneOf", "allOf")  # whose schemas are of the value that the schema itself is of
-_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_DEFINITIONS = frozenset({"$defs", "definitions"})
+_NAMED = _DEFINITIONS | {"properties", "patternProperties", "dependentSchemas"}
 _VALUES = frozenset({"const", "enum", "default", "examples"})  # not schemas
 _COUNTED = (("minLength", "maxLength"), ("minItems", "maxItems"), ("minProperties", "maxProperties"))
 _DIGITS = re.compile(r"\s*\+?([0-9]{1,4000})")
@@ -98,17 +98,17 @@ class _Seen:
         self._num_parts = self._num_alternatives = 0
         self._patterns = Readings()
         self._texts: dict[int, int] = {}
-        self._known: set[int] = set()
+        self._known: set[tuple[int, str]] = set()
 
     def add(self, schema: _Schema) -> None:
         """Raises _Unbounded."""
         targets = {"#": schema}
         same_value: dict[int, list[int]] = {}
         merged: dict[int, bool] = {}
-        waiting: list[tuple[_Schema, bool | None]] = [(schema, None)]
+        waiting: list[tuple[_Schema, str, bool | None]] = [(schema, "", None)]
         while waiting and self._num_parts <= MAX_PARTS:
-            part, is_optional = waiting.pop()
-            self._add_part(part)
+            part, spelling, is_optional = waiting.pop()
+            self._add_part(part, spelling)
             of_same_value = [each for key in _SAME_VALUE for each in _schemas(part.get(key))]
             reference = part.get("$ref")
             if isinstance(reference, str):
@@ -118,12 +118,12 @@ class _Seen:
                 if is_optional is not None:
                     self._add_copy(targets[reference], is_optional)
                 if is_new or is_optional is not None:
-                    waiting.append((targets[reference], is_optional))
+                    waiting.append((targets[reference], reference, is_optional))
                 of_same_value.append(targets[reference])
             if of_same_value:
                 same_value[id(part)] = [id(each) for each in of_same_value]
             merged |= _merged(part)
-            waiting.extend((each, merged.get(id(each))) for each in _parts(part))
+            waiting.extend((each, spelling, merged.get(id(each))) for each in _parts(part))
         try:
             TopologicalSorter(same_value).prepare()
         except CycleError:
@@ -144,16 +144,19 @@ class _Seen:
             counted = f"{self._num_alternatives} properties, branches and enum values (these for each type of a list)"
             raise _Unbounded(f"the schema has {counted}; at most {MAX_ALTERNATIVES} are accepted")
 
-    def _add_part(self, part: _Schema) -> None:
+    def _add_part(self, part: _Schema, spelling: str) -> None:
+        """`spelling`: of the reference that it was found by. An engine reads it once for each."""
         self._num_parts += 1
-        if id(part) in self._known:
+        if (id(part), spelling) in self._known:
             return
-        self._known.add(id(part))
+        self._known.add((id(part), spelling))
         self._num_alternatives += sum(len(part[key]) for key in _BRANCHES if isinstance(part.get(key), (dict, list)))
         self._num_alternatives += _num_read_again(part)
-        _check_types(part)
-        _check_bounds(part)
-        self._texts[id(part)] = _num_readings(part, self._patterns)
+        if id(part) not in self._texts:
+            _check_types(part)
+            _check_optional(part)
+            _check_bounds(part)
+            self._texts[id(part)] = _num_readings(part, self._patterns)
 
     def _add_copy(self, target: _Schema, is_optional: bool) -> None:
         """Of properties that may be left out an engine makes a rule for each that can come after each."""
@@ -178,8 +181,9 @@ def _schemas(values: Any) -> Iterator[_Schema]:
 
 
 def _parts(schema: _Schema) -> Iterator[_Schema]:
+    """What an engine reads of it as it stands there; of definitions only those that something refers to."""
     for key, value in schema.items():
-        if key in _VALUES:
+        if key in _VALUES or key in _DEFINITIONS:
             continue
         if not isinstance(value, dict):
             yield from _schemas(value)
@@ -216,6 +220,16 @@ def _check_types(schema: _Schema) -> None:
         raise _Unbounded("a list of types has each of them once")
     if "allOf" in schema and "object" in types and "string" in types:
         raise _Unbounded("allOf: not where both 'object' and 'string' are allowed; use anyOf for them")
+
+
+def _check_optional(schema: _Schema) -> None:
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict) or len(properties) <= MAX_OPTIONAL:
+        return
+    named = {each for each in required if isinstance(each, str)} if isinstance(required, list) else set()
+    num = len(properties.keys() - named)
+    if num > MAX_OPTIONAL:
+        raise _Unbounded(f"an object has {num} properties that may be left out; at most {MAX_OPTIONAL} are accepted")
 
 
 def _num_read_again(schema: _Schema) -> int:
@@ -271,20 +285,13 @@ def _limits_nothing(name: str, limit: Any) -> bool:
 
 
 def _num_readings(schema: _Schema, patterns: Readings) -> int:
-    """Of a text. Raises _Unbounded."""
-    num = 0
-    for pattern in _patterns(schema):
-        if len(pattern) > MAX_PATTERN_LENGTH:
-            raise _Unbounded(f"a pattern has more than {MAX_PATTERN_LENGTH} characters")
-        try:
-            num += patterns.add(pattern)
-        except Unreadable as error:
-            raise _Unbounded(f"pattern {pattern[:100]}: {error}") from None
-    return num
-
-
-def _patterns(schema: _Schema) -> Iterable[str]:
-    if isinstance(schema.get("pattern"), str):
-        yield schema["pattern"]
-    if isinstance(schema.get("patternProperties"), dict):
-        yield from schema["patternProperties"]
+    """Of a text. llama.cpp reads a pattern only where it is one of the whole text. Raises _Unbounded."""
+    pattern = schema.get("pattern")
+    if not isinstance(pattern, str) or not (pattern.startswith("^") and pattern.endswith("$")):
+        return 0
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise _Unbounded(f"a pattern has more than {MAX_PATTERN_LENGTH} characters")
+    try:
+        return patterns.add(pattern)
+    except Unreadable as error:
+        raise _Unbounded(f"pattern {pattern[:100]}: {error}") from None

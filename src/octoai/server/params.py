@@ -31,17 +31,19 @@ MAX_VALUES = 2**21
 MAX_LISTS_AND_TEXTS = 2**17
 COUNTED_BYTES = 2**18  # a body of fewer bytes cannot have too many
 
-# Parameters of today's clients, OpenAI's and vLLM's, that would change the answer in a way nothing here can do. The
-# harmless rest (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) is accepted and changes nothing.
+# Parameters of today's clients, OpenAI's, vLLM's and llama.cpp's, that would change the answer in a way nothing here
+# can do. The harmless rest (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) changes nothing.
 IMPOSSIBLE = frozenset(
     {
         "audio",
         "function_call",
         "functions",
+        "grammar",
         "guided_choice",
         "guided_grammar",
         "guided_json",
         "guided_regex",
+        "json_schema",
         "loglikelihood",
         "peft",
         "prediction",
@@ -51,6 +53,8 @@ IMPOSSIBLE = frozenset(
     }
 )
 _IMPOSSIBLE_IN_CHAT = IMPOSSIBLE | {"best_of", "echo"}
+_ONLY_IN_CHAT = frozenset({"response_format", "tools", "top_logprobs"})
+_IMPOSSIBLE_IN_COMPLETION = IMPOSSIBLE | _ONLY_IN_CHAT
 
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -153,7 +157,7 @@ def chat(body: bytes) -> TextRequest:
 
 def completion(body: bytes) -> TextRequest:
     params = _checked(_COMPLETION, body)
-    _refuse_impossible(params, IMPOSSIBLE)
+    _refuse_impossible(params, _IMPOSSIBLE_IN_COMPLETION)
     sampling = _sampling(params)
     sampling["logprobs"] = params.get("logprobs")
     if (params.get("best_of") or sampling["n"]) != sampling["n"]:
@@ -291,7 +295,8 @@ def _refuse_impossible(params: Mapping[str, Any], impossible: frozenset[str]) ->
     given = () if impossible.isdisjoint(params) else sorted(impossible.intersection(params))
     for name in given:
         if _asks_for_something(name, params):
-            raise UnsupportedParameter(f"{name}: not offered here; leave it out", param=name)
+            where = "only offered in /v1/chat/completions" if name in _ONLY_IN_CHAT else "not offered here"
+            raise UnsupportedParameter(f"{name}: {where}; leave it out", param=name)
     modalities = params.get("modalities")
     if modalities and any(kind != "text" for kind in modalities):
         raise UnsupportedParameter("modalities: only text is generated here", param="modalities")
@@ -304,6 +309,8 @@ def _asks_for_something(name: str, params: Mapping[str, Any]) -> bool:
         return bool(value) and value not in ("none", "auto")
     if name == "best_of":
         return bool(value) and value != (params.get("n") or 1)
+    if name == "response_format":
+        return bool(value) and value != {"type": "text"}
     if name == "web_search_options":
         return value not in (None, False)  # an empty object is how it is asked for
     return bool(value)
