@@ -12,7 +12,7 @@ from pathlib import Path
 from starlette.routing import BaseRoute, Route
 from starlette.routing import Router as Routes
 
-from octoai.server import admin, api, docs, organization, prices, pricing
+from octoai.server import admin, api, cors, docs, organization, prices, pricing
 from octoai.server.admission import Admission
 from octoai.server.books import Books, open_journal, recover
 from octoai.server.catalogue import Catalogue, Model
@@ -60,7 +60,8 @@ def routes() -> list[BaseRoute]:
 
 def edge(service: Service) -> Edge:
     posts = {**dict.fromkeys(_CHAT_PATHS, api.chat_completions), **dict.fromkeys(_COMPLETION_PATHS, api.completions)}
-    return Edge(Routes(routes=routes(), redirect_slashes=False), service, posts)
+    inner = Routes(routes=routes(), redirect_slashes=False)
+    return Edge(inner if service.allowed_origin is None else cors.Preflights(inner), service, posts)
 
 
 def prepare(settings: Settings) -> Connection:
@@ -131,6 +132,7 @@ def over(settings: Settings, router: Router, metrics: Metrics, *, is_beside: boo
         router=router,
         metrics=metrics,
         drain_seconds=settings.drain_seconds,
+        allowed_origin=settings.allowed_origin,
     )
 
 

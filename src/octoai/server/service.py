@@ -46,6 +46,7 @@ class Service:
     router: Router
     metrics: Metrics
     drain_seconds: float = 30.0
+    allowed_origin: str | None = None  # whose pages may ask; "*": anybody's
     is_draining: bool = False
     jobs: set[Job] = field(default_factory=set)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

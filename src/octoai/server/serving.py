@@ -18,7 +18,7 @@ from typing import Any
 import anyio.lowlevel
 import uvicorn
 
-from octoai.server import app, descriptors, idle, logs
+from octoai.server import app, cors, descriptors, idle, logs
 from octoai.server.errors import Refusal
 from octoai.server.heap import Heap
 from octoai.server.listener import BACKLOG, doors
@@ -197,6 +197,7 @@ def http_config(service: Service) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        headers=list(cors.headers(service.allowed_origin)),
         proxy_headers=False,  # nothing here asks who is behind a proxy
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=2,

@@ -26,11 +26,16 @@ FILENAME = "octoai.toml"
 NUM_SLOTS_ELSEWHERE = 256  # requests at once to a server that nobody said more of
 # Which keys an environment variable may set: OCTOAI_HOST, OCTOAI_PORT, …
 _FROM_ENVIRONMENT = (
-    "host", "port", "drain_seconds", "engine_stall_seconds", "max_waiting", "max_waiting_tokens", "prefix_cache_mib",
-    "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
+    "host", "port", "allowed_origin", "drain_seconds", "engine_stall_seconds", "max_waiting", "max_waiting_tokens",
+    "prefix_cache_mib", "stand_in", "log_level", "database", "database_away_seconds", "when_database_is_away", "ledger",
     "answers_kept_seconds", "optimize_when_idle", "workers", "worker_stall_seconds",
 )  # fmt: skip
 _PLACES = {"data_dir": places.data_dir, "cache_dir": places.cache_dir}  # "~" and relative ones as everywhere else
+_EXPECTED = {  # of those that may hold a password, so that it is not said, and where a pattern says nothing to people
+    "allowed_origin": "* or an origin, in small letters and without a path, as https://chat.example",
+    "database": "postgresql://user@host/name",
+    "engine_url": "http://host:port/v1 or unix:/path/to/socket",
+}
 _FOR_CATALOGUE = ("aliases", "context_length", "licence", "input_price", "cached_input_price", "output_price", "sha256")
 
 
@@ -120,14 +125,15 @@ class Settings(_Checked):
 
     `database` is a PostgreSQL URL; without one it is SQLite in `data_dir`. While it does not answer, tokens that are
     known stay good for `database_away_seconds`, unless `when_database_is_away` is "refuse". `ledger` "off" records,
-    bills and limits nothing. `answers_kept_seconds` is for answers under keys. `optimize_when_idle` "on" optimizes a
-    model without a profile while nobody asks. Of `workers`, one silent for `worker_stall_seconds` is killed.
+    bills and limits nothing. `answers_kept_seconds` is for answers under keys. `optimize_when_idle` "on" does that to a
+    model without a profile. Of `workers`, one silent for `worker_stall_seconds` is killed. `allowed_origin`: `cors`.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     data_dir: Path
     cache_dir: Path
+    allowed_origin: Annotated[str | None, Field(pattern=r"^(\*|https?://[a-z0-9.:\[\]-]+)$")] = None
     drain_seconds: Annotated[float, Field(ge=0, le=86400)] = 30.0
     engine_stall_seconds: Annotated[float, Field(ge=0.5, le=86400)] = 30.0
     max_waiting: Annotated[int, Field(ge=0, le=1_000_000)] = 256
@@ -276,10 +282,8 @@ def _checked(values: Mapping[str, Any], name: str, said_by: Mapping[str, str]) -
         raise BadSettings(f"{name}: unknown key {place!r}; the nearest known one is {near[0]!r}")
     message = problem["msg"].removeprefix("Value error, ")
     where = said_by.get(place, f"{name}: {place}")
-    if place == "database":  # it may hold a password
-        raise BadSettings(f"{where}: expected postgresql://user@host/name")
-    if location[-1] == "engine_url":  # so may this
-        raise BadSettings(f"{where}: expected http://host:port/v1 or unix:/path/to/socket")
+    if location[-1] in _EXPECTED:
+        raise BadSettings(f"{where}: expected {_EXPECTED[location[-1]]}")
     # A table, or a list of them, may hold a password.
     given = "" if isinstance(problem["input"], dict | list) else f", not {problem['input']!r:.80}"
     raise BadSettings(f"{where}: {message[:1].lower()}{message[1:]}{given}")
