@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octoai.server import params
+from octoai.server import bodies, params
 from octoai.server.engines.base import Generation
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.errors import BadRequest, InvalidBody, MalformedBody, Refusal, UnsupportedParameter
@@ -223,12 +223,12 @@ def test_of_a_body_with_many_wrong_values_the_first_are_told_in_no_time() -> Non
         began = time.process_time()
         refusal = refused(decode, {"model": "m", **wrong})
         assert time.process_time() - began < 0.15  # 0.01 s where it is as it should be, 0.3 s and more where it is not
-        assert 1 <= len(refusal.detail) <= params.MAX_PROBLEMS
+        assert 1 <= len(refusal.detail) <= bodies.MAX_PROBLEMS
         assert len(json.dumps(refusal.body())) < 50_000
 
 
 def test_more_wrong_values_than_anybody_could_list_are_one_refusal() -> None:
-    bias = dict.fromkeys(range(params.MAX_LISTED_PROBLEMS + 1), "wrong")
+    bias = dict.fromkeys(range(bodies.MAX_LISTED_PROBLEMS + 1), "wrong")
     refusal = refused(params.chat, {**CHAT, "logit_bias": bias})
     assert [row["loc"] for row in refusal.detail] == [["body"]]
 
@@ -252,7 +252,7 @@ def filled(path: str, value: str, number: int) -> bytes:
     ],
 )
 def test_no_body_takes_long_to_refuse_whatever_it_is_full_of(decode: Any, path: str, value: str) -> None:
-    most = params.MAX_VALUES if value == "1" else params.MAX_LISTS_AND_TEXTS
+    most = bodies.MAX_VALUES if value == "1" else bodies.MAX_LISTS_AND_TEXTS
     for number, limit in ((most - 9, 1.2), (9_900_000 // (len(value) + 1), 0.8)):
         body = filled(path, value, number)
         began = time.process_time()
@@ -280,7 +280,7 @@ def test_what_stands_in_a_text_is_not_counted_as_values() -> None:
 def test_to_count_values_takes_no_longer_than_to_read_them() -> None:
     content = [{"image_url": {"url": "data:image/png;base64," + "A" * 9_000_000}}]
     raw = json.dumps({**CHAT, "messages": [{"role": "user", "content": content}]}).encode()
-    counting = fastest(lambda: params._refuse_countless(raw))
+    counting = fastest(lambda: bodies._refuse_countless(raw))
     # About as long where it is as it should be; 35 times as long where texts are taken out first.
     assert counting < 4 * fastest(lambda: params._CHAT.validator.validate_json(raw))
 
@@ -295,11 +295,11 @@ def test_prompts_may_have_as_many_tokens_as_a_body_has_room_for() -> None:
     assert only(completion(prompt=tokens)).tokens == tokens
     several = [[1234] * 15_000] * 128
     assert [each.tokens for each in completion(prompt=several).generations] == several
-    refusal = refused(params.completion, {**TEXT, "prompt": [1] * (params.MAX_VALUES + 2)})
+    refusal = refused(params.completion, {**TEXT, "prompt": [1] * (bodies.MAX_VALUES + 2)})
     assert (refusal.status, refusal.param) == (422, None)
-    assert f"at most {params.MAX_VALUES} values" in refusal.message
-    texts = ["a"] * (params.MAX_LISTS_AND_TEXTS + 1)
-    assert f"{params.MAX_LISTS_AND_TEXTS} texts" in refused(params.chat, {**CHAT, "metadata": texts}).message
+    assert f"at most {bodies.MAX_VALUES} values" in refusal.message
+    texts = ["a"] * (bodies.MAX_LISTS_AND_TEXTS + 1)
+    assert f"{bodies.MAX_LISTS_AND_TEXTS} texts" in refused(params.chat, {**CHAT, "metadata": texts}).message
 
 
 def test_of_a_long_key_only_the_beginning_is_answered() -> None:

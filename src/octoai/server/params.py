@@ -6,30 +6,21 @@ Pure: bytes in, a `TextRequest` out, or a refusal that names the field. Types an
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Optional, Union
 
-from pydantic import Field, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic import Field, GetPydanticSchema, TypeAdapter
 from typing_extensions import TypedDict
 
+from octoai.server.bodies import MAX_SHOWN_KEY, checked, invalid
 from octoai.server.engines.base import Generation
-from octoai.server.errors import BadRequest, InvalidBody, MalformedBody, UnsupportedParameter
-from octoai.server.json_schema import bounded, refuse_unbounded_tools
+from octoai.server.errors import BadRequest, UnsupportedParameter
+from octoai.server.structure import checked_tools, schema_of
 from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, Messages
 
 DEFAULT_MAX_TOKENS = 512
 MAX_PROMPTS = 128
-MAX_PROBLEMS = 100  # that are told of one body: who has more finds out nothing by them
-MAX_SHOWN_KEY = 64  # characters of a caller's own key: each is answered several times
-MAX_LISTED_PROBLEMS = 10_000  # to list three million takes nine seconds and three gigabytes
-# Nobody else is served while a body is read. Of small values ten megabytes are millions, and each list or text among
-# them costs much more than a number. So many numbers take a quarter of a second, and prompts of token ids have no more:
-# with ids of four digits ten megabytes are full.
-MAX_VALUES = 2**21
-MAX_LISTS_AND_TEXTS = 2**17
-COUNTED_BYTES = 2**18  # a body of fewer bytes cannot have too many
 
 # Parameters of today's clients, OpenAI's, vLLM's and llama.cpp's, that would change the answer in a way nothing here
 # can do. The harmless rest (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) changes nothing.
@@ -138,7 +129,7 @@ class TextRequest:
 
 
 def chat(body: bytes) -> TextRequest:
-    params = _checked(_CHAT, body)
+    params = checked(_CHAT, body)
     _refuse_impossible(params, _IMPOSSIBLE_IN_CHAT)
     sampling = _sampling(params)
     if params.get("logprobs"):
@@ -147,8 +138,8 @@ def chat(body: bytes) -> TextRequest:
         raise BadRequest("top_logprobs: only with logprobs set to true", param="top_logprobs")
     generation = Generation(
         messages=_messages(params["messages"]),
-        schema=_schema(params.get("response_format")),
-        tools=_tools(params.get("tools"), params.get("tool_choice")),
+        schema=schema_of(params.get("response_format")),
+        tools=checked_tools(params.get("tools"), params.get("tool_choice")),
         tool_choice=params.get("tool_choice"),
         **sampling,
     )
@@ -156,7 +147,7 @@ def chat(body: bytes) -> TextRequest:
 
 
 def completion(body: bytes) -> TextRequest:
-    params = _checked(_COMPLETION, body)
+    params = checked(_COMPLETION, body)
     _refuse_impossible(params, _IMPOSSIBLE_IN_COMPLETION)
     sampling = _sampling(params)
     sampling["logprobs"] = params.get("logprobs")
@@ -226,12 +217,12 @@ def _old_vllm_options(extension: Mapping[str, Any]) -> dict[str, Any]:
         raise UnsupportedParameter("octoai.loras: no adapters are served here", param="octoai.loras")
     options = extension.get("vllm") or {}
     if not isinstance(options, dict):
-        raise _invalid(("octoai", "vllm"), "Input should be an object", "dict_type")
+        raise invalid(("octoai", "vllm"), "Input should be an object", "dict_type")
     top_k = options.get("top_k")
     if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool)):
-        raise _invalid(("octoai", "vllm", "top_k"), "Input should be a valid integer", "int_type")
+        raise invalid(("octoai", "vllm", "top_k"), "Input should be a valid integer", "int_type")
     if top_k is not None and not -1 <= top_k < 2**31:
-        raise _invalid(("octoai", "vllm", "top_k"), "Input should be between -1 and 2147483647", "int_range")
+        raise invalid(("octoai", "vllm", "top_k"), "Input should be between -1 and 2147483647", "int_range")
     for name in ("use_beam_search", "stop_token_ids"):
         if options.get(name):
             raise UnsupportedParameter(f"octoai.vllm.{name}: not offered here", param=f"octoai.vllm.{name}")
@@ -241,9 +232,7 @@ def _old_vllm_options(extension: Mapping[str, Any]) -> dict[str, Any]:
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise _invalid(
-                ("logit_bias", key[:MAX_SHOWN_KEY]), "Keys should be token ids: whole numbers", "int_parsing"
-            )
+            raise invalid(("logit_bias", key[:MAX_SHOWN_KEY]), "Keys should be token ids: whole numbers", "int_parsing")
     return {int(key): value for key, value in bias.items()}
 
 
@@ -268,27 +257,7 @@ def _part(part: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:
         if part.get(kind) is not None and part.get("type") in (None, kind):
             return {"type": kind, kind: part[kind]}
     where = ("messages", place[0], "content", place[1])
-    raise _invalid(where, "A content part is {type: text, text} or {type: image_url, image_url}", "value_error")
-
-
-def _tools(tools: Sequence[Mapping[str, Any]] | None, choice: Any) -> tuple[dict[str, Any], ...]:
-    if not tools:
-        return ()
-    if choice not in (None, "auto", "none"):
-        refuse_unbounded_tools([tool["function"].get("parameters") or {} for tool in tools])
-    return tuple([{**tool, "type": "function"} for tool in tools])
-
-
-def _schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The JSON Schema that the text must follow: {} for any object, None for free text."""
-    if response_format is None or response_format["type"] == "text":
-        return None
-    if response_format["type"] == "json_object":
-        return bounded(response_format.get("schema") or {})
-    named = response_format.get("json_schema")
-    if named is None:
-        raise _invalid(("response_format", "json_schema"), "Field required", "missing")
-    return bounded(named.get("schema") or {})
+    raise invalid(where, "A content part is {type: text, text} or {type: image_url, image_url}", "value_error")
 
 
 def _refuse_impossible(params: Mapping[str, Any], impossible: frozenset[str]) -> None:
@@ -314,80 +283,6 @@ def _asks_for_something(name: str, params: Mapping[str, Any]) -> bool:
     if name == "web_search_options":
         return value not in (None, False)  # an empty object is how it is asked for
     return bool(value)
-
-
-def _checked(adapter: TypeAdapter[Any], body: bytes) -> dict[str, Any]:
-    if len(body) > COUNTED_BYTES:
-        _refuse_countless(body)
-    try:
-        params: dict[str, Any] = adapter.validator.validate_json(body)
-        return params
-    except ValidationError as error:
-        if error.error_count() > MAX_LISTED_PROBLEMS:
-            raise _invalid((), f"More than {MAX_LISTED_PROBLEMS} values are wrong", "value_error") from None
-        problems = error.errors(include_url=False, include_context=False, include_input=False)[:MAX_PROBLEMS]
-    if problems[0]["type"] == "json_invalid":
-        raise MalformedBody(f"The body is not valid JSON: {problems[0]['msg'].removeprefix('Invalid JSON: ')}")
-    raise InvalidBody(_detail(problems, _lenient_json(body)))
-
-
-def _refuse_countless(body: bytes) -> None:
-    """422 for more values than are read, keys among them, before any of them takes memory."""
-    most_lists_and_texts = _num(b'"', body) // 2 + _num(b"[", body) + _num(b"{", body)  # or they stand in texts
-    if most_lists_and_texts <= MAX_LISTS_AND_TEXTS and (len(body) < 2 * MAX_VALUES or _num(b",", body) <= MAX_VALUES):
-        return
-    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")  # what quotes are left begin a text or end it
-    num_texts = plain.count(b'"') // 2
-    if num_texts <= MAX_LISTS_AND_TEXTS:
-        between = b"".join(plain.split(b'"')[::2])
-        num_lists = between.count(b"[") + between.count(b"{")
-        if num_texts + num_lists <= MAX_LISTS_AND_TEXTS and between.count(b",") <= MAX_VALUES:
-            return
-    said = f"A body has at most {MAX_VALUES} values, and {MAX_LISTS_AND_TEXTS} texts, lists and objects among them"
-    raise _invalid((), said, "too_long")
-
-
-def _num(character: bytes, body: bytes) -> int:
-    """How often it stands there. `count` looks at every byte: at an image's for longer than reading it takes."""
-    return len(body) - len(body.replace(character, b""))
-
-
-def _lenient_json(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):  # pydantic reads what json does not: then paths stay as pydantic says them
-        return None
-
-
-def _invalid(place: Sequence[str | int], message: str, kind: str) -> InvalidBody:
-    return InvalidBody([{"loc": ["body", *place], "msg": message, "type": kind}])
-
-
-def _detail(problems: Iterable[Mapping[str, Any]], data: Any) -> list[dict[str, Any]]:
-    """One row a field, in FastAPI's shape. Of a union's complaints the ones that go deepest say what is wrong."""
-    rows: dict[tuple[str | int, ...], dict[str, Any]] = {}
-    for problem in problems:
-        place = _place(problem["loc"], data, missing=problem["type"] == "missing")
-        if place not in rows:
-            rows[place] = {"loc": ["body", *place], "msg": problem["msg"], "type": problem["type"]}
-        elif problem["msg"].lower() not in rows[place]["msg"].lower():
-            rows[place]["msg"] += f", or {problem['msg'][0].lower()}{problem['msg'][1:]}"
-    outer = {place[:length] for place in rows for length in range(1, len(place))}
-    return [row for place, row in rows.items() if place not in outer]
-
-
-def _place(location: Sequence[str | int], data: Any, *, missing: bool) -> tuple[str | int, ...]:
-    """The path in the body. Pydantic's also has the names of a union's branches, which mean nothing to a caller."""
-    place: list[str | int] = []
-    for number, part in enumerate(location):
-        is_last = number == len(location) - 1
-        if isinstance(data, dict) and (part in data or (is_last and missing)):
-            place.append(part[:MAX_SHOWN_KEY] if isinstance(part, str) else part)
-            data = data.get(part)
-        elif isinstance(data, list) and isinstance(part, int):
-            place.append(part)
-            data = data[part] if part < len(data) else None
-    return tuple(place)
 
 
 __all__ = ["DEFAULT_MAX_TOKENS", "MAX_CHOICES", "TextRequest", "chat", "completion"]

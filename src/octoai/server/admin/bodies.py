@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Optional, Required, cast
+from typing import Annotated, Any, Literal, Optional, Required
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from octoai.server import bodies
 from octoai.server.accounts import MAX_NAME
 from octoai.server.billing import nanos
-from octoai.server.errors import InvalidBody, MalformedBody, TooLarge
+from octoai.server.errors import TooLarge
 from octoai.server.tokens import MAX_MODELS, MAX_TIME
 
 MAX_BODY_BYTES = 256 * 1024
-_MAX_COMPLAINTS = 20
-_LONGEST_PLACE = 64
 _CHECKED = ConfigDict(extra="forbid", strict=True)
 
 _Id = Annotated[str, Field(min_length=1, max_length=64)]
@@ -122,23 +121,7 @@ def checked(name: str, body: bytes) -> dict[str, Any]:
     """The fields that were given, by the type of that name. Raises TooLarge, MalformedBody or InvalidBody."""
     if len(body) > MAX_BODY_BYTES:
         raise TooLarge(MAX_BODY_BYTES)
-    try:
-        return cast("dict[str, Any]", BODIES[name].validate_json(body))
-    except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
-    if problems[0]["type"] == "json_invalid":
-        raise MalformedBody(f"The body is not valid JSON: {problems[0]['msg'].removeprefix('Invalid JSON: ')}")
-    raise InvalidBody(
-        [
-            # What is in the way may be the caller's own key, of any length.
-            {
-                "loc": ["body", *(step if isinstance(step, int) else step[:_LONGEST_PLACE] for step in problem["loc"])],
-                "msg": problem["msg"],
-                "type": problem["type"],
-            }
-            for problem in problems[:_MAX_COMPLAINTS]
-        ]
-    )
+    return bodies.checked(BODIES[name], body)
 
 
 def split_limits(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int | None]]:
