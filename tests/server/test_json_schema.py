@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from octoai.server.errors import BadRequest
-from octoai.server.json_schema import MAX_ALTERNATIVES, bounded, without_idle_limits
+from octoai.server.json_schema import MAX_ALTERNATIVES, bounded
+from octoai.server.rewriting import without_idle_limits
 
 A, B = "#/$defs/a", "#/$defs/b"
 
@@ -29,10 +30,11 @@ A, B = "#/$defs/a", "#/$defs/b"
         {"properties": {"const": {"type": "string"}, "minimum": {"type": "integer"}, "$ref": {"type": "string"}}},
         {"const": {"minItems": 3, "maxItems": 1}, "default": {"$ref": "#"}},
         {"$defs": {"a": {"properties": {"next": {"anyOf": [{"$ref": A}, {"type": "null"}]}}}}, "$ref": A},
-        {"$defs": {"a": {"type": "array", "items": {"$ref": A}}}, "allOf": [{"$ref": A}]},
         {"type": "object", "properties": {"child": {"$ref": "#"}}},
-        {"$defs": {"a": {"properties": {"x": {"allOf": [{"type": "string"}]}}}}, "allOf": [{"$ref": A}, {"$ref": A}]},
-        {"$defs": {"a": {"allOf": [{"properties": {"next": {"$ref": A}}}]}}, "$ref": A},
+        {"$defs": {"a": {"properties": {"x": {"type": "string"}}}}, "allOf": [{"$ref": A}, {"$ref": A}]},
+        {"allOf": [{"properties": {"a": {}}}, {"required": ["a"]}]},
+        {"allOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]},
+        {"properties": {"a": {"type": "string"}}, "allOf": [{"required": ["a"]}, {"minProperties": 1}]},
         {"$ref": "https://example.com/schema.json"},
         {"$ref": "#/no/such/place"},
         {"type": ["object", "null"], "properties": {"a": {"type": ["string", "null"], "maxLength": 5}}},
@@ -51,7 +53,7 @@ A, B = "#/$defs/a", "#/$defs/b"
     ],
 )
 def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
-    assert bounded(schema) is schema
+    assert bounded(schema) == schema
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,9 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
         ({"type": "integer", "maximum": -1e20}, "maximum: for integers"),
         ({"type": "integer", "minimum": 5, "exclusiveMaximum": 5}, "no integer"),
         ({"type": ["object", "object"]}, "each of them once"),
-        ({"type": ["object", "string"], "allOf": [{}]}, "allOf"),
+        ({"type": ["object", "string"], "allOf": [{}, {}]}, "allOf"),
+        ({"items": {"allOf": [{"type": "integer"}, {"minimum": 3}]}}, "none of its schemas has properties or an enum"),
+        ({"$defs": {"a": {"type": "string"}}, "type": "object", "allOf": [{"$ref": A}, {}]}, "none of its schemas"),
         ({"anyOf": [{"type": "array", "items": {"type": "integer"}}] * 129}, "more than 128 ways"),
     ],
 )
@@ -157,7 +161,7 @@ def test_what_an_all_of_refers_to_counts_for_each_branch() -> None:
     large = {"properties": {f"p{number}": {"type": "string"} for number in range(40)}}
 
     def schema(num: int, optional: int) -> dict[str, Any]:
-        branches = [{"$ref": B}] * num + [{"anyOf": [{"$ref": A}] * optional}]
+        branches = [{"properties": {}}, *[{"$ref": B}] * num, {"anyOf": [{"$ref": A}] * optional}]
         return {"$defs": {"a": {"$ref": B}, "b": large}, "allOf": branches}
 
     assert bounded(schema(1, 5))
@@ -173,11 +177,12 @@ def test_what_an_all_of_refers_to_counts_for_each_branch() -> None:
 
 
 def test_what_an_all_of_refers_to_does_not_multiply_or_lead_back() -> None:
-    for step in ({"allOf": [{"$ref": A}]}, {"allOf": [{"anyOf": [{"$ref": A}]}]}):
+    for step in ({"allOf": [{"$ref": A}, {}]}, {"allOf": [{"anyOf": [{"$ref": A}]}, {}]}):
         for definition in ({"properties": {"x": step}}, {"properties": {"x": {"items": step}}}):
             with pytest.raises(BadRequest, match="without allOf"):
                 bounded({"$defs": {"a": definition}, "$ref": A})
     doubled = {f"n{n}": {"properties": {"x": {"allOf": [{"$ref": f"#/$defs/n{n + 1}"}] * 2}}} for n in range(30)}
+    doubled["n30"] = {"properties": {}}
     with pytest.raises(BadRequest, match="without allOf"):
         bounded({"$defs": doubled, "$ref": "#/$defs/n0"})
 
@@ -195,3 +200,31 @@ def test_schemas_are_looked_through_in_a_moment() -> None:
         with suppress(BadRequest):
             bounded(schema)
         assert time.process_time() - started < 2
+
+
+def test_an_all_of_of_one_schema_is_that_schema() -> None:
+    """As pydantic 1 writes what has a description, and tools for .NET what may be null."""
+    given = {
+        "definitions": {"Color": {"type": "string", "maxLength": 5}, "Node": {"allOf": [{"properties": {}}]}},
+        "properties": {
+            "color": {"description": "c", "allOf": [{"$ref": "#/definitions/Color"}]},
+            "twice": {"title": "outer", "allOf": [{"allOf": [{"type": "integer", "title": "inner"}]}]},
+            "child": {"allOf": [{"$ref": "#"}]},
+            "more": {"minimum": 3, "allOf": [{"properties": {"a": {"allOf": [{"type": "null"}]}}}]},
+            "allOf": {"const": {"allOf": [{"type": "string"}]}},
+        },
+    }
+    before = repr(given)
+    read = bounded(given)
+    assert read["definitions"]["Node"] == {"properties": {}}
+    assert read["properties"] == {
+        "color": {"description": "c", "$ref": "#/definitions/Color"},
+        "twice": {"title": "outer", "type": "integer"},
+        "child": {"$ref": "#"},
+        "more": {"minimum": 3, "allOf": [{"properties": {"a": {"type": "null"}}}]},
+        "allOf": {"const": {"allOf": [{"type": "string"}]}},
+    }
+    assert repr(given) == before
+    referred = {"properties": {"a": {"allOf": [{"type": "string"}]}, "b": {"$ref": "#/properties/a/allOf/0"}}}
+    with pytest.raises(BadRequest, match="write what they say as one"):
+        bounded(referred)

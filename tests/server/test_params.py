@@ -514,6 +514,8 @@ def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None
         (params.chat, CHAT, "best_of", 3),
         (params.chat, CHAT, "echo", True),
         (params.chat, CHAT, "json_schema", {"type": "object"}),
+        (params.chat, CHAT, "regex", "a+"),
+        (params.chat, CHAT, "ebnf", "root ::= x"),
         (params.completion, TEXT, "response_format", {"type": "json_object"}),
         (params.completion, TEXT, "tools", [{"function": {"name": "f"}}]),
         (params.completion, TEXT, "top_logprobs", 2),
@@ -553,6 +555,22 @@ def test_the_response_formats_say_a_schema() -> None:
     assert only(chat(response_format={"type": "json_object", "schema": schema})).schema == schema
     named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": False}}
     assert only(chat(response_format=named)).schema == schema
+    assert only(chat(response_format={"type": "json_schema", "schema": schema})).schema == schema
+    assert only(chat(response_format={"type": "json_object", "value": schema})).schema == schema
+    assert only(chat(response_format={"type": "json_object", "json_schema": {"schema": schema}})).schema == schema
+    assert only(chat(response_format={"type": "json_schema", "json_schema": {"schema": {}}})).schema == {}
+
+
+def test_a_response_format_that_names_a_schema_has_one() -> None:
+    inside = ["response_format", "json_schema", "schema"]
+    for said, place in (
+        ({"type": "json_schema"}, inside[:2]),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, inside),
+        ({"type": "json_schema", "json_schema": {"type": "object", "properties": {}}}, inside),
+        ({"type": "json_object", "json_schema": {"type": "object"}}, inside),
+    ):
+        refusal = refused(params.chat, {**CHAT, "response_format": said})
+        assert refusal.detail[0]["loc"] == ["body", *place]
 
 
 def test_tools_that_have_to_be_called_have_arguments_of_a_bounded_schema() -> None:

@@ -670,6 +670,29 @@ def test_models_are_listed_with_what_serves_them(service: InProcess) -> None:
     assert (status, json.loads(text)["code"]) == (404, "model_not_found")
 
 
+def test_of_the_models_a_token_may_use_no_others_are_listed(service: InProcess) -> None:
+    for models in (["META-Llama-3-8B-instruct"], ["smollm2", "mistral-7b-instruct"], ["own"]):
+        token = service.mint("some", models=models).text
+        listed = json.loads(ask(service, "/v1/models", authorization=f"Bearer {token}")[2])["data"]
+        for row in listed:
+            sent = request(service, model=row["id"])
+            assert ask(service, "/v1/chat/completions", sent, authorization=f"Bearer {token}")[0] == 200
+        assert len(listed) == (0 if models == ["own"] else len(models))
+
+
+def test_who_asks_for_what_openai_has_elsewhere_is_told_what_to_ask_for(service: InProcess) -> None:
+    for path, words in (
+        ("/v1/responses", "POST /v1/chat/completions"),
+        ("/v1/responses/resp_1", "POST /v1/chat/completions"),
+        ("/v1/engines/davinci/completions", "in the body"),
+        ("/v1/embeddings", "Only text"),
+        ("/v1/other", "GET /openapi.json"),
+    ):
+        status, _, text = ask(service, path, {})
+        assert (status, json.loads(text)["code"]) == (404, "unknown_url")
+        assert words in json.loads(text)["message"]
+
+
 def test_the_model_that_was_asked_for_is_echoed_and_the_one_that_served_is_named(service: InProcess) -> None:
     for stream in (False, True):
         _, headers, answer = chat(service, model="mixtral-8x7b-instruct-fp16", stream=stream)

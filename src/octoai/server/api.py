@@ -108,8 +108,12 @@ async def caller_of(request: Request) -> Caller:
 
 async def models(request: Request) -> Response:
     service: Service = request.state.service
-    await caller_of(request)
-    listed = [_model_json(service, model, deployment) for model, deployment in service.router.served()]
+    caller = await caller_of(request)
+    listed = [
+        _model_json(service, model, deployment)
+        for model, deployment in service.router.served()
+        if service.may_use(caller, model.id)
+    ]
     return JSONResponse({"object": "list", "data": listed})
 
 

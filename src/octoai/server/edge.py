@@ -36,6 +36,13 @@ log = logging.getLogger("octoai.http")
 refusal_log = logging.getLogger("octoai.refusal")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_LISTED = "GET /openapi.json lists what there is."
+# What clients ask for by default that OpenAI has, and what they can be told to ask for here.
+_INSTEAD = {
+    "/v1/responses": "Use chat completions: POST /v1/chat/completions (`client.chat.completions`, `openai.chat(…)`).",
+    "/v1/engines/": "Name the model in the body: POST /v1/completions, or /v1/chat/completions.",
+    "/v1/embeddings": "Only text is generated here.",
+}
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH"})
 
 Endpoint = Callable[[Incoming, Service], Awaitable[None]]
@@ -204,7 +211,8 @@ def _refusal_of_routes(error: HTTPException, scope: Scope) -> Refusal:
     if error.status_code == 405:
         return MethodNotAllowed(f"{scope['method'][:20]} is not offered at {path}", headers=dict(error.headers or {}))
     if error.status_code == 404:
-        return UnknownPath(f"There is nothing at {path}. GET /openapi.json lists what there is.")
+        instead = next((said for begin, said in _INSTEAD.items() if path.startswith(begin)), _LISTED)
+        return UnknownPath(f"There is nothing at {path}. {instead}")
     refusal = Refusal(str(error.detail))
     refusal.status = error.status_code
     return refusal

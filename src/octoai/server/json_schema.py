@@ -11,13 +11,23 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from octoai.server.errors import BadRequest
 from octoai.server.patterns import Readings, Unreadable
+from octoai.server.references import target
+from octoai.server.rewriting import (
+    DEFINITIONS,
+    MAX_COUNT,
+    MAX_INTEGER,
+    NAMED,
+    VALUES,
+    Schema,
+    limits_nothing,
+    without_lone_all_ofs,
+)
 from octoai.server.unions import Ambiguous, Unions
 
 MAX_BYTES = 128 * 1024
@@ -25,12 +35,8 @@ MAX_ALTERNATIVES = 1000
 MAX_OPTIONAL = 400  # an engine has a rule for each that can come after each: a second, and 4.6 of 900
 MAX_PATTERN_LENGTH = 2000
 MAX_PARTS = 20_000  # with what $refs stand for, once for each spelling, in an allOf each time: 240,000 took 8 s
-MAX_COUNT = 2**31 - 1
-LEAST_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1  # to llama.cpp the same as no bound
+LEAST_INTEGER = -(2**63)  # with MAX_INTEGER to llama.cpp the same as no bound
 MAX_LONE_BOUND = 10**15 - 1  # llama.cpp has no more digits where there is but one bound
-# More than that limits nothing, and is what tools write for no limit: llama.cpp cannot read it.
-_MOST = dict.fromkeys(("maxLength", "maxItems", "maxProperties"), MAX_COUNT)
-_MOST |= {"maximum": MAX_INTEGER, "exclusiveMaximum": MAX_INTEGER}
 _BRANCHES = (
     "anyOf",
     "oneOf",
@@ -41,52 +47,34 @@ _BRANCHES = (
     "patternProperties",
 )
 _SAME_VALUE = ("anyOf", "oneOf", "allOf")  # whose schemas are of the value that the schema itself is of
-_DEFINITIONS = frozenset({"$defs", "definitions"})
-_NAMED = _DEFINITIONS | {"properties", "patternProperties", "dependentSchemas"}
-_VALUES = frozenset({"const", "enum", "default", "examples"})  # not schemas
 _COUNTED = (("minLength", "maxLength"), ("minItems", "maxItems"), ("minProperties", "maxProperties"))
-_DIGITS = re.compile(r"\s*\+?([0-9]{1,4000})")
-_Schema = Mapping[str, Any]
+_MAX_STEPS = 20  # from one $ref to the next
 
 
 class _Unbounded(ValueError):
     """The text says why."""
 
 
-def bounded(schema: _Schema) -> _Schema:
-    """The schema of an answer, where it is small enough. Raises BadRequest."""
-    _refuse_unbounded([schema], "response_format")
-    return schema
+def bounded(schema: Schema) -> Schema:
+    """The schema of an answer, where it is small enough, as engines read it rightly. Raises BadRequest."""
+    return _bounded([schema], "response_format")[0]
 
 
-def without_idle_limits(schema: _Schema) -> dict[str, Any]:
-    """Without the upper limits that limit nothing."""
-    kept = {key: value for key, value in schema.items() if not _limits_nothing(key, value)}
-    for key, value in kept.items():
-        if isinstance(value, list) and key not in _VALUES:
-            kept[key] = [without_idle_limits(each) if isinstance(each, dict) else each for each in value]
-        elif isinstance(value, dict) and key in _NAMED:
-            kept[key] = {
-                name: without_idle_limits(each) if isinstance(each, dict) else each for name, each in value.items()
-            }
-        elif isinstance(value, dict) and key not in _VALUES:
-            kept[key] = without_idle_limits(value)
-    return kept
-
-
-def refuse_unbounded_tools(schemas: Sequence[_Schema]) -> None:
+def refuse_unbounded_tools(schemas: Sequence[Schema]) -> None:
     """Where one of them is to be called engines make one grammar of the arguments of all. Raises BadRequest."""
-    _refuse_unbounded(schemas, "tools")
+    _bounded(schemas, "tools")
 
 
-def _refuse_unbounded(schemas: Sequence[_Schema], param: str) -> None:
+def _bounded(schemas: Sequence[Schema], param: str) -> Sequence[Schema]:
     try:
         size = sum([len(json.dumps(schema)) for schema in schemas])
         if size > MAX_BYTES:
             raise _Unbounded(f"the schema has {size} bytes; at most {MAX_BYTES} are accepted")
+        schemas = [without_lone_all_ofs(schema) for schema in schemas]
         seen = _Seen()
         for schema in schemas:
             seen.add(schema)
+        return schemas
     except _Unbounded as refused:
         raise BadRequest(f"{param}: {refused}", param=param) from None
 
@@ -100,21 +88,22 @@ class _Seen:
         self._texts: dict[int, int] = {}
         self._known: set[tuple[int, str]] = set()
 
-    def add(self, schema: _Schema) -> None:
+    def add(self, schema: Schema) -> None:
         """Raises _Unbounded."""
         targets = {"#": schema}
         same_value: dict[int, list[int]] = {}
         merged: dict[int, bool] = {}
-        waiting: list[tuple[_Schema, str, bool | None]] = [(schema, "", None)]
+        waiting: list[tuple[Schema, str, bool | None]] = [(schema, "", None)]
         while waiting and self._num_parts <= MAX_PARTS:
             part, spelling, is_optional = waiting.pop()
             self._add_part(part, spelling)
+            _check_all_of(part, schema)
             of_same_value = [each for key in _SAME_VALUE for each in _schemas(part.get(key))]
             reference = part.get("$ref")
             if isinstance(reference, str):
                 is_new = reference not in targets
                 if is_new:
-                    targets[reference] = _target(schema, reference)
+                    targets[reference] = target(schema, reference)
                 if is_optional is not None:
                     self._add_copy(targets[reference], is_optional)
                 if is_new or is_optional is not None:
@@ -144,7 +133,7 @@ class _Seen:
             counted = f"{self._num_alternatives} properties, branches and enum values (these for each type of a list)"
             raise _Unbounded(f"the schema has {counted}; at most {MAX_ALTERNATIVES} are accepted")
 
-    def _add_part(self, part: _Schema, spelling: str) -> None:
+    def _add_part(self, part: Schema, spelling: str) -> None:
         """`spelling`: of the reference that it was found by. An engine reads it once for each."""
         self._num_parts += 1
         if (id(part), spelling) in self._known:
@@ -158,7 +147,7 @@ class _Seen:
             _check_bounds(part)
             self._texts[id(part)] = _num_readings(part, self._patterns)
 
-    def _add_copy(self, target: _Schema, is_optional: bool) -> None:
+    def _add_copy(self, target: Schema, is_optional: bool) -> None:
         """Of properties that may be left out an engine makes a rule for each that can come after each."""
         properties, values = target.get("properties"), target.get("enum")
         if is_optional and isinstance(properties, dict):
@@ -167,51 +156,50 @@ class _Seen:
             self._num_parts += len(values)
 
 
-def _merged(schema: _Schema) -> dict[int, bool]:
+def _merged(schema: Schema) -> dict[int, bool]:
     """The branches of an allOf, of which engines make one object: whether its properties may be left out there."""
     branches = list(_schemas(schema.get("allOf")))
     alternatives = [each for branch in branches for key in ("anyOf", "oneOf") for each in _schemas(branch.get(key))]
     return dict.fromkeys(map(id, branches), False) | dict.fromkeys(map(id, alternatives), True)
 
 
-def _schemas(values: Any) -> Iterator[_Schema]:
+def _check_all_of(part: Schema, root: Schema) -> None:
+    """llama.cpp makes one object of it, of nothing where none of its schemas is one."""
+    branches = list(_schemas(part.get("allOf")))
+    if not branches or part.keys() & {"$ref", "anyOf", "oneOf", "const", "enum", "properties"}:
+        return
+    if part.get("type") in (None, "object", "string") and not any(_is_merged(root, each) for each in branches):
+        raise _Unbounded("allOf: none of its schemas has properties or an enum; write what they say as one schema")
+
+
+def _is_merged(root: Schema, branch: Schema) -> bool:
+    for _ in range(_MAX_STEPS):
+        if not isinstance(branch.get("$ref"), str):
+            break
+        branch = target(root, branch["$ref"])
+    return bool(branch.keys() & {"properties", "enum", "anyOf", "$ref"})
+
+
+def _schemas(values: Any) -> Iterator[Schema]:
     """Those among the values that are schemas."""
     if isinstance(values, list):
         yield from (each for each in values if isinstance(each, dict))
 
 
-def _parts(schema: _Schema) -> Iterator[_Schema]:
+def _parts(schema: Schema) -> Iterator[Schema]:
     """What an engine reads of it as it stands there; of definitions only those that something refers to."""
     for key, value in schema.items():
-        if key in _VALUES or key in _DEFINITIONS:
+        if key in VALUES or key in DEFINITIONS:
             continue
         if not isinstance(value, dict):
             yield from _schemas(value)
-        elif key in _NAMED:
+        elif key in NAMED:
             yield from _schemas(list(value.values()))
         else:
             yield value
 
 
-def _target(schema: _Schema, reference: str) -> _Schema:
-    """What it refers to, as llama.cpp finds it; nothing where it refers to nothing, which engines refuse."""
-    found: Any = schema
-    for name in reference.removeprefix("#/").split("/"):
-        if isinstance(found, dict):
-            found = found.get(name, found.get(name.replace("~1", "/").replace("~0", "~")))
-        elif isinstance(found, list):
-            number = _number(name)
-            found = found[number] if number is not None and number < len(found) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _number(text: str) -> int | None:
-    """As C reads it: up to what is no digit."""
-    digits = _DIGITS.match(text)
-    return int(digits[1]) if digits else None
-
-
-def _check_types(schema: _Schema) -> None:
+def _check_types(schema: Schema) -> None:
     """A schema of several types is read as one of each, whatever is in it."""
     types = schema.get("type")
     if not isinstance(types, list):
@@ -222,7 +210,7 @@ def _check_types(schema: _Schema) -> None:
         raise _Unbounded("allOf: not where both 'object' and 'string' are allowed; use anyOf for them")
 
 
-def _check_optional(schema: _Schema) -> None:
+def _check_optional(schema: Schema) -> None:
     properties, required = schema.get("properties"), schema.get("required")
     if not isinstance(properties, dict) or len(properties) <= MAX_OPTIONAL:
         return
@@ -232,13 +220,13 @@ def _check_optional(schema: _Schema) -> None:
         raise _Unbounded(f"an object has {num} properties that may be left out; at most {MAX_OPTIONAL} are accepted")
 
 
-def _num_read_again(schema: _Schema) -> int:
+def _num_read_again(schema: Schema) -> int:
     """The values of an enum beside a list of types, for each type but the first."""
     types, values = schema.get("type"), schema.get("enum")
     return len(values) * (len(types) - 1) if types and isinstance(types, list) and isinstance(values, list) else 0
 
 
-def _check_bounds(schema: _Schema) -> None:
+def _check_bounds(schema: Schema) -> None:
     for least_name, most_name in _COUNTED:
         least, most = _given(schema, least_name), _given(schema, most_name)
         if least is not None and least > MAX_COUNT:
@@ -250,7 +238,7 @@ def _check_bounds(schema: _Schema) -> None:
         _check_integer(schema)
 
 
-def _check_integer(schema: _Schema) -> None:
+def _check_integer(schema: Schema) -> None:
     """As llama.cpp reads them: where there is a minimum it does not look at an exclusive one."""
     least, most = LEAST_INTEGER, MAX_INTEGER
     for name in ("exclusiveMinimum", "minimum", "exclusiveMaximum", "maximum"):
@@ -273,18 +261,14 @@ def _check_integer(schema: _Schema) -> None:
         )
 
 
-def _given(schema: _Schema, name: str) -> int | float | None:
+def _given(schema: Schema, name: str) -> int | float | None:
     """None also where it limits nothing."""
     value = schema.get(name)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and not _limits_nothing(name, value) else None
+    return value if is_number and not limits_nothing(name, value) else None
 
 
-def _limits_nothing(name: str, limit: Any) -> bool:
-    return name in _MOST and isinstance(limit, (int, float)) and limit > _MOST[name]
-
-
-def _num_readings(schema: _Schema, patterns: Readings) -> int:
+def _num_readings(schema: Schema, patterns: Readings) -> int:
     """Of a text. llama.cpp reads a pattern only where it is one of the whole text. Raises _Unbounded."""
     pattern = schema.get("pattern")
     if not isinstance(pattern, str) or not (pattern.startswith("^") and pattern.endswith("$")):

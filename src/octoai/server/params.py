@@ -27,6 +27,7 @@ MAX_PROMPTS = 128
 IMPOSSIBLE = frozenset(
     {
         "audio",
+        "ebnf",
         "function_call",
         "functions",
         "grammar",
@@ -38,6 +39,7 @@ IMPOSSIBLE = frozenset(
         "loglikelihood",
         "peft",
         "prediction",
+        "regex",
         "structured_outputs",
         "suffix",
         "web_search_options",

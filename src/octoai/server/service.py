@@ -134,12 +134,14 @@ class Service:
         await self.directory.refresh()
         return result
 
-    def _check_model(self, caller: Caller, name: str) -> None:
+    def may_use(self, caller: Caller, model: str) -> bool:
+        """Whether the caller's token may use the model of that name."""
         allowed = caller.token.models
-        if allowed is None:
-            return
-        ids = self.router.ids(allowed)
-        if self.router.named(name).id not in ids:
+        return allowed is None or self.router.named(model).id in self.router.ids(allowed)
+
+    def _check_model(self, caller: Caller, name: str) -> None:
+        if not self.may_use(caller, name):
+            ids = self.router.ids(caller.token.models or ())
             more = f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
             named = ", ".join(sorted(ids)[:MAX_NAMED])
             raise Forbidden(

@@ -18,12 +18,14 @@ def checked_tools(tools: Sequence[Mapping[str, Any]] | None, choice: Any) -> tup
 
 
 def schema_of(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The JSON Schema that the text must follow: {} for any object, None for free text."""
+    """The JSON Schema that the text must follow: {} for any object, None for free text. It stands where OpenAI has it,
+    or beside the type, as OctoAI and llama.cpp have it, Hugging Face as `value`."""
     if response_format is None or response_format["type"] == "text":
         return None
-    if response_format["type"] == "json_object":
-        return bounded(response_format.get("schema") or {})
     named = response_format.get("json_schema")
-    if named is None:
-        raise invalid(("response_format", "json_schema"), "Field required", "missing")
-    return bounded(named.get("schema") or {})
+    said = ((named or {}).get("schema"), response_format.get("schema"), response_format.get("value"))
+    schema = next((each for each in said if each is not None), None)
+    if schema is None and (named is not None or response_format["type"] == "json_schema"):
+        inner = () if named is None else ("schema",)
+        raise invalid(("response_format", "json_schema", *inner), "Field required", "missing")
+    return bounded(schema or {})

@@ -121,6 +121,7 @@ class _ResponseFormat(TypedDict):
     __pydantic_config__ = _JSON  # type: ignore[misc]
     type: Required[Literal["text", "json_object", "json_schema"]]
     schema: NotRequired[Optional[dict[str, Any]]]
+    value: NotRequired[Optional[dict[str, Any]]]
     json_schema: NotRequired[Optional[_JsonSchema]]
 
 

@@ -19,7 +19,7 @@ import orjson
 from octoai.server.engines.base import Generation, Message
 from octoai.server.engines.choices import tokens_of
 from octoai.server.errors import BadRequest
-from octoai.server.json_schema import without_idle_limits
+from octoai.server.rewriting import without_idle_limits
 
 # Requests (path from the server's root, body) out, their answers in, the number of tokens at the end: None where it
 # cannot tell, as of images that it counts as the few tokens that stand for them.
