@@ -24,10 +24,10 @@ from octoai.server import accounts, idempotency
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import BadRequest, EngineFailed
 from octoai.server.idempotency import Key, Recording, Recordings
-from octoai.server.ledger import now_us
 from octoai.server.store import Connection, Place, connect, keys
 from octoai.server.store.keys import KeyRow
 from octoai.server.store.requests import COLUMNS, RequestRow
+from octoai.server.times import now_us
 from tests.load.accounts import Books
 from tests.load.clients import Request, Target, Told
 from tests.load.clients import ask as ask_once
@@ -201,7 +201,7 @@ def test_however_many_answers_are_kept_they_take_no_more_memory_than_they_may(an
 
 def test_what_is_over_age_is_gone_also_where_nobody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     recordings, at_us = Recordings(), 1_000_000
-    monkeypatch.setattr(idempotency, "_now_us", lambda: at_us)
+    monkeypatch.setattr(idempotency, "now_us", lambda: at_us)
     for number in range(2):
         recorded(recordings, number, [b"secret"])
     key = Key.of("key-2", PATH, b"{}")

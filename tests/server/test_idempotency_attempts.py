@@ -20,10 +20,10 @@ from octoai.server.engines.base import Event
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import Unavailable
 from octoai.server.idempotency import Key
-from octoai.server.ledger import now_us
 from octoai.server.store import Connection, Place, StoreAway, connect, keys, requests, sqlite
 from octoai.server.store.entries import balance_nanos
 from octoai.server.store.keys import KeyRow
+from octoai.server.times import now_us
 from tests.running import InProcess
 from tests.server.test_applier import COST, settlement
 from tests.server.test_idempotency import PATH, SLOW, leave, net_nanos, rows, statuses, talk

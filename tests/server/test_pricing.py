@@ -34,7 +34,7 @@ def model(model_id: str, cost: int | None, output: int | None, cached: int | Non
 
 def synced(db: Connection, at_us: int, *models: Model) -> list[PriceRow]:
     with db.transaction():
-        return pricing.sync(db, Catalogue(models), at_us)
+        return prices.sync(db, Catalogue(models), at_us)
 
 
 def price_at(db: Connection, model_id: str, at_us: int) -> tuple[int, int, int] | None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from octoai.server.limits import _KINDS, _seconds_until
 from octoai.server.store import Connection, Place, connect, rates, reservations
 from octoai.server.store.accounts import Limits
-from octoai.server.store.rates import MINUTE_US
 from octoai.server.store.reservations import Reservation, _standing
 from octoai.server.store.schema import MIGRATIONS, statements
+from octoai.server.times import MINUTE_US
 
 NOW = 1_793_491_197_500_000
 SECOND = 1_000_000

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from typing import TYPE_CHECKING, Any
 
 from octoai.cli import limits
@@ -169,12 +168,13 @@ def _described(db: Connection, account: str | None = None) -> list[dict[str, Any
     from octoai.server import accounts, views
     from octoai.server.store import accounts as table
     from octoai.server.store import tokens
+    from octoai.server.times import now_us
 
-    now_us = time.time_ns() // 1000
+    now = now_us()
     with db.snapshot():
         rows = table.all_(db) if account is None else [accounts.find(db, account)]
-        num_tokens = tokens.num_active(db, now_us, account)
-        return [views.account(row, views.standing(db, row.id, num_tokens, now_us)) for row in rows]
+        num_tokens = tokens.num_active(db, now, account)
+        return [views.account(row, views.standing(db, row.id, num_tokens, now)) for row in rows]
 
 
 def _row(account: dict[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from typing import TYPE_CHECKING
 
 from octoai.cli.database import add_options, with_database
@@ -56,6 +55,7 @@ def _verify(db: Connection) -> int:
     from octoai.server.store import clocks
     from octoai.server.store.audit import BrokenBooks
     from octoai.server.store.audit import verify as verified
+    from octoai.server.times import now_us
 
     try:
         found = verified(db)
@@ -66,7 +66,7 @@ def _verify(db: Connection) -> int:
         f"whole: {found.num_entries} entries, {found.num_requests} requests{opened}; "
         f"balances of {found.num_accounts} accounts, spending and usage add up"
     )
-    if line := clocks.ahead(db, time.time_ns() // 1000):
+    if line := clocks.ahead(db, now_us()):
         print(line)
     return 0
 
@@ -112,6 +112,7 @@ def _exported(row: RequestRow) -> dict[str, object]:
 def _refund(db: Connection, name: str, note: str) -> int:
     from octoai.server.billing import usd
     from octoai.server.store import requests
+    from octoai.server.times import now_us
 
     with db.transaction():
         found = requests.named(db, name) if name.isprintable() else []  # no database takes every character
@@ -122,7 +123,7 @@ def _refund(db: Connection, name: str, note: str) -> int:
             return fail(f"{len(found)} requests are called {name!r:.200}; say which, by its id: {ids:.1000}")
         (row,) = found
         try:
-            requests.refund(db, row, note, time.time_ns() // 1000)
+            requests.refund(db, row, note, now_us())
         except requests.NotRefundable as error:
             return fail(str(error))
     print(f"refunded {row.request_id}: {usd(row.cost_nanos)} USD to account {row.account}")

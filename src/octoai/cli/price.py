@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from typing import TYPE_CHECKING
 
 from octoai.cli.columns import Figure, aligned
@@ -40,25 +39,26 @@ def list_(args: argparse.Namespace) -> int:
         from octoai.server import prices, views
         from octoai.server.billing import PriceBook
         from octoai.server.store import prices as table
+        from octoai.server.times import now_us
 
-        catalogue, now_us = _catalogue(settings), time.time_ns() // 1000
+        catalogue, at_us = _catalogue(settings), now_us()
         wanted = None if args.model is None else catalogue.named(args.model)
         known = table.all_(db)
         # Before the first start the catalogue's prices are not there yet: then they are what will apply.
-        first = [row for row in prices.due(known, catalogue, now_us) if row.valid_from_us == 0]
+        first = [row for row in prices.due(known, catalogue, at_us) if row.valid_from_us == 0]
         found = prices.priced(catalogue, PriceBook([*known, *first]))
         chosen = [(model, rows) for model, rows in found if wanted in (None, model)]
         if args.json:
             print(
                 json.dumps(
-                    [views.model_prices(model, *prices.standing(rows, now_us)) for model, rows in chosen], indent=2
+                    [views.model_prices(model, *prices.standing(rows, at_us)) for model, rows in chosen], indent=2
                 )
             )
             return 0
         heads = ("MODEL", "IN $/1M", "CACHED $/1M", "OUT $/1M", "FROM", "SET BY")
         lines = []
         for _, rows in chosen:
-            now, coming = prices.standing(rows, now_us)
+            now, coming = prices.standing(rows, at_us)
             lines += [_row(row) for row in (now, *coming) if row is not None]
         print(aligned(heads, lines), end="")
         return 0
@@ -70,13 +70,14 @@ def set_(args: argparse.Namespace) -> int:
     def run(db: Connection, settings: Settings) -> int:
         from octoai.server import prices
         from octoai.server.billing import Price
+        from octoai.server.times import now_us
 
         model = _catalogue(settings).named(args.model)
         cost, output = _price(args.input, "--input"), _price(args.output, "--output")
         cached = cost if args.cached_input is None else _price(args.cached_input, "--cached-input")
         start_us = None if args.start is None else _moment(args.start)
         with db.transaction():
-            row = prices.set_price(db, model, Price(cost, cached, output), start_us, time.time_ns() // 1000)
+            row = prices.set_price(db, model, Price(cost, cached, output), start_us, now_us())
         name, *amounts, start, _ = _row(row)
         said = "{} input, {} cached input, {} output".format(*amounts)
         print(f"{name}: {said}, USD per million tokens, from {start} UTC")

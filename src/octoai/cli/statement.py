@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,9 +34,11 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def run(args: argparse.Namespace) -> int:
+    from octoai.server.times import now_us
+
     try:
         month = dates.months(args.month)
-        if month[0] > time.time_ns() // 1000:
+        if month[0] > now_us():
             raise ValueError(f"{args.month} has not begun: a statement is of this month, or of one before it")
     except ValueError as error:
         fail(str(error))
@@ -47,18 +48,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(db: Connection, args: argparse.Namespace, month: tuple[int, int]) -> int:
     from octoai.server import statements
+    from octoai.server.times import now_us
 
-    now_us = time.time_ns() // 1000
+    now = now_us()
     with db.snapshot():
         if args.account is None:
-            found = statements.statements(db, month, now_us)
+            found = statements.statements(db, month, now)
         else:
-            found = [statements.statement(db, args.account, month, now_us)]
+            found = [statements.statement(db, args.account, month, now)]
         names = statements.token_names(db)
     if args.csv:
         write_csv(output(), HEADER, (row for each in found for row in _csv_rows(each, args.month, names)))
-        if now_us < month[1]:
-            print(f"octoai: {args.month} is not over; this is as of {written(now_us)}", file=sys.stderr)
+        if now < month[1]:
+            print(f"octoai: {args.month} is not over; this is as of {written(now)}", file=sys.stderr)
     else:
         print(
             "\n\n\n".join(_text(each, args.month, names) for each in found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from octoai.server.statements import Usage
     from octoai.server.store import Connection
 
-MINUTE_US = 60_000_000
 MEMORY_BYTES = 8 * 1024 * 1024  # of CSV: more goes into a temporary file
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "usd")
 
@@ -112,9 +110,11 @@ def written(at_us: int) -> str:
 
 def _span(since: str | None, until: str | None) -> tuple[int, int]:
     """In microseconds, widened to the whole minutes that usage is kept by. Raises ValueError."""
+    from octoai.server.times import MINUTE_US, now_us
+
     first = datetime.now(UTC).strftime("%Y-%m-01")
     start_us = dates.moment(since or first) // MINUTE_US * MINUTE_US
-    end_us = time.time_ns() // 1000 if until is None else -(-dates.moment(until) // MINUTE_US) * MINUTE_US
+    end_us = now_us() if until is None else -(-dates.moment(until) // MINUTE_US) * MINUTE_US
     end_us = min(end_us, dates.LATEST_US)
     if end_us <= start_us:
         raise ValueError(f"there is nothing between {written(start_us)} and {written(end_us)}")

@@ -19,6 +19,7 @@ from octoai.server.store.accounts import LIMIT_NAMES, AccountRow, Limits
 from octoai.server.store.database import Conflict, Connection
 from octoai.server.store.entries import Entry
 from octoai.server.store.tokens import TokenRow
+from octoai.server.times import now_us
 
 DEFAULT_ACCOUNT = "default"
 # OctoAI's own figures for the first two.
@@ -167,8 +168,7 @@ def credit(db: Connection, account_id: str, nanos: int, *, note: str = "", kind:
         raise BadAccount("an amount is not zero, and at most a billion dollars", param="amount")
     if abs(entries.balance_nanos(db, account_id) + nanos) > MAX_BALANCE_NANOS:
         raise BadAccount("a balance is at most four billion dollars, on either side of zero", param="amount")
-    now_us = time.time_ns() // 1000
-    (entry,) = entries.post(db, [Entry(now_us, account_id, kind, nanos, note=checked_note(note) or None)])
+    (entry,) = entries.post(db, [Entry(now_us(), account_id, kind, nanos, note=checked_note(note) or None)])
     return entry
 
 

@@ -24,7 +24,7 @@ from octoai.server.engines.dialects import dumped, without_images
 from octoai.server.errors import KeyConflict, Unavailable
 from octoai.server.idempotency import KEEP_SECONDS, Key, Recording, Recordings, unpacked
 from octoai.server.ids import new_record_id
-from octoai.server.ledger import LEASE_US, Ledger, Tab, now_us
+from octoai.server.ledger import LEASE_US, Ledger, Tab
 from octoai.server.limits import Standings
 from octoai.server.params import TextRequest
 from octoai.server.router import Deployment
@@ -32,6 +32,7 @@ from octoai.server.store import keys, requests
 from octoai.server.store.database import Connection, StoreAway, StoreError
 from octoai.server.store.keys import KeyRow
 from octoai.server.store.reservations import Reservation
+from octoai.server.times import now_us
 
 POLL_SECONDS = 0.2
 ASK_SECONDS = 0.2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from octoai.server.service import Service
 from octoai.server.settings import NUM_SLOTS_ELSEWHERE, BadSettings, ModelSettings, Settings
 from octoai.server.store import Connection, clocks, connect
 from octoai.server.store.reader import Reader
+from octoai.server.times import now_us
 
 log = logging.getLogger("octoai.app")
 
@@ -74,8 +74,8 @@ def prepare(settings: Settings) -> Connection:
     if left:
         log.warning("%d requests of a process that ended without a word are settled by their checkpoints", left)
     with db.transaction():
-        prices.sync(db, catalogue(settings), time.time_ns() // 1000)
-    if line := clocks.ahead(db, time.time_ns() // 1000):
+        prices.sync(db, catalogue(settings), now_us())
+    if line := clocks.ahead(db, now_us()):
         log.warning("%s", line)
     return db
 

@@ -27,6 +27,7 @@ from octoai.server.store.database import Connection, StoreError
 from octoai.server.store.journals import end, expect, forget, keep_position, position_of
 from octoai.server.store.reader import Reader
 from octoai.server.store.writer import Writer
+from octoai.server.times import now_us
 
 log = logging.getLogger("octoai.books")
 
@@ -48,10 +49,6 @@ def open_journal(place: Place) -> Journal:
         return Journal.open(journal_dir(place))
     except OSError as error:
         raise StoreError(f"cannot write a journal in {journal_dir(place)}: {error.strerror or error}") from error
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000
 
 
 class Books:
@@ -166,23 +163,23 @@ class Books:
             await asyncio.sleep(REST_SECONDS)  # for others to write
 
     def _prune_some_reservations(self, db: Connection) -> bool:
-        return reservations.prune(db, _now_us())
+        return reservations.prune(db, now_us())
 
     def _prune_some_keys(self, db: Connection) -> bool:
-        answered_us, us = (_now_us() - int(seconds * 1_000_000) for seconds in (self._keep_seconds, KEEP_SECONDS))
+        answered_us, us = (now_us() - int(seconds * 1_000_000) for seconds in (self._keep_seconds, KEEP_SECONDS))
         return keys.prune(db, answered_us, us)
 
     def _order(self, db: Connection) -> None:
-        now_us = _now_us()
-        expired, directory = requests.expired(db, now_us), journal_dir(self.place)
+        now = now_us()
+        expired, directory = requests.expired(db, now), journal_dir(self.place)
         # Those of a process that lives are not, however long the database was away: ours, and others' on this machine.
         alive = {each for each in {row.journal for row in expired} if is_alive(directory, each)}
         lost = [row for row in expired if row.journal not in alive]
         if lost:
             log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
-        if waived_nanos := requests.interrupt(db, lost, now_us):
+        if waived_nanos := requests.interrupt(db, lost, now):
             log.warning(requests.WAIVED, waived_nanos)
-        if time.monotonic() > self._ahead_told_at + AHEAD_SECONDS and (line := clocks.ahead(db, now_us)):
+        if time.monotonic() > self._ahead_told_at + AHEAD_SECONDS and (line := clocks.ahead(db, now)):
             log.warning("%s", line)
             self._ahead_told_at = time.monotonic()
 
@@ -239,13 +236,13 @@ def _recovered(db: Connection, orphan: Orphan) -> int:
     while batch := tail.records(BATCH):
         with db.transaction():
             expect(db, orphan.instance, position)
-            waived_nanos += requests.apply(db, [orjson.loads(payload) for payload, _ in batch], _now_us())
+            waived_nanos += requests.apply(db, [orjson.loads(payload) for payload, _ in batch], now_us())
             keep_position(db, orphan.instance, batch[-1][1])
         position = batch[-1][1]
     with db.transaction():
         expect(db, orphan.instance, position)
         left = requests.open_of_journal(db, orphan.instance)
-        waived_nanos += requests.interrupt(db, left, _now_us())
+        waived_nanos += requests.interrupt(db, left, now_us())
         keys.release_of_journal(db, orphan.instance)
         end(db, orphan.instance)
     if waived_nanos > 0:

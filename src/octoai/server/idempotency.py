@@ -10,7 +10,6 @@ import asyncio
 import base64
 import hashlib
 import re
-import time
 import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from octoai.server.errors import BadRequest
+from octoai.server.times import now_us
 
 KEEP_SECONDS = 24 * 3600.0
 MAX_STORED_BYTES = 1024 * 1024
@@ -45,10 +45,6 @@ class Key:
                 "Idempotency-Key: 1 to 255 visible ASCII characters, such as a UUID", param="Idempotency-Key"
             )
         return cls(value, hashlib.sha256(path.encode() + b"\0" + body).digest())
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000
 
 
 @dataclass(eq=False, slots=True)
@@ -87,7 +83,7 @@ class Recording:
 
     def end(self, block: bytes) -> None:
         """Its last block: it is whole."""
-        self.is_done, self.ended_us = True, _now_us()
+        self.is_done, self.ended_us = True, now_us()
         self.add(block)
         self.blocks = [b"".join(self.blocks)]  # who reads the list of before has its end in that
         self._abandon = None
@@ -183,7 +179,7 @@ class Recordings:
         if ident in self._running:
             return self._running[ident]
         found = self._done.get(ident)
-        if found is None or not found.is_over_age(_now_us()):
+        if found is None or not found.is_over_age(now_us()):
             return found
         self._forget(ident)
         return None
@@ -191,7 +187,7 @@ class Recordings:
     def forget_old(self) -> None:
         """Those whose time is over, whether or not anybody asks for them again: they are text of users. All are looked
         at: one that another process gave ended before others that were put here earlier."""
-        at_us = _now_us()
+        at_us = now_us()
         for ident in [ident for ident, each in self._done.items() if each.is_over_age(at_us)]:
             self._forget(ident)
 

@@ -27,6 +27,7 @@ from octoai.server.store import keys, reservations
 from octoai.server.store.database import Connection, StoreAway, StoreError
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.writer import Writer
+from octoai.server.times import now_us
 
 log = logging.getLogger("octoai.ledger")
 
@@ -40,10 +41,6 @@ CROWD = 4  # requests at once, from which on what is to be on disk waits for oth
 GATHER_SECONDS = 0.002
 SETTLE_SECONDS = 0.005  # until a settlement is brought to the disk, where the request is there already
 LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a limit
-
-
-def now_us() -> int:
-    return time.time_ns() // 1000
 
 
 @dataclass(eq=False)

@@ -17,8 +17,9 @@ from octoai.server.errors import OutOfCredit, RateLimited
 from octoai.server.store import rates, requests, reservations
 from octoai.server.store.accounts import Limits
 from octoai.server.store.database import Connection
-from octoai.server.store.rates import MINUTE_US, Past, Payer
+from octoai.server.store.rates import Past, Payer
 from octoai.server.store.reservations import Reservation, Standing
+from octoai.server.times import MINUTE_US
 
 # The last minute's requests, oldest first: those that came in one second together, and one by one.
 Seconds = Iterable[tuple[Past, Iterable[Past]]]

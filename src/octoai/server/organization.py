@@ -23,10 +23,11 @@ from starlette.routing import BaseRoute, Route
 from octoai.server.accounts import Caller
 from octoai.server.billing import usd
 from octoai.server.errors import BadRequest
-from octoai.server.reports import DAY, MINUTE, TIMES, Range, Report, filters, groups, time_range
+from octoai.server.reports import TIMES, Range, Report, filters, groups, time_range
 from octoai.server.service import Service
 from octoai.server.store.database import Connection
 from octoai.server.store.usage import Filters, UsageSum, sums
+from octoai.server.times import DAY, MINUTE
 
 _USAGE = Report(
     pages={"1m": (60, 1440), "1h": (24, 168), "1d": (7, 31)},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from starlette.requests import Request
@@ -10,26 +9,25 @@ from starlette.responses import JSONResponse, Response
 
 from octoai.server import views
 from octoai.server.catalogue import Model
-from octoai.server.prices import priced, standing, sync
+from octoai.server.prices import priced, standing
 from octoai.server.service import Service
-
-__all__ = ["paths", "price_json", "pricing", "sync"]
+from octoai.server.times import now_us
 
 
 async def pricing(request: Request) -> Response:
     """`GET /v1/pricing`, for everybody, also while the database is away."""
     service: Service = request.state.service
-    now_us = time.time_ns() // 1000
+    now = now_us()
     known = priced(service.router.catalogue, service.directory.prices)
-    listed = [views.model_prices(model, *standing(rows, now_us)) for model, rows in known]
+    listed = [views.model_prices(model, *standing(rows, now)) for model, rows in known]
     return JSONResponse({"object": "list", "currency": "USD", "unit": "1M tokens", "data": listed})
 
 
 def price_json(service: Service, model: Model, served: Model | None = None) -> dict[str, Any] | None:
     """The price in force, as `/v1/models` shows it: of the model, or of the one that is `served` in its place, where it
     has none of its own. None where neither has one."""
-    prices, now_us = service.directory.prices, time.time_ns() // 1000
-    row = prices.of(model.id, now_us) or (prices.of(served.id, now_us) if served else None)
+    prices, now = service.directory.prices, now_us()
+    row = prices.of(model.id, now) or (prices.of(served.id, now) if served else None)
     if row is None:
         return None
     shown = views.price(row)

@@ -14,10 +14,9 @@ from starlette.datastructures import QueryParams
 
 from octoai.server.errors import BadRequest
 from octoai.server.store.usage import MAX_VALUES, Filters
+from octoai.server.times import DAY, HOUR, MAX_TIME, MINUTE
 
-MINUTE, HOUR, DAY = 60, 3600, 86400
 WIDTHS = {"1m": MINUTE, "1h": HOUR, "1d": DAY}
-MAX_TIME = 253_402_300_800  # the year 10000
 TIMES = ("start_time", "end_time", "bucket_width", "limit", "page")
 _CURSOR = re.compile(r"page_([0-9a-f]{1,10})_([0-9a-f]{1,10})")
 

@@ -23,13 +23,14 @@ from octoai.server.directory import Directory
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, OnText
 from octoai.server.errors import Forbidden, Refusal, Unavailable, UnsupportedParameter
 from octoai.server.idempotency import Key, Recording
-from octoai.server.ledger import Tab, now_us
+from octoai.server.ledger import Tab
 from octoai.server.limits import Standings, standings
 from octoai.server.metering import Meter, PartMeter
 from octoai.server.metrics import Metrics
 from octoai.server.params import TextRequest
 from octoai.server.router import Deployment, Router
 from octoai.server.store.database import Connection
+from octoai.server.times import now_us
 
 log = logging.getLogger("octoai.request")
 

@@ -18,8 +18,8 @@ from octoai.server.store.accounts import all_ as all_accounts
 from octoai.server.store.database import Connection
 from octoai.server.store.statements import Charged, Movement
 from octoai.server.store.usage import Filters, UsageSum
+from octoai.server.times import DAY, HOUR, MINUTE
 
-MINUTE, HOUR, DAY = 60, 3600, 86400
 GIVEN = ("grant", "adjustment")
 # What usage may be told by: spans of time by how they are written, and who and what.
 TIMES = {"hour": (HOUR, "%Y-%m-%d %H:00"), "day": (DAY, "%Y-%m-%d"), "month": (DAY, "%Y-%m")}

@@ -26,12 +26,12 @@ from octoai.server.store import tokens as table
 from octoai.server.store.accounts import Limits
 from octoai.server.store.database import Connection
 from octoai.server.store.tokens import TokenRow
+from octoai.server.times import MAX_TIME
 
 PREFIX = "octoai_"
 SCOPES = ("inference", "usage", "admin")
 DEFAULT_SCOPES = ("inference", "usage")
 MAX_MODELS = 1000
-MAX_TIME = 253_402_300_800  # the end of the year 9999
 _ALPHABET = string.digits + string.ascii_letters
 _RANDOM_LENGTH = 32
 _CHECKSUM_LENGTH = 6

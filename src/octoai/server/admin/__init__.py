@@ -7,7 +7,6 @@ and in force when the answer leaves. What may be done is decided in `server.acco
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from octoai.server.admin.calls import MAX_PAGE, Call, Json
 from octoai.server.api import body_of, caller_of
 from octoai.server.errors import BadRequest, NotFound, StateConflict
 from octoai.server.service import Service
+from octoai.server.times import now_us
 
 _REF = "#/components/schemas/{model}"
 
@@ -133,7 +133,7 @@ async def _answered(request: Request, operation: Operation) -> Response:
     raw = b"" if operation.body is None else await body_of(request.scope, request.receive)
     body = {} if operation.body is None else checked(operation.body, raw)
     try:
-        return JSONResponse(await operation.run(Call(request, service, caller, raw, body, time.time_ns() // 1000)))
+        return JSONResponse(await operation.run(Call(request, service, caller, raw, body, now_us())))
     except (UnknownAccount, UnknownToken) as error:
         raise NotFound(_sentence(error), param=error.param) from None
     except AccountExists as error:

@@ -12,7 +12,8 @@ from octoai.server import bodies
 from octoai.server.accounts import MAX_NAME
 from octoai.server.billing import nanos
 from octoai.server.errors import TooLarge
-from octoai.server.tokens import MAX_MODELS, MAX_TIME
+from octoai.server.times import MAX_TIME
+from octoai.server.tokens import MAX_MODELS
 
 MAX_BODY_BYTES = 256 * 1024
 _CHECKED = ConfigDict(extra="forbid", strict=True)

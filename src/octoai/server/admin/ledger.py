@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from octoai.server import accounts, prices, views
 from octoai.server.admin.calls import Call, Json, listed
 from octoai.server.billing import Price
@@ -13,6 +11,7 @@ from octoai.server.store import prices as table
 from octoai.server.store import requests
 from octoai.server.store.database import Connection
 from octoai.server.store.requests import RequestRow
+from octoai.server.times import now_us
 
 
 async def list_prices(call: Call) -> Json:
@@ -32,7 +31,7 @@ async def set_price(call: Call) -> Json:
     from_us = given["valid_from"] * 1_000_000 if "valid_from" in given else None
 
     def write(db: Connection) -> Json:
-        return views.listed_price(prices.set_price(db, model, price, from_us, time.time_ns() // 1000))
+        return views.listed_price(prices.set_price(db, model, price, from_us, now_us()))
 
     return await call.service.write(write)
 

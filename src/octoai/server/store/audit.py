@@ -13,8 +13,9 @@ from typing import Any
 
 from octoai.server.store import entries, requests
 from octoai.server.store.database import Connection
-from octoai.server.store.entries import MINUTE_US, OF_REQUESTS, Entry, month_of
+from octoai.server.store.entries import OF_REQUESTS, Entry, month_of
 from octoai.server.store.requests import RequestRow
+from octoai.server.times import MINUTE_US
 
 _KINDS = OF_REQUESTS | {"grant", "adjustment"}
 _ENDED = ("settled", "interrupted", "refunded")

@@ -17,9 +17,8 @@ from operator import attrgetter
 import orjson
 
 from octoai.server.store.database import Connection, Row
+from octoai.server.times import DAY_US, MINUTE_US
 
-MINUTE_US = 60_000_000
-DAY_US = 86_400_000_000
 # What a request's price is about. "charge" comes once for each request; "correction" adds what became known later.
 OF_REQUESTS = frozenset({"charge", "correction", "refund"})
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from octoai.server.store.database import Connection
+from octoai.server.times import MINUTE_US, SECOND_US
 
-SECOND_US = 1_000_000
-MINUTE_US = 60 * SECOND_US
 PRUNED_AT_ONCE = 500
 Payer = Literal["account", "token_id"]
 

@@ -20,12 +20,13 @@ from octoai.server.store import accounts, rates, tokens
 from octoai.server.store.accounts import AccountRow, Limits
 from octoai.server.store.database import Connection, chunks
 from octoai.server.store.entries import ledger_us, month_of
-from octoai.server.store.rates import MINUTE_US, PRUNED_AT_ONCE, SECOND_US, Payer
+from octoai.server.store.rates import PRUNED_AT_ONCE, Payer
 from octoai.server.store.tokens import TokenRow
+from octoai.server.times import DAY_US, MINUTE_US, SECOND_US
 
 _COLUMNS = "id, account, token_id, at_us, nanos, prompt_tokens, completion_tokens, lease_us"
 _ENDED, _OPEN, _LAPSED = 0, 1, -1  # in `is_open`
-LAPSED_US = 24 * 60 * MINUTE_US
+LAPSED_US = DAY_US
 
 
 @dataclass(frozen=True, slots=True)

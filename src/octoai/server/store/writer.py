@@ -25,6 +25,7 @@ from octoai.server.store.database import Connection, StoreAway, StoreError, Stor
 from octoai.server.store.journals import keep_position, position_of
 from octoai.server.store.requests import WAIVED, Record, apply_in_portions
 from octoai.server.store.work import Action, T, Work, done, resolve
+from octoai.server.times import now_us
 
 log = logging.getLogger("octoai.store")
 
@@ -216,7 +217,7 @@ class Writer:
             if self._tail is not None and self._has_gone_back(db):
                 payloads.clear()  # they come after what is missing, and are read again
             elif records and self._journal is not None:
-                waived_nanos = apply_in_portions(db, records, time.time_ns() // 1000)
+                waived_nanos = apply_in_portions(db, records, now_us())
                 keep_position(db, self._journal.instance, payloads[-1][1])
             results = [done(db, each) for each in work]
         if waived_nanos > 0:
