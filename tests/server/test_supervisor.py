@@ -205,10 +205,10 @@ def test_a_worker_that_cannot_listen_is_not_ready(tmp_path: Path) -> None:
 
 _AS_FIRST_PROCESS = """
 import asyncio, ctypes, os, subprocess
-from octoai.server import orphans, supervisor
+from octoai.server import supervisor, zombies
 from tests.server.test_supervisor import Ready, settings_in
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # what children leave behind is ours, as it is the first process's
-orphans.LOOK_SECONDS = 0.2
+zombies.LOOK_SECONDS = 0.2
 subprocess.run(["sh", "-c", "sleep 0.1 &"], check=True)
 
 def num_ended():

@@ -22,7 +22,7 @@ from pathlib import Path
 from octoai import _credentials
 from octoai._credentials import Credentials
 from octoai.errors import ConfigurationError
-from octoai.server import accounts, app, listener, logs, orphans, serving, tokens
+from octoai.server import accounts, app, listener, logs, serving, tokens, zombies
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.errors import Refusal
@@ -109,7 +109,7 @@ def _serve_alone(settings: Settings, router: Router, chores: Sequence[Chore]) ->
         _begin(db, settings, router, url)
 
     async def main() -> None:
-        reaping = asyncio.create_task(orphans.reap()) if os.getpid() == 1 else None
+        reaping = asyncio.create_task(zombies.reap()) if os.getpid() == 1 else None
         await serving.serve(service, listening, _signalled(), partial(_say_ready, url), chores)
         if reaping is not None:
             reaping.cancel()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from octoai.server import orphans, totals
+from octoai.server import totals, zombies
 from octoai.server.channel import Channel, ChannelClosed, Message
 from octoai.server.listener import Port
 from octoai.server.serving import CannotServe, Stop
@@ -63,7 +63,7 @@ class Supervisor:
         """Until a stop is asked for and all have ended. Raises CannotServe where they cannot be started."""
         keeping = [asyncio.create_task(self._keep(number)) for number in range(self._settings.workers)]
         telling = asyncio.create_task(self._tell_when_ready(on_ready))
-        reaping = asyncio.create_task(orphans.reap())  # what a worker that died had started
+        reaping = asyncio.create_task(zombies.reap())  # what a worker that died had started
         try:
             await self._stop.drain.wait()
             for worker in self._workers.values():

@@ -52,7 +52,7 @@ def verify(db: Connection) -> Report:
         num_accounts = _balances(db)
         _spending(db, months)
         _usage(db)
-        _orphans(db)
+        _entries_without_request(db)
         num_requests, num_open = _requests(db)
     return Report(num_entries, num_requests, num_open, num_accounts)
 
@@ -169,7 +169,7 @@ def _usage(db: Connection) -> None:
     raise BrokenBooks(f"{name}: {'there is no row' if bad[15] else 'there are no entries'}")
 
 
-def _orphans(db: Connection) -> None:
+def _entries_without_request(db: Connection) -> None:
     bad = db.row(
         "SELECT e.seq, e.account, e.request FROM entries e LEFT JOIN requests r ON r.id = e.request "
         "WHERE e.request IS NOT NULL AND r.id IS NULL ORDER BY e.seq LIMIT 1"

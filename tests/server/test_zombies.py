@@ -9,24 +9,24 @@ import pytest
 
 _AS_FIRST_PROCESS = """
 import asyncio, ctypes, os, subprocess, time, uvloop
-from octoai.server import orphans
+from octoai.server import zombies
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # what children leave behind is ours, as it is the first process's
-orphans.LOOK_SECONDS = 0.1
+zombies.LOOK_SECONDS = 0.1
 subprocess.run(["sh", "-c", "sleep 0.1 & sleep 0.1 & sleep 0.1 &"], check=True)
 
-look = orphans._first_ended
+look = zombies._first_ended
 
 def late_look():
     time.sleep(0.2)  # the loop has not heard of ends that came meanwhile
     return look()
 
-orphans._first_ended = late_look
+zombies._first_ended = late_look
 
 def num_children():
     return len(open(f"/proc/self/task/{os.getpid()}/children").read().split())
 
 async def main():
-    reaping = asyncio.create_task(orphans.reap())
+    reaping = asyncio.create_task(zombies.reap())
     commands = [f"sleep {number / 4}; exit {number}" for number in range(9)]  # some end while the loop is busy
     ours = [await asyncio.create_subprocess_exec("sh", "-c", command) for command in commands]
     print(*[await each.wait() for each in ours])

@@ -1,7 +1,8 @@
-"""Processes that nobody started here, given to us when those that did have ended, as to the first of a container.
+"""Zombies: processes that have ended, and whose end nobody asks for, since who started them had ended before.
 
-Such a one stays, as a zombie, until its end is asked for. Those of our own are asked for by who started them as soon
-as the loop hears of their end: what is still there at the next look is nobody's. Knows none of them.
+They are given to us where we are the first process of a container, and stay until their end is asked for. Those of our
+own are asked for by who started them as soon as the loop hears of their end: what is still there at the next look is
+nobody's. Knows none of them.
 """
 
 from __future__ import annotations
