@@ -165,10 +165,10 @@ def test_services_that_start_at_one_moment_add_a_price_once(place: Place) -> Non
 
 def test_what_stands_is_told_from_what_is_to_come() -> None:
     rows = [PriceRow("a", at, at, at, at, "operator") for at in (0, 10, 20, 30)]
-    assert prices.standing(rows, 10) == (rows[1], rows[2:])
-    assert prices.standing(rows, 99) == (rows[3], [])
-    assert prices.standing(rows[1:], 9) == (None, rows[1:])
-    assert prices.standing([], 9) == (None, [])
+    assert prices.current_and_upcoming(rows, 10) == (rows[1], rows[2:])
+    assert prices.current_and_upcoming(rows, 99) == (rows[3], [])
+    assert prices.current_and_upcoming(rows[1:], 9) == (None, rows[1:])
+    assert prices.current_and_upcoming([], 9) == (None, [])
 
 
 def listed(service: InProcess, path: str = "/v1/pricing", **headers: str) -> dict[str, Any]:

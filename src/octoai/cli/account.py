@@ -174,7 +174,7 @@ def _described(db: Connection, account: str | None = None) -> list[dict[str, Any
     with db.snapshot():
         rows = table.all_(db) if account is None else [accounts.find(db, account)]
         num_tokens = tokens.num_active(db, now, account)
-        return [views.account(row, views.standing(db, row.id, num_tokens, now)) for row in rows]
+        return [views.account(row, views.holdings(db, row.id, num_tokens, now)) for row in rows]
 
 
 def _row(account: dict[str, Any]) -> tuple[str, ...]:

@@ -51,15 +51,16 @@ def list_(args: argparse.Namespace) -> int:
         if args.json:
             print(
                 json.dumps(
-                    [views.model_prices(model, *prices.standing(rows, at_us)) for model, rows in chosen], indent=2
+                    [views.model_prices(model, *prices.current_and_upcoming(rows, at_us)) for model, rows in chosen],
+                    indent=2,
                 )
             )
             return 0
         heads = ("MODEL", "IN $/1M", "CACHED $/1M", "OUT $/1M", "FROM", "SET BY")
         lines = []
         for _, rows in chosen:
-            now, coming = prices.standing(rows, at_us)
-            lines += [_row(row) for row in (now, *coming) if row is not None]
+            current, upcoming = prices.current_and_upcoming(rows, at_us)
+            lines += [_row(row) for row in (current, *upcoming) if row is not None]
         print(aligned(heads, lines), end="")
         return 0
 

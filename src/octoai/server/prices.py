@@ -79,13 +79,13 @@ def _starts(known: Sequence[PriceRow], price: Price, now_us: int) -> list[int]:
     """From when on a price of the catalogue has to be set, after those `known` from it, oldest first."""
     if not known:
         return [0]
-    current, to_come = standing(known, now_us + CLOCKS_US)
+    current, upcoming = current_and_upcoming(known, now_us + CLOCKS_US)
     starts = []
     if current is None or not _same(current, price):
         starts.append(now_us if current is None else max(now_us, current.valid_from_us + 1))
     # Of a start whose clock was ahead: what it found then must not come into force.
-    if to_come and not _same(to_come[-1], price):
-        starts.append(to_come[-1].valid_from_us + 1)
+    if upcoming and not _same(upcoming[-1], price):
+        starts.append(upcoming[-1].valid_from_us + 1)
     return starts
 
 
@@ -115,8 +115,8 @@ def priced(catalogue: Catalogue, book: PriceBook) -> Iterator[tuple[Model, tuple
             yield model, rows
 
 
-def standing(rows: Sequence[PriceRow], now_us: int) -> tuple[PriceRow | None, list[PriceRow]]:
-    """Of a model's prices, oldest first: (the one in force, if any, and those to come)."""
+def current_and_upcoming(rows: Sequence[PriceRow], now_us: int) -> tuple[PriceRow | None, list[PriceRow]]:
+    """Of a model's prices, oldest first: (the one in force, if any; those to come)."""
     past = [row for row in rows if row.valid_from_us <= now_us]
     return past[-1] if past else None, list(rows[len(past) :])
 

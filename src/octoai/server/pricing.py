@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from octoai.server import views
 from octoai.server.catalogue import Model
-from octoai.server.prices import priced, standing
+from octoai.server.prices import current_and_upcoming, priced
 from octoai.server.service import Service
 from octoai.server.times import now_us
 
@@ -19,7 +19,7 @@ async def pricing(request: Request) -> Response:
     service: Service = request.state.service
     now = now_us()
     known = priced(service.router.catalogue, service.directory.prices)
-    listed = [views.model_prices(model, *standing(rows, now)) for model, rows in known]
+    listed = [views.model_prices(model, *current_and_upcoming(rows, now)) for model, rows in known]
     return JSONResponse({"object": "list", "currency": "USD", "unit": "1M tokens", "data": listed})
 
 

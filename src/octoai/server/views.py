@@ -24,7 +24,7 @@ _BUDGETS = {"soft_budget": "soft_budget_nanos", "hard_budget": "hard_budget_nano
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Holdings:
     """What an account has and has spent, in nano-dollars, and how many of its tokens work."""
 
     balance_nanos: int
@@ -32,22 +32,22 @@ class Standing:
     num_tokens: int
 
 
-def standing(db: Connection, account: str, num_tokens: Mapping[str, int], now_us: int) -> Standing:
+def holdings(db: Connection, account: str, num_tokens: Mapping[str, int], now_us: int) -> Holdings:
     """`num_tokens` of accounts, this one among them where it has any."""
     spent = spent_nanos(db, account, month_of(now_us))
-    return Standing(balance_nanos(db, account), spent, num_tokens.get(account, 0))
+    return Holdings(balance_nanos(db, account), spent, num_tokens.get(account, 0))
 
 
-def account(row: AccountRow, now: Standing) -> dict[str, Any]:
+def account(row: AccountRow, held: Holdings) -> dict[str, Any]:
     return {
         "id": row.id,
         "object": "account",
         "name": row.name,
         "plan": row.plan,
         "prepaid": row.is_prepaid,
-        "balance": usd(now.balance_nanos),
-        "spent_this_month": usd(now.spent_nanos),
-        "active_tokens": now.num_tokens,
+        "balance": usd(held.balance_nanos),
+        "spent_this_month": usd(held.spent_nanos),
+        "active_tokens": held.num_tokens,
         **limits(row.limits),
         "created_at": row.created_at,
         "closed_at": row.closed_at,
@@ -128,15 +128,15 @@ def price(row: PriceRow) -> dict[str, Any]:
     }
 
 
-def model_prices(model: Model, now: PriceRow | None, coming: Sequence[PriceRow]) -> dict[str, Any]:
+def model_prices(model: Model, current: PriceRow | None, upcoming: Sequence[PriceRow]) -> dict[str, Any]:
     """A model with its price in force, null where it has none yet, and those to come."""
     nothing = dict.fromkeys(("input", "cached_input", "output", "valid_from"))
     return {
         "id": model.id,
         "object": "price",
         "aliases": list(model.aliases),
-        **(nothing if now is None else price(now)),
-        "upcoming": [price(row) for row in coming],
+        **(nothing if current is None else price(current)),
+        "upcoming": [price(row) for row in upcoming],
     }
 
 

@@ -19,8 +19,8 @@ async def list_accounts(call: Call) -> Json:
     def read(db: Connection) -> Json:
         rows, has_more = page([(row.id, row) for row in table.all_(db)], limit, after)
         num_tokens = token_table.num_active(db, call.now_us)
-        standings = [views.standing(db, row.id, num_tokens, call.now_us) for row in rows]
-        return listed([views.account(row, now) for row, now in zip(rows, standings, strict=True)], has_more)
+        holdings = [views.holdings(db, row.id, num_tokens, call.now_us) for row in rows]
+        return listed([views.account(row, held) for row, held in zip(rows, holdings, strict=True)], has_more)
 
     return await call.service.read(read)
 
@@ -100,4 +100,4 @@ async def add_credit(call: Call) -> Json:
 
 def account_of(db: Connection, account_id: str, now_us: int) -> Json:
     row = accounts.find(db, account_id)
-    return views.account(row, views.standing(db, row.id, token_table.num_active(db, now_us, row.id), now_us))
+    return views.account(row, views.holdings(db, row.id, token_table.num_active(db, now_us, row.id), now_us))
