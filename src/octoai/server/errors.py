@@ -1,14 +1,18 @@
 """Every refusal there is: its status, type, code and headers, and the one body that serves every client.
 
     Refusal
-    ├── BadRequest            400  invalid_request_error    malformed JSON, a parameter this engine cannot honour
+    ├── BadRequest            400  invalid_value            a value that cannot be honoured; `param` names it
+    │   ├── MalformedBody          400  invalid_json
+    │   ├── MalformedRequest       400  invalid_http        it could not be read as a request at all
+    │   ├── UnsupportedParameter   400  unsupported_parameter    what this model's engine cannot honour
     │   └── ContextLengthExceeded  400  context_length_exceeded
     ├── Unauthenticated       401  invalid_api_key
     ├── OutOfCredit           402  insufficient_quota       prepaid credit or a hard budget is used up
     ├── Forbidden             403  the token lacks a scope, or the model is not among its models
     ├── UnknownModel          404  model_not_found
     ├── NotFound              404  no account, token or request of that id
-    ├── UnknownPath           404 / 405
+    ├── UnknownPath           404  unknown_url
+    ├── MethodNotAllowed      405  method_not_allowed
     ├── TooSlow               408  request_timeout
     ├── StateConflict         409  an id that is taken, a request that still runs
     ├── KeyConflict           409  an Idempotency-Key that was used for another request
@@ -21,7 +25,7 @@
     ├── EngineFailed          502  the engine broke off, or answered what it should not
     └── Unavailable           503  draining, overloaded, engine not ready; always with `retry-after`
 
-Knows nothing of HTTP servers: `api` turns a refusal into an answer, `streaming` into an event.
+Knows nothing of HTTP servers: `edge` turns a refusal into an answer, `streaming` into an event.
 """
 
 from __future__ import annotations
@@ -71,10 +75,12 @@ class UnsupportedParameter(BadRequest):
 class ContextLengthExceeded(BadRequest):
     code = "context_length_exceeded"
 
-    def __init__(self, prompt_tokens: int, context_length: int, *, param: str) -> None:
+    def __init__(self, prompt_tokens: int, context_length: int, *, param: str, is_least: bool = False) -> None:
+        """`is_least`: the prompt has so many tokens at least; nobody has counted on."""
+        num = f"at least {prompt_tokens}" if is_least else f"{prompt_tokens}"
         super().__init__(  # it begins as OpenAI's does: that is how clients like LiteLLM know what is wrong
-            f"This model's maximum context length is {context_length} tokens, but the prompt has {prompt_tokens} "
-            "tokens. Shorten it: nothing is cut off silently.",
+            f"This model's maximum context length is {context_length} tokens, but the prompt has {num} tokens. "
+            "Shorten it: nothing is cut off silently.",
             param=param,
         )
         self.prompt_tokens = prompt_tokens

@@ -13,7 +13,7 @@ import orjson
 from octoai.server.engines.base import LONGEST_CONTEXT, Generation
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.exchange import Pool
-from octoai.server.engines.refusals import text_only
+from octoai.server.engines.refusals import prompt_param, text_only
 from octoai.server.engines.special import SpecialTokens
 from octoai.server.errors import BadRequest, ContextLengthExceeded
 
@@ -55,7 +55,8 @@ class Control:
         if isinstance(text, str) and self._special.is_slow(text):
             content = await asyncio.to_thread(self._special.pieces, text, self._context_length)
             if content is None:
-                raise exceeded(self._context_length + 1, self._context_length, generation, "at least ")
+                num_tokens, param = self._context_length + 1, prompt_param(generation)
+                raise ContextLengthExceeded(num_tokens, self._context_length, param=param, is_least=True)
         body = orjson.dumps({"content": content, "add_special": True, "parse_special": True})
         tokens = (await self._ask("/tokenize", body)).get("tokens")
         if not isinstance(tokens, list):
@@ -106,11 +107,3 @@ class Control:
             error = said.get("error") if isinstance(said, dict) else None
             raise Refused(str(error.get("message") if isinstance(error, dict) else status)[:200])
         return said
-
-
-def exceeded(num_tokens: int, context_length: int, generation: Generation, roughly: str = "") -> ContextLengthExceeded:
-    refused = ContextLengthExceeded(
-        num_tokens, context_length, param="prompt" if generation.messages is None else "messages"
-    )
-    refused.message = refused.message.replace("prompt has ", f"prompt has {roughly}")
-    return refused

@@ -25,11 +25,13 @@ import orjson
 
 from octoai.server.engines.base import Event, Finished, Generation, OnLeft, OnText, Started
 from octoai.server.engines.burst import Burst
-from octoai.server.engines.llama_control import Control, Refused, exceeded
+from octoai.server.engines.llama_control import Control, Refused
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.prefixes import Prefixes
 from octoai.server.engines.prompt import Prompt
+from octoai.server.engines.refusals import prompt_param
 from octoai.server.engines.slots import TOKEN_BYTES, Slots, num_common, packed
+from octoai.server.errors import ContextLengthExceeded
 
 log = logging.getLogger("octoai.engine")
 
@@ -143,7 +145,7 @@ class Reading:
             tokens = await self._control.tokens(generation)
             limit = self._http.context_length
             if limit is not None and len(tokens) >= limit:
-                raise exceeded(len(tokens), limit, generation)
+                raise ContextLengthExceeded(len(tokens), limit, param=prompt_param(generation))
             is_plain = await self._is_plain_answer(generation)
             if not is_plain:
                 self._control.check_at_once(tokens, generation)

@@ -24,7 +24,7 @@ MAX_RETRY_SECONDS = 3600
 def refusal(
     status: int, body: bytes, generation: Generation, context_length: int | None = None, retry_after: bytes = b""
 ) -> Refusal:
-    """What a server's error answer means for our caller. Its own wording is kept where the caller can act on it."""
+    """`retry_after` is the header of that name, as it came."""
     try:
         said = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -32,7 +32,7 @@ def refusal(
     error = said.get("error", said) if isinstance(said, dict) else {}
     error = error if isinstance(error, dict) else {"message": str(error)}
     message = message_of({"error": error})
-    param = "prompt" if generation.messages is None else "messages"
+    param = prompt_param(generation)
     if status == 400 and context_length is not None and _NO_ROOM in message:
         return ContextLengthExceeded(context_length, context_length, param=param)
     too_long = _too_long(error, message, param) if status == 400 else None
@@ -47,6 +47,11 @@ def refusal(
     if status in (429, 503):
         return Unavailable("The engine is busy.", retry_after=_seconds(retry_after))
     return EngineFailed(f"The engine answered {status}.")
+
+
+def prompt_param(generation: Generation) -> str:
+    """Where its prompt stands in the body."""
+    return "prompt" if generation.messages is None else "messages"
 
 
 def text_only() -> Refusal:
@@ -67,10 +72,8 @@ def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | N
     if window is None:
         return None
     if prompt is not None and int(prompt[1]) > int(window[1]):
-        exceeded = ContextLengthExceeded(int(prompt[1]), int(window[1]), param=param)
-        if f"at least {prompt[1]} " in message:  # vLLM stops counting there
-            exceeded.message = exceeded.message.replace("prompt has ", "prompt has at least ")
-        return exceeded
+        is_least = f"at least {prompt[1]} " in message  # vLLM stops counting there
+        return ContextLengthExceeded(int(prompt[1]), int(window[1]), param=param, is_least=is_least)
     refused = BadRequest(f"The engine refused: {message}", param=param)
     refused.code = ContextLengthExceeded.code
     return refused
