@@ -57,10 +57,6 @@ class Format:
     def num_bytes(self, num_numbers: int) -> int:
         return num_numbers // self.block_length * self.block_bytes
 
-    @property
-    def bits_per_number(self) -> float:
-        return 8 * self.block_bytes / self.block_length
-
 
 @functools.cache
 def formats() -> dict[str, Format]:

@@ -349,20 +349,11 @@ def _parts(generations: Sequence[Generation], max_choices: int) -> list[tuple[in
     """(number of the prompt, number of its first choice, generation) for each request to an engine."""
     if len(generations) == 1 and generations[0].n == 1:
         return [(0, 0, generations[0])]
-    return [
-        (prompt, first, part)
-        for prompt, first, generation in _numbered(generations)
-        for first, part in _split(generation, first, max_choices)
-    ]
-
-
-def _numbered(generations: Sequence[Generation]) -> list[tuple[int, int, Generation]]:
-    """(number of the prompt, number of its first choice, generation) for each."""
-    numbered, first = [], 0
+    parts, first = [], 0
     for prompt, generation in enumerate(generations):
-        numbered.append((prompt, first, generation))
+        parts += [(prompt, *part) for part in _split(generation, first, max_choices)]
         first += generation.n
-    return numbered
+    return parts
 
 
 def _split(generation: Generation, first: int, max_choices: int) -> list[tuple[int, Generation]]:

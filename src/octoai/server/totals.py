@@ -1,8 +1,8 @@
 """Metrics of several processes as those of one: counters and histograms added up, gauges each in its own way.
 
 Pure: a report is what a registry has, as values that may be sent. With thousands of API tokens all of this takes long,
-and is done in a thread beside the loop. What a process that ended had counted is kept by
-adding its last counters to those of the others, so that no sum ever goes back.
+and is done in a thread beside the loop. What a process that ended had counted is kept by adding its last counters to
+those of the others, so that no sum ever goes back.
 """
 
 from __future__ import annotations

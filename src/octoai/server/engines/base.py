@@ -160,8 +160,6 @@ class Finished:
 Event = Started | Delta | Deltas | Finished
 # Told once how far an answer came that did not come to its end for the one who read it.
 OnLeft = Callable[[Sequence[Event]], object]
-
-
 # Offered text, `Delta`s and `Deltas` alone, in the loop as it arrives. It says whether it took it.
 OnText = Callable[[Sequence[Event]], bool]
 

@@ -1,9 +1,8 @@
 """HTTP/1.1 to an engine over kept connections: one request on each at a time, and what is left when nobody wants it.
 
-No task and no timer of its own for a request.
-Leaving tells the engine by ending our half of the connection: asyncio's and aiohttp's servers, uvicorn and llama.cpp's
-take that for a client that is gone, and stop. What they wrote until then is still read, so that none of it is lost
-from the count. What an answer means is not known here.
+A request has no task and no timer of its own. Leaving tells the engine by ending our half of the connection: asyncio's
+and aiohttp's servers, uvicorn and llama.cpp's take that for a client that is gone, and stop. What they wrote until then
+is still read, so that none of it is lost from the count. What an answer means is not known here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The tables, as numbered migrations that run once each, in order, and are never edited after a release.
 
-Written in what SQLite and PostgreSQL share; `{blob}`, `{strict}`, `{keyed}` (a table kept in the order of
-its key) and `{limits}` are filled in. Money is integer
-nano-dollars; names ending in `_us` are microseconds since 1970 (UTC), in `_at` whole seconds.
+Written in what SQLite and PostgreSQL share; `{blob}`, `{strict}`, `{keyed}` (a table kept in the order of its key) and
+`{limits}` are filled in. Money is integer nano-dollars; names ending in `_us` are microseconds since 1970 (UTC), in
+`_at` whole seconds.
 
     accounts ─┬─ tokens          who may ask, and what for
               ├─ reservations    what limited requests hold back until they end, and what counts against rate limits
