@@ -47,7 +47,7 @@ def pull(args: argparse.Namespace) -> int:
     except (BadCatalogue, BadSettings, PullFailed) as error:
         return fail(str(error))
     except KeyboardInterrupt:
-        print("octoai: stopped; nothing half-done was left in place", file=sys.stderr)
+        tell("stopped; nothing half-done was left in place")
         return 130
     return 0
 

@@ -97,10 +97,10 @@ def optimize(args: argparse.Namespace) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror or error}")
-    print(
-        json.dumps(_described(result), indent=2, default=str) if args.json else _shown(result),
-        end="" if not args.json else "\n",
-    )
+    if args.json:
+        print(json.dumps(_described(result), indent=2, default=str))
+    else:
+        print(_shown(result), end="")
     if args.plot and result.plot:
         try:
             args.plot.write_bytes(result.plot.read_bytes())

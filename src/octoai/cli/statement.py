@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from octoai.cli import dates
 from octoai.cli.columns import Figure, aligned, write_csv
 from octoai.cli.database import add_options, with_database
-from octoai.cli.messages import fail, output
+from octoai.cli.messages import fail, output, tell
 from octoai.cli.usage import usage_table, written
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def _show(db: Connection, args: argparse.Namespace, month: tuple[int, int]) -> i
     if args.csv:
         write_csv(output(), HEADER, (row for each in found for row in _csv_rows(each, args.month, names)))
         if now < month[1]:
-            print(f"octoai: {args.month} is not over; this is as of {written(now)}", file=sys.stderr)
+            tell(f"{args.month} is not over; this is as of {written(now)}")
     else:
         print(
             "\n\n\n".join(_text(each, args.month, names) for each in found)

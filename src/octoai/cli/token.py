@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from octoai.cli import limits
 from octoai.cli.columns import aligned
 from octoai.cli.database import add_options, with_database
-from octoai.cli.messages import fail
+from octoai.cli.messages import fail, tell
 from octoai.cli.words import minute
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def create(args: argparse.Namespace) -> int:
         own.setdefault("scopes", tokens.DEFAULT_SCOPES)
         with db.transaction():
             minted = tokens.mint(db, args.name, args.account, limits=chosen, **own)
-        print(f"octoai: token {minted.id} of {args.account}, shown once:", file=sys.stderr)
+        tell(f"token {minted.id} of {args.account}, shown once:")
         print(minted.text, flush=True)  # before all that may fail: nobody is told it again
         _warn_of_unknown(own.get("models"), settings)
         return 0
@@ -149,7 +148,7 @@ def _warn_of_unknown(models: Sequence[str] | None, settings: Settings) -> None:
         try:
             catalogue.named(name)
         except BadCatalogue as error:
-            print(f"octoai: --model: {error}; the token may use it once it is there", file=sys.stderr)
+            tell(f"--model: {error}; the token may use it once it is there")
 
 
 def _moment(text: str) -> int:
