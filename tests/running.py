@@ -111,6 +111,10 @@ class InProcess:
         self._listener.close()
 
 
+Start = Callable[..., InProcess]
+"""What the fixture `in_process` gives: an engine, and settings by their names, make a service."""
+
+
 class Serve:
     """`octoai serve` as a process of its own, with everything it keeps in `place`."""
 

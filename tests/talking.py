@@ -7,13 +7,15 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from octoai.server.engines.scripted import ScriptedEngine
+from octoai.server.engines.scripted import ScriptedEngine, Step
 from tests.running import InProcess
 
 MESSAGES = [{"role": "user", "content": "Hi there"}]
+LONG: Sequence[Step] = tuple(step for _ in range(4000) for step in ("word ", 0.005))
+"""A script of an answer that takes 20 seconds."""
 
 
 class Talk:

@@ -24,7 +24,7 @@ from octoai.server.books import recover
 from octoai.server.journal import Journal
 from octoai.server.store import Place, connect
 from tests.running import Serve
-from tests.server.test_applier import settlement
+from tests.server.settling import settlement
 from tests.talking import until
 
 FAR = "[[models]]\nid = 'x'\nengine_url = 'http://127.0.0.1:9'"

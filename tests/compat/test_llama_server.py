@@ -16,9 +16,9 @@ import pytest
 
 from octoai.client import OctoAI
 from octoai.text_gen import ChatMessage
+from tests.asking import CHAT, Client, Raw, is_ready
 from tests.running import Serve
-from tests.server.test_end_to_end import CHAT, Client, until
-from tests.server.test_engine_failures import Raw, is_ready
+from tests.talking import until
 
 pytestmark = [pytest.mark.compat, pytest.mark.model]
 

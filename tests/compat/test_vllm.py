@@ -21,12 +21,12 @@ from octoai.client import OctoAI
 from octoai.server.engines.base import Finished, Generation
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.text_gen import ChatMessage
+from tests.asking import CHAT, Client, Raw, is_ready
 from tests.compat import vllm_env
 from tests.conftest import CACHE
 from tests.running import Serve
-from tests.server.test_end_to_end import CHAT, Client, until
-from tests.server.test_engine_counts import PROMPTS
-from tests.server.test_engine_failures import Raw, is_ready
+from tests.server.test_llama_counts import PROMPTS
+from tests.talking import until
 
 # The first test also builds the environment: minutes.
 pytestmark = [pytest.mark.slow, pytest.mark.compat, pytest.mark.model, pytest.mark.timeout(1800)]

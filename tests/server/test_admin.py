@@ -19,10 +19,8 @@ from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.store import Place, keys, requests
 from octoai.server.tokens import SCOPES, is_well_formed
 from tests.running import InProcess
-from tests.server.test_applier import settlement
-from tests.talking import ask
-
-LONG = tuple(step for _ in range(4000) for step in ("word ", 0.005))
+from tests.server.settling import settlement
+from tests.talking import LONG, ask
 
 
 @pytest.fixture

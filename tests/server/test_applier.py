@@ -11,52 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from octoai.server import accounts
-from octoai.server.books import Books, journal_dir, open_journal, recover
+from octoai.server.books import Books, journal_dir, recover
 from octoai.server.journal import Journal, JournalGap, Position
 from octoai.server.store import Place, connect
 from octoai.server.store.applier import Applier
-from octoai.server.store.audit import verify
 from octoai.server.store.database import StoreAway
 from octoai.server.store.entries import balance_nanos
 from tests.postgres import PostgresServer
-
-COST = 30 * 150 + 16 * 600
-
-
-def settlement(number: int) -> dict[str, Any]:
-    now_us = time.time_ns() // 1000
-    return {
-        "kind": "settlement",
-        "id": f"{now_us:014x}{number:018x}",
-        "request_id": f"req_{number}",
-        **{"account": "default", "token_id": "tok_x", "model": "mock", "served_model": "mock"},
-        **{"input_nanos": 150, "cached_input_nanos": 150, "output_nanos": 600},
-        **{"opened_us": now_us, "journal": "j", "is_reserved": False, "lease_us": now_us + 60_000_000},
-        **{"key": None, "key_body": None, "prompt_tokens": 30, "cached_tokens": 0, "completion_tokens": 16},
-        **{"outcome": "finished", "settled_us": now_us, "answer": None},
-    }
-
-
-@asynccontextmanager
-async def kept(place: Place, *, is_beside: bool = True) -> AsyncIterator[tuple[Books, Journal]]:
-    """Books whose journal is brought in by a process beside this one, or by a thread."""
-    with closing(connect(place)) as db, db.transaction():
-        accounts.ensure_default(db)
-    journal = open_journal(place)
-    books = Books(place, journal, is_beside=is_beside)
-    books.start()
-    try:
-        yield books, journal
-    finally:
-        await books.close()
+from tests.server.settling import COST, balance, kept, process_of, run, settlement, until
 
 
 async def appended(journal: Journal, numbers: range) -> Position:
@@ -64,29 +33,6 @@ async def appended(journal: Journal, numbers: range) -> Position:
     for number in numbers:
         position = await journal.append(settlement(number), soon=True)
     return position
-
-
-def balance(place: Place) -> int:
-    with closing(connect(place)) as db:
-        verify(db)
-        return balance_nanos(db, "default")
-
-
-async def until(is_true: Callable[[], bool], seconds: float = 20) -> None:
-    async with asyncio.timeout(seconds):
-        while not is_true():
-            await asyncio.sleep(0.01)
-
-
-def run(main: Any) -> None:
-    asyncio.run(asyncio.wait_for(main, 60))
-
-
-def process_of(books: Books) -> subprocess.Popen[bytes]:
-    applier = books.writer._applier
-    assert applier is not None
-    assert applier._process is not None
-    return applier._process
 
 
 def test_what_is_durable_comes_into_the_database_by_itself_and_who_waits_is_told(place: Place) -> None:
@@ -251,7 +197,7 @@ import asyncio, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
 from octoai.server.store import Place
-from tests.server.test_applier import kept, process_of, settlement
+from tests.server.settling import kept, process_of, settlement
 
 async def main():
     async with kept(Place(Path({str(tmp_path)!r}))) as (books, journal):

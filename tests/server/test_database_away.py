@@ -19,6 +19,7 @@ from octoai.server import accounts, tokens
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.store import Place
 from octoai.server.tokens import new_token
+from tests.asking import Client
 from tests.load.accounts import Books
 from tests.load.clients import Load, Request
 from tests.load.crashes import Crashes
@@ -26,7 +27,6 @@ from tests.load.places import serve
 from tests.load.upstream import Order, Upstream
 from tests.postgres import PostgresServer
 from tests.running import InProcess, Serve
-from tests.server.test_end_to_end import Client
 from tests.talking import ask, request, until
 
 PATH = "/v1/chat/completions"

@@ -27,10 +27,9 @@ from octoai.server.store.entries import balance_nanos
 from tests.load.accounts import Books, hold
 from tests.load.clients import Load, Request, Target, mixed
 from tests.load.upstream import MODEL, Order, Upstream
-from tests.running import InProcess
+from tests.running import InProcess, Start
 from tests.talking import Talk, ask, request, until
 
-Start = Callable[..., InProcess]
 PATH = "/v1/chat/completions"
 SEGMENT_BYTES = 48 * 1024  # for the records of some 30 requests
 SLOW = tuple(step for number in range(60) for step in (f"w{number} ", 0.02))

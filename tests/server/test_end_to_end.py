@@ -14,67 +14,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
+from tests.asking import CHAT, Client
 from tests.running import Serve
+from tests.talking import until
 
 pytestmark = pytest.mark.model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-class Client:
-    """Plain HTTP: what the service says, without an SDK in between."""
-
-    def __init__(self, service: Serve) -> None:
-        place = urlsplit(service.url)
-        self.address = (place.hostname, place.port)
-        self.headers = {"authorization": f"Bearer {service.token}", "content-type": "application/json"}
-
-    def send(
-        self, path: str, body: Any = None, method: str | None = None
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        connection = http.client.HTTPConnection(*self.address, timeout=60)
-        payload = None if body is None else json.dumps(body)
-        try:
-            connection.request(method or ("GET" if body is None else "POST"), path, payload, self.headers)
-            response = connection.getresponse()
-            return response.status, response.headers, response.read()
-        finally:
-            connection.close()
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        status, _, text = self.send(path, body)
-        assert status == 200, text
-        return json.loads(text)
-
-    def chat(self, **params: Any) -> Any:
-        return self.ask("/v1/chat/completions", {**CHAT, **params})
-
-    def stream(self, path: str = "/v1/chat/completions", **params: Any) -> list[Any]:
-        status, _, text = self.send(path, {**(CHAT if "prompt" not in params else {}), **params, "stream": True})
-        assert status == 200, text
-        events = [line.removeprefix(b"data: ") for line in text.split(b"\n\n") if line]
-        assert events[-1] == b"[DONE]"
-        return [json.loads(event) for event in events[:-1]]
-
-    def refused(self, body: Any, path: str = "/v1/chat/completions") -> tuple[int, Any]:
-        status, headers, text = self.send(path, body)
-        answer = json.loads(text)
-        assert headers["x-request-id"]
-        assert {"object", "message", "type", "param", "code", "error"} <= answer.keys()
-        assert answer["error"]["message"] == answer["message"]
-        return status, answer
-
-
-CHAT = {
-    "model": "meta-llama-3-8b-instruct",
-    "messages": [{"role": "user", "content": "Write a blog about Seattle"}],
-    "max_tokens": 12,
-    "temperature": 0,
-}
 
 
 @pytest.fixture
@@ -441,13 +390,6 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(client: Client, str
     began = time.perf_counter()
     client.chat(max_tokens=1, messages=[{"role": "user", "content": "Hi"}])
     assert time.perf_counter() - began < 5
-
-
-def until(fact: Any, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not fact():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)
 
 
 def test_more_requests_than_slots_all_finish(client: Client) -> None:

@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.asking import CHAT, Client, Raw, is_ready
 from tests.running import Serve
-from tests.server.test_end_to_end import CHAT, Client, until
+from tests.talking import until
 
 pytestmark = pytest.mark.model
 
@@ -29,35 +29,6 @@ def service(embedded_model: Path, tmp_path: Path) -> Iterator[Serve]:
     running = Serve(tmp_path, environ={"OCTOAI_ENGINE_STALL_SECONDS": "2"})
     yield running
     running.stop(signal.SIGKILL)
-
-
-class Raw:
-    """A request over a bare socket: every byte of the answer, and how it ended."""
-
-    def __init__(self, client: Client, body: dict[str, Any]) -> None:
-        self.socket = socket.create_connection(client.address)
-        self.received = b""
-        text = json.dumps(body).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: {client.headers['authorization']}\r\n"
-        self.socket.sendall(f"{head}connection: close\r\ncontent-length: {len(text)}\r\n\r\n".encode() + text)
-
-    def read_until(self, words: bytes, seconds: float = 20) -> None:
-        self.socket.settimeout(seconds)
-        while words not in self.received:
-            block = self.socket.recv(65536)
-            assert block, self.received[-500:]
-            self.received += block
-
-    def read_to_the_end(self, seconds: float = 20) -> bytes:
-        self.socket.settimeout(seconds)
-        while block := self.socket.recv(65536):
-            self.received += block
-        self.socket.close()
-        return self.received
-
-
-def is_ready(client: Client) -> bool:
-    return client.send("/health/ready")[0] == 200
 
 
 def is_alive(pid: int) -> bool:

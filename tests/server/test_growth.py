@@ -19,7 +19,7 @@ from octoai.server.store import Place, connect, keys
 from octoai.server.store.keys import PRUNED_AT_ONCE, KeyRow
 from octoai.server.store.sqlite import SqliteConnection
 from tests.running import InProcess
-from tests.server.test_applier import run, settlement
+from tests.server.settling import run, settlement
 from tests.talking import ask, request, until
 
 # With every request ever made, with every answer that is kept, or with all that counts against limits.

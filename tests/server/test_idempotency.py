@@ -34,10 +34,9 @@ from tests.load.clients import ask as ask_once
 from tests.load.places import serve
 from tests.load.proxy import LossyProxy
 from tests.load.upstream import MODEL, Order, Upstream
-from tests.running import InProcess
+from tests.running import InProcess, Start
 from tests.talking import Talk, ask, is_idle, request, until
 
-Start = Callable[..., InProcess]
 PATH = "/v1/chat/completions"
 SLOW = tuple(step for number in range(40) for step in (f"w{number} ", 0.02))
 

@@ -9,7 +9,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import closing
 from typing import Any
 
@@ -24,14 +24,12 @@ from octoai.server.store import Connection, Place, StoreAway, connect, keys, req
 from octoai.server.store.entries import balance_nanos
 from octoai.server.store.keys import KeyRow
 from octoai.server.times import now_us
-from tests.running import InProcess
-from tests.server.test_applier import COST, settlement
+from tests.running import InProcess, Start
+from tests.server.settling import COST, settlement
 from tests.server.test_idempotency import PATH, SLOW, leave, net_nanos, rows, statuses, talk
 from tests.talking import ask, is_idle, request, until
 
 __all__ = ["talk"]
-
-Start = Callable[..., InProcess]
 
 
 class Lingering(ScriptedEngine):

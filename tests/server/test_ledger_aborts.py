@@ -17,13 +17,12 @@ import pytest
 from octoai.server.store import Place, connect, requests
 from octoai.server.store.audit import verify
 from octoai.server.store.requests import RequestRow
+from tests.asking import CHAT, Client, Raw, is_ready
 from tests.load.aborts import differences, left, settled, target_of
 from tests.load.clients import Leave, Load, Request
 from tests.load.places import serve
 from tests.load.upstream import Order, Upstream
 from tests.running import Serve
-from tests.server.test_end_to_end import CHAT, Client
-from tests.server.test_engine_failures import Raw, is_ready
 from tests.talking import until
 
 
@@ -87,9 +86,10 @@ MOST_UNSEEN = 100  # tokens that may be on their way to a client when it goes: a
 
 
 def rows_of(service: Serve, ids: Sequence[str]) -> list[RequestRow | None]:
+    """Of each the newest row."""
     with closing(connect(Place(service.data_dir))) as db:
         verify(db)
-        return [requests.find(db, request_id) for request_id in ids]
+        return [next(reversed(requests.named(db, request_id)), None) for request_id in ids]
 
 
 def begun(client: Client, chance: random.Random) -> Raw:

@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -27,10 +27,9 @@ from octoai.server.limits import Standings
 from octoai.server.remaining import Remaining
 from octoai.server.store import Connection, Place, connect, entries, rates, sqlite
 from octoai.server.store.reservations import Reservation, Standing
-from tests.running import InProcess
+from tests.running import InProcess, Start
 from tests.talking import Talk, ask, is_idle, request, until
 
-Start = Callable[..., InProcess]
 Answer = tuple[int, dict[str, str], bytes]
 PATH = "/v1/chat/completions"
 PRICE = 20  # nano-dollars a token of the model that is served, either way

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable
 
 import pytest
 
 from octoai.server.engines.scripted import ScriptedEngine
-from tests.running import InProcess
+from tests.running import InProcess, Start
 from tests.talking import is_idle, until
-
-Start = Callable[..., InProcess]
 
 
 def first_and_last_read(service: InProcess) -> tuple[bytes, bytes]:

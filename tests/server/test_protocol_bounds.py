@@ -24,9 +24,9 @@ from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import Unavailable
 from octoai.server.incoming import Bodies, ClientLeft, Incoming
 from octoai.server.protocol import MAX_AHEAD, MAX_HEAD_BYTES, protocol_for
-from tests.running import InProcess
+from tests.running import InProcess, Start
 from tests.server.test_heads import LINE, Pipe, Recording, request
-from tests.server.test_protocol import Start, asked, statuses
+from tests.server.test_protocol import asked, statuses
 from tests.talking import until
 
 PATH = "/v1/chat/completions"

@@ -33,7 +33,7 @@ from tests.load.crashes import Crashes
 from tests.load.places import serve
 from tests.load.upstream import MODEL, Order, Upstream
 from tests.running import Serve
-from tests.server.test_applier import run, settlement
+from tests.server.settling import run, settlement
 from tests.talking import until
 
 PATH = "/v1/chat/completions"

@@ -141,12 +141,6 @@ def expired(db: Connection, now_us: int) -> list[RequestRow]:
     return _selected(db, "status = 'open' AND lease_us < ?", (now_us,))
 
 
-def find(db: Connection, request_id: str) -> RequestRow | None:
-    """By the `x-request-id` of its answer: the newest."""
-    rows = _selected(db, "request_id = ?", (request_id,))
-    return rows[-1] if rows else None
-
-
 def named(db: Connection, name: str) -> list[RequestRow]:
     """By the `x-request-id` of its answer, which clients may choose and use again, or by our own id."""
     return _selected(db, "id = ? OR request_id = ?", (name, name))
