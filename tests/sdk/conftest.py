@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from octoai import AsyncOctoAI, OctoAI
-from tests.sdk.misbehaving import Script, Server
+from tests.sdk.misbehaving import Script, Server, answer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -43,6 +43,12 @@ def serve() -> Iterator[Callable[[Script], Server]]:
     for server in servers:
         if server.errors:
             raise server.errors[0]
+
+
+@pytest.fixture
+def echo(serve: Callable[[Script], Server]) -> Server:
+    """One that answers every request with the same."""
+    return serve(lambda x: x.reply(200, answer(), x_request_id="req-7"))
 
 
 @pytest.fixture

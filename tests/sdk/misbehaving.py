@@ -194,3 +194,14 @@ def answer(text: str = "hello", **more: Any) -> dict[str, Any]:
 def words(count: int = 3) -> list[dict[str, Any]]:
     """A whole stream: `count` chunks of text, the last with the finish reason."""
     return [chunk(f"w{number} ", finish="stop" if number == count - 1 else None) for number in range(count)]
+
+
+def in_one_write(events: list[Any]) -> Script:
+    """A stream whose events come all at once, and no other end than theirs."""
+
+    def script(x: Exchange) -> None:
+        x.begin_stream()
+        x.part(b"".join(b"data: " + (e if isinstance(e, bytes) else json.dumps(e).encode()) + b"\n\n" for e in events))
+        x.end_stream(done=False)
+
+    return script

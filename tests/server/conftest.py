@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.journal import Journal
 from octoai.server.journal import writer as journal_writer
 from tests.load.upstream import Upstream
+from tests.running import InProcess
 from tests.server.journals import SMALL, Opened
+from tests.talking import Talk
 
 
 @pytest.fixture
@@ -45,3 +48,25 @@ def by_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSYS, "no")
 
     monkeypatch.setattr(journal_writer, "Syncs", none)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    """One for all tests of a file that need nothing special of the engine and count nothing."""
+    running = InProcess(ScriptedEngine(), tmp_path_factory.mktemp("service"))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def talk() -> Iterator[Callable[[InProcess], Talk]]:
+    """Opens connections to a service, which end with the test."""
+    open_: list[Talk] = []
+
+    def start(service: InProcess) -> Talk:
+        open_.append(Talk(service))
+        return open_[-1]
+
+    yield start
+    for each in open_:
+        each.close()
