@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pathlib import Path
 from octoai.optimizer.affine import as_q8_0, is_affine
 from octoai.optimizer.ggml import BadFile, Format, Header, Tensor, can_read, converted, formats, open_header
 from octoai.server.cores import num_cores
+from octoai.server.places import lack_of_space
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in all, from one thread at a time."""
@@ -36,7 +36,6 @@ _MATRICES = re.compile(
 what only some architectures have stay as they are."""
 
 _PIECE_NUMBERS = 1 << 20  # 4 MiB as floats
-_SPARE_BYTES = 64 << 20  # what a disk should still have afterwards
 _FILE_TYPES = {  # of llama_ftype: what most of the weights are
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12},
     **{"Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "MXFP4": 38},
@@ -268,16 +267,13 @@ def _tensors(source: Path) -> list[Tensor]:
 
 
 def require_space(directory: Path, num_bytes: int) -> None:
+    """Raises UnusableWeights."""
     try:
-        free = shutil.disk_usage(directory).free
+        lack = lack_of_space(directory, num_bytes)
     except OSError as error:
         raise UnusableWeights(f"cannot write to {directory}: {error.strerror}") from None
-    needed = num_bytes + _SPARE_BYTES
-    if free < needed:
-        raise UnusableWeights(
-            f"not enough disk space in {directory}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free; "
-            "delete something there, or set OCTOAI_CACHE_DIR to a larger disk"
-        )
+    if lack is not None:
+        raise UnusableWeights(lack)
 
 
 def _no_progress(_done: int, _total: int) -> None:

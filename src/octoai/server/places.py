@@ -7,6 +7,7 @@ known to those who put it there.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from octoai import _credentials
 
 NOWHERE = Path(os.devnull, "octoai")
 """In place of what would be in a home that nobody knows: nothing is there, and nothing can be made there."""
+_SPARE_BYTES = 64 << 20  # what a disk should still have afterwards
 
 
 def cache_dir(environ: Mapping[str, str]) -> Path:
@@ -30,6 +32,17 @@ def create(path: Path) -> Path:
     """The directory, made when missing, for its owner alone. One that is there keeps its mode."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
+
+
+def lack_of_space(directory: Path, num_bytes: int) -> str | None:
+    """One line that so many bytes do not fit on that disk, and what to do; None where they do. Raises OSError."""
+    needed, free = num_bytes + _SPARE_BYTES, shutil.disk_usage(directory).free
+    if free >= needed:
+        return None
+    return (
+        f"not enough disk space in {directory}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free; "
+        "delete something there, or set OCTOAI_CACHE_DIR to a larger disk"
+    )
 
 
 def expanded(path: str | Path) -> Path:

@@ -259,7 +259,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise BadSettings(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise BadSettings(f"{path} is not valid TOML: {error}") from None
-    for key in ("data_dir", "cache_dir"):
+    for key in _PLACES:
         if isinstance(values.get(key), str):
             values[key] = path.parent / places.known(values[key])
     for model in values.get("models", []) if isinstance(values.get("models", []), list) else []:

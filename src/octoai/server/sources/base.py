@@ -6,15 +6,14 @@ It knows no source.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from octoai.server.places import lack_of_space
+
 Progress = Callable[[int, int | None], None]
 """Called with the bytes done and, where known, the bytes in all."""
-
-_SPARE_BYTES = 64 << 20  # what a disk should still have afterwards
 
 
 class PullFailed(Exception):
@@ -37,11 +36,6 @@ def said(error: Exception) -> str:
 
 
 def require_space(directory: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(directory).free
-    needed = num_bytes + _SPARE_BYTES
-    megabytes = f"{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
-    if free < needed:
-        raise PullFailed(
-            f"not enough disk space in {directory}: {megabytes}; "
-            "delete something there, or set OCTOAI_CACHE_DIR to a larger disk"
-        )
+    """Raises PullFailed."""
+    if (lack := lack_of_space(directory, num_bytes)) is not None:
+        raise PullFailed(lack)
