@@ -13,7 +13,7 @@ import pytest
 
 from octoai.server import accounts, tokens
 from octoai.server.store import Connection, Place, connect, requests
-from octoai.server.store.audit import BrokenBooks, Report, verify
+from octoai.server.store.audit import BrokenBooks, Verified, verify
 from octoai.server.store.entries import COLUMNS, Entry, post, row_of
 
 NOW = 1_793_491_197_000_000  # 2026-10-31 23:59:57 UTC: the books below are of two months
@@ -76,12 +76,12 @@ def write_books(db: Connection) -> None:
 
 
 def test_books_that_nobody_touched_are_whole(db: Connection) -> None:
-    assert verify(db) == Report(num_entries=13, num_requests=9, num_open=1, num_accounts=2)
+    assert verify(db) == Verified(num_entries=13, num_requests=9, num_open=1, num_accounts=2)
 
 
 def test_empty_books_are_whole(place: Place) -> None:
     with closing(connect(place)) as connection:
-        assert verify(connection) == Report(0, 0, 0, 0)
+        assert verify(connection) == Verified(0, 0, 0, 0)
 
 
 # Where each value of the books is changed, and what is said of it.

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from octoai.cli.dates import months
 from octoai.server import accounts, statements
 from octoai.server.accounts import UnknownAccount
-from octoai.server.statements import Usage
+from octoai.server.statements import UsageLine
 from octoai.server.store import Connection, Place, connect, requests, usage
 from octoai.server.store.entries import Entry, balance_nanos, post
 from octoai.server.store.requests import RequestRow
@@ -97,9 +97,9 @@ def test_charges_are_summed_by_model_and_by_token(db: Connection) -> None:
     with db.transaction():
         post(db, charges)
     of = statements.statement(db, "acme", NOVEMBER, LATER)
-    assert of.by_model == [Usage(("large",), 2, 200, 80, 14, 24), Usage(("tiny",), 2, 200, 80, 14, 12)]
-    assert of.by_token == [Usage(("tok_1",), 3, 300, 120, 21, 29), Usage(("tok_2",), 1, 100, 40, 7, 7)]
-    assert of.usage == Usage((), 4, 400, 160, 28, 36)
+    assert of.by_model == [UsageLine(("large",), 2, 200, 80, 14, 24), UsageLine(("tiny",), 2, 200, 80, 14, 12)]
+    assert of.by_token == [UsageLine(("tok_1",), 3, 300, 120, 21, 29), UsageLine(("tok_2",), 1, 100, 40, 7, 7)]
+    assert of.usage == UsageLine((), 4, 400, 160, 28, 36)
     assert (of.name, of.opening_nanos, of.closing_nanos) == ("ACME", 0, -36)
 
 

@@ -15,7 +15,7 @@ from octoai.cli.database import add_options, with_database
 from octoai.cli.messages import fail, output
 
 if TYPE_CHECKING:
-    from octoai.server.statements import Usage
+    from octoai.server.statements import UsageLine
     from octoai.server.store import Connection
 
 MEMORY_BYTES = 8 * 1024 * 1024  # of CSV: more goes into a temporary file
@@ -86,7 +86,7 @@ def _kept_csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> IO[str]:
     return kept
 
 
-def usage_table(header: Sequence[str], rows: Sequence[tuple[Sequence[str], Usage]], *, indent: int = 0) -> str:
+def usage_table(header: Sequence[str], rows: Sequence[tuple[Sequence[str], UsageLine]], *, indent: int = 0) -> str:
     """With a line for the total of all."""
     from octoai.server.statements import total
 
@@ -96,7 +96,7 @@ def usage_table(header: Sequence[str], rows: Sequence[tuple[Sequence[str], Usage
     return aligned(heads, [*cells, sums], indent=indent)
 
 
-def figures(row: Usage, separator: str = ",") -> list[Figure]:
+def figures(row: UsageLine, separator: str = ",") -> list[Figure]:
     """Under COUNTS; thousands with a separator."""
     from octoai.server.billing import usd
 
@@ -125,7 +125,7 @@ def _header(by: Sequence[str]) -> list[str]:
     return [name for each in by for name in (("token_id", "token_name") if each == "token" else (each,))]
 
 
-def _keys(row: Usage, by: Sequence[str], names: Mapping[str, str]) -> list[str]:
+def _keys(row: UsageLine, by: Sequence[str], names: Mapping[str, str]) -> list[str]:
     """As in the header: a token has its name beside it."""
     return [
         cell
@@ -134,12 +134,12 @@ def _keys(row: Usage, by: Sequence[str], names: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _print_json(rows: Sequence[Usage], span: tuple[int, int], by: Sequence[str], names: Mapping[str, str]) -> None:
+def _print_json(rows: Sequence[UsageLine], span: tuple[int, int], by: Sequence[str], names: Mapping[str, str]) -> None:
     import json
 
     from octoai.server.statements import total
 
-    def told(row: Usage) -> dict[str, Any]:
+    def told(row: UsageLine) -> dict[str, Any]:
         *counts, cost = figures(row, "")
         numbers: dict[str, Any] = dict(zip(COUNTS, map(int, counts), strict=False))
         return {**numbers, "usd": cost, "cost_nanos": row.cost_nanos}

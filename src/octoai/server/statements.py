@@ -28,7 +28,7 @@ BY = (*TIMES, *_DIMENSIONS)
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class UsageLine:
     """Counts and nano-dollars of whatever `key` says. Cached tokens are among the prompt tokens."""
 
     key: tuple[str, ...]
@@ -70,16 +70,16 @@ class Statement:
         return tuple(each for each in self.movements if each.kind not in GIVEN)
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> UsageLine:
         """All that was charged in the month, before corrections and refunds."""
         return total(self.by_model)
 
     @property
-    def by_model(self) -> list[Usage]:
+    def by_model(self) -> list[UsageLine]:
         return added(_usage(each, (each.model,)) for each in self.charged)
 
     @property
-    def by_token(self) -> list[Usage]:
+    def by_token(self) -> list[UsageLine]:
         return added(_usage(each, (each.token_id,)) for each in self.charged)
 
     @property
@@ -118,7 +118,7 @@ def statements(db: Connection, month: tuple[int, int], now_us: int) -> list[Stat
 
 def usage_by(
     db: Connection, start_us: int, end_us: int, by: Sequence[str], account_ids: Sequence[str] | None = None
-) -> Generator[Usage]:
+) -> Generator[UsageLine]:
     """Usage by any of BY, in that order, of [start_us, end_us) widened to whole minutes. Refunds and corrections are in
     the cost, when they were made. Rows come as they are read, inside a transaction. Raises ValueError, in one line, for
     what cannot be."""
@@ -137,7 +137,7 @@ def usage_by(
         filters=Filters(accounts=account_ids),
     )
     rows = (
-        Usage(
+        UsageLine(
             tuple(_written(each, name) for name in by),
             *(each.num_requests, each.prompt_tokens, each.cached_tokens, each.completion_tokens, each.cost_nanos),
         )
@@ -146,16 +146,16 @@ def usage_by(
     return (each for each in added(rows)) if "month" in times else rows  # the database knows of days, not of months
 
 
-def added(rows: Iterable[Usage]) -> list[Usage]:
+def added(rows: Iterable[UsageLine]) -> list[UsageLine]:
     """One for each key, in the order of keys."""
-    sums: dict[tuple[str, ...], Usage] = {}
+    sums: dict[tuple[str, ...], UsageLine] = {}
     for row in rows:
         sums[row.key] = _sum(sums[row.key], row) if row.key in sums else row
     return [sums[key] for key in sorted(sums)]
 
 
-def total(rows: Iterable[Usage]) -> Usage:
-    return reduce(_sum, rows, Usage(()))
+def total(rows: Iterable[UsageLine]) -> UsageLine:
+    return reduce(_sum, rows, UsageLine(()))
 
 
 def token_names(db: Connection) -> dict[str, str]:
@@ -163,9 +163,9 @@ def token_names(db: Connection) -> dict[str, str]:
     return {row.id: row.name for row in tokens.all_(db)}
 
 
-def _sum(one: Usage, other: Usage) -> Usage:
+def _sum(one: UsageLine, other: UsageLine) -> UsageLine:
     """Under the key of the first."""
-    return Usage(
+    return UsageLine(
         one.key,
         one.num_requests + other.num_requests,
         one.prompt_tokens + other.prompt_tokens,
@@ -175,9 +175,9 @@ def _sum(one: Usage, other: Usage) -> Usage:
     )
 
 
-def _usage(of: Charged, key: tuple[str, ...]) -> Usage:
+def _usage(of: Charged, key: tuple[str, ...]) -> UsageLine:
     counts = (of.num_requests, of.prompt_tokens, of.cached_tokens, of.completion_tokens)
-    return Usage(key, *counts, -of.amount_nanos)
+    return UsageLine(key, *counts, -of.amount_nanos)
 
 
 def _written(of: UsageSum, name: str) -> str:

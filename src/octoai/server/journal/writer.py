@@ -24,7 +24,6 @@ import orjson
 
 from octoai.server import places
 from octoai.server.journal import files
-from octoai.server.journal.entries import END, Entry, resolve
 from octoai.server.journal.lines import (
     FRAME_BYTES,
     HEADER_BYTES,
@@ -34,6 +33,7 @@ from octoai.server.journal.lines import (
     Position,
     refusal_of,
 )
+from octoai.server.journal.pending import END, Pending, resolve
 from octoai.server.journal.segment import Segment
 from octoai.server.journal.syncs import Syncs
 from octoai.server.journal.tail import Tail
@@ -62,8 +62,8 @@ class Journal:
         self._allocate_at = 0.0
         self._has_room = self._is_open = True
         self._is_stopping = self._is_refusing = False
-        self._writing = threading.Lock()  # over segments and entries; never held during a sync but where one is full
-        self._entries: list[Entry] = []  # written, and neither durable nor refused yet
+        self._writing = threading.Lock()  # over segments and records; never held during a sync but where one is full
+        self._pending: list[Pending] = []  # written, and neither durable nor refused yet
         self._sync_at, self._synced_at = _NEVER, 0.0
         self._syncs: Syncs | None = None  # the kernel's
         self._is_syncing, self._uses_thread = False, False
@@ -111,15 +111,15 @@ class Journal:
             raise ValueError(f"A record of {len(payload)} bytes does not fit in a segment of {self.segment_bytes}.")
         if payload is record and b"\n" in payload:
             raise ValueError("A record is JSON on one line, without a newline.")
-        entry = Entry(payload, asyncio.get_running_loop().create_future())
+        pending = Pending(payload, asyncio.get_running_loop().create_future())
         with self._writing:
             if not self._is_open or self._is_stopping:
                 raise JournalFailed("The journal is closed.")
-            self._add(entry)
-            entry.on_refused = on_refused
+            self._add(pending)
+            pending.on_refused = on_refused
         if soon is not None:
             self._ask_for_sync(0.0 if soon else LINGER_SECONDS)
-        return entry.waiter
+        return pending.waiter
 
     def _ask_for_sync(self, seconds: float) -> None:
         at = time.monotonic() + seconds
@@ -175,11 +175,11 @@ class Journal:
     def written(self) -> Position:
         """Where the newest record ends; `sync_soon` makes it durable."""
         with self._writing:
-            return self._entries[-1].end if self._entries else self.durable
+            return self._pending[-1].end if self._pending else self.durable
 
     def sync_soon(self, seconds: float = 0.0) -> None:
         """Somebody waits for what was appended, and can for that long."""
-        if self._entries:
+        if self._pending:
             self._ask_for_sync(seconds)
 
     def collect(self) -> None:
@@ -232,7 +232,7 @@ class Journal:
         finally:
             with self._writing:
                 self._is_open = False
-                self._refuse(JournalFailed("The journal is closed."), self._entries)
+                self._refuse(JournalFailed("The journal is closed."), self._pending)
                 for segment in filter(None, (self._current, self._spare)):
                     segment.close()
 
@@ -267,7 +267,7 @@ class Journal:
     def _unsynced(self) -> tuple[Segment | None, Position]:
         """What is to be synced, and how far that reaches. Under `_writing`."""
         self._sync_at = _NEVER
-        written = self._entries[-1].end if self._entries else self.durable
+        written = self._pending[-1].end if self._pending else self.durable
         return (self._current if written > self.durable else None), written
 
     def _after_sync(self, segment: Segment, written: Position, failure: OSError | None) -> None:
@@ -277,33 +277,33 @@ class Journal:
             if failure is not None:
                 self._give_up(failure)
                 return
-            num_durable = bisect_right(self._entries, written, key=END)
-            durable, self._entries = self._entries[:num_durable], self._entries[num_durable:]
+            num_durable = bisect_right(self._pending, written, key=END)
+            durable, self._pending = self._pending[:num_durable], self._pending[num_durable:]
             self._became_durable(durable)
 
     # What follows runs in whichever thread holds `_writing`.
 
-    def _add(self, entry: Entry) -> None:
+    def _add(self, record: Pending) -> None:
         """Write it: to the spare segment where the current one is full, or fails."""
         failure: OSError | None = None
         for _ in range(2):
             try:
-                segment = self._segment_for(entry, failure)
-                entry.end = segment.write(entry.payload, after=self.durable, is_first=not self._entries)
+                segment = self._segment_for(record, failure)
+                record.end = segment.write(record.payload, after=self.durable, is_first=not self._pending)
             except OSError as error:
                 failure = error
                 self._give_up(error)
             except JournalError as error:
-                self._refuse(error, [entry])
+                self._refuse(error, [record])
                 return
             else:
-                self._entries.append(entry)
+                self._pending.append(record)
                 self._is_refusing = False
                 return
-        self._refuse(refusal_of(failure), [entry])
+        self._refuse(refusal_of(failure), [record])
 
-    def _segment_for(self, entry: Entry, failure: OSError | None) -> Segment:
-        if self._current is not None and self._current.has_room(len(entry.payload)):
+    def _segment_for(self, record: Pending, failure: OSError | None) -> Segment:
+        if self._current is not None and self._current.has_room(len(record.payload)):
             return self._current
         self._keep_spare()
         if self._spare is None:
@@ -311,7 +311,7 @@ class Journal:
         if self._current is not None:
             self._current.sync()  # what it has must be durable before another goes on after it
             self._current.close()
-            written, self._entries = self._entries, []
+            written, self._pending = self._pending, []
             self._became_durable(written)
         self._current, self._spare = self._spare, None
         self._wake.set()  # it is the thread that makes room
@@ -322,53 +322,53 @@ class Journal:
         up, which the next one says in its first line, and what was not durable is written there once more."""
         log.error("a segment of the journal was given up: %s", failure)
         self._close_current()
-        entries, self._entries = self._entries, []
-        if not entries:
+        records, self._pending = self._pending, []
+        if not records:
             return
         self._keep_spare()
         if self._spare is None:
-            self._refuse(refusal_of(failure), entries)
+            self._refuse(refusal_of(failure), records)
             return
         segment, self._spare = self._spare, None
         self._current = segment
         try:
-            for number, entry in enumerate(entries):
-                entry.end = segment.write(entry.payload, after=self.durable, is_first=number == 0)
+            for number, record in enumerate(records):
+                record.end = segment.write(record.payload, after=self.durable, is_first=number == 0)
             segment.sync()
         except OSError as error:
             self._close_current()
-            self._refuse(refusal_of(error), entries)
+            self._refuse(refusal_of(error), records)
         else:
-            self._became_durable(entries)
+            self._became_durable(records)
 
     def _close_current(self) -> None:
         if self._current is not None:
             self._current.close()
             self._current = None
 
-    def _became_durable(self, entries: Sequence[Entry]) -> None:
-        if not entries:
+    def _became_durable(self, records: Sequence[Pending]) -> None:
+        if not records:
             return
-        self.durable = entries[-1].end
-        self._tell(entries)
+        self.durable = records[-1].end
+        self._tell(records)
         if self.on_durable:
             self.on_durable()
 
-    def _refuse(self, error: JournalError, entries: Sequence[Entry]) -> None:
-        if entries and not self._is_refusing:
-            log.error("%d records were not written to the journal: %s", len(entries), error)
+    def _refuse(self, error: JournalError, records: Sequence[Pending]) -> None:
+        if records and not self._is_refusing:
+            log.error("%d records were not written to the journal: %s", len(records), error)
             self._is_refusing = True
-        self._tell(entries, error)
+        self._tell(records, error)
 
-    def _tell(self, entries: Sequence[Entry], error: JournalError | None = None) -> None:
+    def _tell(self, records: Sequence[Pending], error: JournalError | None = None) -> None:
         """Tell those who wait, all in one call of their loop."""
-        if not entries:
+        if not records:
             return
         if threading.get_ident() != self._thread.ident:
-            resolve(entries, error)
+            resolve(records, error)
             return
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            entries[0].waiter.get_loop().call_soon_threadsafe(resolve, entries, error)
+            records[0].waiter.get_loop().call_soon_threadsafe(resolve, records, error)
 
     def _keep_spare(self) -> None:
         """Allocate a spare segment when there is none; where the disk refuses, not again for a while."""

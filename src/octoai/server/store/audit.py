@@ -27,7 +27,7 @@ class BrokenBooks(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Verified:
     """What was found whole."""
 
     num_entries: int
@@ -45,7 +45,7 @@ class _Month:
     last_seq: int
 
 
-def verify(db: Connection) -> Report:
+def verify(db: Connection) -> Verified:
     """Raises BrokenBooks."""
     with db.snapshot():
         num_entries, months = _chain(db)
@@ -54,7 +54,7 @@ def verify(db: Connection) -> Report:
         _usage(db)
         _entries_without_request(db)
         num_requests, num_open = _requests(db)
-    return Report(num_entries, num_requests, num_open, num_accounts)
+    return Verified(num_entries, num_requests, num_open, num_accounts)
 
 
 def _chain(db: Connection) -> tuple[int, list[_Month]]:

@@ -11,7 +11,7 @@ from octoai.server.journal.lines import START, JournalError, Position
 
 
 @dataclass(slots=True)
-class Entry:
+class Pending:
     """A record that is not durable yet, and where it ends. `on_refused` is called where it does not come to be, whether
     or not anybody waits."""
 
@@ -24,16 +24,16 @@ class Entry:
 END = attrgetter("end")
 
 
-def resolve(entries: Sequence[Entry], error: JournalError | None) -> None:
+def resolve(records: Sequence[Pending], error: JournalError | None) -> None:
     """They are durable, or have been refused. In their loop."""
-    for entry in entries:
-        waiter = entry.waiter
+    for record in records:
+        waiter = record.waiter
         if waiter.done():  # it was cancelled
             pass
         elif error is None:
-            waiter.set_result(entry.end)
+            waiter.set_result(record.end)
         else:
             waiter.set_exception(error)
             waiter.exception()  # it is logged: nobody has to ask for it
-        if error is not None and entry.on_refused is not None:
-            entry.on_refused(error)
+        if error is not None and record.on_refused is not None:
+            record.on_refused(error)
