@@ -146,10 +146,10 @@ def _page() -> bytes:
             if body:
                 name = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[-1]
                 rows.append(_parameters(spec["components"]["schemas"][name]))
-            answers_ = operation["responses"].items()
-            rows.append(
-                "<ul>" + "".join(f"<li><b>{code}</b> {_text(a['description'])}</li>" for code, a in answers_) + "</ul>"
-            )
+            told = [
+                f"<li><b>{code}</b> {_text(each['description'])}</li>" for code, each in operation["responses"].items()
+            ]
+            rows.append(f"<ul>{''.join(told)}</ul>")
     info = spec["info"]
     return _FRAME.format(title=info["title"], version=info["version"], body="\n".join(rows)).encode()
 

@@ -1,29 +1,29 @@
 """Every refusal there is: its status, type, code and headers, and the one body that serves every client.
 
     Refusal
-    ├── BadRequest            400  invalid_value            a value that cannot be honoured; `param` names it
+    ├── BadRequest                 400  invalid_value                what cannot be honoured; `param` names it
     │   ├── MalformedBody          400  invalid_json
-    │   ├── MalformedRequest       400  invalid_http        it could not be read as a request at all
-    │   ├── UnsupportedParameter   400  unsupported_parameter    what this model's engine cannot honour
+    │   ├── MalformedRequest       400  invalid_http                 it cannot be read as a request at all
+    │   ├── UnsupportedParameter   400  unsupported_parameter        what this model's engine cannot honour
     │   └── ContextLengthExceeded  400  context_length_exceeded
-    ├── Unauthenticated       401  invalid_api_key
-    ├── OutOfCredit           402  insufficient_quota       prepaid credit or a hard budget is used up
-    ├── Forbidden             403  the token lacks a scope, or the model is not among its models
-    ├── UnknownModel          404  model_not_found
-    ├── NotFound              404  no account, token or request of that id
-    ├── UnknownPath           404  unknown_url
-    ├── MethodNotAllowed      405  method_not_allowed
-    ├── TooSlow               408  request_timeout
-    ├── StateConflict         409  an id that is taken, a request that still runs
-    ├── KeyConflict           409  an Idempotency-Key that was used for another request
-    ├── TooLarge              413  body_too_large
-    ├── EncodedBody           415  unsupported_content_encoding
-    ├── HeadTooLarge          431  headers_too_large
-    ├── InvalidBody           422  with FastAPI's `detail` list, as OctoAI documented
-    ├── RateLimited           429  rate_limit_exceeded      with `retry-after`, where it would ever be let through
-    ├── InternalError         500  our fault
-    ├── EngineFailed          502  the engine broke off, or answered what it should not
-    └── Unavailable           503  draining, overloaded, engine not ready; always with `retry-after`
+    ├── Unauthenticated            401  invalid_api_key
+    ├── OutOfCredit                402  insufficient_quota           prepaid credit or a hard budget is used up
+    ├── Forbidden                  403  permission_denied            a scope that the token lacks, or a model
+    ├── UnknownModel               404  model_not_found
+    ├── NotFound                   404  not_found                    no account, token or request of that id
+    ├── UnknownPath                404  unknown_url
+    ├── MethodNotAllowed           405  method_not_allowed
+    ├── TooSlow                    408  request_timeout
+    ├── StateConflict              409  conflict                     an id that is taken, a request that still runs
+    ├── KeyConflict                409  idempotency_key_conflict     it was used for another request
+    ├── TooLarge                   413  body_too_large
+    ├── EncodedBody                415  unsupported_content_encoding
+    ├── InvalidBody                422  invalid_value                with FastAPI's `detail` list, as OctoAI documented
+    ├── RateLimited                429  rate_limit_exceeded          with `retry-after`, if it is ever let through
+    ├── HeadTooLarge               431  headers_too_large
+    ├── InternalError              500                               our fault
+    ├── EngineFailed               502  engine_failed                it broke off, or answered what it should not
+    └── Unavailable                503  unavailable                  or why: `overloaded`, …; always with `retry-after`
 
 Knows nothing of HTTP servers: `edge` turns a refusal into an answer, `streaming` into an event.
 """
