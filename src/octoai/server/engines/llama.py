@@ -168,24 +168,22 @@ class LlamaEngine:
 
     async def count_tokens(self, generation: Generation) -> int | None:
         async with self._running(generation):
-            reading = self._reading if self._child else None
-            assert reading is not None
-            return await reading.count_tokens(generation)
+            return await self._ready_reading.count_tokens(generation)
 
     async def generate(
         self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
     ) -> AsyncGenerator[Sequence[Event]]:
         self._check_tokens(generation)
-        async with self._running(generation):
-            reading = self._reading if self._child else None
-            assert reading is not None
-            async with aclosing(reading.generate(generation, on_left, on_text)) as batches:
-                async for batch in batches:
-                    self._num_awaiting -= 1  # until who reads it asks for more, which may be long
-                    try:
-                        yield batch
-                    finally:
-                        self._await()
+        async with (
+            self._running(generation),
+            aclosing(self._ready_reading.generate(generation, on_left, on_text)) as batches,
+        ):
+            async for batch in batches:
+                self._num_awaiting -= 1  # until who reads it asks for more, which may be long
+                try:
+                    yield batch
+                finally:
+                    self._await()
 
     @asynccontextmanager
     async def _running(self, generation: Generation) -> AsyncIterator[None]:
@@ -223,11 +221,11 @@ class LlamaEngine:
         return 0 if self._reading is None else self._reading.num_in_line
 
     @property
-    def _child(self) -> OpenAIEngine:
-        """The child's server; raises Unavailable while there is none."""
-        if self._http is None or not self._is_ready:
+    def _ready_reading(self) -> Reading:
+        """Where the child is asked; raises Unavailable while there is none."""
+        if self._reading is None or not self._is_ready:
             raise Unavailable("The engine is starting again.", retry_after=2, code="engine_not_ready")
-        return self._http
+        return self._reading
 
     def _check_tokens(self, generation: Generation) -> None:
         """The engine ignores a bias for tokens that it does not have; a caller who sent one meant something."""
