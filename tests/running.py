@@ -190,6 +190,11 @@ class Serve:
         return status
 
 
+def ledger_verifies(service: Serve) -> None:
+    ran = service.run("ledger", "verify")
+    assert ran.returncode == 0, ran.stderr
+
+
 def _read(path: Path) -> bytes:
     """What `/proc` says of a process; nothing of one that has just ended."""
     try:

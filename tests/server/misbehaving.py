@@ -144,6 +144,12 @@ async def up(upstream: Upstream, unix: Path | None = None, **options: Any) -> As
         server.close()
 
 
+async def soon(fact: Callable[[], bool]) -> None:
+    async with asyncio.timeout(1):
+        while not fact():
+            await asyncio.sleep(0.01)
+
+
 def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 20))
 

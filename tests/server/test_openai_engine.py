@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
-import os
-import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from octoai.server.engines import openai_http
-from octoai.server.engines.answer import Answer
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.openai_http import OpenAIEngine
-from octoai.server.engines.reader import SLACK_TOKENS
 from octoai.server.errors import BadRequest, ContextLengthExceeded, EngineFailed, Refusal, Unavailable
 from tests.server.misbehaving import (
     DONE,
     GENERATION,
     HEAD,
-    MODELS,
     UNSEEN,
     USAGE,
     WHOLE,
@@ -41,6 +34,7 @@ from tests.server.misbehaving import (
     refused,
     run,
     says,
+    soon,
     up,
 )
 from tests.server.singly import singly
@@ -272,113 +266,16 @@ def test_leaving_closes_the_connection_within_a_second() -> None:
             async with aclosing(engine.generate(GENERATION)) as batches:
                 await anext(batches)
                 assert upstream.num_generating == 1
-            await _soon(lambda: upstream.num_generating == 0)
+            await soon(lambda: upstream.num_generating == 0)
 
             upstream.reply = raw(b"", 30.0)  # and before its first byte
             task = asyncio.create_task(generated(engine))
-            await _soon(lambda: upstream.num_generating == 1)
+            await soon(lambda: upstream.num_generating == 1)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            await _soon(lambda: upstream.num_generating == 0)
+            await soon(lambda: upstream.num_generating == 0)
 
     run(main())
-
-
-def running_away(*, says_counts: bool) -> Reply:
-    """Never stops, whatever was asked."""
-
-    def said(number: int) -> bytes:
-        usage = {"prompt_tokens": 4, "completion_tokens": number, "total_tokens": 4 + number}
-        return event("word ", **({"usage": usage} if says_counts else {}))
-
-    async def reply(_: Upstream, writer: asyncio.StreamWriter) -> None:
-        writer.write(HEAD)
-        for number in itertools.count(1, 50):
-            writer.write(chunk(b"".join(map(said, range(number, number + 50)))))
-            await writer.drain()
-            await asyncio.sleep(0.0001)
-
-    return reply
-
-
-@pytest.mark.parametrize("generation", [GENERATION, UNSEEN], ids=["stream", "unseen"])
-@pytest.mark.parametrize(("says_counts", "most"), [(True, 9 + SLACK_TOKENS), (False, 9 * 16 + SLACK_TOKENS)])
-def test_an_engine_that_does_not_stop_is_left(generation: Generation, says_counts: bool, most: int) -> None:
-    async def main() -> None:
-        upstream = Upstream(running_away(says_counts=says_counts))
-        for on_text in (None, lambda _: True):  # also where its reader need not wake up
-            told: list[Sequence[Event]] = []
-            async with up(upstream) as engine:
-                with pytest.raises(EngineFailed, match="max_tokens"):
-                    async for _ in engine.generate(generation, told.append, on_text):
-                        pass
-                await _soon(lambda: upstream.num_generating == 0)
-            ((_, delta),) = told
-            assert isinstance(delta, Delta)
-            assert most < delta.completion_tokens < most + 1000
-
-    run(main())
-
-
-def test_an_engine_is_asked_for_no_more_than_its_window_and_left_where_it_says_more() -> None:
-    async def main() -> None:
-        models = json.dumps({"data": [{"id": "up", "max_model_len": 20}]}).encode()
-        async with up(Upstream(running_away(says_counts=True), answers(200, models))) as engine:
-            with pytest.raises(EngineFailed, match="max_tokens"):
-                await generated(engine, Generation(max_tokens=10**9, text="x"))
-
-    run(main())
-
-
-def summed(count: int) -> dict[str, object]:
-    return {"usage": {"prompt_tokens": 4, "completion_tokens": count}}
-
-
-def thinking(number: int, **more: object) -> bytes:
-    choice = {"index": 0, "delta": {"reasoning_content": "so "}, "finish_reason": None}
-    return b"data: " + json.dumps({"choices": [choice], **more}).encode() + b"\n\n"
-
-
-def calling(piece: str) -> bytes:
-    call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": piece}}
-    return b"data: " + json.dumps({"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}).encode() + b"\n\n"
-
-
-LETTERS = [event(letter) for letter in "nine tokens" * 4000]  # as some servers make them up
-SUM = b"data: " + json.dumps({"choices": [], **summed(4000)}).encode() + b"\n\n"
-
-
-@pytest.mark.parametrize("is_in_one_read", [True, False], ids=["at once", "singly"])
-@pytest.mark.parametrize(
-    ("max_tokens", "events"),
-    [
-        (4000, LETTERS),
-        (4000, [*LETTERS, SUM]),
-        (9, [event("a", **summed(9)), event("b", **summed(20))]),  # guessed ahead
-        (9, [event("a", **summed(9)), event("", "length", **summed(90_000))]),  # thoughts that nobody was told
-        (9, [*map(thinking, range(20_000)), event("a")]),
-        (9, [*(thinking(number, **summed(number)) for number in range(20_000)), event("a", **summed(20_001))]),
-        (9, [calling(letter) for letter in '{"x": "%s"}' % ("y" * 1000)]),
-    ],
-    ids=["letters", "letters and their sum", "guesses", "hidden", "thoughts", "thoughts in the sum", "calls"],
-)
-def test_an_answer_may_seem_longer_than_it_is(max_tokens: int, events: list[bytes], is_in_one_read: bool) -> None:
-    """By whatever it is counted, and however its events arrive."""
-    answer = Answer(replace(GENERATION, max_tokens=max_tokens))
-    for block in [b"".join(events)] if is_in_one_read else events:
-        answer.read(block, [])
-    assert isinstance(answer.events(event("", "length") + DONE)[-1], Finished)
-
-
-def test_the_sum_of_several_choices_is_held_against_what_all_may_have() -> None:
-    """Of which each event of this server says that of all, whosever text it has."""
-    two = replace(GENERATION, n=2, max_tokens=40_000)
-    answer = Answer(two)
-    for number in range(2, 80_001, 2):
-        answer.read(event("a", **summed(number)), [])
-    second = {"index": 1, "delta": {"content": "b"}, "finish_reason": "length"}
-    ended = b"data: " + json.dumps({"choices": [second], **summed(80_000)}).encode() + b"\n\n"
-    assert isinstance(answer.events(ended + event("", "length") + DONE)[-1], Finished)
 
 
 class Unimpressed(Upstream):
@@ -397,121 +294,6 @@ def test_a_connection_that_was_hung_up_is_not_used_again_though_its_answer_came_
             async with aclosing(engine.generate(GENERATION)) as batches:
                 await anext(batches)
             assert isinstance((await generated(engine))[-1], Finished)
-
-    run(main())
-
-
-async def _soon(fact: Callable[[], bool]) -> None:
-    async with asyncio.timeout(1):
-        while not fact():
-            await asyncio.sleep(0.01)
-
-
-def test_a_server_that_comes_later_is_found_and_one_that_goes_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openai_http, "PROBE_SECONDS", 0.1)
-
-    async def main() -> None:
-        path = tmp_path / "s"
-        engine = OpenAIEngine(f"unix:{path}", model="up")
-        await engine.start()
-        assert not engine.is_ready
-        with pytest.raises(Unavailable) as absent:
-            await generated(engine)
-        assert absent.value.headers["retry-after"]
-        upstream = Upstream()
-        server = await asyncio.start_unix_server(upstream.serve, path)
-        await _soon(lambda: engine.is_ready)
-        assert isinstance((await generated(engine))[-1], Finished)
-        server.close()
-        path.unlink(missing_ok=True)
-        await _soon(lambda: not engine.is_ready)
-        await engine.close()
-
-    run(main())
-
-
-@pytest.mark.parametrize(
-    "models",
-    [
-        *(b"", b"not json", b"[]", b"5", b"null", b'{"data": 5}', b'{"data": [1, null]}', b"{}", b"\xff\xfe"),
-        b'{"data": [{"id": "up", "meta": [], "max_model_len": "many"}]}',
-        b'{"data": [{"id": "up", "meta": "x"}]}',
-        *(b'{"data": [{"id": "up", "max_model_len": %s}]}' % said for said in (b"-1", b"true", b"9.5", b"%d" % 2**40)),
-        b'{"data": [{"id": "other"}, {"id": "third"}]}',
-    ],
-)
-def test_garbage_about_its_models_harms_nothing(models: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_http, "PROBE_SECONDS", 0.05)
-
-    async def main() -> None:
-        upstream = Upstream(models=answers(200, models))
-        async with up(upstream, context_length=77) as engine:
-            assert engine.context_length == 77
-            await asyncio.sleep(0.12)
-            upstream.models = answers(200, json.dumps(MODELS).encode())
-            await _soon(lambda: engine.is_ready and engine.context_length == 4096)
-
-    run(main())
-
-
-def test_a_server_that_accepts_and_says_nothing_does_not_hold_up_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_http, "PROBE_SECONDS", 0.2)
-
-    async def main() -> None:
-        began = time.monotonic()
-        async with up(Upstream(models=raw(b"", 30.0))) as engine:
-            assert time.monotonic() - began < 2
-            assert not engine.is_ready
-
-    run(main())
-
-
-def test_a_server_too_busy_with_its_answers_to_list_its_models_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_http, "PROBE_SECONDS", 0.2)
-
-    async def main() -> None:
-        upstream = Upstream(forever)
-        async with up(upstream) as engine:
-            long = Generation(max_tokens=9000, text="x")
-            async with aclosing(engine.generate(long, on_text=lambda _: True)) as batches:
-                await anext(batches)
-                reading = asyncio.ensure_future(anext(batches))
-                upstream.models = raw(b"", 30.0)
-                for _ in range(20):
-                    await asyncio.sleep(0.05)
-                    assert engine.is_ready
-                reading.cancel()
-                await asyncio.gather(reading, return_exceptions=True)
-            await _soon(lambda: not engine.is_ready)
-
-    run(main())
-
-
-def test_a_server_that_cannot_be_asked_for_want_of_descriptors_is_not_away() -> None:
-    async def main() -> None:
-        async with up(Upstream(), dialect="llama.cpp") as engine:  # which keeps no connection
-            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-            free = os.dup(0)
-            os.close(free)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
-            try:
-                assert await engine.connect() is None
-                with pytest.raises(Unavailable) as full:
-                    await generated(engine)
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            assert full.value.code == "overloaded"
-            assert engine.is_ready
-
-    run(main())
-
-
-def test_one_that_wants_another_key_is_not_ready() -> None:
-    async def main() -> None:
-        async with up(Upstream(models=answers(401, b"{}"))) as engine:
-            assert not engine.is_ready
 
     run(main())
 
