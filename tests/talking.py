@@ -115,3 +115,26 @@ def metric(service: InProcess, name: str) -> float:
     _, _, text = ask(service, "/metrics")
     rows = [line for line in text.decode().splitlines() if re.match(rf"{re.escape(name)}[{{ ]", line)]
     return sum(float(row.rsplit(" ", 1)[1]) for row in rows)
+
+
+def asked(
+    service: InProcess, line: str = "POST /v1/chat/completions HTTP/1.1", head: str = "", **params: object
+) -> bytes:
+    body = json.dumps({"model": service.model, "messages": [{"role": "user", "content": "hi"}], **params})
+    lines = f"{line}\r\nhost: x\r\nauthorization: Bearer {service.token}\r\n{head}content-length: {len(body)}\r\n\r\n"
+    return f"{lines}{body}".encode()
+
+
+def statuses(connection: socket.socket, num: int) -> list[bytes]:
+    """Of so many answers, each with a length."""
+    found, received = [], b""
+    for _ in range(num):
+        while b"\r\n\r\n" not in received:
+            received += connection.recv(65536)
+        head, _, received = received.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        while len(received) < length:
+            received += connection.recv(65536)
+        received = received[length:]
+        found.append(head.split()[1])
+    return found

@@ -58,6 +58,16 @@ def test_layers_hold_and_there_are_no_cycles() -> None:
     assert ran.returncode == 0, ran.stdout
 
 
+def test_no_test_is_the_helper_of_another() -> None:
+    imported = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.module}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2].startswith("test_")
+    ]
+    assert imported == []
+
+
 @pytest.mark.parametrize("name", ["octoai", "octoai.core", "octoai.text_gen", "octoai.text_gen.types", "octoai.client"])
 def test_public_names_are_sorted_and_exist(name: str) -> None:
     module = importlib.import_module(name)

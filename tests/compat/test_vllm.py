@@ -25,7 +25,7 @@ from tests.asking import CHAT, Client, Raw, is_ready
 from tests.compat import vllm_env
 from tests.conftest import CACHE
 from tests.running import Serve
-from tests.server.test_llama_counts import PROMPTS
+from tests.server.llamas import PROMPTS
 from tests.talking import until
 
 # The first test also builds the environment: minutes.

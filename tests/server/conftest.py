@@ -14,7 +14,8 @@ from octoai.server.journal import writer as journal_writer
 from tests.load.upstream import Upstream
 from tests.running import InProcess
 from tests.server.journals import SMALL, Opened
-from tests.talking import Talk
+from tests.server.keyed import PATH
+from tests.talking import Talk, request
 
 
 @pytest.fixture
@@ -70,3 +71,16 @@ def talk() -> Iterator[Callable[[InProcess], Talk]]:
     yield start
     for each in open_:
         each.close()
+
+
+@pytest.fixture
+def begin(talk: Callable[[InProcess], Talk]) -> Callable[..., Talk]:
+    """Begins streams under Idempotency-Keys, whose connections end with the test."""
+
+    def start(service: InProcess, key: str, **params: Any) -> Talk:
+        begun = talk(service)
+        head = f"idempotency-key: {key}\r\nconnection: close\r\n"
+        begun.send(PATH, request(service, **{"stream": True, **params}), head=head)
+        return begun
+
+    return start

@@ -11,7 +11,7 @@ from typing import Any
 from octoai.server import accounts
 from octoai.server.books import Books, open_journal
 from octoai.server.journal import Journal
-from octoai.server.store import Place, connect
+from octoai.server.store import Connection, Place, connect
 from octoai.server.store.audit import verify
 from octoai.server.store.entries import balance_nanos
 from octoai.server.times import now_us
@@ -68,3 +68,17 @@ def process_of(books: Books) -> subprocess.Popen[bytes]:
     assert applier is not None
     assert applier._process is not None
     return applier._process
+
+
+def num_steps(db: Connection, action: Any) -> int:
+    """Of SQLite's own machine."""
+    steps = [0]
+
+    def count() -> int:
+        steps[0] += 100
+        return 0
+
+    db._connection.set_progress_handler(count, 100)  # type: ignore[attr-defined]
+    action()
+    db._connection.set_progress_handler(None, 0)  # type: ignore[attr-defined]
+    return steps[0]

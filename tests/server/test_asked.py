@@ -16,7 +16,7 @@ from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.prefixes import Prefixes
 from octoai.server.engines.reading import MIN_SHARED_TOKENS, Reading
 from octoai.server.errors import BadRequest, ContextLengthExceeded
-from tests.server.test_reading import answered, running
+from tests.server.llamas import answered, running
 
 PLAIN = "{% for message in messages %}<|im_start|>{{ message['content'] }}{% endfor %}"
 THINKING = PLAIN + "{% if enable_thinking %}<think>{% endif %}"

@@ -29,8 +29,7 @@ from octoai.server.store.audit import verify
 from octoai.server.store.entries import Entry, balance_nanos, post
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.usage import Filters
-from tests.server.settling import COST, balance, process_of, run, settlement, until
-from tests.server.test_rates import num_steps
+from tests.server.settling import COST, balance, num_steps, process_of, run, settlement, until
 
 SEGMENT_BYTES = 64 * 1024
 

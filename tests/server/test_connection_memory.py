@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 from octoai.server.engines.connection import Connection
 from octoai.server.incoming import ClientLeft, Incoming
 from octoai.server.protocol import protocol_for
-from tests.server.test_heads import Recording, request
+from tests.server.pipes import Recording, request
 
 NUM_CONNECTIONS = 5
 

@@ -11,7 +11,7 @@ import threading
 import time
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,6 @@ from octoai.server.errors import BadRequest, EngineFailed
 from octoai.server.idempotency import Key, Recording, Recordings
 from octoai.server.store import Connection, Place, connect, keys
 from octoai.server.store.keys import KeyRow
-from octoai.server.store.requests import COLUMNS, RequestRow
 from octoai.server.times import now_us
 from tests.load.accounts import Books
 from tests.load.clients import Request, Target, Told
@@ -35,25 +34,8 @@ from tests.load.places import serve
 from tests.load.proxy import LossyProxy
 from tests.load.upstream import MODEL, Order, Upstream
 from tests.running import InProcess, Start
-from tests.talking import Talk, ask, is_idle, request, until
-
-PATH = "/v1/chat/completions"
-SLOW = tuple(step for number in range(40) for step in (f"w{number} ", 0.02))
-
-
-def rows(service: InProcess) -> list[RequestRow]:
-    query = f"SELECT {COLUMNS} FROM requests ORDER BY opened_us"
-    return [RequestRow(*row) for row in service.read(lambda db: db.rows(query))]
-
-
-def net_nanos(service: InProcess) -> int:
-    """What all accounts were charged, less what was given back."""
-    (total,) = service.read(lambda db: db.row("SELECT COALESCE(SUM(amount_nanos), 0) FROM entries")) or (0,)
-    return -int(total)
-
-
-def statuses(service: InProcess) -> list[str]:
-    return sorted(row.status for row in rows(service))
+from tests.server.keyed import PATH, SLOW, leave, net_nanos, rows, statuses
+from tests.talking import ask, is_idle, request, until
 
 
 @pytest.fixture
@@ -64,22 +46,6 @@ def service(in_process: Start) -> InProcess:
 @pytest.fixture
 def slow(in_process: Start) -> InProcess:
     return in_process(ScriptedEngine(SLOW))
-
-
-@pytest.fixture
-def talk() -> Iterator[Callable[..., Talk]]:
-    open_: list[Talk] = []
-
-    def start(service: InProcess, key: str, **params: Any) -> Talk:
-        """A stream under a key, begun."""
-        open_.append(Talk(service))
-        head = f"idempotency-key: {key}\r\nconnection: close\r\n"
-        open_[-1].send(PATH, request(service, **{"stream": True, **params}), head=head)
-        return open_[-1]
-
-    yield start
-    for each in open_:
-        each.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -314,10 +280,10 @@ def test_others_are_served_while_a_long_answer_is_compressed() -> None:
     assert asyncio.run(turns_of_the_loop()) > 10
 
 
-def test_who_asks_again_joins_the_running_stream_from_its_first_event(slow: InProcess, talk: Any) -> None:
-    first = talk(slow, "k1")
+def test_who_asks_again_joins_the_running_stream_from_its_first_event(slow: InProcess, begin: Any) -> None:
+    first = begin(slow, "k1")
     first.until(b"w5 ")
-    second = talk(slow, "k1")
+    second = begin(slow, "k1")
     head, other = first.rest(), second.rest()
     assert b"idempotent-replayed: true" in other
     assert other.partition(b"\r\n\r\n")[2].endswith(head)
@@ -341,10 +307,10 @@ def test_whole_answers_that_are_asked_for_at_once_are_one(slow: InProcess) -> No
     assert len(rows(slow)) == 1
 
 
-def test_the_stream_goes_on_when_the_first_client_leaves_and_another_has_joined(slow: InProcess, talk: Any) -> None:
-    first = talk(slow, "k1")
+def test_the_stream_goes_on_when_the_first_client_leaves_and_another_has_joined(slow: InProcess, begin: Any) -> None:
+    first = begin(slow, "k1")
     first.until(b"w3 ")
-    second = talk(slow, "k1")
+    second = begin(slow, "k1")
     second.until(b"w3 ")
     first.close()
     assert b"w39 " in second.rest()
@@ -352,10 +318,10 @@ def test_the_stream_goes_on_when_the_first_client_leaves_and_another_has_joined(
     assert (row.status, row.outcome, row.completion_tokens) == ("settled", "finished", 40)
 
 
-def test_the_stream_is_cancelled_within_a_second_when_all_have_left(slow: InProcess, talk: Any) -> None:
-    first = talk(slow, "k1")
+def test_the_stream_is_cancelled_within_a_second_when_all_have_left(slow: InProcess, begin: Any) -> None:
+    first = begin(slow, "k1")
     first.until(b"w1 ")
-    second = talk(slow, "k1")
+    second = begin(slow, "k1")
     second.until(b"w1 ")
     second.close()
     time.sleep(0.1)
@@ -367,11 +333,11 @@ def test_the_stream_is_cancelled_within_a_second_when_all_have_left(slow: InProc
     assert row.completion_tokens < 40
 
 
-def test_who_joins_a_stream_that_fails_is_told_so(in_process: Start, talk: Any) -> None:
+def test_who_joins_a_stream_that_fails_is_told_so(in_process: Start, begin: Any) -> None:
     service = in_process(ScriptedEngine(("a ", 0.5, EngineFailed("It broke."))))
-    first = talk(service, "k1")
+    first = begin(service, "k1")
     first.until(b"a ")
-    second = talk(service, "k1")
+    second = begin(service, "k1")
     ends = [first.rest(), second.rest()]
     assert all(b"engine_failed" in end and b"[DONE]" not in end for end in ends)
 
@@ -386,8 +352,8 @@ def test_another_body_under_the_key_is_a_conflict(service: InProcess) -> None:
     assert len(rows(service)) == 1
 
 
-def test_another_body_is_a_conflict_while_the_first_still_runs(slow: InProcess, talk: Any) -> None:
-    first = talk(slow, "k1")
+def test_another_body_is_a_conflict_while_the_first_still_runs(slow: InProcess, begin: Any) -> None:
+    first = begin(slow, "k1")
     first.until(b"w1 ")
     assert ask(slow, PATH, request(slow), idempotency_key="k1")[0] == 409
     assert b"w39 " in first.rest()
@@ -446,26 +412,19 @@ def test_a_request_that_the_engine_refuses_costs_nothing_however_often_it_is_ask
     assert net_nanos(service) == 0
 
 
-def leave(service: InProcess, talk: Any, key: str) -> None:
-    stream = talk(service, key)
-    stream.until(b"w2 ")
-    stream.close()
-    until(lambda: is_idle(service))
-
-
-def test_a_retry_after_an_attempt_that_was_left_is_billed_instead_of_it(slow: InProcess, talk: Any) -> None:
-    leave(slow, talk, "k1")
-    assert talk(slow, "k1").rest().count(b"w39 ") == 1
+def test_a_retry_after_an_attempt_that_was_left_is_billed_instead_of_it(slow: InProcess, begin: Any) -> None:
+    leave(slow, begin, "k1")
+    assert begin(slow, "k1").rest().count(b"w39 ") == 1
     left, finished = rows(slow)
     assert (left.status, left.cost_nanos) == ("refunded", 0)
     assert (finished.status, finished.outcome) == ("settled", "finished")
     assert net_nanos(slow) == finished.cost_nanos
 
 
-def test_no_more_than_three_attempts_are_given_back(slow: InProcess, talk: Any) -> None:
+def test_no_more_than_three_attempts_are_given_back(slow: InProcess, begin: Any) -> None:
     for _ in range(6):
-        leave(slow, talk, "k1")
-    talk(slow, "k1").rest()
+        leave(slow, begin, "k1")
+    begin(slow, "k1").rest()
     assert statuses(slow) == ["refunded"] * 3 + ["settled"] * 4
     assert net_nanos(slow) == sum(row.cost_nanos for row in rows(slow))
 

@@ -25,11 +25,9 @@ from octoai.server.store.entries import balance_nanos
 from octoai.server.store.keys import KeyRow
 from octoai.server.times import now_us
 from tests.running import InProcess, Start
+from tests.server.keyed import PATH, SLOW, leave, net_nanos, rows, statuses
 from tests.server.settling import COST, settlement
-from tests.server.test_idempotency import PATH, SLOW, leave, net_nanos, rows, statuses, talk
 from tests.talking import ask, is_idle, request, until
-
-__all__ = ["talk"]
 
 
 class Lingering(ScriptedEngine):
@@ -61,10 +59,10 @@ def attempts(service: InProcess, key: str) -> list[int]:
     return [int(number) for (number,) in found]
 
 
-def test_an_attempt_is_not_given_back_for_one_that_was_refused(slow: InProcess, talk: Any) -> None:
+def test_an_attempt_is_not_given_back_for_one_that_was_refused(slow: InProcess, begin: Any) -> None:
     slow.books(lambda db: accounts.update(db, "default", limits={"requests_per_minute": 1}))
     time.sleep(0.3)  # until the limit is known
-    leave(slow, talk, "k1")
+    leave(slow, begin, "k1")
     charged = net_nanos(slow)
     assert charged > 0
     for _ in range(2):
@@ -74,7 +72,7 @@ def test_an_attempt_is_not_given_back_for_one_that_was_refused(slow: InProcess, 
 
 
 def test_an_attempt_that_is_left_while_its_answer_is_compressed_is_given_back(
-    in_process: Start, talk: Any, monkeypatch: pytest.MonkeyPatch
+    in_process: Start, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compress, is_compressing, has_left = idempotency._packed, threading.Event(), threading.Event()
 
@@ -86,7 +84,7 @@ def test_an_attempt_that_is_left_while_its_answer_is_compressed_is_given_back(
     monkeypatch.setattr(idempotency, "_packed", slowly)
     monkeypatch.setattr(idempotency, "LONG_BYTES", 0)
     service = in_process(ScriptedEngine())
-    stream = talk(service, "k1")
+    stream = begin(service, "k1")
     assert is_compressing.wait(5)
     stream.close()
     until(lambda: is_idle(service))
@@ -121,13 +119,13 @@ def test_who_joined_an_answer_that_is_refused_has_a_line_of_its_own(
     assert [error for name, error in lines if name == "octoai.refusal"] == ["engine_not_ready"] * 2
 
 
-def test_an_attempt_is_not_given_back_for_one_that_left_the_queue(slow: InProcess, talk: Any) -> None:
-    leave(slow, talk, "k1")
+def test_an_attempt_is_not_given_back_for_one_that_left_the_queue(slow: InProcess, begin: Any) -> None:
+    leave(slow, begin, "k1")
     charged = net_nanos(slow)
-    others = [talk(slow, f"other-{number}") for number in range(slow.engine.num_slots)]
+    others = [begin(slow, f"other-{number}") for number in range(slow.engine.num_slots)]
     for other in others:
         other.until(b"w1 ")
-    waiting = talk(slow, "k1")
+    waiting = begin(slow, "k1")
     time.sleep(0.3)
     waiting.close()
     for other in others:
@@ -135,14 +133,14 @@ def test_an_attempt_is_not_given_back_for_one_that_left_the_queue(slow: InProces
     until(lambda: is_idle(slow) and attempts(slow, "k1") == [1], 2)
     left = [row for row in rows(slow) if row.outcome == "aborted"]
     assert [(row.status, row.cost_nanos) for row in left] == [("settled", charged)]
-    assert talk(slow, "k1").rest().count(b"w39 ") == 1  # it runs: now the first is given back
+    assert begin(slow, "k1").rest().count(b"w39 ") == 1  # it runs: now the first is given back
     until(lambda: is_idle(slow), 2)
     assert sorted(row.status for row in rows(slow) if row.id == left[0].id) == ["refunded"]
 
 
-def test_an_attempt_is_given_back_also_when_its_key_passed_through_one_that_died(slow: InProcess, talk: Any) -> None:
+def test_an_attempt_is_given_back_also_when_its_key_passed_through_one_that_died(slow: InProcess, begin: Any) -> None:
     """A process had taken the key over, and was killed before the request ran there."""
-    leave(slow, talk, "k1")
+    leave(slow, begin, "k1")
     (left,) = rows(slow)
     taken = KeyRow(key_of(slow).body_hash, "id-elsewhere", "req-elsewhere", "journal-elsewhere", now_us())
 
@@ -152,14 +150,14 @@ def test_an_attempt_is_given_back_also_when_its_key_passed_through_one_that_died
 
     slow.books(die)
     assert (key_of(slow).request, key_of(slow).request_id, key_of(slow).num_attempts) == (left.id, left.request_id, 1)
-    assert talk(slow, "k1").rest().count(b"w39 ") == 1
+    assert begin(slow, "k1").rest().count(b"w39 ") == 1
     until(lambda: is_idle(slow) and statuses(slow) == ["refunded", "settled"], 2)
 
 
 def test_an_attempt_is_given_back_also_where_its_key_was_taken_over_unheard(
-    slow: InProcess, talk: Any, monkeypatch: pytest.MonkeyPatch
+    slow: InProcess, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave(slow, talk, "k1")
+    leave(slow, begin, "k1")
     books = slow.service.admission.books
     write = books.write
 
@@ -168,19 +166,19 @@ def test_an_attempt_is_given_back_also_where_its_key_was_taken_over_unheard(
         raise StoreAway("it took too long to say so")
 
     monkeypatch.setattr(books, "write", late)
-    assert talk(slow, "k1").rest().count(b"w39 ") == 1
+    assert begin(slow, "k1").rest().count(b"w39 ") == 1
     until(lambda: is_idle(slow) and statuses(slow) == ["refunded", "settled"], 2)
 
 
 def test_a_retry_while_the_database_is_away_is_billed_instead_of_the_first_and_answered_once(
-    slow: InProcess, talk: Any, in_process: Start, monkeypatch: pytest.MonkeyPatch
+    slow: InProcess, begin: Any, in_process: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
-    leave(slow, talk, "k0")  # known from here on
+    leave(slow, begin, "k0")  # known from here on
     lock = sqlite3.connect(slow.settings.data_dir / "octoai.db", isolation_level=None)
     lock.execute("BEGIN IMMEDIATE")
-    leave(slow, talk, "k1")
-    said = talk(slow, "k1").rest()
+    leave(slow, begin, "k1")
+    said = begin(slow, "k1").rest()
     lock.execute("ROLLBACK")
     lock.close()
     assert said.count(b"w39 ") == 1
@@ -269,11 +267,11 @@ def test_a_request_does_not_take_its_key_back_from_the_one_that_took_it_over(pla
         assert (row.status, balance_nanos(db, "default")) == ("settled", -COST)
 
 
-def test_a_key_that_was_waited_for_is_claimed_when_it_is_free(slow: InProcess, talk: Any) -> None:
-    leave(slow, talk, "k0")
+def test_a_key_that_was_waited_for_is_claimed_when_it_is_free(slow: InProcess, begin: Any) -> None:
+    leave(slow, begin, "k0")
     running = KeyRow(key_of(slow, "k0").body_hash, "id-elsewhere", "req-elsewhere", "journal-elsewhere", now_us())
     slow.books(lambda db: keys.claim(db, "default", "k1", running))
-    waiting = talk(slow, "k1")
+    waiting = begin(slow, "k1")
     time.sleep(0.5)
     free_us = now_us()
     slow.books(lambda db: keys.release_of_journal(db, "journal-elsewhere"))
@@ -282,9 +280,9 @@ def test_a_key_that_was_waited_for_is_claimed_when_it_is_free(slow: InProcess, t
 
 
 @pytest.mark.parametrize("payer", ["account", "token"])
-def test_a_retry_has_the_room_of_what_it_replaces(in_process: Start, talk: Any, payer: str) -> None:
+def test_a_retry_has_the_room_of_what_it_replaces(in_process: Start, begin: Any, payer: str) -> None:
     service = in_process(ScriptedEngine(SLOW))
-    leave(service, talk, "k0")
+    leave(service, begin, "k0")
     (measured,) = rows(service)
     most = measured.worth_nanos + 100 * measured.output_nanos  # of a retry, and half of an attempt that is left
     if payer == "account":
@@ -293,38 +291,38 @@ def test_a_retry_has_the_room_of_what_it_replaces(in_process: Start, talk: Any, 
     else:
         service.token = service.mint("limited", limits={"hard_budget_nanos": most}).text
     time.sleep(0.3)
-    stream = talk(service, "k1", max_tokens=100)
+    stream = begin(service, "k1", max_tokens=100)
     stream.until(b"w20 ")
     stream.close()
     until(lambda: is_idle(service), 2)
-    assert talk(service, "k2", max_tokens=100).rest().startswith(b"HTTP/1.1 402")
-    assert talk(service, "k1", max_tokens=100).rest().count(b"w39 ") == 1
+    assert begin(service, "k2", max_tokens=100).rest().startswith(b"HTTP/1.1 402")
+    assert begin(service, "k1", max_tokens=100).rest().count(b"w39 ") == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_retry_does_not_join_an_attempt_that_is_being_ended(in_process: Start, talk: Any, stream: bool) -> None:
+def test_a_retry_does_not_join_an_attempt_that_is_being_ended(in_process: Start, begin: Any, stream: bool) -> None:
     service = in_process(Lingering(SLOW))
-    first = talk(service, "k1", stream=stream)
+    first = begin(service, "k1", stream=stream)
     until(lambda: len(service.engine.seen) == 1, 2)
     time.sleep(0.1)
     first.close()
     time.sleep(0.05)
-    assert talk(service, "k1", stream=stream).rest().count(b"w39 ") == 1
+    assert begin(service, "k1", stream=stream).rest().count(b"w39 ") == 1
     until(lambda: is_idle(service), 2)
     assert statuses(service) == ["refunded", "settled"]
 
 
 def test_a_key_is_not_taken_over_from_a_request_that_waits_long_for_its_turn(
-    in_process: Start, talk: Any, monkeypatch: pytest.MonkeyPatch
+    in_process: Start, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admission, "ELSEWHERE_SECONDS", 0.8)
     monkeypatch.setattr(ledger, "RENEW_SECONDS", 0.1)
     service = in_process(ScriptedEngine(SLOW * 2, num_slots=1))
     elsewhere = InProcess(ScriptedEngine(("other",)), service.settings.data_dir)
     try:
-        other = talk(service, "other")
+        other = begin(service, "other")
         other.until(b"w1 ")
-        waiting = talk(service, "k1")
+        waiting = begin(service, "k1")
         until(lambda: attempts(service, "k1") == [1], 2)
         body = request(elsewhere, stream=True)
         status, headers, text = ask(elsewhere, PATH, body, idempotency_key="k1")
@@ -337,35 +335,35 @@ def test_a_key_is_not_taken_over_from_a_request_that_waits_long_for_its_turn(
 
 
 def test_who_joined_does_not_lose_the_answer_to_a_first_client_that_stops_reading(
-    in_process: Start, talk: Any, monkeypatch: pytest.MonkeyPatch
+    in_process: Start, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "SLOW_READER_SECONDS", 0.5)
     service = in_process(ScriptedEngine(tuple(step for _ in range(60) for step in ("x" * 200_000, 0.01))))
-    talk(service, "k1").until(b"200 OK")
-    said = talk(service, "k1").rest()
+    begin(service, "k1").until(b"200 OK")
+    said = begin(service, "k1").rest()
     assert said.count(b"x") > 12_000_000
     assert said.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert statuses(service) == ["settled"]
 
 
-def test_without_a_ledger_keys_hold_within_one_process(in_process: Start, talk: Any) -> None:
+def test_without_a_ledger_keys_hold_within_one_process(in_process: Start, begin: Any) -> None:
     service = in_process(ScriptedEngine(SLOW), ledger="off")
-    leave(service, talk, "k1")
+    leave(service, begin, "k1")
     began = time.monotonic()
-    assert talk(service, "k1").rest().count(b"w39 ") == 1
+    assert begin(service, "k1").rest().count(b"w39 ") == 1
     assert ask(service, PATH, request(service, stream=True), idempotency_key="k1")[1]["idempotent-replayed"] == "true"
     assert time.monotonic() - began < 4
     assert len(service.engine.seen) == 2
 
 
 def test_a_key_is_released_when_the_database_is_back(
-    slow: InProcess, talk: Any, monkeypatch: pytest.MonkeyPatch
+    slow: InProcess, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
-    others = [talk(slow, f"other-{number}") for number in range(slow.engine.num_slots)]
+    others = [begin(slow, f"other-{number}") for number in range(slow.engine.num_slots)]
     for other in others:
         other.until(b"w1 ")
-    waiting = talk(slow, "k1")
+    waiting = begin(slow, "k1")
     until(lambda: attempts(slow, "k1") == [1], 2)
     lock = sqlite3.connect(slow.settings.data_dir / "octoai.db", isolation_level=None)
     lock.execute("BEGIN IMMEDIATE")
@@ -376,7 +374,7 @@ def test_a_key_is_released_when_the_database_is_back(
     for other in others:
         other.rest()
     until(lambda: attempts(slow, "k1") == [], 3)
-    assert talk(slow, "k1").rest().count(b"w39 ") == 1
+    assert begin(slow, "k1").rest().count(b"w39 ") == 1
 
 
 def test_one_id_given_at_once_by_several_is_made_unique(slow: InProcess) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,25 +16,7 @@ from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.errors import BadRequest
 from octoai.server.metering import PartMeter
-
-
-def user(content: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-PROMPTS: dict[str, dict[str, Any]] = {
-    "chat": {"messages": [user("Write a blog about Seattle 😀 你好")]},
-    "system": {"messages": [{"role": "system", "content": "Be brief."}, user("Hi")]},
-    "developer": {"messages": [{"role": "developer", "content": "Be brief."}, user("Hi")]},
-    "prefilled": {"messages": [user("A person as JSON."), {"role": "assistant", "content": '{"name": "'}]},
-    "parts": {"messages": [user([{"type": "text", "text": "Hello"}, {"type": "text", "text": " there"}])]},
-    "special": {"messages": [user("a <|im_end|> b <|im_start|>")]},
-    "schema": {"messages": [user("x")], "schema": {"type": "object"}},
-    "text": {"text": "Hello my <|im_end|>  \n"},
-    "no text": {"text": ""},
-    "tokens": {"tokens": [19556, 957]},
-    "long": {"text": "word " * 3000},
-}
+from tests.server.llamas import PROMPTS, user
 
 
 @pytest.mark.slow

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from octoai.server.engines import reader
 from octoai.server.engines.answer import Answer
-from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started, Usage
 from octoai.server.engines.odd import MAX_KNOWN, OddEvents
 from octoai.server.engines.plain import Habits, plain
 from octoai.server.engines.timed import timed
 from octoai.server.errors import EngineFailed
+from tests.server.engine_events import BOTH, ONE, TIMED, saying
 from tests.server.singly import singly
 
-ONE = Generation(max_tokens=100_000, messages=[{"role": "user", "content": "x"}])
 TEXTS = st.one_of(
     st.text(max_size=4),
     st.sampled_from([" word", "[DONE]", '"', "\\", "é", "\n", "\u2028", '","x":"', "", "7", '":7,']),
@@ -127,13 +127,7 @@ def cut(data: bytes, places: list[int]) -> Iterator[bytes]:
     return (data[start:end] for start, end in zip([0, *ends], [*ends, len(data)], strict=True))
 
 
-def saying(text: str, usage: str, reason: str = "null") -> bytes:
-    choice = b'{"index":0,"delta":{"content":"%b"},"finish_reason":%b}' % (text.encode(), reason.encode())
-    return b'data: {"choices":[%b],"usage":%b}\n\n' % (choice, usage.encode())
-
-
 COUNTED = '{"prompt_tokens":3,"completion_tokens":0}'
-BOTH = '{"prompt_tokens":3,"total_tokens":%d,"completion_tokens":%d}'
 OTHER = '{"prompt_tokens":4,"completion_tokens":0}'
 
 
@@ -179,12 +173,6 @@ def test_what_was_found_in_the_cache_is_no_earlier_answers(opening: str) -> None
         answer = Answer(ONE, habits)
         answer.events(told(cached))
         assert answer.so_far() == [Started(20, cached), Delta(0, "", 3)]
-
-
-TIMED = (
-    b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"content":"a"}}],"created":1795887152,"id":"c1",'
-    b'"timings":{"cache_n":0,"prompt_n":31,"prompt_ms":175.2,"predicted_n":9,"predicted_ms":0.001,"predicted_per_s":1e-05}}'
-)
 
 
 def test_events_with_times_are_known_by_their_shape() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from octoai.server.engines.scripted import ScriptedEngine
 from tests.running import InProcess, Start
-from tests.talking import is_idle, until
+from tests.talking import asked, is_idle, statuses, until
 
 
 def first_and_last_read(service: InProcess) -> tuple[bytes, bytes]:
@@ -93,29 +93,6 @@ def test_what_is_no_http_is_refused_in_the_one_shape_with_an_id(in_process: Star
         assert b"x-request-id: req_" in head
         said = json.loads(body)
         assert said["code"] == said["error"]["code"] == "invalid_http"
-
-
-def asked(
-    service: InProcess, line: str = "POST /v1/chat/completions HTTP/1.1", head: str = "", **params: object
-) -> bytes:
-    body = json.dumps({"model": service.model, "messages": [{"role": "user", "content": "hi"}], **params})
-    lines = f"{line}\r\nhost: x\r\nauthorization: Bearer {service.token}\r\n{head}content-length: {len(body)}\r\n\r\n"
-    return f"{lines}{body}".encode()
-
-
-def statuses(connection: socket.socket, num: int) -> list[bytes]:
-    """Of so many answers, each with a length."""
-    found, received = [], b""
-    for _ in range(num):
-        while b"\r\n\r\n" not in received:
-            received += connection.recv(65536)
-        head, _, received = received.partition(b"\r\n\r\n")
-        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-        while len(received) < length:
-            received += connection.recv(65536)
-        received = received[length:]
-        found.append(head.split()[1])
-    return found
 
 
 def test_requests_sent_ahead_are_answered_in_their_order_whichever_way_they_go(in_process: Start) -> None:

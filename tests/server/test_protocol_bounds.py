@@ -25,9 +25,8 @@ from octoai.server.errors import Unavailable
 from octoai.server.incoming import Bodies, ClientLeft, Incoming
 from octoai.server.protocol import MAX_AHEAD, MAX_HEAD_BYTES, protocol_for
 from tests.running import InProcess, Start
-from tests.server.test_heads import LINE, Pipe, Recording, request
-from tests.server.test_protocol import asked, statuses
-from tests.talking import until
+from tests.server.pipes import LINE, Pipe, Recording, request
+from tests.talking import asked, statuses, until
 
 PATH = "/v1/chat/completions"
 CHUNKED = LINE + b"host: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"

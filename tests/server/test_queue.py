@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,31 +11,7 @@ from hypothesis import strategies as st
 
 from octoai.server.errors import Unavailable
 from octoai.server.queue import FairQueue
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 20))
-
-
-async def ticks(n: int = 5) -> None:
-    for _ in range(n):
-        await asyncio.sleep(0)
-
-
-class Worker:
-    """One request: waits for its turn, says when it has it, keeps it until told."""
-
-    def __init__(self, queue: FairQueue, account: str, order: list[str], tokens: int = 1) -> None:
-        self.release = asyncio.Event()
-        self.has_turn = False
-        self.task = asyncio.create_task(self._run(queue, account, order, tokens))
-
-    async def _run(self, queue: FairQueue, account: str, order: list[str], tokens: int) -> None:
-        async with queue.turn(account, tokens) as ended:
-            self.has_turn = True
-            order.append(account)
-            await self.release.wait()
-            ended()
+from tests.server.turns import Worker, run, ticks
 
 
 def test_slots_are_taken_at_once_while_there_are_any() -> None:

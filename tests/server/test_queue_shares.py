@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from octoai.server.engines.base import Generation
 from octoai.server.errors import Unavailable
 from octoai.server.queue import FairQueue
-from tests.server.test_queue import Worker, run, ticks
+from tests.server.turns import Worker, run, ticks
 
 
 async def end(workers: list[Worker]) -> list[BaseException | None]:

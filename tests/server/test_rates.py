@@ -17,6 +17,7 @@ from octoai.server.store.accounts import Limits
 from octoai.server.store.reservations import Reservation, _standing
 from octoai.server.store.schema import MIGRATIONS, statements
 from octoai.server.times import MINUTE_US
+from tests.server.settling import num_steps
 
 NOW = 1_793_491_197_500_000
 SECOND = 1_000_000
@@ -102,20 +103,6 @@ def check_room(db: Connection, column: str, payer: str, now_us: int, singly: lis
             wanted = (room_us + MINUTE_US - now_us) / SECOND if left <= 0 else MINUTE_US / SECOND
             past = rates.past(db, column, payer, now_us)  # type: ignore[arg-type]
             assert _seconds_until(excess, past, kind, now_us) == wanted
-
-
-def num_steps(db: Connection, action: Any) -> int:
-    """Of SQLite's own machine."""
-    steps = [0]
-
-    def count() -> int:
-        steps[0] += 100
-        return 0
-
-    db._connection.set_progress_handler(count, 100)  # type: ignore[attr-defined]
-    action()
-    db._connection.set_progress_handler(None, 0)  # type: ignore[attr-defined]
-    return steps[0]
 
 
 @pytest.mark.parametrize("column", ["account", "token_id"])

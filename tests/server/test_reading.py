@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
-from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.base import Event, Generation, Started, Usage
 from octoai.server.engines.llama import LlamaEngine
-from octoai.server.engines.llama_options import LlamaOptions
 from octoai.server.engines.prompt import Prompt
 from octoai.server.engines.reading import (
     MIN_SHARED_TOKENS,
@@ -21,7 +20,7 @@ from octoai.server.engines.reading import (
     PIECE_TOKENS_BESIDE,
     Reading,
 )
-from tests.server.singly import singly
+from tests.server.llamas import answered, running
 
 pytestmark = pytest.mark.model
 
@@ -32,29 +31,6 @@ NUM_SYSTEM = 300  # tokens, about
 def chat(question: str, system: str = SYSTEM, **changes: object) -> Generation:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     return Generation(max_tokens=4, messages=messages, temperature=0.0, **changes)  # type: ignore[arg-type]
-
-
-@asynccontextmanager
-async def running(weights: Path, place: Path, **options: object) -> AsyncIterator[LlamaEngine]:
-    chosen = {"context_length": 2048, "num_slots": 4, "prefix_dir": place / "prefixes", "prefix_bytes": 2**28}
-    engine = LlamaEngine(weights, model="m", options=LlamaOptions(**{**chosen, **options}))  # type: ignore[arg-type]
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.close()
-
-
-async def answered(engine: LlamaEngine, generation: Generation) -> tuple[str, Usage]:
-    events = [event async for batch in engine.generate(generation) for event in singly(batch)]
-    started, finished = events[0], events[-1]
-    assert isinstance(started, Started)
-    assert isinstance(finished, Finished)
-    assert (started.prompt_tokens, started.cached_tokens) == (
-        finished.usage.prompt_tokens,
-        finished.usage.cached_tokens,
-    )
-    return "".join(event.text for event in events if isinstance(event, Delta)), finished.usage
 
 
 def num_computed(usages: Sequence[Usage]) -> int:

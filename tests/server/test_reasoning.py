@@ -10,8 +10,8 @@ from octoai.server.engines import reader
 from octoai.server.engines.answer import Answer
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Started, Usage
 from octoai.server.engines.plain import Habits
+from tests.server.engine_events import BOTH, ONE, TIMED, saying
 from tests.server.singly import singly
-from tests.server.test_plain import BOTH, ONE, TIMED, saying
 
 
 def test_what_a_model_thinks_is_told_from_what_it_says_and_read_as_quickly() -> None:
