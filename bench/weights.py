@@ -28,7 +28,7 @@ from typing import Any
 import aiohttp
 
 from octoai.optimizer.quality import Quality, Reference, exact, shipped_text
-from octoai.optimizer.weights import AS_GIVEN, Recipe, recipes, requantize
+from octoai.optimizer.weights import UNCHANGED, Recipe, recipes, requantize
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.places import cache_dir
 from octoai.server.sources import WeightStore
@@ -171,7 +171,7 @@ def rows_of(what: str, shipped: Path, place: Path, only: list[str]) -> list[Row]
     if what == "formats":
         with Reference(exact(shipped, place) or shipped, num_threads=2) as reference:
             for recipe in recipes(shipped):
-                if recipe is AS_GIVEN or not only or recipe.name in only:
+                if recipe is UNCHANGED or not only or recipe.name in only:
                     weights = made(shipped, recipe, place)
                     found.append(Row(recipe.name, weights, OURS, reference.measure(weights)))
     else:
@@ -182,7 +182,7 @@ def rows_of(what: str, shipped: Path, place: Path, only: list[str]) -> list[Row]
 
 
 def made(shipped: Path, recipe: Recipe, place: Path) -> Path:
-    if recipe is AS_GIVEN:
+    if recipe is UNCHANGED:
         return shipped
     target = place / f"{recipe.name.replace(' ', '_')}.gguf"
     requantize(shipped, target, recipe)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from octoai.optimizer.affine import as_q8_0
 from octoai.optimizer.ggml import converted, formats
-from octoai.optimizer.weights import AS_GIVEN, Recipe, UnusableWeights, num_bytes, recipes, requantize
+from octoai.optimizer.weights import UNCHANGED, Recipe, UnusableWeights, num_bytes, recipes, requantize
 
 Q8_0 = Recipe("Q8_0", (("*", "Q8_0"),))
 MATRICES = {
@@ -107,7 +107,7 @@ def test_metadata_and_what_is_not_made_over_are_kept_byte_for_byte(source: Path,
 
 
 def test_as_given_is_the_same_file(source: Path, tmp_path: Path) -> None:
-    requantize(source, tmp_path / "made.gguf", AS_GIVEN)
+    requantize(source, tmp_path / "made.gguf", UNCHANGED)
     assert (tmp_path / "made.gguf").read_bytes() == source.read_bytes()
 
 
@@ -123,13 +123,13 @@ def test_the_first_rule_that_fits_the_rows_counts(source: Path, tmp_path: Path) 
 
 def test_the_recipes_of_a_file_make_different_files_of_it(source: Path, tmp_path: Path) -> None:
     found = recipes(source)
-    assert found[0] is AS_GIVEN
+    assert found[0] is UNCHANGED
     assert len({each.name for each in found}) == len(found) > 3
     q8 = tmp_path / "q8.gguf"
     requantize(source, q8, Q8_0)
     assert "Q8_0" not in {each.name for each in recipes(q8)}
-    assert num_bytes(q8, AS_GIVEN) == sum(int(each.n_bytes) for each in tensors(q8).values())
-    assert num_bytes(source, Q8_0) == num_bytes(q8, AS_GIVEN)
+    assert num_bytes(q8, UNCHANGED) == sum(int(each.n_bytes) for each in tensors(q8).values())
+    assert num_bytes(source, Q8_0) == num_bytes(q8, UNCHANGED)
 
 
 def test_a_model_in_several_files_becomes_one(source: Path, tmp_path: Path) -> None:

@@ -14,12 +14,10 @@ from octoai.cli.words import minute, yes_or_no
 if TYPE_CHECKING:
     from octoai.server.store import Connection
 
-Subparsers = argparse._SubParsersAction  # argparse gives it no public name
-
 PLANS = ("free", "pro", "unlimited")
 
 
-def add_parsers(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
+def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("account", help="open, change and credit accounts", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     creating = actions.add_parser("create", help="open an account")

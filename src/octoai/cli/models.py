@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from octoai.server.catalogue import Catalogue, Model
     from octoai.server.sources import Progress, WeightStore
 
-Subparsers = argparse._SubParsersAction  # argparse gives it no public name
 
-
-def add_parsers(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
+def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     pulling = subparsers.add_parser("pull", help="download the weights of models", description=pull.__doc__)
     pulling.add_argument("ids", nargs="+", metavar="ID", help="a model's id or alias; `octoai models` lists them")
     pulling.set_defaults(run=pull)

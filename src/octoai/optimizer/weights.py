@@ -65,7 +65,7 @@ class Recipe:
         return next(fitting, tensor.format)
 
 
-AS_GIVEN = Recipe("as given", ())
+UNCHANGED = Recipe("as given", ())  # the name that `space` has for it
 
 _FINE_EMBEDDING = ((EMBEDDING, "Q8_0"), (OUTPUT, "Q8_0"))
 _CANDIDATES = (
@@ -82,9 +82,9 @@ _CANDIDATES = (
 
 
 def recipes(source: Path) -> list[Recipe]:
-    """Those that would change this file, each to something different, and `AS_GIVEN` first. Raises UnusableWeights."""
+    """Those that would change this file, each to something different, and `UNCHANGED` first. Raises UnusableWeights."""
     tensors = _tensors(source)
-    found = {tuple(each.format for each in tensors): AS_GIVEN}
+    found = {tuple(each.format for each in tensors): UNCHANGED}
     for recipe in _CANDIDATES:
         found.setdefault(tuple(recipe.format_of(each) for each in tensors), recipe)
     return list(found.values())
