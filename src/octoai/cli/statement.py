@@ -10,7 +10,8 @@ from octoai.cli import dates
 from octoai.cli.columns import Figure, aligned, write_csv
 from octoai.cli.database import add_options, with_database
 from octoai.cli.messages import fail, output, tell
-from octoai.cli.usage import usage_table, written
+from octoai.cli.usage import usage_table
+from octoai.cli.words import second
 
 if TYPE_CHECKING:
     from octoai.server.statements import Statement
@@ -59,7 +60,7 @@ def _show(db: Connection, args: argparse.Namespace, month: tuple[int, int]) -> i
     if args.csv:
         write_csv(output(), HEADER, (row for each in found for row in _csv_rows(each, args.month, names)))
         if now < month[1]:
-            tell(f"{args.month} is not over; this is as of {written(now)}")
+            tell(f"{args.month} is not over; this is as of {second(now)}")
     else:
         print(
             "\n\n\n".join(_text(each, args.month, names) for each in found)
@@ -72,11 +73,11 @@ def _text(of: Statement, month: str, names: Mapping[str, str]) -> str:
     name = f" ({of.name})" if of.name != of.account else ""
     parts = [f"Statement of {of.account}{name} for {month} (UTC)\n"]
     if not of.is_over:
-        parts[0] += f"The month is not over: this is as of {written(of.until_us)}.\n"
+        parts[0] += f"The month is not over: this is as of {second(of.until_us)}.\n"
     parts.append(aligned(("", "USD"), _summary(of)))
     if of.given:
         heads = ("DATE", "ITEM", "NOTE", "USD")
-        rows = [(written(each.at_us), each.kind, each.note or "", _usd(each.amount_nanos)) for each in of.given]
+        rows = [(second(each.at_us), each.kind, each.note or "", _usd(each.amount_nanos)) for each in of.given]
         parts.append("Grants and adjustments\n" + aligned(heads, rows, indent=2))
     if of.charged:
         by_model = [(each.key, each) for each in of.by_model]
@@ -102,7 +103,7 @@ def _summary(of: Statement) -> list[tuple[str, str]]:
 
 
 def _about(each: Movement) -> tuple[str, str, str, str]:
-    return (written(each.at_us), each.kind, each.request_id or "", each.model or "")
+    return (second(each.at_us), each.kind, each.request_id or "", each.model or "")
 
 
 def _csv_rows(of: Statement, month: str, names: Mapping[str, str]) -> Iterator[Sequence[str]]:

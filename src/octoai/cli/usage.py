@@ -13,6 +13,7 @@ from octoai.cli import dates
 from octoai.cli.columns import Figure, aligned, write_csv
 from octoai.cli.database import add_options, with_database
 from octoai.cli.messages import fail, output
+from octoai.cli.words import second
 
 if TYPE_CHECKING:
     from octoai.server.statements import UsageLine
@@ -72,7 +73,7 @@ def _show(db: Connection, args: argparse.Namespace, span: tuple[int, int], by: S
     elif args.json:
         _print_json(found, span, by, names)
     else:
-        print(f"Usage from {written(span[0])} to {written(span[1])}")
+        print(f"Usage from {second(span[0])} to {second(span[1])}")
         print(usage_table(_header(by), [(_keys(row, by, names), row) for row in found]), end="")
     return 0
 
@@ -104,10 +105,6 @@ def figures(row: UsageLine, separator: str = ",") -> list[Figure]:
     return [*(Figure(f"{count:,}".replace(",", separator)) for count in counts), Figure(usd(row.cost_nanos))]
 
 
-def written(at_us: int) -> str:
-    return datetime.fromtimestamp(at_us // 1_000_000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
 def _span(since: str | None, until: str | None) -> tuple[int, int]:
     """In microseconds, widened to the whole minutes that usage is kept by. Raises ValueError."""
     from octoai.server.times import MINUTE_US, now_us
@@ -117,7 +114,7 @@ def _span(since: str | None, until: str | None) -> tuple[int, int]:
     end_us = now_us() if until is None else -(-dates.moment(until) // MINUTE_US) * MINUTE_US
     end_us = min(end_us, dates.LATEST_US)
     if end_us <= start_us:
-        raise ValueError(f"there is nothing between {written(start_us)} and {written(end_us)}")
+        raise ValueError(f"there is nothing between {second(start_us)} and {second(end_us)}")
     return start_us, end_us
 
 
