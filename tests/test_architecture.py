@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,22 @@ def test_files_are_small() -> None:
     sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
     assert {name: size for name, size in sizes.items() if size > MAX_FILE_LINES} == {}
     assert percentile_95(list(sizes.values())) <= MAX_FILE_LINES_P95
+
+
+def interpreters(path: Path) -> Iterator[tuple[str, str]]:
+    """Where one of ours is started, and what it is given first."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        arguments = node.elts if isinstance(node, ast.List | ast.Tuple) else []
+        for program, first in itertools.pairwise(map(ast.unparse, arguments)):
+            if program == "sys.executable":
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", first
+
+
+def test_no_process_of_ours_takes_code_from_where_it_is_started() -> None:
+    """Without `-P` Python looks there first, for a `json.py` as well."""
+    started = dict(entry for path in SOURCES for entry in interpreters(path))
+    assert len(started) >= 9
+    assert {place: first for place, first in started.items() if first != "'-P'"} == {}
 
 
 def test_every_module_says_what_it_is_for() -> None:

@@ -70,6 +70,22 @@ def test_an_engine_that_cannot_be_started_again_now_is_tried_until_it_can(
         shutil.rmtree(place, ignore_errors=True)
 
 
+def test_an_engine_runs_no_file_of_the_directory_that_the_service_is_started_in(
+    embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('somebody else’s code')")
+    monkeypatch.chdir(tmp_path)
+
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        try:
+            await engine.start()
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
 THINKING = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.reasoning_content %}<think>\n"
     "{{ message.reasoning_content }}\n</think>\n\n{% endif %}{{ message.content }}<|im_end|>\n{% endfor %}"

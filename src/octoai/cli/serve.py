@@ -115,7 +115,7 @@ def _profile(settings: Settings, model: str, source: Path) -> tuple[Path, LlamaO
 def _say_unknown(model: str, command: list[str], settings: Settings) -> None:
     from octoai.server.run import say
 
-    asked = shlex.join(["octoai", *command[3:]])  # what is before it is Python's
+    asked = shlex.join(["octoai", *command[4:]])  # what is before it is Python's
     what = "is run while nobody asks" if settings.optimize_when_idle == "on" else "finds what is fastest here"
     say(f"octoai: {model} runs with the defaults; `{asked}` {what}")
 
@@ -125,4 +125,4 @@ def _optimization(settings: Settings, model: str, args: argparse.Namespace) -> l
     # A file of the command line has an id that only this service knows.
     path = next((each.path for each in settings.models if each.id == model and args.model), None)
     given = ["--config", str(args.config)] if args.config else []
-    return [sys.executable, "-m", "octoai", "optimize", str(path or model), *given]
+    return [sys.executable, "-P", "-m", "octoai", "optimize", str(path or model), *given]

@@ -130,7 +130,7 @@ def _unpack(version: str, source: Path, environ: Mapping[str, str], deadline: fl
 
 def can_be_loaded(path: Path) -> bool:
     """In a process of its own, since kernels stay loaded, and a damaged file may crash who loads it."""
-    ran = subprocess.run([sys.executable, "-c", _LOADING, str(path)], capture_output=True, check=False)  # noqa: S603  # our own text
+    ran = subprocess.run([sys.executable, "-P", "-c", _LOADING, str(path)], capture_output=True, check=False)  # noqa: S603  # our own text
     return ran.returncode == 0
 
 

@@ -171,7 +171,7 @@ def shipped_text() -> str:
 def _run_child(options: dict[str, Any], weights: Path, patience: float | None) -> dict[str, Any]:
     try:
         ran = subprocess.run(
-            [sys.executable, "-m", "octoai.optimizer.logits"],
+            [sys.executable, "-P", "-m", "octoai.optimizer.logits"],
             input=json.dumps(options) + "\n",
             capture_output=True,
             text=True,

@@ -187,7 +187,8 @@ class Bench:
 @contextmanager
 def busy_process() -> Iterator[None]:
     """Another program that computes all the time."""
-    with subprocess.Popen([sys.executable, "-c", _BUSY], stdin=subprocess.PIPE, start_new_session=True) as process:  # noqa: S603  # our own text
+    command = [sys.executable, "-P", "-c", _BUSY]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:  # noqa: S603  # our own text
         try:
             yield
         finally:

@@ -149,7 +149,7 @@ class Supervisor:
         with listener, theirs:
             descriptors = (theirs.fileno(), listener.fileno())
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "octoai.server.worker", *map(str, descriptors)),
+                *(sys.executable, "-P", "-m", "octoai.server.worker", *map(str, descriptors)),
                 stdin=DEVNULL,
                 pass_fds=descriptors,
                 start_new_session=True,  # a terminal's Ctrl-C is ours to handle

@@ -374,7 +374,7 @@ class LlamaEngine:
 
 async def _child(environ: Mapping[str, str]) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "octoai.server.engines.llama_child"),
+        *(sys.executable, "-P", "-m", "octoai.server.engines.llama_child"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

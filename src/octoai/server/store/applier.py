@@ -97,7 +97,7 @@ class Applier:
             return
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "octoai.server.store.applier"],
+                [sys.executable, "-P", "-m", "octoai.server.store.applier"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,  # a terminal's Ctrl-C is the service's to handle
