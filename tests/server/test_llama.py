@@ -26,6 +26,7 @@ from octoai.server.engines.held import HeldFiles
 from octoai.server.engines.kernels import NO_KERNELS
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
+from octoai.server.engines.prefixes import parts
 from octoai.server.errors import EngineFailed, Refusal
 from tests.server.singly import singly
 
@@ -298,26 +299,36 @@ def test_the_slot_of_an_answer_is_free_before_its_end_is_read(embedded_model: Pa
     asyncio.run(main())
 
 
-def test_an_engine_is_started_again_also_where_its_files_were_deleted(embedded_model: Path, tmp_path: Path) -> None:
-    """A newer profile takes their place in the cache."""
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_an_engine_is_started_again_with_the_files_it_had(
+    embedded_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_replaced: bool
+) -> None:
+    """A newer profile takes their place in the cache; what is there by now, nobody has checked."""
     weights = tmp_path / "made.gguf"
     shutil.copy(embedded_model, weights)
 
-    async def main() -> None:
+    async def main() -> str:
         engine = LlamaEngine(weights, model="m", options=LlamaOptions(context_length=512, num_slots=1))
         await engine.start()
         try:
-            weights.unlink()
+            if is_replaced:
+                (tmp_path / "other.gguf").write_bytes(b"GGUF of somebody else")
+                (tmp_path / "other.gguf").replace(weights)
+            else:
+                weights.unlink()
             await asyncio.sleep(1.5)  # it is looked at each second, also while nobody asks
             assert engine.pid is not None
             os.kill(engine.pid, signal.SIGKILL)
             await until(engine, False, 5)
             await until(engine, True, 30)
             assert await told(engine)
+            return engine._directory
         finally:
             await engine.close()
 
-    asyncio.run(main())
+    directory = asyncio.run(main())
+    assert not Path(directory).exists()
+    assert f"{weights} is not what it was when it was loaded, or gone" in caplog.text
     assert not [each for each in os.listdir("/proc/self/fd") if str(weights) in link(each)]
 
 
@@ -328,19 +339,34 @@ def link(descriptor: str) -> str:
         return ""
 
 
-def test_files_that_are_held_can_be_read_when_they_are_gone_and_others_are_let_go(tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
+def test_files_that_are_held_can_be_read_as_they_were_and_others_are_let_go(tmp_path: Path) -> None:
+    first, second, links = tmp_path / "first", tmp_path / "second", tmp_path / "links"
+    links.mkdir()
     first.write_text("one")
     second.write_text("two")
     files = HeldFiles()
     files.hold(first, None, tmp_path / "missing")
     files.hold(first, second)
-    assert files.path(first) == first
+    assert files.path(first, links) == first
     first.unlink()
-    second.unlink()
-    assert (files.path(first).read_text(), files.path(second).read_text()) == ("one", "two")
+    (tmp_path / "other").write_text("of somebody else")
+    (tmp_path / "other").replace(second)
+    assert [files.path(path, links).read_text() for path in (first, second)] == ["one", "two"]
     files.hold()
-    assert not files.path(first).exists()
+    assert files.path(second, links) == second
+    assert not (links / "second").exists()
+
+
+def test_a_model_in_several_files_is_held_whole_and_found_by_their_names(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2))
+    first.write_text("one")
+    second.write_text("two")
+    (links := tmp_path / "links").mkdir()
+    files = HeldFiles()
+    files.hold(first)
+    second.unlink()
+    assert [part.read_text() for part in parts(files.path(first, links))] == ["one", "two"]
+    files.hold()
 
 
 @pytest.mark.parametrize("damage", ["missing", "no model"])

@@ -133,7 +133,7 @@ class LlamaEngine:
             await self._spawn_with_any_kernels()
         except OSError as error:
             raise EngineFailed(f"could not load {self.weights}: {error.strerror or error}") from None
-        self._files.hold(self.weights, self.options.tuning.kernels)
+        self._files.hold(self.weights, self._wished.tuning.kernels)
 
     async def _spawn_with_any_kernels(self) -> None:
         """Kernels are only faster than those of the wheel: where they do not run, these do, until the next start.
@@ -275,10 +275,18 @@ class LlamaEngine:
             exited.cancel()
 
     async def _spawn(self) -> None:
-        weights, kernels = self._files.path(self.weights), self.options.tuning.kernels
+        directory = self._directory = tempfile.mkdtemp(prefix="octoai-")  # 0700
+        try:
+            await self._spawn_in(Path(directory))
+        except BaseException:
+            if self._process is None:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+    async def _spawn_in(self, directory: Path) -> None:
+        weights, kernels = self._files.path(self.weights, directory), self.options.tuning.kernels
         self._prefixes = self.options.prefixes(weights)
         self._prefixes.open()
-        directory = self._directory = tempfile.mkdtemp(prefix="octoai-")  # 0700
         key = secrets.token_urlsafe(32)
         options = {
             "model_path": str(weights),
@@ -293,14 +301,10 @@ class LlamaEngine:
             "num_threads": self.options.threads,
             "cache_ram_mib": self.options.cache_ram_mib,
             **asdict(self.options.tuning),
-            "kernels": str(self._files.path(kernels) if kernels else ""),
+            "kernels": str(self._files.path(kernels, directory) if kernels else ""),
         }
         self._last_words.clear()
-        try:
-            self._process = await _child(_environment(self.options.tuning))
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
+        self._process = await _child(_environment(self.options.tuning))
         self._listener = asyncio.create_task(self._listen(self._process))
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(options).encode() + b"\n")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _leave(socket: str) -> NoReturn:
-    _clean_up(socket)
+    shutil.rmtree(os.path.dirname(socket), ignore_errors=True)  # the parent may be faster
     # The engine's threads do not stop in the middle of a batch; there is nothing to save.
     os._exit(0)
 
@@ -95,12 +95,6 @@ def _give_way(num_threads: int) -> None:
     from xllamacpp import xllamacpp
 
     company.watch(ctypes.CDLL(xllamacpp.__file__), num_threads)
-
-
-def _clean_up(socket: str) -> None:
-    for remove, path in ((os.unlink, socket), (os.rmdir, os.path.dirname(socket))):
-        with suppress(OSError):  # the parent was faster; or we were, when the signal came between the two
-            remove(path)
 
 
 if __name__ == "__main__":
