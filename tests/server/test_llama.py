@@ -404,7 +404,7 @@ def test_a_child_starts_in_the_services_own_loop_however_its_threads_wait(spin_c
     uvloop.run(main())
 
 
-@pytest.mark.parametrize("damage", ["missing", "no library", "a library of something else"])
+@pytest.mark.parametrize("damage", ["missing", "no library", "a library of something else", "for others to write"])
 def test_where_kernels_do_not_load_those_of_the_wheel_answer(
     embedded_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -413,6 +413,9 @@ def test_where_kernels_do_not_load_those_of_the_wheel_answer(
         kernels.write_bytes(b"nothing")
     elif damage == "a library of something else":
         shutil.copy(next(Path(sys.base_prefix).rglob("_json.cpython*.so")), kernels)
+    elif damage == "for others to write":  # as when another's directory was put in the place of the one looked at
+        kernels.write_bytes(b"somebody else's code")
+        kernels.chmod(0o666)
 
     async def main() -> None:
         tuning = LlamaTuning(kernels=kernels, is_unified=True)
@@ -427,7 +430,8 @@ def test_where_kernels_do_not_load_those_of_the_wheel_answer(
             await engine.close()
 
     asyncio.run(main())
-    assert f"{kernels} is not a library of kernels" in caplog.text
+    why = "loaded: others can write it" if damage == "for others to write" else "a library of kernels"
+    assert f"{kernels} is not {why}" in caplog.text
     assert "trying the kernels of llama.cpp's wheel" in caplog.text
 
 

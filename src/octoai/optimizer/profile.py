@@ -181,7 +181,8 @@ def sha256_of_model(source: Path) -> str:
 
 
 def is_ours_alone(path: Path) -> bool:
-    """Whether nobody but us, and root, can write the file or put another in its place: a library is code of ours."""
+    """Whether nobody but us, and root, can write the file or put another in its place: a library is code of ours. Who
+    can put another directory in the place of the file's is met where it is loaded: there it is looked at as well."""
     return all(
         status.st_uid in {os.geteuid(), 0} and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         for status in (path.stat(), path.parent.stat())

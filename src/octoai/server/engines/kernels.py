@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import stat
 from pathlib import Path
 
 _CALLS_VERSION = 2
@@ -27,7 +28,8 @@ class CannotLoadKernels(Exception):
 
 def load(path: Path) -> None:
     """From now on this process computes with the kernels in that file, made from the source of the very wheel that is
-    installed. Must be called before a model is loaded. Raises CannotLoadKernels; the wheel's stay then."""
+    installed. Must be called before a model is loaded. Raises CannotLoadKernels; the wheel's stay then. It is the very
+    file that was looked at which is loaded: in a cache that others can write, another may be there at any moment."""
     wheel = importlib.util.find_spec("xllamacpp.xllamacpp")
     if wheel is None or wheel.origin is None:
         raise CannotLoadKernels("xllamacpp is missing: pip install 'octoai[server]>=1.12'")
@@ -37,10 +39,19 @@ def load(path: Path) -> None:
         getattr(ggml, name).restype = ctypes.c_void_p
     ggml.ggml_backend_unload.argtypes = [ctypes.c_void_p]
     shipped = ggml.ggml_backend_reg_by_name(b"CPU")
-    if not path.is_file() or not ggml.ggml_backend_load(os.fsencode(path)):
-        raise CannotLoadKernels(f"{path} is not a library of kernels for this llama.cpp")
-    ggml.ggml_backend_unload(shipped)  # what is left is what is used
-    kernels = ctypes.CDLL(str(path))
+    not_kernels = CannotLoadKernels(f"{path} is not a library of kernels for this llama.cpp")
+    try:
+        file = path.open("rb")
+    except OSError:
+        raise not_kernels from None
+    with file:
+        status, opened = os.fstat(file.fileno()), f"/proc/self/fd/{file.fileno()}"
+        if status.st_uid not in {os.geteuid(), 0} or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise CannotLoadKernels(f"{path} is not loaded: others can write it")
+        if not ggml.ggml_backend_load(opened.encode()):
+            raise not_kernels
+        ggml.ggml_backend_unload(shipped)  # what is left is what is used
+        kernels = ctypes.CDLL(opened)
     # A profile may name kernels that an earlier version made: they compute what they should, but took a text apart
     # as the longer one that it begins.
     if hasattr(kernels, "calls_version") and kernels.calls_version() >= _CALLS_VERSION:
