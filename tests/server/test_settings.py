@@ -275,6 +275,25 @@ def test_models_of_the_command_line_replace_those_of_the_file(environ: dict[str,
         load(path=None, environ=environ, models=["smollm3"])
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Llama-3.2_1B.Q4", "llama-3.2_1b.q4"),
+        ("my model", "my-model"),
+        ("llama (1)", "llama-1"),
+        ("modèle a+b", "mod-le-a-b"),
+        ("_tiny", "tiny"),
+        ("模型", "model"),
+        ("x" * 210, "x" * 128),
+    ],
+)
+def test_any_name_of_a_file_makes_an_id(environ: dict[str, str], tmp_path: Path, name: str, expected: str) -> None:
+    weights = tmp_path / f"{name}.gguf"
+    weights.touch()
+    (model,) = load(path=None, environ=environ, models=[str(weights)]).models
+    assert (model.id, model.path) == (expected, weights)
+
+
 def test_only_a_configuration_that_says_so_has_a_stand_in(environ: dict[str, str], tmp_path: Path) -> None:
     own = "[[models]]\nid = 'x'\naliases = ['y']\nengine_url = 'http://x/v1'\n"
     assert load(path=write(tmp_path, own), environ=environ).stand_in == ""

@@ -250,6 +250,11 @@ def price_usd_per_million(nanos: int) -> str:
     return text.removesuffix("0")
 
 
+def id_after(name: str) -> str:
+    """The id of a model of which nothing is known but the name of its file."""
+    return re.sub(r"[^a-z0-9._:-]+", "-", name.lower()).strip("._:-")[:_LONGEST_NAME] or "model"
+
+
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=_LONGEST_NAME)]
 _Positive = Annotated[int, Field(gt=0, strict=True)]
 

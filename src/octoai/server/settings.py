@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from octoai.server import places
-from octoai.server.catalogue import EMBEDDED_MODEL_ID, BadCatalogue, Catalogue, Model, parse_model
+from octoai.server.catalogue import EMBEDDED_MODEL_ID, BadCatalogue, Catalogue, Model, id_after, parse_model
 from octoai.server.places import expanded
 from octoai.server.store import Place
 
@@ -248,7 +248,7 @@ def _named(model: str) -> dict[str, Any]:
     if model.lower().endswith(".gguf") or is_file:
         if not is_file:
             raise BadSettings(f"there is no file {path}")
-        return {"id": path.stem.lower(), "path": str(path.absolute())}
+        return {"id": id_after(path.stem), "path": str(path.absolute())}
     return {"id": model}
 
 
