@@ -69,16 +69,28 @@ def test_many_slots_take_an_eighth_of_the_memory_at_most(
     assert num_slots(written(tmp_path / "x.gguf"), 8192) == expected  # of 1 GiB each
 
 
-@pytest.mark.parametrize(("gibibytes", "expected"), [(16, 8), (15.9, 4), (1, 4), (0, 4)])
+@pytest.mark.parametrize(
+    ("gibibytes", "cache_type", "expected"),
+    [
+        (16, "f16", 8),
+        (15.9, "f16", 4),
+        (1, "f16", 4),
+        (0, "f16", 4),
+        (32, "f32", 8),
+        (31.9, "f32", 4),
+        (8.5, "q8_0", 8),
+        (8.4, "q8_0", 4),
+    ],
+)
 def test_slots_that_were_found_to_be_fast_are_fewer_where_half_of_the_memory_is_not_enough(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gibibytes: float, expected: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gibibytes: float, cache_type: str, expected: int
 ) -> None:
     """A profile may be of a shorter context."""
     monkeypatch.setattr(cache_size, "memory_bytes", lambda: int(gibibytes * 2**30))
     path = written(tmp_path / "x.gguf")
-    assert slots_that_fit(path, 8192, 8) == expected  # of 1 GiB each
-    assert slots_that_fit(path, 8192, 2) == 2
-    assert slots_that_fit(tmp_path / "missing.gguf", 8192, 8) == 8
+    assert slots_that_fit(path, 8192, 8, cache_type) == expected  # of 1 GiB each in F16
+    assert slots_that_fit(path, 8192, 2, cache_type) == 2
+    assert slots_that_fit(tmp_path / "missing.gguf", 8192, 8, cache_type) == 8
 
 
 def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

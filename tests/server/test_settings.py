@@ -13,8 +13,10 @@ import pytest
 
 from octoai.server import app, places
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
+from octoai.server.engines import cache_size
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 from octoai.server.settings import BadSettings, Settings, load
+from tests.server.test_cache_size import written
 
 
 @pytest.fixture(autouse=True)
@@ -342,6 +344,20 @@ def test_threads_of_the_configuration_go_before_those_of_a_profile(
     found = replace(FOUND, tuning=replace(FOUND.tuning, num_batch_threads=num_batch_threads))
     used = app.options(settings, chosen, app.catalogue(settings)[chosen.id], tmp_path / "x.gguf", found)
     assert (used.num_threads, used.tuning.num_batch_threads) == expected
+
+
+@pytest.mark.parametrize(("cache_type", "num_slots"), [("f16", 8), ("f32", 4)])
+def test_slots_of_a_profile_are_counted_with_the_caches_it_has(
+    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_type: str, num_slots: int
+) -> None:
+    monkeypatch.setattr(cache_size, "memory_bytes", lambda: 16 * 2**30)
+    weights = written(tmp_path / "x.gguf")  # 1 GiB a slot in F16
+    text = "[[models]]\nid = 'x'\npath = 'x.gguf'\ncontext_length = 8192"
+    settings = load(path=write(tmp_path, text), environ=environ)
+    (chosen,) = settings.models
+    found = replace(FOUND, tuning=replace(FOUND.tuning, cache_type=cache_type))
+    used = app.options(settings, chosen, app.catalogue(settings)["x"], weights, found)
+    assert used.num_slots == num_slots
 
 
 @pytest.mark.parametrize(

@@ -188,10 +188,11 @@ def options(
     tuning = base.tuning
     if chosen.num_threads:  # of threads that read prompts too; 0 stays "as many as generate"
         tuning = replace(tuning, num_batch_threads=min(tuning.num_batch_threads, num_threads))
+    num_fitting = slots_that_fit(weights, context_length, base.num_slots, tuning.cache_type)
     return replace(
         base,
         context_length=context_length,
-        num_slots=chosen.num_slots or slots_that_fit(weights, context_length, base.num_slots),
+        num_slots=chosen.num_slots or num_fitting,
         num_threads=num_threads,
         tuning=tuning,
         stall_seconds=settings.engine_stall_seconds,

@@ -13,7 +13,7 @@ from octoai.server.engines.header import metadata
 MANY_SLOTS, FEW_SLOTS = 8, 4
 MEMORY_PARTS = 8  # of one of which the caches of many slots must not take more
 FOUND_MEMORY_PARTS = 2  # the same of as many slots as were found to be fast, and to fit, with some context
-_F16_BYTES = 2
+_TYPE_BYTES = {"f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}  # of a number in a cache of that type
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -25,17 +25,17 @@ def num_slots(weights: Path, context_length: int) -> int:
     return FEW_SLOTS
 
 
-def slots_that_fit(weights: Path, context_length: int, wanted: int) -> int:
+def slots_that_fit(weights: Path, context_length: int, wanted: int, cache_type: str) -> int:
     """Fewer than were found to be fast where their caches take too much of the memory: the context may have been
     shorter then. Not fewer than a model has of which nothing was found."""
-    token_bytes = cache_bytes_per_token(weights) or 0
+    token_bytes = cache_bytes_per_token(weights, cache_type) or 0
     while wanted > FEW_SLOTS and wanted * context_length * token_bytes > memory_bytes() // FOUND_MEMORY_PARTS:
         wanted = max(FEW_SLOTS, wanted // 2)
     return wanted
 
 
-def cache_bytes_per_token(weights: Path) -> int | None:
-    """What attention keeps of a token, in F16. None where the file does not say: it is of another kind, or damaged."""
+def cache_bytes_per_token(weights: Path, cache_type: str = "f16") -> int | None:
+    """What attention keeps of a token. None where the file does not say: it is of another kind, or damaged."""
     said = metadata(weights)
 
     def number(name: str, default: int = 0) -> int:
@@ -45,8 +45,8 @@ def cache_bytes_per_token(weights: Path) -> int | None:
     num_heads = number("attention.head_count")
     head_length = number("embedding_length") // num_heads if num_heads > 0 else 0
     lengths = number("attention.key_length", head_length) + number("attention.value_length", head_length)
-    size = number("block_count") * number("attention.head_count_kv", num_heads) * lengths * _F16_BYTES
-    return size if size > 0 else None
+    size = number("block_count") * number("attention.head_count_kv", num_heads) * lengths * _TYPE_BYTES[cache_type]
+    return int(size) if size > 0 else None
 
 
 def memory_bytes() -> int:
