@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import uvloop
 from gguf.scripts import gguf_new_metadata
@@ -25,9 +27,9 @@ from octoai.server.engines.base import Delta, Finished, Generation
 from octoai.server.engines.held import HeldFiles
 from octoai.server.engines.kernels import NO_KERNELS
 from octoai.server.engines.llama import LlamaEngine
-from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
+from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning, environment
 from octoai.server.engines.prefixes import parts
-from octoai.server.errors import EngineFailed, Refusal
+from octoai.server.errors import ContextLengthExceeded, EngineFailed, Refusal
 from tests.server.singly import singly
 
 pytestmark = pytest.mark.model
@@ -125,6 +127,70 @@ def test_what_a_model_thinks_goes_on_as_that(
     assert "".join(delta.reasoning for delta in deltas).strip() == text.strip() != ""
     assert not any(delta.text for delta in deltas)
     assert deltas[-1].completion_tokens == finished.usage.completion_tokens == finished.usage.reasoning_tokens == 12
+
+
+@pytest.mark.parametrize("is_unified", [False, True])
+def test_a_context_is_as_long_as_was_said_though_the_engine_rounds_it_up(
+    embedded_model: Path, is_unified: bool
+) -> None:
+    whole = Generation(max_tokens=400, text="Hi" * 20, ignore_eos=True)
+
+    async def main() -> None:
+        options = LlamaOptions(context_length=100, num_slots=2, tuning=LlamaTuning(is_unified=is_unified))
+        engine = LlamaEngine(embedded_model, model="m", options=options)
+        await engine.start()
+        try:
+            assert engine.context_length == 100
+            *_, finished = [event async for batch in engine.generate(whole) for event in batch]
+            assert isinstance(finished, Finished)
+            assert finished.usage.prompt_tokens + finished.usage.completion_tokens == 100
+            assert finished.reasons == {0: "length"}
+            with pytest.raises(ContextLengthExceeded, match="is 100 tokens"):
+                await anext(engine.generate(replace(whole, text="Hi" * 100)))
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+def without_tokenizer(path: Path) -> Path:
+    """A model of one layer that llama.cpp loads, and knows no text for."""
+    writer, width = gguf.GGUFWriter(path, "llama"), 32
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width)
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(100)
+    writer.add_tensor("token_embd.weight", np.ones((100, width), np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    for name in ("attn_norm", "ffn_norm"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones(width, np.float32))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones((width, width), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_model_without_a_tokenizer_is_refused_when_it_starts(tmp_path: Path) -> None:
+    weights = without_tokenizer(tmp_path / "m.gguf")
+
+    async def main() -> None:
+        engine = LlamaEngine(weights, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        try:
+            with pytest.raises(EngineFailed, match=r"m\.gguf has no tokenizer"):
+                await engine.start()
+            assert engine.pid is None
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
 
 
 async def told(engine: LlamaEngine) -> int:
@@ -397,7 +463,7 @@ def test_what_cannot_be_changed_to_changes_nothing(embedded_model: Path, tmp_pat
 @pytest.mark.parametrize("spin_count", [None, 0, 300])
 def test_a_child_starts_in_the_services_own_loop_however_its_threads_wait(spin_count: int | None) -> None:
     async def main() -> None:
-        environ = llama._environment(LlamaTuning(spin_count=spin_count))
+        environ = environment(LlamaTuning(spin_count=spin_count))
         child = await asyncio.create_subprocess_exec(sys.executable, "-c", "", env=environ)
         assert await child.wait() == 0
 

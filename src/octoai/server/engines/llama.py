@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import secrets
 import shutil
 import signal
@@ -30,7 +29,7 @@ from octoai.server.engines.header import vocabulary
 from octoai.server.engines.held import HeldFiles
 from octoai.server.engines.kernels import NO_KERNELS
 from octoai.server.engines.llama_control import Control
-from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
+from octoai.server.engines.llama_options import LlamaOptions, environment
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.prefixes import Prefixes
 from octoai.server.engines.reading import Reading
@@ -47,7 +46,7 @@ MAX_LINE_BYTES = 1024 * 1024
 # A prompt is taken apart into tokens before there is any sign of life: 0.7 MB/s on a slow text, and noise on top. What
 # special tokens take beside that is bounded (`special.py`).
 TOKENIZED_BYTES_PER_SECOND = 100_000
-
+_NO_VOCABULARY = 0  # llama.cpp's type of one; it crashes at the first text
 
 # What a child that cannot run its kernels ends with; everything else has other reasons, which may be gone later.
 _FOR_KERNELS = (NO_KERNELS, *(-each for each in (signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)))
@@ -304,7 +303,7 @@ class LlamaEngine:
             "kernels": str(self._files.path(kernels, directory) if kernels else ""),
         }
         self._last_words.clear()
-        self._process = await _child(_environment(self.options.tuning))
+        self._process = await _child(environment(self.options.tuning))
         self._listener = asyncio.create_task(self._listen(self._process))
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(options).encode() + b"\n")
@@ -331,23 +330,29 @@ class LlamaEngine:
             on_progress=self._made_progress,
         )
         described = await self._described(self._http, process)
-        self.context_length = self._http.context_length or self.context_length
-        control = Control(socket, key, self.model, await special, self._http.context_length)
+        # A model may have less than was asked for; more is what the engine rounds up.
+        window = min(self._http.context_length or self.options.context_length, self.options.context_length)
+        self.context_length = self._http.context_length = window
+        control = Control(socket, key, self.model, await special, window)
         self._reading = Reading(self._http, control, self._prefixes, self.num_slots, self._has_turn)
-        self._num_vocabulary = (described.get("meta") or {}).get("n_vocab")
+        self._num_vocabulary = described.get("n_vocab")
         self._made_progress()
         self._is_ready = True
 
     async def _described(self, http: OpenAIEngine, process: asyncio.subprocess.Process) -> Mapping[str, Any]:
         """What it says of its model, asked until it answers: on a busy machine its first answer takes its time."""
+        reason = f"loaded {self.weights}, but does not answer"
         for _ in range(NUM_FIRST_QUESTIONS):
-            described = await http.connect()
+            described = ((await http.connect()) or {}).get("meta") or {}
+            if described.get("vocab_type") == _NO_VOCABULARY:
+                reason = f"{self.weights} has no tokenizer, and can neither read nor write text: give another file"
+                break
             if http.is_ready:
-                return described or {}
+                return described
             if process.returncode is not None:
                 break
         await self._stop()
-        raise EngineFailed(f"loaded {self.weights}, but does not answer")
+        raise EngineFailed(reason)
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
         """Keep the child's last words for the message when it dies; it must never block on a full pipe."""
@@ -386,11 +391,3 @@ async def _child(environ: Mapping[str, str]) -> asyncio.subprocess.Process:
         start_new_session=True,  # a terminal's Ctrl-C is ours to handle
         env=environ,
     )
-
-
-def _environment(tuning: LlamaTuning) -> dict[str, str]:
-    """What the operator says of OpenMP goes before what we think."""
-    if tuning.spin_count is None:
-        return dict(os.environ)  # uvloop takes nothing else
-    waiting = {"GOMP_SPINCOUNT": str(tuning.spin_count)} if tuning.spin_count else {"OMP_WAIT_POLICY": "passive"}
-    return {**waiting, **os.environ}

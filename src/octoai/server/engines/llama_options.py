@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -66,3 +67,11 @@ class LlamaOptions:
         kept = (tuning.cache_type, tuning.flash_attention, tuning.is_unified)
         shape = f"xllamacpp {version('xllamacpp')} {replace(self, **other)} {kept}"
         return Prefixes(self.prefix_dir, fingerprint(weights, shape), self.prefix_bytes)
+
+
+def environment(tuning: LlamaTuning) -> dict[str, str]:
+    """Of the child. What the operator says of OpenMP goes before what we think."""
+    if tuning.spin_count is None:
+        return dict(os.environ)  # uvloop takes nothing else
+    waiting = {"GOMP_SPINCOUNT": str(tuning.spin_count)} if tuning.spin_count else {"OMP_WAIT_POLICY": "passive"}
+    return {**waiting, **os.environ}

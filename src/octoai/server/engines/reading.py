@@ -93,7 +93,7 @@ class Reading:
                 await self._read(prompt, self._take_slot(prompt))
                 await self._join(prompt)
                 told = None if on_left is None else partial(_told, on_left, prompt)
-                answered = self._http.generate(_asked(generation, prompt), told, on_text)
+                answered = self._http.generate(self._asked(generation, prompt), told, on_text)
                 async with aclosing(answered) as batches:
                     async for batch in batches:
                         self._num_answering += not has_begun
@@ -130,6 +130,15 @@ class Reading:
             return len(await self._control.tokens(generation))
         except Refused:
             return await self._http.count_tokens(generation)  # says why
+
+    def _asked(self, generation: Generation, prompt: Prompt) -> Generation:
+        """No more than there is room for, also where the engine has rounded that up. With the prompt's tokens, so that
+        the engine does not make them again, where that is the only difference."""
+        most = generation.max_tokens
+        if self._http.context_length is not None:
+            most = min(most, self._http.context_length - len(prompt.tokens))
+        asked = replace(generation, slot=prompt.slot, max_tokens=most)
+        return replace(asked, messages=None, text=None, tokens=prompt.tokens) if prompt.goes_as_tokens else asked
 
     async def _join(self, prompt: Prompt) -> None:
         """What is left to read of it, if it is little, goes into one step with what is left of others."""
@@ -286,12 +295,6 @@ class Reading:
             prompt.num_held = 0
             self._prefixes.drop(saved)
             log.warning("a saved prompt could not be used, and is read again: %s", error)
-
-
-def _asked(generation: Generation, prompt: Prompt) -> Generation:
-    """With the prompt's tokens, so that the engine does not make them again, where that is the only difference."""
-    asked = replace(generation, slot=prompt.slot)
-    return replace(asked, messages=None, text=None, tokens=prompt.tokens) if prompt.goes_as_tokens else asked
 
 
 def _told(on_left: OnLeft, prompt: Prompt, events: Sequence[Event]) -> None:
