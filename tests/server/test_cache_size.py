@@ -5,34 +5,13 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-import gguf
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from octoai.server.engines import cache_size
 from octoai.server.engines.cache_size import cache_bytes_per_token, num_slots, slots_that_fit
-
-
-def written(path: Path, *, heads: int = 32, groups: int | list[int] | None = 8, head: int | None = None) -> Path:
-    """A file with the header of a model of 32 layers, 4,096 wide, as gguf's own writer makes it."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tags(["a", "bé"])
-    writer.add_array("llama.numbers", [1, 2, 3])
-    writer.add_block_count(32)
-    writer.add_embedding_length(4096)
-    writer.add_head_count(heads)
-    if groups is not None:
-        writer.add_head_count_kv(groups)
-    if head is not None:
-        writer.add_key_length(head)
-        writer.add_value_length(head)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["a", "b"] * 3000)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
+from tests.server.headers import written
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines import cache_size
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 from octoai.server.settings import BadSettings, Settings, load
-from tests.server.test_cache_size import written
+from tests.server.headers import written
 
 
 @pytest.fixture(autouse=True)
