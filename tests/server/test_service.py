@@ -250,6 +250,21 @@ def test_what_the_engine_cannot_honour_is_refused_by_name(in_process: Start) -> 
         assert (status, answer["code"], answer["param"]) == (400, "unsupported_parameter", name)
 
 
+def test_what_is_to_be_done_about_it_is_said_and_who_stands_in(in_process: Start) -> None:
+    service = in_process(ScriptedEngine(refused=("tools", "top_k")))
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    _, _, answer = chat(service, tools=tools)
+    assert answer["message"] == (
+        f"tools: `{service.model}` cannot honour this parameter; ask for a response_format with a json_schema, or "
+        "serve a model by another engine (engine_url)"
+    )
+    _, _, answer = chat(service, model="meta-llama-3-8b-instruct", top_k=5)
+    assert answer["message"] == (
+        f"top_k: `{service.model}`, which stands in for `meta-llama-3-8b-instruct`, cannot honour this parameter; "
+        "leave it out"
+    )
+
+
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(in_process: Start) -> None:
     service = in_process(ScriptedEngine(context_length=100))
     for stream in (False, True):

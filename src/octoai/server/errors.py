@@ -72,6 +72,22 @@ class UnsupportedParameter(BadRequest):
     code = "unsupported_parameter"
 
 
+# Of what an engine cannot honour: what to do where leaving it out is no help.
+_INSTEAD = {
+    "prompt": "send it as text",
+    "tools": "ask for a response_format with a json_schema, or serve a model by another engine (engine_url)",
+}
+
+
+class NotHonoured(UnsupportedParameter):
+    """What the engine of one model cannot do: others may."""
+
+    def __init__(self, name: str, served: str, asked: str) -> None:
+        who = f"`{served}`" if served == asked else f"`{served}`, which stands in for `{asked}`,"
+        instead = _INSTEAD.get(name, "leave it out")
+        super().__init__(f"{name}: {who} cannot honour this parameter; {instead}", param=name)
+
+
 class ContextLengthExceeded(BadRequest):
     code = "context_length_exceeded"
 

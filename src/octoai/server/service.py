@@ -21,7 +21,7 @@ from octoai.server.accounts import Caller
 from octoai.server.admission import Admission
 from octoai.server.directory import Directory
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, OnText
-from octoai.server.errors import Forbidden, Refusal, Unavailable, UnsupportedParameter
+from octoai.server.errors import Forbidden, NotHonoured, Refusal, Unavailable
 from octoai.server.idempotency import Key, Recording
 from octoai.server.ledger import Tab
 from octoai.server.limits import Standings, standings
@@ -105,7 +105,7 @@ class Service:
         for generation in request.generations:
             name = deployment.engine.unsupported(generation)
             if name is not None:
-                raise UnsupportedParameter(f"{name}: `{deployment.model.id}` cannot honour this parameter", param=name)
+                raise NotHonoured(name, deployment.model.id, self.router.named(request.model).id)
         if not deployment.engine.is_ready:
             raise Unavailable("The engine is not ready.", retry_after=2, code="engine_not_ready")
         meter = Meter()
