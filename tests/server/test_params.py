@@ -584,6 +584,22 @@ def test_tools_that_have_to_be_called_have_arguments_of_a_bounded_schema() -> No
     assert len(only(chat(tools=tools[:1], tool_choice="required")).tools) == 1
 
 
+def test_what_has_to_be_called_has_to_be_there() -> None:
+    named = {"type": "function", "function": {"name": "g"}}
+    for tools in ([], None):
+        for choice in ("required", named):
+            refusal = refused(params.chat, {**CHAT, "tools": tools, "tool_choice": choice})
+            assert (refusal.status, refusal.param) == (400, "tool_choice")
+        for choice in ("auto", "none"):
+            assert only(chat(tools=tools, tool_choice=choice)).tools == ()
+    offered = [{"function": {"name": "f" * 100}}, {"function": {"name": "h"}}]
+    refusal = refused(params.chat, {**CHAT, "tools": offered, "tool_choice": named})
+    assert (refusal.status, refusal.param) == (400, "tool_choice")
+    assert refusal.message == f"tool_choice: no tool is called `g`; there is {'f' * 64}, h"
+    named["function"] = {"name": "h"}
+    assert only(chat(tools=offered, tool_choice=named)).tool_choice == named
+
+
 # Any body at all
 
 KEYS = (
