@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,9 +147,43 @@ def test_ollama_which_ignores_how_tools_are_chosen_knows_of_none_where_none_may_
     assert body("openai", asked)["tools"] == TOOLS
 
 
+# Chats that end with the assistant
+
+ASKED = {"role": "user", "content": "x"}
+BEGUN = {"role": "assistant", "content": "y"}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+GOES_ON = {"add_generation_prompt": False, "continue_final_message": True}
+
+
+def prompt(dialect: str, messages: list[dict[str, Any]], **given: Any) -> dict[str, Any]:
+    """What of the body is about the prompt."""
+    said = body(dialect, Generation(max_tokens=1, messages=messages, **given))
+    return {name: said[name] for name in ("messages", *GOES_ON) if name in said}
+
+
+def test_an_answer_that_has_begun_is_continued() -> None:
+    begun = [ASKED, BEGUN]
+    assert prompt("vllm", begun) == {"messages": begun, **GOES_ON}
+    assert prompt("llama.cpp", begun) == {"messages": begun}  # it does by itself
+    for name in ("vllm", "llama.cpp"):
+        assert prompt(name, [*begun, BEGUN], continues=True) == {"messages": [*begun, BEGUN], **GOES_ON}
+
+
+@pytest.mark.parametrize(
+    ("messages", "continues"),
+    [([ASKED, BEGUN, BEGUN], None), ([ASKED, CALLING], None), ([ASKED, BEGUN], False), ([ASKED, BEGUN, BEGUN], False)],
+)
+def test_after_other_messages_of_the_assistants_comes_a_new_turn(messages: list[Any], continues: bool | None) -> None:
+    assert prompt("vllm", messages, continues=continues) == {"messages": messages}
+    said = prompt("llama.cpp", messages, continues=continues)  # which would go on with the last one, or refuse it
+    assert said == {"messages": [*messages, {"role": "user", "content": ""}]}
+
+
 @pytest.mark.parametrize(
     ("dialect", "given", "name"),
     [
+        *((dialect, {"continues": False}, "continue_final_message") for dialect in ("openai", "ollama")),
+        *((dialect, {"continues": True}, None) for dialect in ("vllm", "llama.cpp")),
         ("openai", {"top_k": 5}, "top_k"),
         ("openai", {"min_p": 0.1}, "min_p"),
         ("openai", {"repetition_penalty": 1.1}, "repetition_penalty"),
@@ -442,6 +477,14 @@ def test_a_status_has_one_meaning_whatever_the_body(status: int, kind: type, our
 def test_an_engines_own_parameter_name_is_passed_on() -> None:
     answer = refused(400, {"error": {"message": "bad", "param": "temperature"}})
     assert answer.param == "temperature"
+
+
+def test_llama_cpp_is_put_in_words_where_its_grammar_does_not_take_how_an_answer_begins() -> None:
+    said = {"error": {"code": 400, "message": "Failed to initialize samplers: std::exception"}}
+    begun = Generation(max_tokens=9, messages=[ASKED, BEGUN], schema={})
+    assert refused(400, said, begun).param == "response_format"
+    assert refused(400, said, replace(begun, messages=[ASKED])).param == "messages"
+    assert refused(400, said, replace(begun, schema=None)).param == "messages"
 
 
 def test_the_engines_key_and_errors_of_its_own_are_not_told_to_our_caller() -> None:

@@ -289,6 +289,38 @@ def test_a_prefilled_answer_is_continued(client: Client) -> None:
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == whole
 
 
+def test_an_answer_that_has_not_begun_is_a_new_one(client: Client) -> None:
+    question = {"role": "user", "content": "Name a city."}
+    asked = client.chat(messages=[question])
+    for content in ("", None):
+        answer = client.chat(messages=[question, {"role": "assistant", "content": content}])
+        assert answer["choices"][0]["message"] == asked["choices"][0]["message"]
+        assert answer["usage"]["prompt_tokens"] == asked["usage"]["prompt_tokens"]
+
+
+def test_after_several_messages_of_the_assistants_comes_a_new_turn(client: Client) -> None:
+    """As of a team of agents in which one speaks several times."""
+    question, city = {"role": "user", "content": "Name a city."}, {"role": "assistant", "content": "Paris is"}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    for messages in ([question, city, city], [question, calling]):
+        assert client.chat(messages=messages)["choices"][0]["message"]["content"].strip()
+    begun = client.chat(messages=[question, city])["usage"]["prompt_tokens"]
+    goes_on = client.chat(messages=[question, city], continue_final_message=True)["usage"]["prompt_tokens"]
+    anew = client.chat(messages=[question, city], continue_final_message=False)["usage"]["prompt_tokens"]
+    assert begun == goes_on < anew
+
+
+def test_an_answer_that_has_begun_in_no_way_of_its_format_is_refused_in_words(client: Client) -> None:
+    question = {"role": "user", "content": "A person as JSON."}
+    asked = {**CHAT, "response_format": {"type": "json_object"}}
+    status, answer = client.refused({**asked, "messages": [question, {"role": "assistant", "content": "Paris."}]})
+    assert (status, answer["param"]) == (400, "response_format")
+    assert "the last message begins an answer" in answer["message"]
+    begun = {"role": "assistant", "content": '{"name": "'}
+    assert client.chat(**{**asked, "messages": [question, begun]})["choices"][0]["message"]["content"]
+
+
 def test_completions_take_text_token_ids_and_lists_of_both(client: Client) -> None:
     for prompt, count in (("Hello my", 1), ([19556, 957], 1), (["Hello", "Bye"], 2), ([[19556], [957]], 2), ("", 1)):
         answer = client.ask("/v1/completions", {"model": "smollm2", "prompt": prompt, "max_tokens": 3})

@@ -44,6 +44,7 @@ CHAT_OPTIONAL = (
     *OTHER_OPTIONAL,
     *("response_format", "tool_choice", "tools", "top_logprobs", "functions", "function_call", "octoai"),
     *("max_completion_tokens", "modalities", "metadata", "store", "parallel_tool_calls", "reasoning_effort"),
+    *("add_generation_prompt", "continue_final_message"),
 )
 TEXT_OPTIONAL = (*SHARED_DEFAULTS, *OTHER_OPTIONAL, "best_of", "echo", "suffix", "octoai", "max_completion_tokens")
 
@@ -467,6 +468,16 @@ def test_types_that_the_original_sdk_dropped_are_put_back() -> None:
     assert message.tools == ({"type": "function", "function": {"name": "brave_search"}},)
 
 
+def test_what_an_assistant_refused_with_is_text() -> None:
+    for part in ({"type": "refusal", "refusal": "No."}, {"refusal": "No."}):
+        history = [{"role": "assistant", "content": [part]}, {"role": "user", "content": "Why?"}]
+        messages = only(chat(messages=history)).messages
+        assert messages is not None
+        assert messages[0] == {"role": "assistant", "content": [{"type": "text", "text": "No."}]}
+    wrong = [{"role": "assistant", "content": [{"type": "refusal", "refusal": 5}]}]
+    assert refused(params.chat, {**CHAT, "messages": wrong}).param == "messages.0.content.0.refusal"
+
+
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
 def test_absent_and_null_content_is_no_text(content: dict[str, Any]) -> None:
     assert only(chat(messages=[{"role": "assistant", **content, "tool_calls": None}])).messages == (
@@ -477,6 +488,66 @@ def test_absent_and_null_content_is_no_text(content: dict[str, Any]) -> None:
 def test_a_tool_message_needs_no_tool_call_id_and_a_role_may_be_any() -> None:
     for role in ("tool", "developer", "system", "ipython"):
         assert only(chat(messages=[{"role": role, "content": "x"}])).messages == ({"role": role, "content": "x"},)
+
+
+ASKED = {"role": "user", "content": "Name a city."}
+BEGUN = {"role": "assistant", "content": "The city of"}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": [{"text": ""}]}])
+def test_an_answer_that_has_not_begun_is_a_new_one(content: dict[str, Any]) -> None:
+    unbegun = {"role": "assistant", **content}
+    generation = only(chat(messages=[ASKED, unbegun]))
+    assert (generation.messages, generation.is_prefilled) == ((ASKED,), False)
+    for before in ([], [ASKED, BEGUN]):
+        generation = only(chat(messages=[*before, unbegun]))
+        assert (len(generation.messages or ()), generation.is_prefilled) == (len(before) + 1, False)
+
+
+@pytest.mark.parametrize(
+    ("messages", "is_prefilled"),
+    [
+        ([ASKED, BEGUN], True),
+        ([BEGUN], True),
+        ([ASKED, {**BEGUN, "content": [{"text": "The city of"}]}], True),
+        ([ASKED], False),
+        ([BEGUN, ASKED], False),
+        ([ASKED, BEGUN, BEGUN], False),
+        ([ASKED, CALLING], False),
+    ],
+)
+def test_a_single_text_of_the_assistants_at_the_end_is_an_answer_that_has_begun(
+    messages: list[Any], is_prefilled: bool
+) -> None:
+    assert only(chat(messages=messages)).is_prefilled == is_prefilled
+
+
+def test_who_asks_says_whether_the_last_message_is_to_be_continued() -> None:
+    for messages in ([ASKED, BEGUN], [ASKED, BEGUN, BEGUN]):
+        for begins_anew in ({"continue_final_message": False}, {"add_generation_prompt": True}):
+            assert not only(chat(messages=messages, **begins_anew)).is_prefilled
+            assert only(chat(messages=[ASKED], **begins_anew)) == only(chat(messages=[ASKED]))
+        for goes_on in ({"continue_final_message": True}, {"add_generation_prompt": False}):
+            assert only(chat(messages=messages, **goes_on)).is_prefilled
+        assert only(chat(messages=messages, continue_final_message=True, add_generation_prompt=False)).is_prefilled
+
+
+@pytest.mark.parametrize(
+    ("messages", "said", "param"),
+    [
+        ([ASKED], {"continue_final_message": True}, "continue_final_message"),
+        ([ASKED], {"add_generation_prompt": False}, "add_generation_prompt"),
+        ([ASKED, CALLING], {"continue_final_message": True}, "continue_final_message"),
+        *(
+            ([ASKED, BEGUN], {"continue_final_message": each, "add_generation_prompt": each}, "continue_final_message")
+            for each in (True, False)
+        ),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(messages: list[Any], said: dict[str, Any], param: str) -> None:
+    refusal = refused(params.chat, {**CHAT, "messages": messages, **said})
+    assert (refusal.status, refusal.param) == (400, param)
 
 
 def test_what_a_model_thought_before_is_passed_on_to_its_template() -> None:
@@ -511,6 +582,7 @@ def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None
         (params.chat, CHAT, "guided_json", {"type": "object"}),
         (params.chat, CHAT, "guided_choice", ["a", "b"]),
         (params.chat, CHAT, "structured_outputs", {"regex": "a+"}),
+        (params.completion, TEXT, "continue_final_message", True),
         (params.chat, CHAT, "best_of", 3),
         (params.chat, CHAT, "echo", True),
         (params.chat, CHAT, "json_schema", {"type": "object"}),

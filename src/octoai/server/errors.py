@@ -74,6 +74,7 @@ class UnsupportedParameter(BadRequest):
 
 # Of what an engine cannot honour: what to do where leaving it out is no help.
 _INSTEAD = {
+    "continue_final_message": "leave it and add_generation_prompt out",
     "prompt": "send it as text",
     "tools": "ask for a response_format with a json_schema, or serve a model by another engine (engine_url)",
 }

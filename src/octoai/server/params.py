@@ -6,7 +6,7 @@ Pure: bytes in, a `TextRequest` out, or a refusal that names the field. Types an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Optional, Union
 
@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from octoai.server.bodies import MAX_SHOWN_KEY, checked, invalid
 from octoai.server.engines.base import Generation
 from octoai.server.errors import BadRequest, UnsupportedParameter
+from octoai.server.messages import continues, told, without_nulls
 from octoai.server.structure import checked_tools, schema_of
 from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, Messages
 
@@ -46,7 +47,7 @@ IMPOSSIBLE = frozenset(
     }
 )
 _IMPOSSIBLE_IN_CHAT = IMPOSSIBLE | {"best_of", "echo"}
-_ONLY_IN_CHAT = frozenset({"response_format", "tools", "top_logprobs"})
+_ONLY_IN_CHAT = frozenset({"continue_final_message", "response_format", "tools", "top_logprobs"})
 _IMPOSSIBLE_IN_COMPLETION = IMPOSSIBLE | _ONLY_IN_CHAT
 
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -79,6 +80,8 @@ class _BodyParams(TypedDict, total=False):
 
 class ChatBody(ChatParams, _BodyParams, total=False):
     __pydantic_config__ = ChatParams.__pydantic_config__  # type: ignore[misc]
+    add_generation_prompt: Optional[bool]
+    continue_final_message: Optional[bool]
 
 
 class CompletionBody(CompletionParams, _BodyParams, total=False):
@@ -138,8 +141,10 @@ def chat(body: bytes) -> TextRequest:
         sampling["logprobs"] = params.get("top_logprobs") or 0
     elif params.get("top_logprobs"):
         raise BadRequest("top_logprobs: only with logprobs set to true", param="top_logprobs")
+    messages = told(params["messages"])
     generation = Generation(
-        messages=_messages(params["messages"]),
+        messages=messages,
+        continues=continues(params, messages),
         schema=schema_of(params.get("response_format")),
         tools=checked_tools(params.get("tools"), params.get("tool_choice")),
         tool_choice=params.get("tool_choice"),
@@ -155,7 +160,7 @@ def completion(body: bytes) -> TextRequest:
     sampling["logprobs"] = params.get("logprobs")
     if (params.get("best_of") or sampling["n"]) != sampling["n"]:
         raise UnsupportedParameter("best_of: only the same value as n; ask for n and choose", param="best_of")
-    prompts = [{"messages": _messages(params["messages"])}] if _is_chat(params) else _prompts(params.get("prompt"))
+    prompts = [{"messages": told(params["messages"])}] if _is_chat(params) else _prompts(params.get("prompt"))
     if len(prompts) * sampling["n"] > MAX_PROMPTS:
         raise BadRequest(f"prompt: at most {MAX_PROMPTS} choices in all (prompts times n)", param="prompt")
     echo = bool(params.get("echo"))
@@ -191,7 +196,7 @@ def _prompts(prompt: Any) -> list[dict[str, Any]]:
 
 def _sampling(params: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are given, for a `Generation`, whose defaults are the OctoAI API's. Null means the default."""
-    given = _given(params)
+    given = without_nulls(params)
     sampling: dict[str, Any] = {name: given[name] for name in _PASSED.intersection(given)}
     sampling["is_stream"] = given.get("stream", False)
     sampling["max_tokens"] = given.get("max_completion_tokens", given.get("max_tokens", DEFAULT_MAX_TOKENS))
@@ -206,11 +211,6 @@ def _sampling(params: Mapping[str, Any]) -> dict[str, Any]:
     if "logit_bias" in given:
         sampling["logit_bias"] = _logit_bias(given["logit_bias"])
     return sampling
-
-
-def _given(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Null means the same as leaving it out."""
-    return {name: value for name, value in values.items() if value is not None} if None in values.values() else values
 
 
 def _old_vllm_options(extension: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,30 +236,6 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
             raise invalid(("logit_bias", key[:MAX_SHOWN_KEY]), "Keys should be token ids: whole numbers", "int_parsing")
     return {int(key): value for key, value in bias.items()}
-
-
-def _messages(messages: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    return tuple([_message(message, index) for index, message in enumerate(messages)])
-
-
-def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Parts and calls get the `type` that the original SDK dropped; absent or null content is no text."""
-    said = {**_given(message)}
-    content = said.get("content", "")
-    if isinstance(content, list):
-        content = [_part(part, (index, number)) for number, part in enumerate(content)]
-    said["content"] = content
-    if "tool_calls" in said:
-        said["tool_calls"] = [{**call, "type": "function"} for call in said["tool_calls"]]
-    return said
-
-
-def _part(part: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:
-    for kind in ("text", "image_url"):
-        if part.get(kind) is not None and part.get("type") in (None, kind):
-            return {"type": kind, kind: part[kind]}
-    where = ("messages", place[0], "content", place[1])
-    raise invalid(where, "A content part is {type: text, text} or {type: image_url, image_url}", "value_error")
 
 
 def _refuse_impossible(params: Mapping[str, Any], impossible: frozenset[str]) -> None:

@@ -50,6 +50,7 @@ class _ContentPart(TypedDict):
     type: NotRequired[Optional[str]]
     text: NotRequired[Optional[str]]
     image_url: NotRequired[Optional[_ImageUrl]]
+    refusal: NotRequired[Optional[str]]
 
 
 class _Function(TypedDict):

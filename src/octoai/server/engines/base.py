@@ -26,13 +26,15 @@ class Generation:
 
     Exactly one of `messages` (a chat), `text` or `tokens` (a raw prompt: text, or the model's token ids) is set.
     `logprobs` is how many alternatives to report per token (0: only the chosen one), None for none at all.
-    `schema` constrains the text to JSON: a JSON Schema, or {} for any object. `top_k` 0 means no limit. `slot` is for
-    llama.cpp alone: which of its slots is to read it. `is_stream`: somebody reads the answer as it comes; otherwise
-    events may come in larger batches, after the first.
+    `schema` constrains the text to JSON: a JSON Schema, or {} for any object. `top_k` 0 means no limit. `continues`:
+    whether the answer is to go on where the last message, which is the assistant's, ends; None where nobody has said.
+    `slot` is for llama.cpp alone: which of its slots is to read it. `is_stream`: somebody reads the answer as it comes;
+    otherwise events may come in larger batches, after the first.
     """
 
     max_tokens: int
     messages: Sequence[Message] | None = None
+    continues: bool | None = None
     text: str | None = None
     tokens: Sequence[int] | None = None
     n: int = 1
@@ -71,6 +73,16 @@ class Generation:
         return sum(map(_num_bytes, self.messages)) + _num_json(self.tools) + _num_json(self.schema)
 
     @property
+    def is_prefilled(self) -> bool:
+        """Whether the answer goes on where the last message ends. Where nobody has said, that is an answer which has
+        begun: not one of several in a row, nor calls of tools, after which comes a new turn."""
+        messages = self.messages or ()
+        if self.continues is not None or not messages or messages[-1]["role"] != "assistant":
+            return bool(self.continues)
+        is_alone = len(messages) == 1 or messages[-2]["role"] != "assistant"
+        return is_alone and not messages[-1].get("tool_calls") and not is_empty(messages[-1])
+
+    @property
     def has_images(self) -> bool:
         contents = [message.get("content") for message in self.messages or ()]
         return any(part["type"] != "text" for parts in contents if isinstance(parts, list) for part in parts)
@@ -80,6 +92,13 @@ class Generation:
         than a context, whatever was asked."""
         asked = self.num_prompt_bytes // BYTES_PER_TOKEN + self.max_tokens * self.n + 1
         return min(asked, (context_length or LONGEST_CONTEXT) * self.n)
+
+
+def is_empty(message: Message) -> bool:
+    """Whether it neither says nor calls anything."""
+    content = message.get("content")
+    says = any(part.get("text", True) for part in content) if isinstance(content, list) else bool(content)
+    return not (says or message.get("reasoning_content") or message.get("tool_calls"))
 
 
 def _num_bytes(message: Message) -> int:

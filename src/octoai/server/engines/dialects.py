@@ -9,15 +9,15 @@ Every sampling parameter is sent, also at its default: the servers' own defaults
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import orjson
 
 from octoai.server.engines.base import Generation, Message
 from octoai.server.engines.choices import tokens_of
+from octoai.server.engines.refusable import NOT_OF_OPENAI, refusable
 from octoai.server.errors import BadRequest
 from octoai.server.rewriting import without_idle_limits
 
@@ -31,6 +31,9 @@ _TOKENS = re.compile(rb'"tokens"\s*:\s*\[')
 
 _LEAST_OF_IMAGE = 32  # tokens that one is read as; what stands for it in the text is fewer
 _NO_IMAGE = {"type": "text", "text": ""}
+
+_CONTINUED = {"add_generation_prompt": False, "continue_final_message": True}
+_NOTHING_SAID = {"role": "user", "content": ""}
 
 _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
 
@@ -52,7 +55,7 @@ class Dialect:
 
     def unsupported(self, generation: Generation) -> str | None:
         """The first parameter given that this server cannot honour."""
-        for name, is_given in _refusable(self.refused):
+        for name, is_given in refusable(self.refused):
             if is_given(generation):
                 return name
         return None
@@ -138,6 +141,15 @@ class LlamaDialect(Dialect):
         asked = {"content": text, "add_special": True, "parse_special": True}
         return _num_listed((yield "/tokenize", orjson.dumps(asked)))
 
+    def _prompt(self, generation: Generation) -> dict[str, Any]:
+        """It goes on with the last message by itself, where that is the assistant's, and refuses several of them."""
+        values = Dialect._prompt(self, generation)
+        if generation.continues:
+            values |= _CONTINUED
+        elif values.get("messages") and values["messages"][-1]["role"] == "assistant" and not generation.is_prefilled:
+            values["messages"].append(_NOTHING_SAID)  # nothing else makes every llama-server begin a new turn
+        return values
+
     def _sampling(self, generation: Generation) -> dict[str, Any]:
         values = Dialect._sampling(self, generation)
         if generation.seed is not None:
@@ -177,10 +189,7 @@ class VllmDialect(Dialect):
 
     def _prompt(self, generation: Generation) -> dict[str, Any]:
         values = Dialect._prompt(self, generation)
-        last = values["messages"][-1] if values.get("messages") else {}
-        if last.get("role") == "assistant" and not last.get("tool_calls"):
-            values |= {"add_generation_prompt": False, "continue_final_message": True}
-        return values
+        return values | _CONTINUED if generation.is_prefilled else values
 
 
 def _num_listed(said: bytes) -> int:
@@ -244,26 +253,6 @@ def dumped(body: Mapping[str, Any]) -> bytes:
         raise BadRequest(f"The body cannot be passed on to the engine: {error}") from None
 
 
-@cache
-def _refusable(names: frozenset[str]) -> Sequence[tuple[str, Callable[[Generation], bool]]]:
-    return [(name, _GIVEN[name]) for name in sorted(names) if name in _GIVEN]
-
-
-# How each refusable parameter shows that it was given: at its default it asks for nothing.
-_GIVEN: dict[str, Any] = {
-    "frequency_penalty": lambda g: g.frequency_penalty != 0,
-    "ignore_eos": lambda g: g.ignore_eos,
-    "logit_bias": lambda g: bool(g.logit_bias),
-    "logprobs": lambda g: g.logprobs is not None,
-    "min_p": lambda g: g.min_p != 0,
-    "presence_penalty": lambda g: g.presence_penalty != 0,
-    "prompt": lambda g: g.tokens is not None,
-    "repetition_penalty": lambda g: g.repetition_penalty != 1,
-    "tool_choice": lambda g: bool(g.tools) and g.tool_choice not in (None, "auto", "none"),
-    "tools": lambda g: bool(g.tools) and g.tool_choice != "none",
-    "top_k": lambda g: g.top_k != 0,
-}
-
 DIALECTS: Mapping[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
@@ -284,15 +273,13 @@ DIALECTS: Mapping[str, Dialect] = {
         ),
         Dialect(
             "ollama",
-            refused=frozenset(
-                {"ignore_eos", "logit_bias", "min_p", "prompt", "repetition_penalty", "tool_choice", "top_k"}
-            ),
+            refused=NOT_OF_OPENAI | {"logit_bias", "prompt", "tool_choice"},
             extra={"stream_options": {"include_usage": True}},
             max_choices=1,
         ),
         Dialect(
             "openai",
-            refused=frozenset({"ignore_eos", "min_p", "repetition_penalty", "top_k"}),
+            refused=NOT_OF_OPENAI,
             extra={"stream_options": {"include_usage": True}},
             roles={},
         ),

@@ -18,6 +18,8 @@ _WINDOW = re.compile(r"context length is (?:only )?(\d+) tokens")
 _PROMPT_TOKENS = re.compile(r"(?<!\d)(?<!upper bound for )(\d+) (?:in the messages|input tokens|in the prompt)")
 # Of a prompt that fills the window to the last token it says what is left of `max_tokens`, which was not ours.
 _NO_ROOM = "max_tokens must be at least 1, got 0"
+# llama.cpp's grammar takes the beginning of an answer with what follows it.
+_NOT_ITS_BEGINNING = "Failed to initialize samplers"
 MAX_RETRY_SECONDS = 3600
 
 
@@ -38,6 +40,8 @@ def refusal(
     too_long = _too_long(error, message, param) if status == 400 else None
     if too_long is not None:
         return too_long
+    if _NOT_ITS_BEGINNING in message and generation.schema is not None and generation.is_prefilled:
+        return _other_beginning()
     if status in (400, 422):
         return BadRequest(f"The engine refused: {message}", param=error.get("param") or _suspect(message, param))
     if status == 413:
@@ -56,6 +60,14 @@ def prompt_param(generation: Generation) -> str:
 
 def text_only() -> Refusal:
     return BadRequest("messages: this model takes text only, no images", param="messages")
+
+
+def _other_beginning() -> Refusal:
+    return BadRequest(
+        "response_format: the last message begins an answer that is none of this format; leave one of the two out, or "
+        "set continue_final_message to false for an answer of its own",
+        param="response_format",
+    )
 
 
 def _seconds(retry_after: bytes) -> int:
