@@ -147,6 +147,18 @@ def test_ollama_which_ignores_how_tools_are_chosen_knows_of_none_where_none_may_
     assert body("openai", asked)["tools"] == TOOLS
 
 
+def test_one_call_at_a_time_is_asked_of_servers_that_know_it() -> None:
+    asked = Generation(max_tokens=1, messages=[ASKED], tools=TOOLS, parallel_tool_calls=False)
+    assert [body(name, asked)["parallel_tool_calls"] for name in ("vllm", "openai")] == [False, False]
+    assert "parallel_tool_calls" not in body("vllm", Generation(max_tokens=1, messages=[ASKED], tools=TOOLS))
+    assert "parallel_tool_calls" not in body("vllm", replace(asked, tools=()))
+
+
+def test_vllm_is_told_how_many_tokens_are_the_least() -> None:
+    assert body("vllm", Generation(max_tokens=9, text="x", min_tokens=4))["min_tokens"] == 4
+    assert "min_tokens" not in body("vllm", TEXT)
+
+
 # Chats that end with the assistant
 
 ASKED = {"role": "user", "content": "x"}
@@ -158,7 +170,7 @@ GOES_ON = {"add_generation_prompt": False, "continue_final_message": True}
 def prompt(dialect: str, messages: list[dict[str, Any]], **given: Any) -> dict[str, Any]:
     """What of the body is about the prompt."""
     said = body(dialect, Generation(max_tokens=1, messages=messages, **given))
-    return {name: said[name] for name in ("messages", *GOES_ON) if name in said}
+    return {name: said[name] for name in ("messages", "chat_template_kwargs", *GOES_ON) if name in said}
 
 
 def test_an_answer_that_has_begun_is_continued() -> None:
@@ -179,11 +191,39 @@ def test_after_other_messages_of_the_assistants_comes_a_new_turn(messages: list[
     assert said == {"messages": [*messages, {"role": "user", "content": ""}]}
 
 
+def test_what_a_template_is_told_goes_with_the_messages_also_to_be_counted() -> None:
+    told = {"enable_thinking": False}
+    asked = Generation(max_tokens=1, messages=[ASKED, BEGUN], template_kwargs=told)
+    assert prompt("llama.cpp", [ASKED], template_kwargs=told) == {"messages": [ASKED], "chat_template_kwargs": told}
+    for name, more in (("vllm", GOES_ON), ("llama.cpp", {})):
+        counting = DIALECTS[name].counting(asked, "up")
+        assert counting is not None
+        said = json.loads(next(counting)[1])
+        assert said.items() >= {"messages": [ASKED, BEGUN], "chat_template_kwargs": told, **more}.items()
+
+
 @pytest.mark.parametrize(
     ("dialect", "given", "name"),
     [
+        *(
+            (dialect, {"template_kwargs": {"enable_thinking": False}}, name)
+            for dialect, name in (
+                ("openai", "chat_template_kwargs"),
+                ("ollama", "chat_template_kwargs"),
+                ("vllm", None),
+            )
+        ),
+        *(
+            (dialect, {"min_tokens": 1}, name)
+            for dialect, name in (("openai", "min_tokens"), ("ollama", "min_tokens"), ("llama.cpp", "min_tokens"))
+        ),
         *((dialect, {"continues": False}, "continue_final_message") for dialect in ("openai", "ollama")),
         *((dialect, {"continues": True}, None) for dialect in ("vllm", "llama.cpp")),
+        ("vllm", {"min_tokens": 1, "tools": TOOLS, "parallel_tool_calls": False}, None),
+        ("openai", {"tools": TOOLS, "parallel_tool_calls": False}, None),
+        ("ollama", {"tools": TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ("ollama", {"tools": TOOLS, "tool_choice": "none", "parallel_tool_calls": False}, None),
+        ("ollama", {"parallel_tool_calls": False}, None),
         ("openai", {"top_k": 5}, "top_k"),
         ("openai", {"min_p": 0.1}, "min_p"),
         ("openai", {"repetition_penalty": 1.1}, "repetition_penalty"),

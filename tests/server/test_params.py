@@ -29,6 +29,7 @@ SHARED_DEFAULTS = {
     "logit_bias": {},
     "max_tokens": 512,
     "min_p": 0.0,
+    "min_tokens": 0,
     "n": 1,
     "presence_penalty": 0.0,
     "repetition_penalty": 1.0,
@@ -44,7 +45,7 @@ CHAT_OPTIONAL = (
     *OTHER_OPTIONAL,
     *("response_format", "tool_choice", "tools", "top_logprobs", "functions", "function_call", "octoai"),
     *("max_completion_tokens", "modalities", "metadata", "store", "parallel_tool_calls", "reasoning_effort"),
-    *("add_generation_prompt", "continue_final_message"),
+    *("add_generation_prompt", "chat_template_kwargs", "continue_final_message", "skip_special_tokens"),
 )
 TEXT_OPTIONAL = (*SHARED_DEFAULTS, *OTHER_OPTIONAL, "best_of", "echo", "suffix", "octoai", "max_completion_tokens")
 
@@ -119,6 +120,7 @@ EDGES: list[tuple[str, list[Any], list[Any]]] = [
     ("min_p", [0, 1], [-0.001, 1.001]),
     ("max_tokens", [1, 2**31 - 1], [0, -1, 2**31]),
     ("max_completion_tokens", [1, 2**31 - 1], [0, -1, 2**31]),
+    ("min_tokens", [0, 512], [-1, 513, 2**31]),
     ("n", [1, 16], [0, -1, 17]),
     ("top_k", [-1, 0, 40], [-2, 2**31]),
     ("seed", [0, -(2**63), 2**63 - 1], [2**63, -(2**63) - 1, 10**40]),
@@ -136,7 +138,7 @@ def test_a_range_holds_at_its_edge_and_not_beyond(
         assert isinstance(decode(json.dumps({**base, name: value}).encode()), TextRequest)
     for value in bad:
         refusal = refused(decode, {**base, name: value})
-        assert refusal.status == 422
+        assert refusal.status == (400 if (name, value) == ("min_tokens", 513) else 422)  # more than max_tokens
         assert (refusal.param or "").split(".")[0] == name
 
 
@@ -550,6 +552,17 @@ def test_what_cannot_be_continued_is_refused(messages: list[Any], said: dict[str
     assert (refusal.status, refusal.param) == (400, param)
 
 
+def test_what_a_template_is_told_is_bounded_and_part_of_the_prompt() -> None:
+    told = {"enable_thinking": False, "documents": [{"text": "x" * 1000}]}
+    generation = only(chat(chat_template_kwargs=told))
+    assert generation.template_kwargs == told
+    assert generation.num_prompt_bytes > 1000
+    for wrong in ({"a": "x" * 17_000}, {"a": 10**30}, {"chat_template": "{{ 1 }}"}):
+        refusal = refused(params.chat, {**CHAT, "chat_template_kwargs": wrong})
+        assert (refusal.status, (refusal.param or "").split(".")[0]) == (400, "chat_template_kwargs")
+    assert refused(params.chat, {**CHAT, "chat_template_kwargs": [1]}).status == 422
+
+
 def test_what_a_model_thought_before_is_passed_on_to_its_template() -> None:
     thought = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
     assert only(chat(messages=[thought])).messages == (thought,)
@@ -582,7 +595,18 @@ def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None
         (params.chat, CHAT, "guided_json", {"type": "object"}),
         (params.chat, CHAT, "guided_choice", ["a", "b"]),
         (params.chat, CHAT, "structured_outputs", {"regex": "a+"}),
+        (params.chat, CHAT, "allowed_token_ids", [10]),
+        (params.chat, CHAT, "bad_words", ["The"]),
+        (params.chat, CHAT, "chat_template", "{{ 1 }}"),
+        (params.chat, CHAT, "prompt_logprobs", 0),
+        (params.chat, CHAT, "skip_special_tokens", False),
+        (params.chat, CHAT, "stop_token_ids", [2]),
+        (params.chat, CHAT, "truncate_prompt_tokens", -1),
+        (params.chat, CHAT, "use_beam_search", True),
+        (params.completion, TEXT, "chat_template_kwargs", {"enable_thinking": False}),
         (params.completion, TEXT, "continue_final_message", True),
+        (params.completion, TEXT, "prompt_logprobs", 1),
+        (params.completion, TEXT, "use_beam_search", True),
         (params.chat, CHAT, "best_of", 3),
         (params.chat, CHAT, "echo", True),
         (params.chat, CHAT, "json_schema", {"type": "object"}),
@@ -610,6 +634,9 @@ def test_harmless_forms_of_it_are_not() -> None:
     assert chat(functions=[], function_call="auto", loglikelihood=False, peft="", modalities=["text"]) == chat()
     nothing = {"guided_json": None, "structured_outputs": {}, "web_search_options": None, "best_of": 1, "echo": False}
     assert chat(**nothing) == chat()
+    nothing = {"allowed_token_ids": None, "bad_words": [], "chat_template": None, "prompt_logprobs": None}
+    assert chat(**nothing, skip_special_tokens=True, stop_token_ids=[], use_beam_search=False) == chat()
+    assert chat(chat_template_kwargs={}, min_tokens=0, parallel_tool_calls=True) == chat()
     assert chat(n=3, best_of=3) == chat(n=3)
     nothing = {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "top_logprobs": 0}
     assert completion(suffix="", best_of=1, **nothing) == completion()

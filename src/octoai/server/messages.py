@@ -6,12 +6,17 @@ say otherwise, or the same. What old clients drop on the way is put back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import orjson
 
 from octoai.server.bodies import invalid
 from octoai.server.engines.base import Message, is_empty
 from octoai.server.errors import BadRequest
+
+MAX_TEMPLATE_BYTES = 16 * 1024  # of what a template is told: as JSON
 
 
 def told(messages: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
@@ -39,6 +44,27 @@ def continues(params: Mapping[str, Any], messages: tuple[Message, ...]) -> bool 
         name = "continue_final_message" if goes_on else "add_generation_prompt"
         raise BadRequest(f"{name}: only a text of the assistant's, as the last message, can be continued", param=name)
     return True
+
+
+def template_kwargs(params: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a chat's template is to be told besides; None for nothing."""
+    values: Mapping[str, Any] | None = params.get("chat_template_kwargs")
+    if not values:
+        return None
+    if "chat_template" in values:
+        name = "chat_template_kwargs.chat_template"
+        raise BadRequest(f"{name}: the model's own template is used; leave it out", param=name)
+    if _num_bytes(values) > MAX_TEMPLATE_BYTES:
+        said = f"chat_template_kwargs: at most {MAX_TEMPLATE_BYTES} bytes of JSON, with numbers of at most 64 bits"
+        raise BadRequest(said, param="chat_template_kwargs")
+    return values
+
+
+def _num_bytes(values: Mapping[str, Any]) -> float:
+    try:
+        return len(orjson.dumps(values))
+    except orjson.JSONEncodeError:
+        return math.inf
 
 
 def without_nulls(values: Mapping[str, Any]) -> Mapping[str, Any]:

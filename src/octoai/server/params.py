@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from octoai.server.bodies import MAX_SHOWN_KEY, checked, invalid
 from octoai.server.engines.base import Generation
 from octoai.server.errors import BadRequest, UnsupportedParameter
-from octoai.server.messages import continues, told, without_nulls
+from octoai.server.messages import continues, template_kwargs, told, without_nulls
 from octoai.server.structure import checked_tools, schema_of
 from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, Messages
 
@@ -27,7 +27,10 @@ MAX_PROMPTS = 128
 # can do. The harmless rest (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) changes nothing.
 IMPOSSIBLE = frozenset(
     {
+        "allowed_token_ids",
         "audio",
+        "bad_words",
+        "chat_template",
         "ebnf",
         "function_call",
         "functions",
@@ -40,14 +43,21 @@ IMPOSSIBLE = frozenset(
         "loglikelihood",
         "peft",
         "prediction",
+        "prompt_logprobs",
         "regex",
+        "skip_special_tokens",
+        "stop_token_ids",
         "structured_outputs",
         "suffix",
+        "truncate_prompt_tokens",
+        "use_beam_search",
         "web_search_options",
     }
 )
 _IMPOSSIBLE_IN_CHAT = IMPOSSIBLE | {"best_of", "echo"}
-_ONLY_IN_CHAT = frozenset({"continue_final_message", "response_format", "tools", "top_logprobs"})
+_ONLY_IN_CHAT = frozenset(
+    {"chat_template_kwargs", "continue_final_message", "response_format", "tools", "top_logprobs"}
+)
 _IMPOSSIBLE_IN_COMPLETION = IMPOSSIBLE | _ONLY_IN_CHAT
 
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -58,6 +68,7 @@ _PASSED = frozenset(
         "frequency_penalty",
         "ignore_eos",
         "min_p",
+        "min_tokens",
         "n",
         "presence_penalty",
         "repetition_penalty",
@@ -74,6 +85,7 @@ class _BodyParams(TypedDict, total=False):
 
     stream: Optional[bool]
     max_completion_tokens: Annotated[Optional[int], Field(ge=1, le=2**31 - 1)]
+    min_tokens: Annotated[Optional[int], Field(ge=0, le=2**31 - 1)]
     octoai: Optional[dict[str, Any]]
     modalities: Optional[Annotated[list[str], Field(fail_fast=True)]]
 
@@ -81,7 +93,9 @@ class _BodyParams(TypedDict, total=False):
 class ChatBody(ChatParams, _BodyParams, total=False):
     __pydantic_config__ = ChatParams.__pydantic_config__  # type: ignore[misc]
     add_generation_prompt: Optional[bool]
+    chat_template_kwargs: Optional[dict[str, Any]]
     continue_final_message: Optional[bool]
+    parallel_tool_calls: Optional[bool]
 
 
 class CompletionBody(CompletionParams, _BodyParams, total=False):
@@ -145,9 +159,11 @@ def chat(body: bytes) -> TextRequest:
     generation = Generation(
         messages=messages,
         continues=continues(params, messages),
+        template_kwargs=template_kwargs(params),
         schema=schema_of(params.get("response_format")),
         tools=checked_tools(params.get("tools"), params.get("tool_choice")),
         tool_choice=params.get("tool_choice"),
+        parallel_tool_calls=params.get("parallel_tool_calls") is not False,
         **sampling,
     )
     return _request(params, (generation,))
@@ -201,6 +217,8 @@ def _sampling(params: Mapping[str, Any]) -> dict[str, Any]:
     sampling["is_stream"] = given.get("stream", False)
     sampling["max_tokens"] = given.get("max_completion_tokens", given.get("max_tokens", DEFAULT_MAX_TOKENS))
     sampling.setdefault("n", 1)
+    if sampling.get("min_tokens", 0) > sampling["max_tokens"]:
+        raise BadRequest(f"min_tokens: at most max_tokens, {sampling['max_tokens']} here", param="min_tokens")
     if "octoai" in given:
         sampling = {**_old_vllm_options(given["octoai"]), **sampling}
     if "top_k" in sampling:
@@ -260,6 +278,10 @@ def _asks_for_something(name: str, params: Mapping[str, Any]) -> bool:
         return bool(value) and value != {"type": "text"}
     if name == "web_search_options":
         return value not in (None, False)  # an empty object is how it is asked for
+    if name == "prompt_logprobs":
+        return value is not None and value is not False  # 0 asks for those of the prompt itself
+    if name == "skip_special_tokens":
+        return value is False
     return bool(value)
 
 

@@ -28,13 +28,15 @@ class Generation:
     `logprobs` is how many alternatives to report per token (0: only the chosen one), None for none at all.
     `schema` constrains the text to JSON: a JSON Schema, or {} for any object. `top_k` 0 means no limit. `continues`:
     whether the answer is to go on where the last message, which is the assistant's, ends; None where nobody has said.
-    `slot` is for llama.cpp alone: which of its slots is to read it. `is_stream`: somebody reads the answer as it comes;
-    otherwise events may come in larger batches, after the first.
+    `template_kwargs` are for the template that makes a prompt of messages. `slot` is for llama.cpp alone: which of its
+    slots is to read it. `is_stream`: somebody reads the answer as it comes; otherwise events may come in larger
+    batches, after the first.
     """
 
     max_tokens: int
     messages: Sequence[Message] | None = None
     continues: bool | None = None
+    template_kwargs: Mapping[str, Any] | None = None
     text: str | None = None
     tokens: Sequence[int] | None = None
     n: int = 1
@@ -50,9 +52,11 @@ class Generation:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     ignore_eos: bool = False
+    min_tokens: int = 0
     schema: Mapping[str, Any] | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool = True
     slot: int | None = None
     is_stream: bool = True
     prompt_bytes: int | None = field(default=None, repr=False, compare=False)  # once somebody has asked
@@ -70,7 +74,8 @@ class Generation:
             return BYTES_PER_TOKEN * len(self.tokens)
         if self.messages is None:
             return len(self.text or "")
-        return sum(map(_num_bytes, self.messages)) + _num_json(self.tools) + _num_json(self.schema)
+        beside = _num_json(self.tools) + _num_json(self.schema) + _num_json(self.template_kwargs)
+        return sum(map(_num_bytes, self.messages)) + beside
 
     @property
     def is_prefilled(self) -> bool:

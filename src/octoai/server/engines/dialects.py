@@ -73,6 +73,8 @@ class Dialect:
             body["response_format"] = self._response_format(generation.schema)
         if generation.tools and self._may_call(generation):
             body |= {"tools": generation.tools, "tool_choice": generation.tool_choice or "auto"}
+            if not generation.parallel_tool_calls:
+                body["parallel_tool_calls"] = False
         return dumped(body)
 
     def counting(self, generation: Generation, model: str) -> Counting | None:
@@ -86,7 +88,10 @@ class Dialect:
     def _prompt(self, generation: Generation) -> dict[str, Any]:
         if generation.messages is None:
             return {"prompt": generation.tokens if generation.text is None else generation.text}
-        return {"messages": [self._message(message) for message in generation.messages]}
+        messages = [self._message(message) for message in generation.messages]
+        if generation.template_kwargs:
+            return {"messages": messages, "chat_template_kwargs": generation.template_kwargs}
+        return {"messages": messages}
 
     def _message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         role = message["role"]
@@ -105,6 +110,8 @@ class Dialect:
         }
         if generation.seed is not None:
             values["seed"] = generation.seed
+        if generation.min_tokens:
+            values["min_tokens"] = generation.min_tokens
         if generation.stop:
             values["stop"] = list(generation.stop)
         if generation.logit_bias:
@@ -260,7 +267,7 @@ DIALECTS: Mapping[str, Dialect] = {
             "llama.cpp",
             renamed={"repetition_penalty": "repeat_penalty"},
             # Tool calls are not parsed for templates that know no tools, so a forced call would be silently ignored.
-            refused=frozenset({"tools"}),
+            refused=frozenset({"min_tokens", "tools"}),
             # timings: tokens generated so far on every event. return_progress: signs of life while a prompt is read.
             extra={"timings_per_token": True, "return_progress": True, "cache_prompt": True},
             max_choices=1,
@@ -273,7 +280,7 @@ DIALECTS: Mapping[str, Dialect] = {
         ),
         Dialect(
             "ollama",
-            refused=NOT_OF_OPENAI | {"logit_bias", "prompt", "tool_choice"},
+            refused=NOT_OF_OPENAI | {"logit_bias", "parallel_tool_calls", "prompt", "tool_choice"},
             extra={"stream_options": {"include_usage": True}},
             max_choices=1,
         ),

@@ -8,7 +8,12 @@ from typing import Any
 
 from octoai.server.engines.base import Generation
 
-NOT_OF_OPENAI = frozenset({"continue_final_message", "ignore_eos", "min_p", "repetition_penalty", "top_k"})
+NOT_OF_OPENAI = frozenset(
+    {
+        *("chat_template_kwargs", "continue_final_message", "ignore_eos", "min_p", "min_tokens"),
+        *("repetition_penalty", "top_k"),
+    }
+)
 
 
 @cache
@@ -17,17 +22,24 @@ def refusable(names: frozenset[str]) -> Sequence[tuple[str, Callable[[Generation
     return [(name, _GIVEN[name]) for name in sorted(names) if name in _GIVEN]
 
 
+def _may_call(generation: Generation) -> bool:
+    return bool(generation.tools) and generation.tool_choice != "none"
+
+
 _GIVEN: dict[str, Any] = {
+    "chat_template_kwargs": lambda g: bool(g.template_kwargs),
     "continue_final_message": lambda g: g.continues is not None,
     "frequency_penalty": lambda g: g.frequency_penalty != 0,
     "ignore_eos": lambda g: g.ignore_eos,
     "logit_bias": lambda g: bool(g.logit_bias),
     "logprobs": lambda g: g.logprobs is not None,
     "min_p": lambda g: g.min_p != 0,
+    "min_tokens": lambda g: g.min_tokens > 0,
+    "parallel_tool_calls": lambda g: _may_call(g) and not g.parallel_tool_calls,
     "presence_penalty": lambda g: g.presence_penalty != 0,
     "prompt": lambda g: g.tokens is not None,
     "repetition_penalty": lambda g: g.repetition_penalty != 1,
     "tool_choice": lambda g: bool(g.tools) and g.tool_choice not in (None, "auto", "none"),
-    "tools": lambda g: bool(g.tools) and g.tool_choice != "none",
+    "tools": _may_call,
     "top_k": lambda g: g.top_k != 0,
 }
