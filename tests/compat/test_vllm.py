@@ -172,10 +172,13 @@ def test_several_greedy_choices_which_vllm_refuses_are_made(client: Client) -> N
     assert two["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
 
 
-def test_ignore_eos_goes_on_to_max_tokens(client: Client) -> None:
+def test_ignore_eos_and_min_tokens_go_on(client: Client) -> None:
     params = {"messages": [{"role": "user", "content": "Say hi"}], "max_tokens": 60}
-    assert client.chat(**params)["choices"][0]["finish_reason"] == "stop"
+    short = client.chat(**params)
+    assert short["choices"][0]["finish_reason"] == "stop"
     assert client.chat(**params, ignore_eos=True)["usage"]["completion_tokens"] == 60
+    least = short["usage"]["completion_tokens"] + 5
+    assert client.chat(**params, min_tokens=least)["usage"]["completion_tokens"] >= least
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -245,8 +248,10 @@ def test_a_prefilled_answer_is_continued(client: Client) -> None:
     assert 1 <= answer["usage"]["prompt_tokens"] - before <= 6
     assert '"' in text
     assert not text.lstrip().startswith("{")
-    for content in ([{"type": "text", "text": '{"name": "'}], ""):
-        assert client.chat(messages=[question, {**prefill, "content": content}])
+    assert client.chat(messages=[question, {**prefill, "content": [{"type": "text", "text": '{"name": "'}]}])
+    assert client.chat(messages=[question, {**prefill, "content": ""}])["usage"]["prompt_tokens"] == before
+    anew = client.chat(messages=[question, prefill], continue_final_message=False)["usage"]["prompt_tokens"]
+    assert anew > answer["usage"]["prompt_tokens"]
 
 
 def test_a_prompt_is_counted_beforehand_as_vllm_counts_it_afterwards(vllm: Vllm) -> None:
