@@ -177,6 +177,43 @@ def test_the_database_may_be_full_while_the_journal_has_room(in_process: Start, 
     assert {status for (status,) in rows} == {"settled"}
 
 
+def health(service: InProcess) -> tuple[int, str]:
+    """Status, and what is said of the ledger."""
+    status, _, text = ask(service, "/health")
+    return status, json.loads(text)["ledger"]
+
+
+def test_readiness_says_that_there_is_no_room_and_that_there_is_again(disk: Disk, in_process: Start) -> None:
+    service = in_process(ScriptedEngine())
+    assert health(service) == (200, "ready")
+    disk.is_full = True
+    until(lambda: refusal(service)[:2] == (503, "no_room"), 10)
+    assert health(service) == (503, "no_room")
+    assert ask(service, "/health/live")[0] == 200
+    disk.is_full = False
+    until(lambda: health(service) == (200, "ready"), 5)  # without a request: who looks here sends none meanwhile
+
+
+@pytest.mark.parametrize(("failure", "code"), [(StoreFull, "no_room"), (StoreAway, "database_away")])
+def test_what_is_wrong_with_the_database_is_said_by_readiness_and_to_who_administers(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch, failure: type[Exception], code: str
+) -> None:
+    service = in_process(ScriptedEngine(), database_away_seconds=1)
+
+    def apply(*arguments: Any) -> int:
+        raise failure("as the database says it, with its path")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(applier, "apply_in_portions", apply)
+        until(lambda: refusal(service)[:2] == (503, code), 10)
+        assert health(service) == (503, code)
+        status, headers, text = ask(service, "/v1/admin/accounts")
+        assert (status, json.loads(text)["code"], headers["retry-after"]) == (503, code, "5")
+        assert b"path" not in text
+    until(lambda: health(service) == (200, "ready"), 5)
+    assert ask(service, "/v1/admin/accounts")[0] == 200
+
+
 def fill(db: Connection) -> None:
     db.execute_many("INSERT INTO filler VALUES (zeroblob(?))", [(4000,)] * 100)
 

@@ -138,12 +138,15 @@ async def live(_: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Whether a request would be served now: 503 while an engine is away or the service is stopping."""
+    """Whether a request would be served now: 503 while an engine is away, nothing could be recorded, or the service is
+    stopping."""
     service: Service = request.state.service
     engines = {each.model.id: "ready" if each.engine.is_ready else "not ready" for each in service.router.deployments}
-    status = "draining" if service.is_draining else "ready" if service.is_ready else "not ready"
-    code = 200 if service.is_ready else 503
-    return JSONResponse({"status": status, "engines": engines}, code, {} if code == 200 else {"retry-after": "2"})
+    ledger = "ready" if (refusal := service.unrecorded) is None else refusal.code
+    is_ready = {ledger, *engines.values()} == {"ready"}
+    status = "draining" if service.is_draining else "ready" if is_ready else "not ready"
+    code, headers = (200, {}) if status == "ready" else (503, {"retry-after": "2"})
+    return JSONResponse({"status": status, "engines": engines, "ledger": ledger}, code, headers)
 
 
 async def metrics(request: Request) -> Response:

@@ -99,7 +99,7 @@ def _paths() -> dict[str, Any]:
         **organization.paths(),
         **admin.paths(),
         "/health/live": {"get": {**_reading("The process answers."), **open_to_all}},
-        "/health/ready": {"get": {**_reading("A request would be served now; 503 where not."), **open_to_all}},
+        "/health/ready": {"get": {**_reading("A request would be served now; 503 where not, and why."), **open_to_all}},
         "/health": {"get": {**_reading("The same, where vLLM and llama-server say it."), **open_to_all}},
         "/metrics": {"get": {**_reading(measured), "security": [{}, {"token": []}]}},
     }

@@ -70,7 +70,7 @@ class Edge:
         except (BrokenOff, ClientLeft):
             pass  # without the end of its body, the answer makes the server close the connection
         except Exception as error:  # noqa: BLE001  # each is answered, and those that are our fault are logged
-            await self._answer_refusal(_refusal_of(error, incoming.request_id), incoming)
+            await self._answer_refusal(self._refusal_of(error, incoming.request_id), incoming)
         finally:
             seconds = time.perf_counter() - incoming.began
             self.service.metrics.count_http(endpoint.__name__, "POST", incoming.status, seconds)
@@ -108,7 +108,7 @@ class Edge:
         except HTTPException as error:
             await self._refuse(_refusal_of_routes(error, scope), answer, scope)
         except Exception as error:  # noqa: BLE001  # as above
-            await self._refuse(_refusal_of(error, request_id), answer, scope)
+            await self._refuse(self._refusal_of(error, request_id), answer, scope)
         finally:
             self._count(scope, answer)
 
@@ -119,6 +119,15 @@ class Edge:
         headers, body = self._refused(refusal)
         await answer.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await answer.send({"type": "http.response.body", "body": body})
+
+    def _refusal_of(self, error: Exception, request_id: str) -> Refusal:
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, StoreAway):  # a full disk may be why, which somebody else has to see to
+            away = Unavailable("The database does not answer.", retry_after=5, code="database_away")
+            return self.service.unrecorded or away
+        log.error("request %s failed", request_id, exc_info=error)
+        return InternalError(request_id)
 
     def _refused(self, refusal: Refusal) -> tuple[Headers, bytes]:
         self.service.metrics.refusals.labels(refusal.code or refusal.type).inc()
@@ -186,15 +195,6 @@ class _Answer:
 def _says_limits(headers: Headers) -> bool:
     """A refusal for a limit says itself how the caller stands."""
     return any(name.startswith(b"x-ratelimit-") for name, _ in headers)
-
-
-def _refusal_of(error: Exception, request_id: str) -> Refusal:
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, StoreAway):
-        return Unavailable("The database does not answer.", retry_after=5, code="database_away")
-    log.error("request %s failed", request_id, exc_info=error)
-    return InternalError(request_id)
 
 
 def _given_id(headers: Headers) -> str | None:

@@ -150,8 +150,13 @@ class Service:
             )
 
     @property
-    def is_ready(self) -> bool:
-        return not self.is_draining and all(deployment.engine.is_ready for deployment in self.router.deployments)
+    def unrecorded(self) -> Unavailable | None:
+        """Why no request could be recorded now, where none could: all are refused with it."""
+        try:
+            self.admission.ledger.check()
+        except Unavailable as refusal:
+            return refusal
+        return None
 
     async def drain(self, seconds: float | None = None) -> None:
         """Accept nothing more; return when every running request has ended, or after so long (`drain_seconds`)."""
