@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sqlite3
 import threading
@@ -221,6 +222,32 @@ def test_a_damaged_journal_beside_a_running_service_is_told_once_and_holds_nothi
         assert told.exc_info is None
 
     run(main())
+
+
+def test_the_books_are_kept_in_order_again_once_there_are_file_descriptors_for_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("octoai.server.books.KEEP_ORDER_SECONDS", 0.05)
+    looks: list[None] = []
+
+    def recover(_: Place) -> int:
+        looks.append(None)
+        if len(looks) == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), place.data_dir)
+        return 0
+
+    monkeypatch.setattr(books_module, "recover", recover)
+
+    async def main() -> None:
+        books = Books(place, opened(place))
+        books.start()
+        await until(lambda: len(looks) > 2)
+        await books.close()
+
+    run(main())
+    (told,) = caplog.records
+    assert "Too many open files" in told.getMessage()
+    assert told.exc_info is None
 
 
 def test_a_ledger_ahead_of_the_clock_is_told_at_the_start_and_then_once_an_hour(

@@ -143,6 +143,8 @@ class Books:
                 await self._prune(self._prune_some_keys)
             except StoreError:
                 pass  # the writer has said it
+            except OSError as error:  # no file descriptors, for one
+                log.error("the books could not be kept in order: %s; it is tried again", error)
             except Exception:
                 log.exception("the books could not be kept in order; it is tried again")
 

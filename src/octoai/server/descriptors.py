@@ -34,17 +34,30 @@ def raise_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
+class Complaint:
+    """That none is left: once a minute, however many connections there are none for."""
+
+    def __init__(self, log: logging.Logger, consequence: str) -> None:
+        self._log = log
+        self._consequence = consequence
+        self._said = -SAID_SECONDS
+
+    def say(self) -> None:
+        if time.monotonic() - self._said >= SAID_SECONDS:
+            self._said = time.monotonic()
+            self._log.error("no file descriptor is left%s: raise the limit (ulimit -n)", self._consequence)
+
+
 class Descriptors:
     """Of this process."""
 
     def __init__(self) -> None:
-        self._said = -SAID_SECONDS
+        self._complaint = Complaint(log, ", and connections are turned away")
 
     def look(self) -> None:
         """Once a second. Where none is left, connections are turned away without our hearing of it."""
         try:
             socket.socket().close()
         except OSError as error:
-            if error.errno in OUT and time.monotonic() - self._said >= SAID_SECONDS:
-                self._said = time.monotonic()
-                log.error("no file descriptor is left, and connections are turned away: raise the limit (ulimit -n)")
+            if error.errno in OUT:
+                self._complaint.say()

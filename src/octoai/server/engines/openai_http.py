@@ -73,6 +73,7 @@ class OpenAIEngine:
         self._on_progress = on_progress or self._heard
         self._habits = Habits()
         self._failures = _Failures(self._failed)
+        self._no_descriptors = descriptors.Complaint(log, " for a connection to an engine")
         self._is_ready = self._was_heard = False
         self._probe: asyncio.Task[None] | None = None
 
@@ -213,7 +214,7 @@ class OpenAIEngine:
     def _failed(self, error: OSError) -> Refusal:
         """What can become of a connection, as a refusal."""
         if error.errno in descriptors.OUT:
-            log.error("no file descriptor is left for a connection to an engine: raise the limit (ulimit -n)")
+            self._no_descriptors.say()
             return Unavailable("Too many requests are under way here.", retry_after=1, code="overloaded")
         if isinstance(error, CannotConnect):
             self._is_ready = False
