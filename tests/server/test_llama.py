@@ -22,7 +22,7 @@ import pytest
 import uvloop
 from gguf.scripts import gguf_new_metadata
 
-from octoai.server.engines import llama
+from octoai.server.engines import llama, loading
 from octoai.server.engines.base import Delta, Finished, Generation
 from octoai.server.engines.held import HeldFiles
 from octoai.server.engines.kernels import NO_KERNELS
@@ -560,6 +560,58 @@ def test_kernels_are_given_up_only_where_it_is_for_them(
 
     asyncio.run(main())
     assert ("trying the kernels of llama.cpp's wheel" in caplog.text) is is_for_kernels
+
+
+async def stand_in(program: str) -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def test_a_child_that_hangs_while_it_loads_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"nothing")
+    monkeypatch.setattr(loading, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(loading, "STILL_SECONDS", 0.5)
+    monkeypatch.setattr(llama, "_child", lambda _: stand_in("import time; time.sleep(600)"))
+
+    async def main() -> None:
+        engine = LlamaEngine(tmp_path / "model.gguf", model="m", options=LlamaOptions(context_length=512))
+        async with asyncio.timeout(20):
+            with pytest.raises(EngineFailed, match=r"could not load .*model\.gguf \(exit status -9\)"):
+                await engine.start()
+        assert engine.pid is None
+
+    asyncio.run(main())
+    assert "did nothing for" in caplog.text
+
+
+BUSY = """
+import time
+began = time.monotonic()
+while time.monotonic() < began + 2.5:
+    {does}
+print("listening", flush=True)
+"""
+
+
+@pytest.mark.parametrize("does", ["pass", "open('/proc/self/cmdline').read(); time.sleep(0.05)"])
+def test_a_child_that_does_something_has_all_the_time_it_takes_to_load(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, does: str
+) -> None:
+    monkeypatch.setattr(loading, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(loading, "STILL_SECONDS", 1.0)
+    monkeypatch.setattr(loading, "SAY_SECONDS", 1.0)
+
+    async def main() -> bytes:
+        process = await stand_in(BUSY.format(does=does))
+        line = await loading.first_line(process, "m")
+        assert await process.wait() == 0
+        return line
+
+    assert asyncio.run(main()) == b"listening\n"
+    said = [each for each in caplog.messages if "has been loading for" in each]
+    assert 1 <= len(said) <= 3
 
 
 def test_a_child_that_cannot_be_made_leaves_no_directory(

@@ -1,8 +1,8 @@
 """llama.cpp in a child process of ours, supervised.
 
 The child serves on a unix socket in a directory only we can enter, with a random key. It dies with us. When it
-crashes, or makes no progress for `stall_seconds` while somebody waits for it, it is killed and started again with
-back-off; its running requests end with `EngineFailed`, and until it is back nothing is accepted.
+crashes, makes no progress for `stall_seconds` while somebody waits for it, or hangs while it loads, it is killed and
+started again with back-off; its running requests end with `EngineFailed`, and until it is back nothing is accepted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from octoai.server.engines import loading
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.header import vocabulary
@@ -313,9 +314,7 @@ class LlamaEngine:
     async def _until_it_listens(
         self, process: asyncio.subprocess.Process, socket: str, key: str, special: Awaitable[SpecialTokens]
     ) -> None:
-        assert process.stdout is not None
-        line = await process.stdout.readline()
-        if not line:
+        if not await loading.first_line(process, self.model):
             status = await process.wait()
             await self._stop()
             last = self._last_words[-1] if self._last_words else "it said nothing"
