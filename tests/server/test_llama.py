@@ -29,6 +29,7 @@ from octoai.server.engines.kernels import NO_KERNELS
 from octoai.server.engines.llama import LlamaEngine
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning, environment
 from octoai.server.engines.prefixes import parts
+from octoai.server.engines.socket_place import SocketPlace
 from octoai.server.errors import ContextLengthExceeded, EngineFailed, Refusal
 from tests.server.singly import singly
 
@@ -660,6 +661,49 @@ def test_a_child_of_a_service_that_is_killed_leaves_no_directory_and_does_not_li
         until_true(lambda: not Path(f"/proc/{pid}/cwd").exists() and not list(place.iterdir()))
     finally:
         shutil.rmtree(place)
+
+
+MAKING = """
+import sys, time
+from octoai.server.engines.socket_place import SocketPlace
+place = SocketPlace()
+open(place.socket, "w").close()
+print(place.directory, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_directories_of_those_who_were_killed_with_their_children_are_removed_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pipe, environ = subprocess.PIPE, {**os.environ, "TMPDIR": str(tmp_path)}
+    makers = [
+        subprocess.Popen([sys.executable, "-c", MAKING], stdin=pipe, stdout=pipe, text=True, env=environ)
+        for _ in range(4)
+    ]
+    left, filled, young, held = (Path(str(each.stdout and each.stdout.readline().strip())) for each in makers)
+    for each in makers[:3]:
+        each.kill()
+    for each in makers[:3]:
+        each.communicate()
+    other, elsewhere, linked = tmp_path / "octoai-1", tmp_path / "elsewhere", tmp_path / "octoai-sock-link"
+    other.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "e.sock").touch()
+    linked.symlink_to(elsewhere)
+    (filled / "of somebody").touch()
+    for each in (left, filled, held, other, elsewhere):
+        os.utime(each, (0, 0))
+    try:
+        place = SocketPlace()
+        assert sorted(tmp_path.iterdir()) == sorted([filled, young, held, other, elsewhere, linked, place.directory])
+        assert (held / "e.sock").exists()
+        assert (elsewhere / "e.sock").exists()
+        place.remove()
+        assert not place.directory.exists()
+    finally:
+        makers[3].communicate("")
 
 
 def until_true(holds: Callable[[], bool]) -> None:

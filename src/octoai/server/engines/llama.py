@@ -11,10 +11,8 @@ import asyncio
 import json
 import logging
 import secrets
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
@@ -34,6 +32,7 @@ from octoai.server.engines.llama_options import LlamaOptions, environment
 from octoai.server.engines.openai_http import OpenAIEngine
 from octoai.server.engines.prefixes import Prefixes
 from octoai.server.engines.reading import Reading
+from octoai.server.engines.socket_place import SocketPlace
 from octoai.server.engines.special import SpecialTokens
 from octoai.server.errors import BadRequest, EngineFailed, Unavailable
 
@@ -275,23 +274,23 @@ class LlamaEngine:
             exited.cancel()
 
     async def _spawn(self) -> None:
-        directory = self._directory = tempfile.mkdtemp(prefix="octoai-")  # 0700
+        place = self._place = SocketPlace()
         try:
-            await self._spawn_in(Path(directory))
+            await self._spawn_in(place)
         except BaseException:
             if self._process is None:
-                shutil.rmtree(directory, ignore_errors=True)
+                place.remove()
             raise
 
-    async def _spawn_in(self, directory: Path) -> None:
-        weights, kernels = self._files.path(self.weights, directory), self.options.tuning.kernels
+    async def _spawn_in(self, place: SocketPlace) -> None:
+        weights, kernels = self._files.path(self.weights, place.directory), self.options.tuning.kernels
         self._prefixes = self.options.prefixes(weights)
         self._prefixes.open()
         key = secrets.token_urlsafe(32)
         options = {
             "model_path": str(weights),
             "model": self.model,
-            "socket": f"{directory}/engine.sock",
+            "socket": place.socket,
             "key": key,
             "num_slots": self.options.num_slots,
             "context_length": self.options.context_length,
@@ -301,7 +300,7 @@ class LlamaEngine:
             "num_threads": self.options.threads,
             "cache_ram_mib": self.options.cache_ram_mib,
             **asdict(self.options.tuning),
-            "kernels": str(self._files.path(kernels, directory) if kernels else ""),
+            "kernels": str(self._files.path(kernels, place.directory) if kernels else ""),
         }
         self._last_words.clear()
         self._process = await _child(environment(self.options.tuning))
@@ -309,7 +308,7 @@ class LlamaEngine:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(options).encode() + b"\n")
         special = asyncio.ensure_future(asyncio.to_thread(lambda: SpecialTokens(vocabulary(weights))))
-        await self._until_it_listens(self._process, f"{directory}/engine.sock", key, special)
+        await self._until_it_listens(self._process, place.socket, key, special)
 
     async def _until_it_listens(
         self, process: asyncio.subprocess.Process, socket: str, key: str, special: Awaitable[SpecialTokens]
@@ -373,7 +372,7 @@ class LlamaEngine:
             await asyncio.gather(self._listener, return_exceptions=True)
             assert process.stdin is not None
             process.stdin.close()
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._place.remove()
         if reading is not None:
             await reading.close()
         if http is not None:

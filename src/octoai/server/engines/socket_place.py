@@ -1,0 +1,62 @@
+"""Where the socket of a child is: a directory that only we can enter, and hold as long as we live.
+
+Who is killed together with the child, as by a container's end, leaves it behind; who makes the next one removes those
+that nobody holds any more. Nothing but the socket and links is taken out of one, and only where it is ours.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+PREFIX, SOCKET = "octoai-sock-", "e.sock"  # short: so is what a path of a socket may be
+YOUNG_SECONDS = 60.0  # who has just made one may not hold it yet
+
+
+class SocketPlace:
+    """Raises OSError where none can be made."""
+
+    def __init__(self) -> None:
+        for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+            with suppress(OSError):  # held, or somebody else was faster
+                _remove_left(left)
+        self.directory = Path(tempfile.mkdtemp(prefix=PREFIX))  # 0700
+        try:
+            self._held = os.open(self.directory, os.O_RDONLY)
+        except OSError:
+            os.rmdir(self.directory)
+            raise
+        with suppress(OSError):  # a file system without locks: there nobody else can hold it either, and it is left
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    @property
+    def socket(self) -> str:
+        return str(self.directory / SOCKET)
+
+    def remove(self) -> None:
+        """Once. The child may have done so already."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        os.close(self._held)
+
+
+def _remove_left(directory: Path) -> None:
+    """Raises OSError where it is held, or is no directory."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() or time.time() - status.st_mtime < YOUNG_SECONDS:
+            return
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in os.listdir(fd):
+            kind = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
+            if stat.S_ISSOCK(kind) or stat.S_ISLNK(kind):
+                os.unlink(name, dir_fd=fd)
+        os.rmdir(directory)
+    finally:
+        os.close(fd)
