@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sqlite3
 import threading
 import time
 from typing import Any
@@ -177,6 +178,47 @@ def test_draining_waits_no_longer_than_it_was_told(in_process: Start, talk: Any)
     began = time.monotonic()
     asyncio.run_coroutine_threadsafe(service.service.drain(), service.loop).result(5)  # type: ignore[arg-type]
     assert 0.25 < time.monotonic() - began < 1
+
+
+@pytest.fixture
+def waiting(in_process: Start, talk: Any) -> Iterator[tuple[InProcess, Talk, sqlite3.Connection]]:
+    """A service, a client of it that is not admitted yet, and who it waits for: another has the database."""
+    service = in_process(ScriptedEngine())
+    lock = sqlite3.connect(service.settings.data_dir / "octoai.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    client = talk(service)
+    client.send("/v1/chat/completions", request(service), head="idempotency-key: k1\r\n")
+    until(lambda: service.service.num_requests == 1)
+    assert not service.service.jobs
+    yield service, client, lock
+    lock.close()
+
+
+def test_draining_waits_for_who_is_not_admitted_yet(waiting: tuple[InProcess, Talk, sqlite3.Connection]) -> None:
+    service, client, lock = waiting
+    draining = asyncio.run_coroutine_threadsafe(service.service.drain(), service.loop)  # type: ignore[arg-type]
+    until(lambda: service.service.is_draining)
+    time.sleep(0.3)
+    assert not draining.done()
+    lock.execute("ROLLBACK")
+    assert client.answer()[0] == 200
+    draining.result(2)
+    assert service.engine.seen
+
+
+def test_who_could_not_be_admitted_before_the_end_is_told_so(
+    waiting: tuple[InProcess, Talk, sqlite3.Connection],
+) -> None:
+    service, client, _ = waiting
+    draining = asyncio.run_coroutine_threadsafe(service.service.drain(0.2), service.loop)  # type: ignore[arg-type]
+    draining.result(2)
+    closing = threading.Thread(target=service.close)
+    closing.start()
+    status, headers, body = client.answer()
+    assert (status, json.loads(body)["code"]) == (503, "shutting_down")
+    assert int(headers["retry-after"]) >= 1
+    assert service.service.num_requests == 0
+    closing.join(30)
 
 
 def test_an_engine_that_is_away_is_said_by_readiness_and_by_503(in_process: Start) -> None:

@@ -3,6 +3,7 @@ to a client."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -69,6 +70,9 @@ class Edge:
             incoming.give_up()
         except (BrokenOff, ClientLeft):
             pass  # without the end of its body, the answer makes the server close the connection
+        except asyncio.CancelledError:  # we end before its answer has begun: its client is told so, not cut off
+            await self._answer_refusal(self.service.shutting_down, incoming)
+            raise
         except Exception as error:  # noqa: BLE001  # each is answered, and those that are our fault are logged
             await self._answer_refusal(self._refusal_of(error, incoming.request_id), incoming)
         finally:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace, TracebackType
 from typing import Self, TypeVar
@@ -20,7 +20,7 @@ import anyio
 from octoai.server.accounts import Caller
 from octoai.server.admission import Admission
 from octoai.server.directory import Directory
-from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, OnText
+from octoai.server.engines.base import Event, Finished, Generation, OnText
 from octoai.server.errors import Forbidden, NotHonoured, Refusal, Unavailable
 from octoai.server.idempotency import Key, Recording
 from octoai.server.ledger import Tab
@@ -28,6 +28,7 @@ from octoai.server.limits import Standings, standings
 from octoai.server.metering import Meter, PartMeter
 from octoai.server.metrics import Metrics
 from octoai.server.params import TextRequest
+from octoai.server.parts import parts_of, renumbered
 from octoai.server.router import Deployment, Router
 from octoai.server.store.database import Connection
 from octoai.server.times import now_us
@@ -50,10 +51,8 @@ class Service:
     allowed_origin: str | None = None  # whose pages may ask; "*": anybody's
     is_draining: bool = False
     jobs: set[Job] = field(default_factory=set)
-    _idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self._idle.set()
+    _num_coming: int = 0  # that wait to be admitted
+    _has_ended: asyncio.Event = field(default_factory=asyncio.Event)  # a request, while it drains
 
     async def start(self) -> None:
         """Raises StoreError."""
@@ -69,12 +68,16 @@ class Service:
 
     def enter(self, job: Job) -> None:
         self.jobs.add(job)
-        self._idle.clear()
 
     def leave(self, job: Job) -> None:
         self.jobs.discard(job)
-        if not self.jobs:
-            self._idle.set()
+        if self.is_draining:
+            self._has_ended.set()
+
+    @property
+    def num_requests(self) -> int:
+        """That have come before it was to drain, and have not ended: jobs, and those that may become some."""
+        return len(self.jobs) + self._num_coming
 
     async def authenticate(self, authorization: str | None) -> Caller:
         """401 without a valid token: a hash and a look-up in memory, nothing else."""
@@ -101,17 +104,23 @@ class Service:
         deployment = self.router.find(request.model)
         self._check_model(caller, request.model)
         if self.is_draining:
-            raise Unavailable("The service is shutting down.", retry_after=self.drain_seconds, code="shutting_down")
+            raise self.shutting_down
         for generation in request.generations:
             name = deployment.engine.unsupported(generation)
             if name is not None:
                 raise NotHonoured(name, deployment.model.id, self.router.named(request.model).id)
         if not deployment.engine.is_ready:
             raise Unavailable("The engine is not ready.", retry_after=2, code="engine_not_ready")
-        meter = Meter()
-        admitted = await self.admission.admit(
-            caller, request, deployment, self.router.named(request.model), request_id, key, lambda: meter.usage
-        )
+        meter, model = Meter(), self.router.named(request.model)
+        self._num_coming += 1
+        try:
+            admitted = await self.admission.admit(
+                caller, request, deployment, model, request_id, key, lambda: meter.usage
+            )
+        finally:
+            self._num_coming -= 1
+            if self.is_draining:
+                self._has_ended.set()  # who waits for it looks again when a job that it has become is entered
         if isinstance(admitted, Recording):
             return admitted
         return Job(admitted.request_id, caller, deployment, admitted.request, self, admitted.tab, meter,
@@ -158,11 +167,17 @@ class Service:
             return refusal
         return None
 
+    @property
+    def shutting_down(self) -> Unavailable:
+        return Unavailable("The service is shutting down.", retry_after=self.drain_seconds, code="shutting_down")
+
     async def drain(self, seconds: float | None = None) -> None:
         """Accept nothing more; return when every running request has ended, or after so long (`drain_seconds`)."""
         self.is_draining = True
         with anyio.move_on_after(self.drain_seconds if seconds is None else seconds):
-            await self._idle.wait()
+            while self.num_requests:
+                self._has_ended.clear()
+                await self._has_ended.wait()
 
 
 @dataclass(eq=False)
@@ -215,7 +230,7 @@ class Job:
 
     def events(self) -> AsyncGenerator[Batch]:
         """Batches of events, choices numbered through. The first one comes when nothing can be refused any more."""
-        parts = _parts(self.request.generations, self.deployment.engine.max_choices)
+        parts = parts_of(self.request.generations, self.deployment.engine.max_choices)
         self._num_parts = len(parts)
         self._events = self._part(*parts[0]) if len(parts) == 1 else self._merged(parts)
         return self._events
@@ -241,7 +256,7 @@ class Job:
                         if not self.tab.is_durable:
                             await self.tab.durable()
                         is_durable = True
-                    yield batch if first == 0 else _renumbered(batch, first)
+                    yield batch if first == 0 else renumbered(batch, first)
             finally:
                 await batches.aclose()
 
@@ -348,40 +363,3 @@ def _refusal(error: BaseException | None) -> Refusal | None:
 
 def _ms(start: float, end: float | None) -> float | None:
     return None if end is None else round((end - start) * 1000, 1)
-
-
-def _parts(generations: Sequence[Generation], max_choices: int) -> list[tuple[int, int, Generation]]:
-    """(number of the prompt, number of its first choice, generation) for each request to an engine."""
-    if len(generations) == 1 and generations[0].n == 1:
-        return [(0, 0, generations[0])]
-    parts, first = [], 0
-    for prompt, generation in enumerate(generations):
-        parts += [(prompt, *part) for part in _split(generation, first, max_choices)]
-        first += generation.n
-    return parts
-
-
-def _split(generation: Generation, first: int, max_choices: int) -> list[tuple[int, Generation]]:
-    """Requests of at most `max_choices` choices each. A given seed is counted up, or all choices would be the same; it
-    stays within 64 bits, with a sign."""
-    if generation.n <= max_choices:
-        return [(first, generation)]
-    parts = []
-    for done in range(0, generation.n, max_choices):
-        seed = None if generation.seed is None else (generation.seed + done + 2**63) % 2**64 - 2**63
-        n, prompt_bytes = min(max_choices, generation.n - done), generation.num_prompt_bytes  # looked at once for all
-        parts.append((first + done, replace(generation, n=n, seed=seed, prompt_bytes=prompt_bytes)))
-    return parts
-
-
-def _renumbered(batch: Batch, first: int) -> Batch:
-    singly = [each for event in batch for each in (event if isinstance(event, Deltas) else (event,))]
-    return [_renumber(event, first) for event in singly]
-
-
-def _renumber(event: Event, first: int) -> Event:
-    if isinstance(event, Delta):
-        return replace(event, index=event.index + first)
-    if isinstance(event, Finished):
-        return replace(event, reasons={index + first: reason for index, reason in event.reasons.items()})
-    return event

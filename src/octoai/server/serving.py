@@ -169,8 +169,8 @@ async def _until_ready(starting: asyncio.Future[list[None]], stop: Stop) -> bool
 
 
 async def _drain(service: Service, stop: Stop) -> None:
-    if service.jobs:  # which are not to wait for who may not read this
-        said = f"finishing {len(service.jobs)} requests; once more to stop at once"
+    if service.num_requests:  # which are not to wait for who may not read this
+        said = f"finishing {service.num_requests} requests; once more to stop at once"
         asyncio.get_running_loop().run_in_executor(None, logs.tell, said)
     draining = asyncio.create_task(service.drain())
     now: asyncio.Task[Any] = asyncio.create_task(stop.now.wait())
