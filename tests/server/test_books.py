@@ -314,6 +314,28 @@ def test_an_applier_that_is_killed_where_segments_were_given_up_is_followed_by_o
     assert balance(place) == -4000 * COST
 
 
+def test_an_end_waits_once_for_a_database_that_is_away(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+
+    async def main() -> None:
+        books = Books(place, opened(place), is_beside=True)
+        books.start()
+        await append(books._journal, range(51))  # type: ignore[arg-type]
+        await books.writer.caught_up(seconds=20)
+        with closing(sqlite3.connect(tmp_path / "octoai.db", isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            await append(books._journal, range(51, 101))  # type: ignore[arg-type]
+            process, began = process_of(books), time.monotonic()
+            await books.close()
+            assert 4 < time.monotonic() - began < 9
+            assert process.poll() is not None
+            db.execute("ROLLBACK")
+
+    run(main())
+    recover(place)
+    assert balance(place) == -101 * COST
+
+
 @pytest.mark.parametrize("is_settled", [True, False])
 def test_what_a_backup_lacks_is_charged_though_it_lacks_the_credit_too(tmp_path: Path, is_settled: bool) -> None:
     place, credit, most = Place(tmp_path), 1_000_000, 100_000

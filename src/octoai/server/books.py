@@ -22,7 +22,7 @@ from octoai.server.errors import RateLimited, Unavailable
 from octoai.server.idempotency import KEEP_SECONDS
 from octoai.server.journal import Journal, JournalError, Orphan, Position, is_alive, orphans
 from octoai.server.store import Place, clocks, connect, keys, requests, reservations
-from octoai.server.store.applier import Applier
+from octoai.server.store.applier import END_SECONDS, Applier
 from octoai.server.store.database import Connection, StoreError
 from octoai.server.store.journals import end, expect, forget, keep_position, position_of
 from octoai.server.store.reader import Reader
@@ -82,13 +82,15 @@ class Books:
 
     async def close(self) -> None:
         """What is in the journal goes into the database first, if that is there."""
+        is_given_up = True
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
         if self._journal is not None:
             await asyncio.to_thread(self._journal.stop)
-            await self._give_up(self._journal)
-        await asyncio.to_thread(self.writer.close)
+            is_given_up = await self._give_up(self._journal)
+        # A database that is away has been waited for: the next start has to bring the rest in anyway.
+        await asyncio.to_thread(self.writer.close, END_SECONDS if is_given_up else 0.0)
         self.reader.close()
         self._reports.close()
 
@@ -116,18 +118,19 @@ class Books:
         """In a transaction, on disk when this returns. Raises StoreAway, and what `action` raises."""
         return await self.writer.run(action)
 
-    async def _give_up(self, journal: Journal) -> None:
-        """Its files go when the database has all of it, and stay for the next start when not."""
+    async def _give_up(self, journal: Journal) -> bool:
+        """Its files go when the database has all of it, and stay for the next start when not. Whether they went."""
         try:
             await self.writer.caught_up()
             await self.writer.run(partial(_end, journal=journal.instance, applied=self.writer.applied))
         except StoreError:
             log.error("the database does not have everything yet: the journal is brought in at the next start")
             journal.close()
-            return
+            return False
         journal.remove()
         with suppress(StoreError):  # a line that says nothing more
             await self.writer.run(lambda db: forget(db, journal.instance))
+        return True
 
     async def _keep_order(self) -> None:
         while True:

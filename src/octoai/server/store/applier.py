@@ -79,15 +79,15 @@ class Applier:
         """The database may have gone back in time: the process looks, and brings in again what is missing."""
         self._tell("look")
 
-    def close(self) -> None:
-        """Bring in what is durable, if the database lets us, and end. Blocks for at most `END_SECONDS`."""
+    def close(self, seconds: float = END_SECONDS) -> None:
+        """Bring in what is durable, if the database lets us, and end. Blocks for at most so long."""
         self._is_closing = True
         process = self._process
         if process is None:
             return
         self._tell("end")
         try:
-            process.wait(END_SECONDS)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -130,9 +130,9 @@ class Writer:
             self._applier.look()
 
     def close(self, seconds: float = 10.0) -> None:
-        """Apply what is left, if the database lets us, and end the thread."""
+        """Apply what is left, if the database lets us, and end the thread. Each of the two has so long."""
         if self._applier is not None:
-            self._applier.close()
+            self._applier.close(seconds)
         self._is_closing = True
         self._now()
         self._thread.join(seconds)
