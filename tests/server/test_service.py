@@ -188,7 +188,7 @@ def waiting(in_process: Start, talk: Any) -> Iterator[tuple[InProcess, Talk, sql
     lock.execute("BEGIN IMMEDIATE")
     client = talk(service)
     client.send("/v1/chat/completions", request(service), head="idempotency-key: k1\r\n")
-    until(lambda: service.service.num_requests == 1)
+    until(lambda: service.service.num_requests == 1, 3)
     assert not service.service.jobs
     yield service, client, lock
     lock.close()
