@@ -389,7 +389,7 @@ def test_an_engine_is_started_again_with_the_files_it_had(
             await until(engine, False, 5)
             await until(engine, True, 30)
             assert await told(engine)
-            return engine._directory
+            return str(engine._place.directory)
         finally:
             await engine.close()
 
@@ -693,6 +693,7 @@ def test_directories_of_those_who_were_killed_with_their_children_are_removed_an
     (elsewhere / "e.sock").touch()
     linked.symlink_to(elsewhere)
     (filled / "of somebody").touch()
+    (left / "model.gguf").symlink_to(elsewhere / "e.sock")  # as of files that an engine had, but not in their place
     for each in (left, filled, held, other, elsewhere):
         os.utime(each, (0, 0))
     try:

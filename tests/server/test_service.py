@@ -8,6 +8,7 @@ import re
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -16,7 +17,7 @@ import pytest
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.store import requests
 from tests.running import InProcess, Start
-from tests.talking import LONG, MESSAGES, ask, chat, events, is_idle, request, until
+from tests.talking import LONG, MESSAGES, Talk, ask, chat, events, is_idle, request, until
 
 # Paths and methods
 

@@ -28,7 +28,7 @@ class SocketPlace:
                 _remove_left(left)
         self.directory = Path(tempfile.mkdtemp(prefix=PREFIX))  # 0700
         try:
-            self._held = os.open(self.directory, os.O_RDONLY)
+            self._held: int | None = os.open(self.directory, os.O_RDONLY)
         except OSError:
             os.rmdir(self.directory)
             raise
@@ -40,9 +40,11 @@ class SocketPlace:
         return str(self.directory / SOCKET)
 
     def remove(self) -> None:
-        """Once. The child may have done so already."""
+        """The child may have done so already, and so may we."""
         shutil.rmtree(self.directory, ignore_errors=True)
-        os.close(self._held)
+        held, self._held = self._held, None
+        if held is not None:
+            os.close(held)
 
 
 def _remove_left(directory: Path) -> None:
@@ -54,8 +56,7 @@ def _remove_left(directory: Path) -> None:
             return
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name in os.listdir(fd):
-            kind = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
-            if stat.S_ISSOCK(kind) or stat.S_ISLNK(kind):
+            if name == SOCKET or stat.S_ISLNK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
                 os.unlink(name, dir_fd=fd)
         os.rmdir(directory)
     finally:
