@@ -25,9 +25,10 @@ from octoai.server.errors import RateLimited, Unavailable
 from octoai.server.journal import Journal, JournalDamaged, Orphan, is_alive
 from octoai.server.ledger import Ledger, Tab
 from octoai.server.settings import Settings
-from octoai.server.store import Connection, Place, connect, usage
+from octoai.server.store import Connection, Place, connect, keys, usage
 from octoai.server.store.audit import verify
 from octoai.server.store.entries import Entry, balance_nanos, post
+from octoai.server.store.keys import KeyRow
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.usage import Filters
 from tests.server.settling import COST, balance, num_steps, process_of, run, settlement, until
@@ -383,6 +384,21 @@ def test_what_a_backup_lacks_is_charged_though_it_lacks_the_credit_too(tmp_path:
             give(db)
         assert balance_nanos(db, "acme") == credit - 5 * most
         verify(db)
+
+
+def test_an_end_in_order_leaves_no_key_to_a_request_that_never_ran(place: Place) -> None:
+    async def main() -> None:
+        journal = opened(place)
+        books = Books(place, journal)
+        books.start()
+        for number, instance in enumerate((journal.instance, "elsewhere")):
+            claimed = KeyRow(b"hash", f"id{number}", f"req_{number}", instance, time.time_ns() // 1000)
+            await books.write(partial(keys.claim, account="default", key=f"k{number}", claimed=claimed))
+        await books.close()
+
+    run(main())
+    with closing(connect(place)) as db:
+        assert db.rows("SELECT key FROM keys") == [("k1",)]
 
 
 @pytest.mark.parametrize("is_dead", [True, False])

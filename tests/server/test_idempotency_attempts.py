@@ -9,18 +9,19 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncGenerator
-from contextlib import closing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
 
-from octoai.server import accounts, admission, idempotency, ledger, streaming
+from octoai.server import accounts, admission, idempotency, ledger, params, streaming, tokens
 from octoai.server.engines.base import Event
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import Unavailable
 from octoai.server.idempotency import Key
 from octoai.server.store import Connection, Place, StoreAway, connect, keys, requests, sqlite
+from octoai.server.store.audit import verify
 from octoai.server.store.entries import balance_nanos
 from octoai.server.store.keys import KeyRow
 from octoai.server.times import now_us
@@ -195,6 +196,74 @@ def test_a_retry_while_the_database_is_away_is_billed_instead_of_the_first_and_a
     assert text.count(b"w39 ") == 1
 
 
+@contextmanager
+def locked(service: InProcess) -> Iterator[None]:
+    """Nobody else can write to its database."""
+    with closing(sqlite3.connect(service.settings.data_dir / "octoai.db", isolation_level=None)) as lock:
+        lock.execute("BEGIN IMMEDIATE")
+        yield
+        lock.execute("ROLLBACK")
+
+
+def run_elsewhere(service: InProcess, talk: Any) -> None:
+    """Another process has begun to answer under the key k1."""
+    leave(service, talk, "k0")
+    running = KeyRow(key_of(service, "k0").body_hash, "id-elsewhere", "req-elsewhere", "journal-elsewhere", now_us())
+    service.books(lambda db: keys.claim(db, "default", "k1", running))
+
+
+def test_an_answer_that_another_process_gives_is_waited_for_also_where_the_database_goes_away(
+    slow: InProcess, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
+    run_elsewhere(slow, talk)
+    waiting = talk(slow, "k1")
+    time.sleep(0.5)
+    writer = slow.service.admission.ledger.writer
+    with locked(slow):
+        until(lambda: writer.away_seconds is not None, 3)
+        time.sleep(0.5)
+    packed = asyncio.run(idempotency.pack(200, [], [b"said elsewhere"]))
+    assert packed is not None
+    answer = base64.b64decode(packed)
+    slow.books(lambda db: keys.keep(db, "default", "k1", "id-elsewhere", answer, now_us()))
+    said = waiting.rest()
+    assert b"idempotent-replayed: true" in said
+    assert b"said elsewhere" in said
+    assert len(slow.engine.seen) == 1  # the one before
+
+
+def test_who_waits_for_an_answer_of_another_process_is_refused_where_nobody_is_served_without_the_database(
+    in_process: Start, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
+    service = in_process(ScriptedEngine(SLOW), when_database_is_away="refuse")
+    run_elsewhere(service, talk)
+    waiting = talk(service, "k1")
+    time.sleep(0.5)
+    with locked(service):
+        assert waiting.rest().startswith(b"HTTP/1.1 503")
+    until(lambda: attempts(service, "k0") == [1], 3)
+    assert key_of(service).request == "id-elsewhere"
+    assert len(service.engine.seen) == 1
+
+
+def test_a_key_that_is_claimed_when_nobody_waits_for_it_any_more_is_free(slow: InProcess, talk: Any) -> None:
+    def known(db: Connection) -> accounts.Caller:
+        return accounts.Caller(accounts.find(db, "default"), tokens.find(db, tokens.mint(db, "t", "default").id))
+
+    key, asked = Key("k1", b"hash"), params.chat(json.dumps(request(slow)).encode())
+    assert slow.loop is not None
+    caller = slow.books(known)
+    with locked(slow):
+        asking = asyncio.run_coroutine_threadsafe(slow.service.admit(caller, asked, "req_1", key), slow.loop)
+        time.sleep(0.3)
+        asking.cancel()
+        time.sleep(0.1)
+    assert talk(slow, "k2").rest().count(b"w39 ") == 1  # what was asked of the database before is done
+    assert attempts(slow, "k1") == []
+
+
 @pytest.mark.parametrize("portion", [1, 2, 100])
 def test_attempts_that_come_from_the_journal_alone_are_billed_as_one_however_often_it_is_read(
     place: Place, portion: int
@@ -243,6 +312,28 @@ def test_what_began_while_the_database_was_away_takes_no_key_from_a_request_that
         assert kept.answer == b"first"
         found = [requests.of_id(db, each["id"]) for each in (runs, late)]
         assert [each.status for each in found if each] == ["settled", "settled"]
+
+
+def test_what_was_answered_a_second_time_while_the_database_was_away_is_billed_once(place: Place) -> None:
+    answer = base64.b64encode(b"the answer").decode()
+    first, late, other, left = (settlement(number) | {"key": "k1", "key_body": "ab"} for number in range(1, 5))
+    first |= {"answer": answer}
+    late |= {"journal": "elsewhere", "opened_us": first["opened_us"] + 1, "answer": answer}
+    other |= late | {"id": other["id"], "key_body": "cd"}
+    left |= late | {"id": left["id"], "answer": None}
+    with closing(connect(place)) as db:
+        with db.transaction():
+            accounts.ensure_default(db)
+        for _ in range(2):  # whatever is read again
+            for record in (first, late, other, left):
+                apply(db, record)
+            found = [requests.of_id(db, each["id"]) for each in (first, late, other, left)]
+            assert [each.status for each in found if each] == ["settled", "refunded", "settled", "settled"]
+            row = keys.find(db, "default", "k1")
+            assert row is not None
+            assert row.request == first["id"]
+        assert balance_nanos(db, "default") == -3 * COST
+        verify(db)
 
 
 def test_a_request_does_not_take_its_key_back_from_the_one_that_took_it_over(place: Place) -> None:

@@ -94,12 +94,11 @@ class Admission:
             is_stream=request.stream,
         )
         recording = None
-        if key is not None:
-            recording, is_ours = await self._claimed(caller, key, tab)
-            if not is_ours:
-                return recording
-            tab.key = (key.value, key.body_hash.hex())
         try:
+            if key is not None:
+                recording, is_ours = await self._claimed(caller, key, tab)
+                if not is_ours:
+                    return recording
             request, standings = await self._reserved(caller, request, deployment, tab)
         except BaseException as error:
             self.ledger.release_key(tab)
@@ -163,23 +162,28 @@ class Admission:
         process is giving it."""
         if self.ledger.journal is None:
             return None  # no request has a row, and no answer is kept
-        until = time.monotonic() + ELSEWHERE_SECONDS
+        tab.key = (key.value, key.body_hash.hex())  # at once: what is given up here may come to be claimed
+        until, is_elsewhere = time.monotonic() + ELSEWHERE_SECONDS, False
         while True:
             claimed = KeyRow(key.body_hash, tab.id, tab.request_id, self.ledger.instance, now_us())
             claim = partial(keys.claim, account=account, key=key.value, claimed=claimed)
             try:
                 # Not waited for until it is on disk: what is settled under a key says so again.
                 before = await self.books.writer.run(claim, is_durable=False)
-                if before is None:
+                if before is None or before.request == tab.id:  # taken over, and not heard of in time
+                    tab.refunds = None if before is None else before.refunds
                     return None
                 if before.body_hash != key.body_hash:
                     raise _conflict()
                 if before.answer is not None:
                     return unpacked(key, before.request_id, before.answer, before.answered_us or 0)
+                is_elsewhere, taken = True, None
                 await self.books.writer.caught_up()
                 taken = await self.books.write(partial(_take_over, account=account, key=key, claimed=claimed))
             except StoreAway:
-                return None  # what is known of the key is in this process then
+                if not is_elsewhere:
+                    return None  # what is known of the key is in this process then
+                self.ledger.check()  # it may be answered there: it is waited for, while others are let through
             if taken is not None:
                 tab.refunds = taken.refunds
                 return None

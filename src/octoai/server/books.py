@@ -208,6 +208,7 @@ def _others_are_read() -> Unavailable:
 
 def _end(db: Connection, journal: str, applied: Position) -> None:
     expect(db, journal, applied)
+    keys.release_of_journal(db, journal)
     end(db, journal)
 
 

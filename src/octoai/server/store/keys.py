@@ -114,7 +114,8 @@ def note(db: Connection, record: dict[str, Any]) -> str | None:
     given back for it, if anybody's; that is not told again.
 
     The key is the request's already where the database was there when it came. Where it was away the key is claimed
-    now, also from an earlier request, which had ended without an answer when this one began."""
+    now, also from an earlier request, which had ended without an answer when this one began. Where that has one, as
+    this has, its charge is the one that stays."""
     account, key, request = record["account"], record["key"], record["id"]
     claimed = KeyRow(
         *(bytes.fromhex(record["key_body"]), request, record["request_id"]),
@@ -122,6 +123,8 @@ def note(db: Connection, record: dict[str, Any]) -> str | None:
     )
     standing = claim(db, account, key, claimed)
     if standing is not None and standing.request != request:
+        if record.get("answer") is not None and standing.answer is not None and _is_earlier(standing, claimed):
+            return claimed.request
         standing = _claimed_late(db, account, key, standing, claimed)
     if record.get("answer") is not None:
         keep(db, account, key, request, base64.b64decode(record["answer"]), record["settled_us"])
@@ -134,14 +137,19 @@ def note(db: Connection, record: dict[str, Any]) -> str | None:
 def _claimed_late(db: Connection, account: str, key: str, standing: KeyRow, claimed: KeyRow) -> KeyRow | None:
     """What stands under the key when a request that began while the database was away has been given it, if the one
     before was the same and had ended without an answer."""
-    is_same = standing.body_hash == claimed.body_hash and standing.claimed_us < claimed.claimed_us
-    if not is_same or standing.answer is not None or standing.replaces == claimed.request:  # its own successor
+    is_successor = standing.replaces == claimed.request
+    if is_successor or standing.answer is not None or not _is_earlier(standing, claimed):
         return standing
     row = db.row("SELECT status FROM requests WHERE id = ?", (standing.request,))
     if row == ("open",):
         return standing
     claim_again(db, account, key, standing, claimed, standing.replaces if row is None else standing.request)
     return find(db, account, key)
+
+
+def _is_earlier(standing: KeyRow, claimed: KeyRow) -> bool:
+    """Whether it is the same request, made before."""
+    return standing.body_hash == claimed.body_hash and standing.claimed_us < claimed.claimed_us
 
 
 def keep(db: Connection, account: str, key: str, request: str, answer: bytes, answered_us: int | None = None) -> None:

@@ -119,7 +119,8 @@ def _note_keys(db: Connection, records: Sequence[Record], now_us: int) -> None:
     for record in records:
         row = None if record.get("key") is None else charged(db, keys.note(db, record))
         if row is not None:
-            refund(db, row, f"asked again under its Idempotency-Key, as {record['request_id']}", now_us)
+            asked = f"asked again under its Idempotency-Key, as {record['request_id']}"
+            refund(db, row, "answered before under its Idempotency-Key" if row.id == record["id"] else asked, now_us)
 
 
 def interrupt(db: Connection, rows: Sequence[RequestRow], now_us: int) -> int:
