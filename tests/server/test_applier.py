@@ -17,13 +17,20 @@ from typing import Any
 
 import pytest
 
-from octoai.server import accounts
+from octoai.server import accounts, holding, tokens
+from octoai.server.billing import Price
 from octoai.server.books import Books, journal_dir, recover
+from octoai.server.engines.base import Usage
+from octoai.server.errors import RateLimited
 from octoai.server.journal import Journal, JournalGap, Position
+from octoai.server.ledger import Ledger, Tab
+from octoai.server.limits import Standings
 from octoai.server.store import Place, connect
+from octoai.server.store import applier as applier_module
 from octoai.server.store.applier import Applier
 from octoai.server.store.database import StoreAway
 from octoai.server.store.entries import balance_nanos
+from octoai.server.store.reservations import Reservation
 from tests.postgres import PostgresServer
 from tests.server.settling import COST, balance, kept, process_of, run, settlement, until
 
@@ -92,6 +99,40 @@ def test_while_there_is_none_the_database_counts_as_away(tmp_path: Path) -> None
             await until(lambda: books.writer.away_seconds is not None)
             await until(lambda: books.writer.away_seconds is None)
             await books.writer.reached(await journal.append(settlement(2)))
+
+    run(main())
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_while_there_is_none_limits_are_the_databases_to_tell_until_it_begins_to_forget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_long: bool
+) -> None:
+    monkeypatch.setattr(applier_module, "RESTART_SECONDS", 3.0)
+    monkeypatch.setattr(holding, "BEHIND_SECONDS", 0.0 if is_long else 30.0)
+    place, now = Place(tmp_path), time.time_ns() // 1000
+
+    async def main() -> None:
+        async with kept(place) as (books, journal):
+            with closing(connect(place)) as db, db.transaction():
+                account = accounts.create(db, "acme", plan="unlimited", limits={"requests_per_minute": 1})
+                caller = accounts.Caller(account, tokens.find(db, tokens.mint(db, "t", "acme").id))
+            ledger = Ledger(journal, books.writer)
+
+            async def reserve(id_: str) -> Standings | None:
+                tab = Tab(ledger, id_, id_, caller, "m", "m", Price(), Usage)
+                held = (id_, "acme", caller.token.id, now, 0, 0, 0, now + 60_000_000)
+                return await ledger.reserve(tab, Reservation(*held))
+
+            await books.writer.reached(await journal.append(settlement(1)))
+            assert await reserve("1") is not None
+            process_of(books).kill()
+            await until(lambda: books.writer.away_seconds is not None)
+            if is_long:  # nothing is known of rates then
+                assert await reserve("2") is None
+            else:
+                with pytest.raises(RateLimited):
+                    await reserve("2")
+            assert books.writer.away_seconds is not None
 
     run(main())
 

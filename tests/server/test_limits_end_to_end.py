@@ -10,14 +10,14 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from octoai.server import accounts, admission, ledger, tokens
+from octoai.server import accounts, admission, holding, ledger, params, tokens
 from octoai.server.accounts import Caller
 from octoai.server.billing import Price, nanos
 from octoai.server.engines.base import Event, Generation
@@ -25,7 +25,7 @@ from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, EngineFailed, OutOfCredit
 from octoai.server.limits import Standings
 from octoai.server.remaining import Remaining
-from octoai.server.store import Connection, Place, connect, entries, rates, sqlite
+from octoai.server.store import Connection, Place, connect, entries, rates, reservations, sqlite
 from octoai.server.store.reservations import Reservation, Standing
 from tests.running import InProcess, Start
 from tests.talking import Talk, ask, is_idle, request, until
@@ -248,6 +248,67 @@ def test_what_is_not_used_while_the_database_is_away_can_be_used_again(
     lock.close()
     assert codes(answers) == {200: 10}
     until(lambda: client.balance() == 3 * ONE - 11 * 3 * PRICE, 5)
+
+
+@contextmanager
+def away(service: InProcess) -> Iterator[None]:
+    """Nobody else can write to its database; afterwards it has noticed that they can."""
+    with closing(sqlite3.connect(service.settings.data_dir / "octoai.db", isolation_level=None)) as lock:
+        lock.execute("BEGIN IMMEDIATE")
+        yield
+        lock.execute("ROLLBACK")
+    until(lambda: service.service.admission.ledger.writer.away_seconds is None, 15)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["it runs", "it waits for its turn"])
+def test_what_began_while_the_database_was_away_is_held_when_it_is_back(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
+    service = in_process(ScriptedEngine(("word ", 0.5) * 40, num_slots=1 if waits else 20))
+    client = Client(service, credit=2 * ONE - 1, limits={"concurrent_requests": 1})
+    assert client.ask(1)[0] == 200
+    other = Talk(service)
+    if waits:
+        other.send(PATH, request(service, stream=True))
+        until(lambda: service.queue.num_running == 1, 2)
+    with away(service):
+        began = client.stream()
+        until(lambda: (service.queue.num_waiting if waits else service.queue.num_running) == 1, 5)
+        time.sleep(0.5)
+    assert client.ask()[0] == 402
+    assert client.ask(1)[0] == 429
+    assert client.held() == (1, ONE)
+    began.close()
+    other.close()
+    until(lambda: client.held() == (0, 0), 5)
+    assert client.balance() >= 0
+    assert client.ask(1)[0] == 200
+
+
+def test_what_is_held_without_an_answer_of_the_database_is_given_back_by_who_is_refused_or_stopped(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "LIMIT_SECONDS", 0.3)
+    service = in_process(ScriptedEngine())
+    client = Client(service, credit=10 * ONE)
+    hold, held = reservations.hold, list[str]()
+
+    def noted(db: Connection, reservation: Reservation) -> None:
+        held.append(reservation.id)
+        hold(db, reservation)
+
+    monkeypatch.setattr(reservations, "hold", noted)
+    asked = params.chat(json.dumps(request(service, max_tokens=50)).encode())
+    caller = service.books(lambda db: Caller(accounts.find(db, "acme"), tokens.find(db, client.minted.id)))
+    assert service.loop is not None
+    with away(service):
+        asking = asyncio.run_coroutine_threadsafe(service.service.admit(caller, asked, "req_1"), service.loop)
+        time.sleep(0.1)
+        asking.cancel()
+        assert client.ask()[0] == 503  # of what is left nothing was heard
+    until(lambda: len(held) == 2, 2)  # after all, and for nobody
+    until(lambda: client.held() == (0, 0), 2)
 
 
 def test_what_was_used_while_the_database_is_away_is_gone(caller: Caller) -> None:

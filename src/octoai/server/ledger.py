@@ -20,11 +20,11 @@ from octoai.server.accounts import Caller
 from octoai.server.billing import Price
 from octoai.server.engines.base import NOTHING, Usage
 from octoai.server.errors import Unavailable
+from octoai.server.holding import LIMIT_SECONDS, Holding
 from octoai.server.journal import START, Journal, JournalError, JournalFailed, JournalFull, Position
-from octoai.server.limits import Standings, reserve
-from octoai.server.remaining import Remaining
+from octoai.server.limits import Standings
 from octoai.server.store import keys, reservations
-from octoai.server.store.database import Connection, StoreAway, StoreError
+from octoai.server.store.database import Connection, StoreError
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.writer import Writer
 from octoai.server.times import now_us
@@ -40,7 +40,6 @@ OPEN_SECONDS = 0.02  # until an intent is written: many requests to a quick engi
 CROWD = 4  # requests at once, from which on what is to be on disk waits for others that will be in a moment
 GATHER_SECONDS = 0.002
 SETTLE_SECONDS = 0.005  # until a settlement is brought to the disk, where the request is there already
-LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a limit
 
 
 @dataclass(eq=False)
@@ -57,7 +56,7 @@ class Tab:
     usage: Callable[[], Usage]
     is_stream: bool = False
     reservation: Reservation | None = None
-    unheard: Reservation | None = None  # as that, but the database does not know of it
+    is_unheard: bool = False  # the database has not said that it holds the reservation
     key: tuple[str, str] | None = None  # an Idempotency-Key and the hash, in hexadecimal, of what came with it
     refunds: str | None = None  # whose charge is given back when this runs: of the request before under that key
     opened_us: int = field(default=0, init=False)
@@ -114,11 +113,10 @@ class Tab:
             self.ledger.closed(self)
             record, usage = self._record("settlement", settled_us := now_us()), self.usage()
             record |= {**_counts(usage), "outcome": outcome, "settled_us": settled_us, "answer": answer}
-            if (held := self.reservation or self.unheard) is not None:
-                self.ledger.remaining.release(held, self.price.charge(usage))
-            self._settled = settled = self.ledger.settle(
-                record, is_reserved=self.reservation is not None, is_first=not is_written
-            )
+            if (held := self.reservation) is not None:
+                self.ledger.holding.remaining.release(held, self.price.charge(usage))
+            is_waited_for = held is not None and not (self.is_unheard and self.ledger.writer.away_seconds is not None)
+            self._settled = settled = self.ledger.settle(record, is_reserved=is_waited_for, is_first=not is_written)
         if isinstance(settled, asyncio.Task):
             await asyncio.shield(settled)
         elif is_written and self._opened is not None:
@@ -150,7 +148,7 @@ class Tab:
             "opened_us": self.opened_us,
             "journal": self.ledger.instance,
             "is_reserved": held is not None,
-            "held_nanos": held and held.nanos,  # for a database that went back to before it was reserved
+            "held_nanos": held and held.nanos,  # for a database that was away, or went back to before that
             "lease_us": at_us + LEASE_US,
             "key": key,
             "key_body": key_body,
@@ -173,7 +171,7 @@ class Ledger:
         self.journal = journal
         self.writer = writer
         self.tabs: set[Tab] = set()
-        self.remaining = Remaining(num_processes)
+        self.holding = Holding(writer, num_processes, self.check)
         self._waiting: set[Tab] = set()  # for their turns, with a key or a reservation
         self._renew_at = 0.0
         self._away_seconds = away_seconds if serves_when_away else 0.0
@@ -274,27 +272,12 @@ class Ledger:
             raise _no_room() from None
 
     async def reserve(self, tab: Tab, wanted: Reservation) -> Standings | None:
-        """Hold what a request may need; what the one that it refunds was charged is there for it. Raises OutOfCredit,
-        RateLimited; None while the database is away, when money is counted from what remains and rates are not."""
+        """As `Holding.reserve`, for this request."""
         if self.journal is None:
             return None
-        if self.writer.away_seconds is None:
-            try:
-                # On disk or not: a reservation does not outlive what it is for.
-                held = await self.writer.run(
-                    lambda db: reserve(db, tab.caller, wanted, tab.refunds), seconds=LIMIT_SECONDS, is_durable=False
-                )
-            except StoreAway:
-                # It may come to be held after all, when nobody wants it any more.
-                self.writer.later(lambda db: reservations.release(db, wanted.id))
-                self.check()
-            else:
-                tab.reservation = wanted
-                self.remaining.heard(tab.caller, held)
-                return held
-        self.remaining.hold(tab.caller, wanted)
-        tab.unheard = wanted
-        return None
+        held = await self.holding.reserve(tab.caller, wanted, tab.refunds)
+        tab.reservation, tab.is_unheard = wanted, held is None
+        return held
 
     def settle(
         self, record: dict[str, Any], *, is_reserved: bool, is_first: bool
@@ -336,13 +319,8 @@ class Ledger:
         """Of a request that never ran: its key, and what it reserved."""
         self._waiting.discard(tab)
         self.release_key(tab)
-        if (held := tab.reservation or tab.unheard) is not None:
-            self.remaining.release(held)
         if tab.reservation is not None:
-            try:
-                await self.writer.run(lambda db: reservations.release(db, tab.id), seconds=LIMIT_SECONDS)
-            except StoreError:
-                log.warning("the reservation of %s is given back when its lease ends", tab.id)
+            await self.holding.give_back(tab.reservation, is_heard=not tab.is_unheard)
 
     def release_key(self, tab: Tab) -> None:
         """Of a request that never ran: its Idempotency-Key is as it was before."""

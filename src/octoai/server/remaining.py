@@ -26,6 +26,11 @@ class Remaining:
                 unheard = sum(each.nanos for each in self._unheard if payer in (each.account, each.token_id))
                 self._left[payer] = standing.left_nanos // self._num_processes - unheard
 
+    def told(self) -> list[Reservation]:
+        """What the database does not know of, which it is told now: from here on it is as what that holds."""
+        unheard, self._unheard = list(self._unheard), set()
+        return unheard
+
     def hold(self, caller: Caller, wanted: Reservation) -> None:
         """Without the database. Raises OutOfCredit, and Unavailable where nothing was heard of the caller."""
         account, token = caller.account, caller.token

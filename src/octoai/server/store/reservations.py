@@ -115,15 +115,25 @@ def hold(db: Connection, reservation: Reservation) -> None:
 
 
 def hold_again(db: Connection, records: Iterable[Mapping[str, Any]], now_us: int) -> None:
-    """What requests held by the journal's `records`, of which this database never heard: it is older than they are. A
-    copy was restored, or a standby that was behind has taken its place; what they used is theirs to pay all the same.
-    """
-    held = {record["id"]: record for record in records if record.get("held_nanos") is not None}
-    for marks, ids in chunks(held):
+    """What requests held by the journal's `records`, of which this database never heard: it was away, or is older than
+    they are. A copy was restored, or a standby that was behind has taken its place; what they used is theirs to pay all
+    the same."""
+    held = [record for record in records if record.get("held_nanos") is not None]
+    hold_unknown(db, map(_of_record, held), now_us)
+
+
+def hold_unknown(db: Connection, held: Iterable[Reservation], now_us: int) -> None:
+    """Those of which this database never heard, whatever it has promised to others since."""
+    by_id = {each.id: each for each in held}
+    for marks, ids in chunks(by_id):
         known = {row[0] for row in db.rows(f"SELECT id FROM reservations WHERE id IN ({marks})", ids)}  # noqa: S608
-        for record in (held[id_] for id_ in ids if id_ not in known):
-            payers, lease_us = (record["account"], record["token_id"]), max(record["lease_us"], now_us + MINUTE_US)
-            hold(db, Reservation(record["id"], *payers, record["opened_us"], record["held_nanos"], 0, 0, lease_us))
+        for each in (by_id[id_] for id_ in ids if id_ not in known):
+            hold(db, replace(each, lease_us=max(each.lease_us, now_us + MINUTE_US)))
+
+
+def _of_record(record: Mapping[str, Any]) -> Reservation:
+    payers = (record["account"], record["token_id"])
+    return Reservation(record["id"], *payers, record["opened_us"], record["held_nanos"], 0, 0, record["lease_us"])
 
 
 def release(db: Connection, reservation_id: str) -> None:

@@ -60,7 +60,7 @@ class Writer:
         self.on_change: Callable[[], None] = lambda: None
         self.applied = start
         self._in_database = start  # of the journal, as we last found or wrote it there
-        self._away_since: float | None = None
+        self.away_since: float | None = None  # the database, for this thread
         self._behind_since: float | None = None  # the applier
         self._journal = journal
         self._applier = applier
@@ -77,7 +77,7 @@ class Writer:
     @property
     def away_seconds(self) -> float | None:
         """How long the database has not taken what it was given; None while it does."""
-        away, behind = self._away_since, self._behind_since
+        away, behind = self.away_since, self._behind_since
         if away is None and behind is None:
             return None
         return time.monotonic() - min(each for each in (away, behind) if each is not None)
@@ -149,7 +149,7 @@ class Writer:
         """From the applier, in the loop."""
         self.applied, self.is_full = news.applied, news.is_full
         if news.failure is None:
-            self._behind_since = self._away_since = None
+            self._behind_since = self.away_since = None
         elif self._behind_since is None:
             self._behind_since = time.monotonic()
         self._tell_waiting(None if news.failure is None else StoreAway(news.failure))
@@ -256,9 +256,9 @@ class Writer:
         return self._db
 
     def _succeeded(self, position: Position | None) -> None:
-        if self._away_since is not None:
+        if self.away_since is not None:
             log.warning("the database takes what it is given again")
-            self._away_since = self.failure = None
+            self.away_since = self.failure = None
             self.is_full = False
         if position is not None and self._journal is not None:
             moved_on = position.segment > self.applied.segment
@@ -270,10 +270,10 @@ class Writer:
 
     def _failed(self, work: list[Work], error: Exception) -> None:
         self.is_full, self.failure = isinstance(error, StoreFull), str(error)
-        if self._away_since is None:
+        if self.away_since is None:
             is_expected = isinstance(error, StoreError | JournalError | OSError)
             log.error("%s; the journal keeps what comes", error, exc_info=None if is_expected else error)
-            self._away_since = time.monotonic()
+            self.away_since = time.monotonic()
         if self._journal is not None and self._applier is None:
             self._tail = self._journal.tail(self.applied)
         self._work.extendleft([each for each in reversed(work) if each.is_kept][:MAX_KEPT])
