@@ -205,19 +205,19 @@ def locked(service: InProcess) -> Iterator[None]:
         lock.execute("ROLLBACK")
 
 
-def run_elsewhere(service: InProcess, talk: Any) -> None:
+def run_elsewhere(service: InProcess, begin: Any) -> None:
     """Another process has begun to answer under the key k1."""
-    leave(service, talk, "k0")
+    leave(service, begin, "k0")
     running = KeyRow(key_of(service, "k0").body_hash, "id-elsewhere", "req-elsewhere", "journal-elsewhere", now_us())
     service.books(lambda db: keys.claim(db, "default", "k1", running))
 
 
 def test_an_answer_that_another_process_gives_is_waited_for_also_where_the_database_goes_away(
-    slow: InProcess, talk: Any, monkeypatch: pytest.MonkeyPatch
+    slow: InProcess, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
-    run_elsewhere(slow, talk)
-    waiting = talk(slow, "k1")
+    run_elsewhere(slow, begin)
+    waiting = begin(slow, "k1")
     time.sleep(0.5)
     writer = slow.service.admission.ledger.writer
     with locked(slow):
@@ -234,12 +234,12 @@ def test_an_answer_that_another_process_gives_is_waited_for_also_where_the_datab
 
 
 def test_who_waits_for_an_answer_of_another_process_is_refused_where_nobody_is_served_without_the_database(
-    in_process: Start, talk: Any, monkeypatch: pytest.MonkeyPatch
+    in_process: Start, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
     service = in_process(ScriptedEngine(SLOW), when_database_is_away="refuse")
-    run_elsewhere(service, talk)
-    waiting = talk(service, "k1")
+    run_elsewhere(service, begin)
+    waiting = begin(service, "k1")
     time.sleep(0.5)
     with locked(service):
         assert waiting.rest().startswith(b"HTTP/1.1 503")
@@ -248,7 +248,7 @@ def test_who_waits_for_an_answer_of_another_process_is_refused_where_nobody_is_s
     assert len(service.engine.seen) == 1
 
 
-def test_a_key_that_is_claimed_when_nobody_waits_for_it_any_more_is_free(slow: InProcess, talk: Any) -> None:
+def test_a_key_that_is_claimed_when_nobody_waits_for_it_any_more_is_free(slow: InProcess, begin: Any) -> None:
     def known(db: Connection) -> accounts.Caller:
         return accounts.Caller(accounts.find(db, "default"), tokens.find(db, tokens.mint(db, "t", "default").id))
 
@@ -260,7 +260,7 @@ def test_a_key_that_is_claimed_when_nobody_waits_for_it_any_more_is_free(slow: I
         time.sleep(0.3)
         asking.cancel()
         time.sleep(0.1)
-    assert talk(slow, "k2").rest().count(b"w39 ") == 1  # what was asked of the database before is done
+    assert begin(slow, "k2").rest().count(b"w39 ") == 1  # what was asked of the database before is done
     assert attempts(slow, "k1") == []
 
 
