@@ -140,22 +140,32 @@ from octoai.cli import main
 from octoai.optimizer import optimization
 from octoai.optimizer.outcome import Outcome
 from octoai.optimizer.space import Candidate
+from octoai.optimizer.workload import Speed
 
-nothing = optimization.Optimized(Outcome(best=Candidate(), is_usable=True))
+pairs = [(Speed(9, 9, 9), Speed(9, 9, 9))] * int(sys.argv[1])
+nothing = optimization.Optimized(Outcome(best=Candidate(), is_usable=True, pairs=pairs))
 optimization.optimize = lambda *_: nothing
 sys.exit(main(["optimize", "model.gguf"]))
 """
 
 
 @pytest.mark.parametrize(("chore", "status"), [({}, 1), ({"OCTOAI_CHORE_OF": str(os.getpid())}, 0)])
-def test_where_nothing_better_is_found_that_is_said(tmp_path: Path, chore: dict[str, str], status: int) -> None:
+@pytest.mark.parametrize(
+    ("num_pairs", "said"),
+    [
+        (1, "nothing better was found than what a service does without a profile: nothing is stored"),
+        (0, "what was found could not be compared with the defaults: nothing is stored; give it more --seconds"),
+    ],
+)
+def test_where_nothing_better_is_found_that_is_said(
+    tmp_path: Path, chore: dict[str, str], status: int, num_pairs: int, said: str
+) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    command = [sys.executable, "-c", _FINDS_NOTHING]
+    command = [sys.executable, "-c", _FINDS_NOTHING, str(num_pairs)]
     environ = {**os.environ, **chore}
     ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == status
-    said = "octoai: nothing better was found than what a service does without a profile: nothing is stored"
-    assert ran.stderr.splitlines()[-1] == said
+    assert ran.stderr.splitlines()[-1] == f"octoai: {said}"
 
 
 def test_who_has_a_service_running_is_told_when_it_uses_what_was_found(tmp_path: Path) -> None:

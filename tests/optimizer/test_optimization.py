@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from octoai.optimizer import kernels, optimization
 from octoai.optimizer.optimization import CannotOptimize, IsOptimized, Optimized, Wish, optimize
-from octoai.optimizer.outcome import Outcome, Trial
+from octoai.optimizer.outcome import Bounds, Outcome, Trial
 from octoai.optimizer.profile import Profiles
 from octoai.optimizer.space import Candidate, first_guesses
 from octoai.optimizer.workload import Speed
@@ -86,7 +87,7 @@ NOTED = Outcome(best=Candidate(), trials=[Trial("defaults", Candidate(), 0.1, no
             0,
             "there was not enough time to measure model.gguf here (failed: not done in 9 s): give it more --sec",
         ),
-        (NOTED, 30, "model.gguf could not be run here: failed: not done in 9 s"),
+        (NOTED, 30, "no trial of model.gguf went well here: failed: not done in 9 s"),
     ],
 )
 def test_a_search_without_time_says_what_to_give_it(
@@ -107,34 +108,75 @@ def test_a_search_too_short_to_compile_kernels_says_how_long_would_do(
     )
 
 
+@pytest.fixture
+def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Candidate]:
+    """With kernels that are there already, and without."""
+    made = Profiles(tmp_path / "cache").kernels_path(kernels.RECIPE)
+    create(create(tmp_path / "cache") / "kernels")
+    made.write_bytes(b"kernels")
+    monkeypatch.setattr(kernels, "can_be_loaded", lambda _: True)
+    return first_guesses(num_cores(), made, is_unified=kernels.shares_cache())
+
+
+def compared(times: float | None) -> list[tuple[Speed, Speed]]:
+    """In the end the best was so many times as fast as the defaults."""
+    return [] if times is None else [(Speed(100, 10, 10), Speed(100 * times, 10 * times, 10 * times))]
+
+
 @pytest.mark.parametrize("is_stopped", [False, True])
 @pytest.mark.parametrize(
     ("has_kernels", "times", "is_kept"),
-    [(True, 1.5, True), (True, None, True), (True, 0.9, False), (False, 1.5, False), (False, None, False)],
+    [(True, 1.5, True), (True, None, False), (True, 0.9, False), (False, 1.5, False), (False, None, False)],
 )
 def test_where_a_search_began_is_kept_only_with_kernels_that_are_no_slower(
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    starts: list[Candidate],
     has_kernels: bool,
     times: float | None,
     is_kept: bool,
     is_stopped: bool,
 ) -> None:
-    made = Profiles(tmp_path / "cache").kernels_path(kernels.RECIPE)
-    create(create(tmp_path / "cache") / "kernels")
-    made.write_bytes(b"kernels")
-    monkeypatch.setattr(kernels, "can_be_loaded", lambda _: True)
-    starts = first_guesses(num_cores(), made, is_unified=kernels.shares_cache())
-    defaults = Speed(100, 10, 10)
-    pairs = [] if times is None else [(defaults, Speed(100 * times, 10 * times, 10 * times))]
     best = starts[0 if has_kernels else 1]
-    finds(Outcome(best=best, is_usable=True, pairs=pairs, is_interrupted=is_stopped), monkeypatch)
+    trials = [Trial("start", best, 1 / 8, Speed(100, 10, 10))]
+    finds(Outcome(best, True, is_stopped, best, trials, pairs=compared(times)), monkeypatch)
     found = optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=30))
-    is_stored, profiles = is_kept and not (is_stopped and times is None), Profiles(tmp_path / "cache")
-    assert (found.profile is not None) == is_stored
-    assert (profiles.find(source) is not None) == is_stored
-    assert profiles.is_searched_in_vain(source) == (not is_stored and not is_stopped)
+    assert (found.profile is not None) == is_kept
+    assert (Profiles(tmp_path / "cache").find(source) is not None) == is_kept
+
+
+SLOW, LARGE, FAILED = (Speed(100, 10, 10), 100), (Speed(900, 10, 10), 900), (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("usual", "has_kernels", "times", "is_kept"),
+    [
+        (SLOW, False, 1.5, False),
+        (SLOW, False, None, False),
+        (SLOW, True, 1.5, True),
+        (SLOW, True, None, False),
+        (LARGE, False, None, True),
+        (FAILED, False, None, True),
+    ],
+)
+def test_a_smaller_start_is_kept_for_its_kernels_or_where_the_usual_one_cannot_be_run(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    starts: list[Candidate],
+    usual: tuple[Speed | None, int],
+    has_kernels: bool,
+    times: float | None,
+    is_kept: bool,
+) -> None:
+    """A usual one that is slow may be faster all the same: nothing compared them."""
+    smaller = replace(starts[0 if has_kernels else 1], num_slots=4, batch_tokens=64)
+    trials = [Trial("start", start, 1 / 8, *usual) for start in starts]
+    trials.append(Trial("start", smaller, 1 / 8, Speed(100, 10, 10), 100))
+    finds(Outcome(smaller, True, start=smaller, trials=trials, pairs=compared(times)), monkeypatch)
+    wish = Wish(context_length=512, seconds=30, bounds=Bounds(max_memory_bytes=500))
+    assert (optimize(source, tmp_path / "cache", wish).profile is not None) == is_kept
 
 
 def test_what_killed_searches_left_is_cleared_away_and_what_others_use_is_not(tmp_path: Path) -> None:

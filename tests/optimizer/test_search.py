@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed, score
-from octoai.optimizer.search import Search
+from octoai.optimizer.search import MOST_ROUNDS, Search
 from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guesses, stages
 from octoai.optimizer.workload import Speed
 
@@ -30,7 +30,8 @@ class Lost:
 @dataclass
 class Machine:
     """Measures by a formula, on a clock of its own. `drift` is how much faster it becomes by the trial; `collapsing`
-    are counts of spins that do not bear company. With the kernels of this CPU it computes `quicker`, and loses
+    are counts of spins that do not bear company, `failing` and `slow` the trials by their number that another program
+    spoils, or slows down. With the kernels of this CPU it computes `quicker`, and loses
     `lost_by_kernels` beside what the weights do."""
 
     noise: float = 0.0
@@ -41,6 +42,8 @@ class Machine:
     interrupted_at: int | None = None
     quicker: float = 1.5
     lost_by_kernels: float = 0.0001
+    failing: frozenset[int] = frozenset()
+    slow: frozenset[int] = frozenset()
     spins: dict[int | None, float] = field(default_factory=lambda: {None: 2.0, 1000: 1.3, 0: 1.0})
     now: float = 100.0
     num_trials: int = 0
@@ -60,8 +63,10 @@ class Machine:
             raise KeyboardInterrupt
         if candidate.weights in self.broken:
             raise TrialFailed("could not load it")
+        if self.num_trials in self.failing:
+            raise TrialFailed("not done in 9 s")
         rate = self.rate(candidate) * (1 + self.drift) ** self.num_trials
-        rate *= self.random.uniform(1 - self.noise, 1 + self.noise)
+        rate *= self.random.uniform(1 - self.noise, 1 + self.noise) * (0.01 if self.num_trials in self.slow else 1)
         return Speed(10 * rate, rate, rate * candidate.num_slots**0.2), candidate.num_slots * 100
 
     def rate(self, candidate: Candidate) -> float:
@@ -230,6 +235,41 @@ def test_a_start_that_takes_too_much_memory_begins_with_less() -> None:
     assert outcome.is_usable
     assert outcome.best.num_slots == 2
     assert not found(Machine(), max_memory_bytes=50).is_usable
+
+
+def test_a_start_that_took_too_much_memory_is_not_tried_again() -> None:
+    outcome = found(Machine(), max_memory_bytes=250)
+    assert [trial.candidate.num_slots for trial in outcome.trials if trial.stage == "start"] == [8, 4, 2]
+    assert outcome.start == outcome.trials[3].candidate
+
+
+@pytest.mark.parametrize("spoilt", [{"slow": frozenset({1, 2})}, {"failing": frozenset({2})}])
+def test_a_start_that_another_program_slowed_down_is_tried_again(spoilt: dict[str, frozenset[int]]) -> None:
+    outcome = found(Machine(**spoilt), seconds=20)  # type: ignore[arg-type]
+    usual = first_guesses(CORES)[0]
+    assert [trial.candidate for trial in outcome.trials if trial.stage == "start"] == [usual, usual]
+    assert outcome.start == usual
+
+
+@pytest.mark.parametrize("failing", [{1}, {1, 2}])
+def test_a_baseline_that_cannot_be_measured_does_not_end_the_search(failing: set[int]) -> None:
+    outcome = found(Machine(failing=frozenset(failing)))
+    assert [trial.stage for trial in outcome.trials][:3] == ["defaults", "defaults", "start"]
+    assert outcome.best == found(Machine()).best
+    assert len(outcome.pairs) == MOST_ROUNDS
+
+
+def test_a_search_goes_on_without_a_baseline_that_never_runs() -> None:
+    class Without(Machine):
+        def rate(self, candidate: Candidate) -> float:
+            if candidate == engine_defaults(CORES):
+                raise TrialFailed("no memory for it")
+            return Machine.rate(self, candidate)
+
+    outcome = found(Without())
+    assert outcome.is_usable
+    assert outcome.best == found(Machine()).best
+    assert outcome.ratios is None
 
 
 def test_the_best_so_far_stays_within_its_bounds_when_the_machine_becomes_slower() -> None:

@@ -43,11 +43,23 @@ def test_a_stream_is_not_faster_for_who_is_late_to_read_its_first_token(late: fl
     assert 0 < rate < 1.2 / TOKEN_SECONDS
 
 
-def test_a_stream_that_is_read_nearly_all_at_once_says_nothing() -> None:
+def test_a_stream_that_is_read_nearly_all_at_once_is_measured_by_a_longer_one() -> None:
+    rate = asyncio.run(stream_rate(Steady(0.05), "once", 8))
+    assert 0 < rate < 1.2 / TOKEN_SECONDS
+
+
+def test_a_longer_stream_that_is_read_nearly_all_at_once_says_nothing() -> None:
     with pytest.raises(NotMeasured, match="most of the 8 tokens of one stream came at once"):
-        asyncio.run(stream_rate(Steady(0.05), "once", 8))
+        asyncio.run(stream_rate(Steady(0.05), "once", 2))
     with pytest.raises(NotMeasured):
         asyncio.run(stream_rate(ScriptedEngine([]), "once", 8))
+
+
+def test_a_longer_stream_is_no_longer_than_the_context() -> None:
+    engine = Steady(0.05)
+    engine.context_length = 40
+    with pytest.raises(NotMeasured, match="most of the 16 tokens of one stream came at once"):
+        asyncio.run(stream_rate(engine, "once", 8))
 
 
 @given(st.floats(1 / 32, 1), st.integers(32, 4096))
@@ -60,4 +72,4 @@ def test_whatever_the_context_what_is_asked_fits(share: float, context_length: i
 
 
 def test_what_fits_is_asked_as_it_is() -> None:
-    assert Workload().within(2048) == Workload()
+    assert Workload().within(2048) == Workload().within(None) == Workload()

@@ -112,11 +112,17 @@ def optimize(args: argparse.Namespace) -> int:
 def _status(result: Optimized, *, is_chore: bool) -> int:
     """That of the command; says why nothing is stored, where that is so. A service that had us search knows by 0 that
     it was done."""
-    is_stopped = result.outcome.is_interrupted
+    outcome = result.outcome
     if result.profile is None:
-        nothing = "nothing better was found than what a service does without a profile"
-        tell(f"{'stopped before anything better was found' if is_stopped else nothing}: nothing is stored")
-    if is_stopped:
+        nothing = "nothing better was found than what a service does without a profile: nothing is stored"
+        if outcome.is_interrupted:
+            nothing = "stopped before anything better was found: nothing is stored"
+        elif not outcome.pairs:
+            nothing = (
+                "what was found could not be compared with the defaults: nothing is stored; give it more --seconds"
+            )
+        tell(nothing)
+    if outcome.is_interrupted:
         return 130
     return int(result.profile is None and not is_chore)
 

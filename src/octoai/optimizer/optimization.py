@@ -101,7 +101,7 @@ def optimize(
                 ignore_them()
                 if not outcome.is_usable and not outcome.is_interrupted:
                     raise CannotOptimize(_why_not(source, outcome, is_late=time.monotonic() >= began + wish.seconds))
-                if not _is_gain(outcome, starts, wish.goal):
+                if not _is_gain(outcome, starts, wish):
                     if not outcome.is_interrupted:
                         profiles.note_in_vain(source, model_sha256)
                     return Optimized(outcome, no_kernels=no_kernels, is_exact=bench.is_exact)
@@ -167,19 +167,25 @@ def _stored(
     return Optimized(outcome, profile, place)
 
 
-def _is_gain(outcome: Outcome, starts: Sequence[Candidate], goal: Goal) -> bool:
+def _is_gain(outcome: Outcome, starts: Sequence[Candidate], wish: Wish) -> bool:
     """Whether it is better than what a service does without a profile: that is how a search starts, apart from kernels
-    for this CPU. Of a search that was stopped nobody may have seen whether these are faster."""
-    if outcome.best not in starts:
+    for this CPU, where it can be run at all. What was no faster than another in any round is that only if it was
+    compared at the end."""
+    best = outcome.best
+    if (best not in starts and best != outcome.start) or not _could_start(outcome, starts, wish.bounds):
         return outcome.is_usable
-    is_seen = bool(outcome.pairs) or not outcome.is_interrupted
-    return outcome.best.tuning.kernels is not None and is_seen and outcome.gain(goal) >= 1
+    return best.tuning.kernels is not None and bool(outcome.pairs) and outcome.gain(wish.goal) >= 1
+
+
+def _could_start(outcome: Outcome, starts: Sequence[Candidate], bounds: Bounds) -> bool:
+    """Whether any of these ran in the memory there is, be it slowly."""
+    return any(each.candidate in starts and each.speed and bounds.allow(each.memory_bytes) for each in outcome.trials)
 
 
 def _why_not(source: Path, outcome: Outcome, *, is_late: bool) -> str:
     note = next((trial.note for trial in reversed(outcome.trials) if trial.note), "")
     if note and not is_late:
-        return f"{source.name} could not be run here: {note}"
+        return f"no trial of {source.name} went well here: {note}"
     last = f" ({note})" if note else ""
     return f"there was not enough time to measure {source.name} here{last}: give it more --seconds"
 

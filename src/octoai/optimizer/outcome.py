@@ -60,6 +60,9 @@ class Bounds:
     min_steadiness: float = 0.5
     """Threads that spin are fastest alone and slowest in company: what is chosen must bear company."""
 
+    def allow(self, memory_bytes: int) -> bool:
+        return self.max_memory_bytes is None or memory_bytes <= self.max_memory_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -81,6 +84,8 @@ class Outcome:
     best: Candidate
     is_usable: bool = False
     """Whether the best, or where the search began, ran within the bounds."""
+    start: Candidate | None = None
+    """Where the search began; None until it has."""
     is_interrupted: bool = False
     trials: list[Trial] = field(default_factory=list)
     losses: dict[tuple[str, Path | None], Loss] = field(default_factory=dict)

@@ -102,25 +102,33 @@ class Search:
 
     def _all_stages(self) -> None:
         self._turn += 1
-        if (speed := self._tried("defaults", self._defaults, FIRST_SHARE)) is not None:
+        if (speed := self._tried_twice("defaults", self._defaults, FIRST_SHARE)) is not None:
             share = _TRIAL * self._seconds / Workload().seconds(speed)
             self._share = min(LARGEST_FIRST_SHARE, max(FIRST_SHARE, share))
-            self._begin(speed)
+        self._begin(speed)
         if not self._outcome.is_usable:
             return
         for stage in self._stages:
             best, self._rates = self._outcome.best, stage.rates
             self._best_of(stage.title, best, stage.others(best))
 
-    def _begin(self, beside: Speed) -> None:
+    def _begin(self, beside: Speed | None) -> None:
         """Where the search starts, with fewer slots and smaller batches where that is too much here."""
         self._check_time()  # to see what kernels lose takes long
         usual = (start for start in self._starts if self._loses_little(start))
         for start in (each for first in usual for each in _ever_smaller(first)):
             self._outcome.best = start
-            if self._tried("start", start, FIRST_SHARE, beside) is not None:
-                self._outcome.is_usable = True
+            tried = self._tried_twice if start in self._starts else self._tried
+            if tried("start", start, FIRST_SHARE, beside) is not None:
+                self._outcome.is_usable, self._outcome.start = True, start
                 return
+
+    def _tried_twice(self, title: str, candidate: Candidate, share: float, beside: Speed | None = None) -> Speed | None:
+        """For what much hangs on: another program may have spoilt its trial. Too much memory it would take again."""
+        speed = self._tried(title, candidate, share, beside)
+        if speed is None and self._bounds.allow(self._outcome.trials[-1].memory_bytes):
+            speed = self._tried(title, candidate, share, beside)
+        return speed
 
     def _best_of(self, title: str, best: Candidate, others: Sequence[Candidate]) -> None:
         """The best so far, or the challenger that was faster in both rounds together, becomes the best."""
@@ -192,8 +200,7 @@ class Search:
 
     def _excess(self, candidate: Candidate, speed: Speed, memory_bytes: int) -> str:
         """What it has more of than it may; "" of nothing."""
-        limit = self._bounds.max_memory_bytes
-        if limit is not None and memory_bytes > limit:
+        if not self._bounds.allow(memory_bytes):
             return "too much memory"
         seconds = candidate.batch_tokens / speed.prompt_rate
         if candidate.batch_tokens > SMALLEST_BATCH and seconds > self._bounds.max_step_seconds:
