@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,6 +36,19 @@ def test_a_candidate_is_measured(bench: Bench) -> None:
 def test_a_small_context_is_measured_by_what_fits_in_it(embedded_model: Path, tmp_path: Path) -> None:
     candidate = Candidate(AS_GIVEN, num_slots=2, num_threads=2, batch_tokens=128)
     with Bench(embedded_model, tmp_path, context_length=128, num_threads=2) as bench:
+        speed, _ = bench.speed(candidate, 1 / 4, 1)
+    assert min(speed.prompt_rate, speed.stream_rate, speed.joint_rate) > 0
+
+
+def test_a_model_that_learned_less_context_than_is_asked_for_is_measured_by_what_fits(
+    embedded_model: Path, tmp_path: Path
+) -> None:
+    key = b"llama.context_length" + struct.pack("<I", 4)  # of the type of numbers of 32 bits
+    weights = bytearray(embedded_model.read_bytes())
+    struct.pack_into("<I", weights, weights.index(key) + len(key), 128)
+    (tmp_path / "short.gguf").write_bytes(weights)
+    candidate = Candidate(AS_GIVEN, num_slots=2, num_threads=2, batch_tokens=128)
+    with Bench(tmp_path / "short.gguf", tmp_path, context_length=8192, num_threads=2) as bench:
         speed, _ = bench.speed(candidate, 1 / 4, 1)
     assert min(speed.prompt_rate, speed.stream_rate, speed.joint_rate) > 0
 

@@ -98,8 +98,7 @@ class Bench:
     ) -> tuple[Speed, int]:
         weights = self.weights(candidate.weights)
         seconds = self._limit(max_seconds)
-        workload = Workload().part(share).within(self._context_length)
-        return asyncio.run(self._measured(candidate, weights, workload, turn, seconds))
+        return asyncio.run(self._measured(candidate, weights, share, turn, seconds))
 
     def loss(self, candidate: Candidate, bound: float | None = None) -> Quality:
         path, kernels = self.weights(candidate.weights), candidate.tuning.kernels
@@ -145,15 +144,15 @@ class Bench:
         return asyncio.run(self._beside_another(candidate, weights, seconds))
 
     async def _measured(
-        self, candidate: Candidate, weights: Path, workload: Workload, turn: int, seconds: float
+        self, candidate: Candidate, weights: Path, share: float, turn: int, seconds: float
     ) -> tuple[Speed, int]:
         async with self._engine(candidate, weights, seconds) as engine:
-            speed = await measure(engine, workload, Passages(turn))
+            speed = await measure(engine, self._part(share, engine), Passages(turn))
             return speed, _peak_memory_bytes(engine.pid)
 
     async def _beside_another(self, candidate: Candidate, weights: Path, seconds: float) -> float:
-        workload, passages = Workload().part(COMPANY_SHARE).within(self._context_length), Passages(0)
         async with self._engine(candidate, weights, seconds) as engine:
+            workload, passages = self._part(COMPANY_SHARE, engine), Passages(0)
             prompts = [await passages.take(engine, workload.prompt) for _ in range(3 * workload.num_requests)]
             groups = [prompts[first::3] for first in range(3)]
             await joint_rate(engine, groups[0], workload.completion)  # a first run is slower
@@ -165,6 +164,10 @@ class Bench:
                         return await joint_rate(engine, groups[2], workload.completion) / alone
                 except TimeoutError:
                     return 1 / _COLLAPSED
+
+    def _part(self, share: float, engine: LlamaEngine) -> Workload:
+        """A model may have learned less context than the service would give it: the engine has no more then."""
+        return Workload().part(share).within(self._context_length).within(engine.context_length)
 
     @asynccontextmanager
     async def _engine(self, candidate: Candidate, weights: Path, seconds: float) -> AsyncIterator[LlamaEngine]:
