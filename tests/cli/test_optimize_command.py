@@ -18,6 +18,7 @@ import pytest
 
 from octoai import OctoAI
 from octoai.cli import optimize, serve
+from octoai.optimizer.kernels import RECIPE
 from octoai.optimizer.optimization import Optimized, Wish
 from octoai.optimizer.outcome import Outcome
 from octoai.optimizer.profile import Profile, Profiles, sha256
@@ -213,7 +214,7 @@ def test_one_search_at_a_time_and_what_runs_while_idle_comes_again_or_finds_the_
         assert ran.returncode == idle.LATER
         assert "is being optimized already" in ran.stderr
         profiles = Profiles(cache)
-        profiles.note_in_vain(embedded_model, sha256(embedded_model))
+        profiles.note_in_vain(embedded_model, sha256(embedded_model), RECIPE)
         assert run(tmp_path, **chore).returncode == 0
         assert run(tmp_path, OCTOAI_CACHE_DIR=str(cache)).returncode == idle.LATER
         shutil.rmtree(cache / "searched")

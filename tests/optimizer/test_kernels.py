@@ -103,6 +103,21 @@ def test_a_cache_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert not kernels.can_be_loaded(path)  # it says so by its exit status: the number is no backend
 
 
+def test_what_is_made_is_the_same_wherever_it_is_made(source: dict[str, str], tmp_path: Path) -> None:
+    """Or profiles of other models, which name the kernels by their checksum, would not find them again."""
+    source["repack.cpp"] += 'extern "C" const char *ggml_backend_place() { return __FILE__; }\n'
+    source["ggml-cpu.c"] += (
+        "const char *ggml_backend_place(void); const char *fast_place(void) { return ggml_backend_place(); }"
+    )
+    paths = [tmp_path / name / "kernels" / "made.so" for name in ("here", "elsewhere")]
+    for path in paths:
+        make(path)
+    place = ctypes.CDLL(str(paths[0])).fast_place
+    place.restype = ctypes.c_char_p
+    assert place().endswith(b"/ggml-cpu/repack.cpp")
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
 def test_another_openmp_than_that_of_the_wheel_is_refused(source: dict[str, str], tmp_path: Path) -> None:
     source["ops.cpp"] += 'extern "C" void __kmpc_fork_call(); extern "C" void threads() { __kmpc_fork_call(); }\n'
     source["repack.cpp"] = source["repack.cpp"].replace("return 42", "void threads(); threads(); return 42")
@@ -215,7 +230,8 @@ def test_half_of_a_search_may_be_spent_on_kernels(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(kernels, "make", make)
     wish = Wish(context_length=512, seconds=100)
-    assert optimization._kernels(Profiles(tmp_path), wish, 2, tmp_path / "work", given.append) == (None, "no time")
+    path, missing = optimization._kernels(Profiles(tmp_path), wish, 2, tmp_path / "work", given.append)
+    assert (path, str(missing)) == (None, "no time")
     assert given == ["compiling kernels for this CPU", 50]
 
 
@@ -262,9 +278,31 @@ def test_kernels_that_do_not_load_are_made_again(tmp_path: Path, content: bytes 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "make", make)
-        assert optimization._kernels(profiles, wish, 2, tmp_path / "work", steps.append) == (path, "")
+        assert optimization._kernels(profiles, wish, 2, tmp_path / "work", steps.append) == (path, None)
     assert steps == ["compiling kernels for this CPU"]
     assert path.read_text() == "new"
+
+
+def test_kernels_stay_where_others_cannot_be_made_or_what_looks_at_them_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Profiles name them by their checksum: without them none is used any more."""
+    profiles = Profiles(tmp_path)
+    path = profiles.kernels_path(kernels.RECIPE)
+    create(path.parent)
+    path.write_bytes(b"kernels")
+    wish = Wish(context_length=512, seconds=30)
+    own, missing = optimization._kernels(profiles, wish, 2, tmp_path / "work", pytest.fail)
+    assert own is None
+    assert "only a search of 60 seconds or more compiles them" in str(missing)
+    (tmp_path / "ctypes.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    wish = Wish(context_length=512, seconds=600)
+    own, missing = optimization._kernels(profiles, wish, 2, tmp_path / "work", pytest.fail)
+    assert own is None
+    assert str(missing).startswith(f"{path} could not be tried (exit status 1): ")
+    assert isinstance(missing, kernels.NoKernelsNow)
+    assert path.read_bytes() == b"kernels"
 
 
 @pytest.mark.slow
@@ -275,7 +313,7 @@ def test_kernels_that_load_are_not_made_again(tmp_path: Path, made: Path) -> Non
     path = profiles.kernels_path(kernels.RECIPE)
     shutil.copy(made, create(path.parent) / path.name)
     wish = Wish(context_length=512, seconds=600)
-    assert optimization._kernels(profiles, wish, 2, tmp_path / "work", pytest.fail) == (path, "")
+    assert optimization._kernels(profiles, wish, 2, tmp_path / "work", pytest.fail) == (path, None)
     os.truncate(path, path.stat().st_size // 2)
     assert not kernels.can_be_loaded(path)
 

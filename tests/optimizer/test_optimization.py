@@ -146,6 +146,44 @@ def test_where_a_search_began_is_kept_only_with_kernels_that_are_no_slower(
     assert (Profiles(tmp_path / "cache").find(source) is not None) == is_kept
 
 
+NO_TIME, NO_COMPILER = kernels.NoKernelsNow("there was no time"), kernels.NoKernels("there is no g++")
+
+
+@pytest.mark.parametrize(
+    ("wish", "times", "missing", "is_in_vain"),
+    [
+        (Wish(512), 0.9, None, True),
+        (Wish(512, seconds=600), 0.9, None, True),
+        (Wish(512), 0.9, NO_COMPILER, True),
+        (Wish(512), 0.9, NO_TIME, False),
+        (Wish(512), None, None, False),
+        (Wish(512, seconds=8), 0.9, None, False),
+        (Wish(512, "latency"), 0.9, None, False),
+        (Wish(512, bounds=Bounds(max_memory_bytes=1 << 30)), 0.9, None, False),
+    ],
+)
+def test_a_search_is_in_vain_where_that_of_a_service_would_find_nothing_either(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wish: Wish,
+    times: float | None,
+    missing: kernels.NoKernels | None,
+    is_in_vain: bool,
+) -> None:
+    starts, profiles = first_guesses(num_cores()), Profiles(tmp_path / "cache")
+    monkeypatch.setattr(optimization, "_kernels", lambda *_: (None, missing))
+    trials = [Trial("start", starts[0], 1 / 8, Speed(100, 10, 10))]
+    found = Outcome(starts[0], True, start=starts[0], trials=trials, pairs=compared(times))
+    finds(replace(found, is_interrupted=True), monkeypatch)
+    optimize(source, tmp_path / "cache", wish)
+    assert not profiles.is_searched_in_vain(source, kernels.RECIPE)
+    finds(found, monkeypatch)
+    optimize(source, tmp_path / "cache", wish)
+    assert profiles.is_searched_in_vain(source, kernels.RECIPE) == is_in_vain
+    assert not profiles.is_searched_in_vain(source, "another recipe")
+
+
 SLOW, LARGE, FAILED = (Speed(100, 10, 10), 100), (Speed(900, 10, 10), 900), (None, 0)
 
 

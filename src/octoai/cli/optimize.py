@@ -148,11 +148,12 @@ def _follow_service() -> bool:
 
 def _is_searched(settings: Settings, source: Path) -> bool:
     """By now: a service has a search made only where there was no profile, and not again where one found nothing."""
+    from octoai.optimizer.kernels import RECIPE
     from octoai.optimizer.profile import BadProfile, Profiles
 
     profiles = Profiles(settings.cache)
     try:
-        return profiles.find(source) is not None or profiles.is_searched_in_vain(source)
+        return profiles.find(source) is not None or profiles.is_searched_in_vain(source, RECIPE)
     except BadProfile:
         return False
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octoai.optimizer.additions import ADDED
+from octoai.server.engines.kernels import FOR_KERNELS
 from octoai.server.places import create
 from octoai.server.sources import PullFailed, sdist
 
@@ -50,7 +51,10 @@ RECIPE = hashlib.sha256(repr((_OPTIONS, ADDED, [path.read_bytes() for path in _O
 _LOADING = """
 import pathlib, sys
 from octoai.server.engines import kernels
-kernels.load(pathlib.Path(sys.argv[1]))
+try:
+    kernels.load(pathlib.Path(sys.argv[1]))
+except kernels.CannotLoadKernels:
+    sys.exit(kernels.NO_KERNELS)
 """
 _OTHER_OPENMP = b"__kmpc_"  # what code of LLVM's and Intel's compilers calls
 _IN_VAIN = "llama.cpp's kernels are those of its wheel"
@@ -58,7 +62,11 @@ _MORE_TIME = "give it more --seconds, of which they may take half"
 
 
 class NoKernels(Exception):
-    """None could be made; the text is one line that says why and what to do next."""
+    """There are none; the text is one line that says why and what to do next."""
+
+
+class NoKernelsNow(NoKernels):
+    """There may be some at another time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +108,15 @@ def make(
             os.fsync(file.fileno())
         made.replace(create(path.parent) / path.name)
     except PullFailed as error:
-        raise NoKernels(f"{error}; {_IN_VAIN}") from None
+        raise NoKernelsNow(f"{error}; {_IN_VAIN}") from None
     except OSError as error:
-        raise NoKernels(f"{error.filename or path}: {error.strerror or error}; {_IN_VAIN}") from None
+        raise NoKernelsNow(f"{error.filename or path}: {error.strerror or error}; {_IN_VAIN}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _unpack(version: str, source: Path, environ: Mapping[str, str], deadline: float) -> None:
-    """Raises PullFailed or OSError; NoKernels when time is up. A download that goes on then, since an index sends
+    """Raises PullFailed or OSError; NoKernelsNow when time is up. A download that goes on then, since an index sends
     little by little, is left to end with us: nobody wants its files any more."""
     failed: list[Exception] = []
 
@@ -123,14 +131,17 @@ def _unpack(version: str, source: Path, environ: Mapping[str, str], deadline: fl
     while download.is_alive() and time.monotonic() < deadline:
         download.join(min(1.0, max(0.0, deadline - time.monotonic())))
     if download.is_alive():
-        raise NoKernels(f"there was no time to download their source: {_IN_VAIN}; {_MORE_TIME}")
+        raise NoKernelsNow(f"there was no time to download their source: {_IN_VAIN}; {_MORE_TIME}")
     if failed:
         raise failed[0]
 
 
 def can_be_loaded(path: Path) -> bool:
-    """In a process of its own, since kernels stay loaded, and a damaged file may crash who loads it."""
+    """In a process of its own, since kernels stay loaded, and a damaged file may crash who loads it. Raises
+    NoKernelsNow where that process ended for another reason."""
     ran = subprocess.run([sys.executable, "-P", "-c", _LOADING, str(path)], capture_output=True, check=False)  # noqa: S603  # our own text
+    if ran.returncode not in (0, *FOR_KERNELS):
+        raise NoKernelsNow(f"{path} could not be tried (exit status {ran.returncode}): {_IN_VAIN}; optimize again")
     return ran.returncode == 0
 
 
@@ -159,14 +170,17 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int, dead
     cpu = ggml / "src" / "ggml-cpu"
     architecture = cpu / "arch" / compilers.architecture
     directories = (cpu, cpu / "amx", cpu / "tiled", architecture)
-    sources = [path for directory in directories for path in directory.glob("*.c*") if path.stem != "cpu-feats"]
+    # In the same order each time: profiles name what is made of it by its checksum.
+    found = (path for directory in directories for path in sorted(directory.glob("*.c*")))
+    sources = [path for path in found if path.stem != "cpu-feats"]
     sources.append(cpu / "llamafile" / "sgemm.cpp")
     for path in _OWN:
         shutil.copy(path, cpu)
     for name, text, addition in ADDED:
         _add(cpu / name, text, addition)
     included = (ggml / "include", ggml.parent / "include", ggml / "src", cpu)
-    common = [*_OPTIONS, compilers.tuned, *(f"-I{path}" for path in included)]
+    # Nor does it say where it was made.
+    common = [*_OPTIONS, compilers.tuned, f"-ffile-prefix-map={work}=.", *(f"-I{path}" for path in included)]
     objects = {path: work / f"{'-'.join(path.relative_to(cpu).parts)}.o" for path in sources}
     # The largest first: who begins last should be done soon.
     ordered = sorted(sources, key=lambda path: -path.stat().st_size)
@@ -221,7 +235,7 @@ def _ended(process: subprocess.Popen[str], deadline: float) -> str:
     while (left := deadline - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=min(1.0, left))[1]
-    raise NoKernels(f"there was no time to compile all: {_IN_VAIN}; {_MORE_TIME}")
+    raise NoKernelsNow(f"there was no time to compile all: {_IN_VAIN}; {_MORE_TIME}")
 
 
 @contextmanager

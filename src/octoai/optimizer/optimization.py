@@ -78,7 +78,7 @@ def optimize(
     try:
         model_sha256 = sha256_of_model(source)
         with _interrupts() as ignore_them, _workplace(cache_dir, model_sha256) as directory:
-            kernels_path, no_kernels = _kernels(profiles, wish, num_threads, directory / "kernels", on_step)
+            kernels_path, missing = _kernels(profiles, wish, num_threads, directory / "kernels", on_step)
             starts = first_guesses(num_threads, kernels_path, is_unified=kernels.shares_cache())
             with Bench(
                 source,
@@ -102,11 +102,11 @@ def optimize(
                 if not outcome.is_usable and not outcome.is_interrupted:
                     raise CannotOptimize(_why_not(source, outcome, is_late=time.monotonic() >= began + wish.seconds))
                 if not _is_gain(outcome, starts, wish):
-                    if not outcome.is_interrupted:
-                        profiles.note_in_vain(source, model_sha256)
-                    return Optimized(outcome, no_kernels=no_kernels, is_exact=bench.is_exact)
+                    if _is_in_vain(outcome, wish, missing):
+                        profiles.note_in_vain(source, model_sha256, kernels.RECIPE)
+                    return Optimized(outcome, no_kernels=str(missing or ""), is_exact=bench.is_exact)
                 found = _stored(profiles, source, model_sha256, outcome, wish, bench)
-                return replace(found, no_kernels=no_kernels, is_exact=bench.is_exact)
+                return replace(found, no_kernels=str(missing or ""), is_exact=bench.is_exact)
     except KeyboardInterrupt:  # before the search began
         return Optimized(Outcome(best=first_guesses(num_threads)[0], is_interrupted=True))
     except (TrialFailed, UnusableWeights) as error:
@@ -117,24 +117,23 @@ def optimize(
 
 def _kernels(
     profiles: Profiles, wish: Wish, num_threads: int, work: Path, on_step: Callable[[str], None]
-) -> tuple[Path | None, str]:
+) -> tuple[Path | None, kernels.NoKernels | None]:
     """Those for this CPU, made now if need be, or why there are none."""
     path = profiles.kernels_path(kernels.RECIPE)
     if path.is_file() and not is_ours_alone(path):
-        return None, f"{path} {OTHERS_CODE}"
-    if path.is_file() and kernels.can_be_loaded(path):
-        return path, ""
-    path.unlink(missing_ok=True)  # damaged
-    if wish.seconds < _COMPILING_SECONDS:
-        least = f"only a search of {_COMPILING_SECONDS:.0f} seconds or more compiles them"
-        return None, f"no kernels for this CPU are here, and {least}"
-    on_step("compiling kernels for this CPU")
+        return None, kernels.NoKernels(f"{path} {OTHERS_CODE}")
     try:
+        if path.is_file() and kernels.can_be_loaded(path):
+            return path, None
+        if wish.seconds < _COMPILING_SECONDS:
+            least = f"only a search of {_COMPILING_SECONDS:.0f} seconds or more compiles them"
+            return None, kernels.NoKernelsNow(f"no kernels for this CPU are here, and {least}")
+        on_step("compiling kernels for this CPU")
         seconds = wish.seconds * _COMPILING_PART
         kernels.make(path, profiles.engine, work=work, num_threads=num_threads, environ=os.environ, seconds=seconds)
     except kernels.NoKernels as error:
-        return None, str(error)
-    return path, ""
+        return None, error
+    return path, None
 
 
 def _stored(
@@ -175,6 +174,15 @@ def _is_gain(outcome: Outcome, starts: Sequence[Candidate], wish: Wish) -> bool:
     if (best not in starts and best != outcome.start) or not _could_start(outcome, starts, wish.bounds):
         return outcome.is_usable
     return best.tuning.kernels is not None and bool(outcome.pairs) and outcome.gain(wish.goal) >= 1
+
+
+def _is_in_vain(outcome: Outcome, wish: Wish, missing: kernels.NoKernels | None) -> bool:
+    """Whether the search that a service has made would find nothing either: it was as long, for the same, and came to
+    its end, with kernels for this CPU or without any hope of them."""
+    usual = Wish(wish.context_length)
+    is_usual = wish.seconds >= usual.seconds and replace(wish, seconds=usual.seconds) == usual
+    is_whole = bool(outcome.pairs) and not outcome.is_interrupted
+    return is_usual and is_whole and not isinstance(missing, kernels.NoKernelsNow)
 
 
 def _could_start(outcome: Outcome, starts: Sequence[Candidate], bounds: Bounds) -> bool:

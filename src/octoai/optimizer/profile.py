@@ -99,18 +99,18 @@ class Profiles:
         """Where the profile of that model is, or will be."""
         return self._directory / self._name(source.stat().st_size, model_sha256)
 
-    def is_searched_in_vain(self, source: Path) -> bool:
-        """Whether a search has found nothing for that file. Raises OSError."""
-        return self._note(source, sha256_of_model(source)).exists()
+    def is_searched_in_vain(self, source: Path, recipe: str) -> bool:
+        """Whether a search has found nothing for that file, with kernels made so. Raises OSError."""
+        return self._note(source, sha256_of_model(source), recipe).exists()
 
-    def note_in_vain(self, source: Path, model_sha256: str) -> None:
+    def note_in_vain(self, source: Path, model_sha256: str, recipe: str) -> None:
         """A search to its end has found nothing: a service need not have another made at each of its starts."""
-        note = self._note(source, model_sha256)
+        note = self._note(source, model_sha256, recipe)
         create(note.parent)
         note.touch()
 
-    def _note(self, source: Path, model_sha256: str) -> Path:
-        return self._cache_dir / "searched" / self._name(source.stat().st_size, model_sha256)
+    def _note(self, source: Path, model_sha256: str, recipe: str) -> Path:
+        return self._cache_dir / "searched" / f"{self._name(source.stat().st_size, model_sha256)}-{recipe}"
 
     def store(self, source: Path, profile: Profile, weights: Path | None) -> Path:
         """Keep it in place of an older one. `weights`, if any, is moved here. Returns the directory of the profile."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -20,6 +21,8 @@ _CALLS_VERSION = 2
 
 NO_KERNELS = os.EX_CONFIG
 """The exit status of a process that cannot load them."""
+FOR_KERNELS = (NO_KERNELS, *(-each for each in (signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)))
+"""What a process that cannot run them ends with; everything else has other reasons, which may be gone later."""
 
 
 class CannotLoadKernels(Exception):

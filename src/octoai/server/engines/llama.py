@@ -11,7 +11,6 @@ import asyncio
 import json
 import logging
 import secrets
-import signal
 import sys
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.dialects import DIALECTS
 from octoai.server.engines.header import vocabulary
 from octoai.server.engines.held import HeldFiles
-from octoai.server.engines.kernels import NO_KERNELS
+from octoai.server.engines.kernels import FOR_KERNELS
 from octoai.server.engines.llama_control import Control
 from octoai.server.engines.llama_options import LlamaOptions, environment
 from octoai.server.engines.openai_http import OpenAIEngine
@@ -47,10 +46,6 @@ MAX_LINE_BYTES = 1024 * 1024
 # special tokens take beside that is bounded (`special.py`).
 TOKENIZED_BYTES_PER_SECOND = 100_000
 _NO_VOCABULARY = 0  # llama.cpp's type of one; it crashes at the first text
-
-# What a child that cannot run its kernels ends with; everything else has other reasons, which may be gone later.
-_FOR_KERNELS = (NO_KERNELS, *(-each for each in (signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)))
-
 
 class _NotStarted(EngineFailed):
     def __init__(self, message: str, status: int) -> None:
@@ -142,7 +137,7 @@ class LlamaEngine:
             await self._spawn()
             return
         except _NotStarted as error:
-            if options.tuning.kernels is None or error.status not in _FOR_KERNELS:
+            if options.tuning.kernels is None or error.status not in FOR_KERNELS:
                 raise
             log.warning("%s; trying the kernels of llama.cpp's wheel, not %s", error.message, options.tuning.kernels)
         self.options = replace(options, tuning=replace(options.tuning, kernels=None, is_unified=False))
