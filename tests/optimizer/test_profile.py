@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from octoai.optimizer import kernels, optimization
+from octoai.optimizer import kernels, optimization, profile
 from octoai.optimizer.optimization import Wish
 from octoai.optimizer.outcome import Outcome, Trial
 from octoai.optimizer.plot import plotted
@@ -28,7 +28,8 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def profiles(tmp_path: Path) -> Profiles:
+def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Profiles:
+    monkeypatch.setattr(profile, "num_cores", lambda: 2)
     return Profiles(tmp_path / "cache", cpu="a CPU, 2 cores", engine="1.2.3")
 
 
@@ -121,6 +122,31 @@ def test_a_damaged_profile_is_one_line(profiles: Profiles, source: Path, damage:
         profiles.find(source)
     assert "octoai optimize" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_slots", value) for value in (0, -1, 4000)),
+        *(("num_threads", value) for value in (0, -2, 3)),
+        *(("batch_tokens", value) for value in (0, 4096)),
+        *(("num_batch_threads", value) for value in (-1, 3)),
+        *(("micro_batch_tokens", value) for value in (-1, 65)),
+        *(("spin_count", value) for value in (-1, 10**9)),
+    ],
+)
+def test_what_no_search_can_choose_is_a_damaged_profile(
+    profiles: Profiles, source: Path, name: str, value: int
+) -> None:
+    """One bit may make a zero of an eight, which is JSON all the same."""
+    _, place = stored(profiles, source)
+    said = json.loads((place / "profile.json").read_text())
+    part = said["candidate"] if name in said["candidate"] else said["candidate"]["tuning"]
+    assert name in part
+    part[name] = value
+    (place / "profile.json").write_text(json.dumps(said))
+    with pytest.raises(BadProfile, match=r"^the profile of model\.gguf is damaged; the defaults are used"):
+        profiles.find(source)
 
 
 @pytest.mark.parametrize("content", [b"", b"weights in another format!", b"WEIGHTS in another format", None])

@@ -327,6 +327,7 @@ def test_a_stage_offers_only_what_its_machine_has() -> None:
                 assert 1 <= candidate.num_threads <= cores
                 assert 0 <= candidate.tuning.num_batch_threads <= cores
                 assert candidate.tuning.micro_batch_tokens <= candidate.batch_tokens
+                assert candidate.can_be_chosen(cores)
 
 
 def test_one_cache_for_all_slots_is_tried_and_not_given_up() -> None:

@@ -64,6 +64,10 @@ class Profile:
 _PROFILE = TypeAdapter(Profile)
 
 
+def _damaged(source: Path) -> BadProfile:
+    return BadProfile(f"the profile of {source.name} is damaged; {_AGAIN}")
+
+
 class Profiles:
     """Those in a cache directory. `cpu` and `engine` are by default this machine's."""
 
@@ -84,10 +88,12 @@ class Profiles:
             if not place.is_dir():
                 return None
             profile = _PROFILE.validate_json((place / _FILENAME).read_bytes())
+            if not profile.candidate.can_be_chosen(num_cores()):
+                raise _damaged(source)
             candidate = profile.candidate.tuned(kernels=self._kernels(profile))
             return replace(profile, candidate=candidate), _weights(profile, place) or source
         except ValidationError:
-            raise BadProfile(f"the profile of {source.name} is damaged; {_AGAIN}") from None
+            raise _damaged(source) from None
         except OSError as error:
             raise BadProfile(f"cannot read the profile of {source.name}: {error.strerror or error}; {_AGAIN}") from None
 

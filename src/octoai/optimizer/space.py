@@ -13,10 +13,12 @@ from typing import Any, Literal
 from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
 
 AS_GIVEN = "as given"
-SMALLEST_BATCH = 64
+SMALLEST_BATCH, LARGEST_BATCH = 64, 512
+MOST_SLOTS = 8
+MOST_SPINS = 1000
 WAITING: tuple[Mapping[str, Any], ...] = (
     {"spin_count": None, "gives_way": True},
-    {"spin_count": 1000, "gives_way": False},
+    {"spin_count": MOST_SPINS, "gives_way": False},
 )
 """How threads wait for each other: awake while they are alone, or for some ten microseconds and then asleep. Asleep at
 once halves one stream and is no better in company, awake always collapses there: neither is worth a trial."""
@@ -67,6 +69,18 @@ class Candidate:
             tuning=self.tuning,
         )
 
+    def can_be_chosen(self, num_cores: int) -> bool:
+        """Whether a search on that many cores may have found it."""
+        tuning = self.tuning
+        return (
+            1 <= self.num_slots <= MOST_SLOTS
+            and 1 <= self.num_threads <= num_cores
+            and 0 <= tuning.num_batch_threads <= num_cores
+            and SMALLEST_BATCH <= self.batch_tokens <= LARGEST_BATCH
+            and 0 <= tuning.micro_batch_tokens <= self.batch_tokens
+            and 0 <= (tuning.spin_count or 0) <= MOST_SPINS
+        )
+
     def tuned(self, **changes: Any) -> Candidate:
         return replace(self, tuning=replace(self.tuning, **changes))
 
@@ -107,7 +121,7 @@ def first_guesses(num_cores: int, kernels: Path | None = None, *, is_unified: bo
     """Where the search starts, the first that runs: not the best, but good everywhere, also in company. `kernels` are
     those compiled for this CPU, if any: which formats of weights are fast hangs on them. `is_unified`: with them, since
     one cache for all slots is fast where attention knows which keys a position sees, and slow otherwise."""
-    guess = Candidate(num_slots=8, num_threads=num_cores, batch_tokens=128)
+    guess = Candidate(num_slots=MOST_SLOTS, num_threads=num_cores, batch_tokens=128)
     if num_cores > 1:
         guess = guess.tuned(**WAITING[0])
     return [guess.tuned(kernels=kernels, is_unified=is_unified), guess] if kernels else [guess]
@@ -133,11 +147,11 @@ def _slots(best: Candidate) -> list[Candidate]:
     """No more than the requests at once that are measured: of further ones only the memory would show. One cache is not
     given up: the requests that are measured are as long as each other and begin differently, and what it is for are
     others."""
-    return [*(replace(best, num_slots=count) for count in (2, 4, 8)), best.tuned(is_unified=True)]
+    return [*(replace(best, num_slots=count) for count in (2, 4, MOST_SLOTS)), best.tuned(is_unified=True)]
 
 
 def _batches(best: Candidate) -> list[Candidate]:
-    sizes = [(64, 0), (128, 0), (256, 0), (512, 0)]
+    sizes = [(SMALLEST_BATCH, 0), (128, 0), (256, 0), (LARGEST_BATCH, 0)]
     return [replace(best, batch_tokens=batch).tuned(micro_batch_tokens=micro) for batch, micro in sizes]
 
 
