@@ -169,6 +169,33 @@ def test_where_nothing_better_is_found_that_is_said(
     assert ran.stderr.splitlines()[-1] == f"octoai: {said}"
 
 
+_FINDS = """
+import sys
+from pathlib import Path
+from octoai.cli import main
+from octoai.optimizer import optimization
+from octoai.optimizer.outcome import Outcome
+from octoai.optimizer.profile import Profile
+from octoai.optimizer.space import Candidate
+
+best = Candidate()
+profile = Profile("", "a CPU", "1.2.3", best, "balanced", 0.005, "now")
+found = optimization.Optimized(Outcome(best, True), profile, Path("here"), no_plot="no room for the plot")
+optimization.optimize = lambda *_: found
+sys.exit(main(["optimize", "model.gguf", "--plot", "my.svg"]))
+"""
+
+
+def test_a_plot_that_is_asked_for_is_written_also_where_that_beside_the_profile_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    command = [sys.executable, "-c", _FINDS]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0
+    assert "\nstored in here\n" in ran.stdout
+    assert ran.stderr.splitlines()[-1] == "octoai: no room for the plot"
+    assert (tmp_path / "my.svg").read_text().startswith("<svg")
+
+
 def test_who_has_a_service_running_is_told_when_it_uses_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     profile = profile_of(tmp_path / "model.gguf", Profiles(tmp_path), Candidate())
@@ -216,11 +243,11 @@ def test_one_search_at_a_time_and_what_runs_while_idle_comes_again_or_finds_the_
         profiles = Profiles(cache)
         profiles.note_in_vain(embedded_model, sha256(embedded_model), RECIPE)
         assert run(tmp_path, **chore).returncode == 0
-        assert run(tmp_path, OCTOAI_CACHE_DIR=str(cache)).returncode == idle.LATER
+        assert run(tmp_path, OCTOAI_CACHE_DIR=str(cache)).returncode == 1
         shutil.rmtree(cache / "searched")
         profiles.store(embedded_model, profile_of(embedded_model, profiles, Candidate(num_slots=2)), None)
         assert run(tmp_path, **chore).returncode == 0
-        assert run(tmp_path, OCTOAI_CACHE_DIR=str(cache)).returncode == idle.LATER  # by hand it is another search
+        assert run(tmp_path, OCTOAI_CACHE_DIR=str(cache)).returncode == 1  # by hand it is another search
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from octoai.optimizer import kernels, optimization
 from octoai.optimizer.optimization import CannotOptimize, IsOptimized, Optimized, Wish, optimize
 from octoai.optimizer.outcome import Bounds, Outcome, Trial
-from octoai.optimizer.profile import Profiles
+from octoai.optimizer.profile import Profiles, sha256
 from octoai.optimizer.space import Candidate, first_guesses
 from octoai.optimizer.workload import Speed
 from octoai.server.cores import num_cores
@@ -230,3 +231,37 @@ def test_what_killed_searches_left_is_cleared_away_and_what_others_use_is_not(tm
                 pass
             assert directory.is_dir()
     assert (base / "running" / "0.gguf").is_file()
+
+
+def test_while_another_search_clears_away_what_was_killed_one_for_that_model_can_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, killed, begun = create(create(tmp_path / "cache") / "optimizing"), "b" * 64, []
+    (create(base / killed[:16]) / "0.gguf").write_bytes(b"weights")
+    rmtree = shutil.rmtree
+
+    def slow(path: Path, **options: Any) -> None:
+        if path.name == killed[:16] and not begun:
+            begun.append(path)
+            with optimization._workplace(tmp_path / "cache", killed) as directory:
+                assert list(directory.iterdir()) == []
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    with optimization._workplace(tmp_path / "cache", "a" * 64) as directory:
+        assert begun
+        assert list(directory.iterdir()) == []
+    assert not [path for path in base.iterdir() if path.is_dir()]
+
+
+def test_a_plot_that_cannot_be_written_costs_a_line_and_no_profile(source: Path, tmp_path: Path) -> None:
+    profiles = Profiles(tmp_path / "cache")
+    plot = profiles.place(source, sha256(source)) / "profile.svg"
+    plot.mkdir(parents=True)
+    found = optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=30))
+    assert found.no_plot == f"the plot could not be written: {plot}: Is a directory"
+    assert (found.profile, found.plot) == ((profiles.find(source) or [None])[0], None)
+    plot.rmdir()
+    found = optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=30))
+    assert (found.plot, found.no_plot) == (plot, "")
+    assert plot.read_text().startswith("<svg")

@@ -62,6 +62,7 @@ def optimize(args: argparse.Namespace) -> int:
     from octoai.optimizer.optimization import CannotOptimize, IsOptimized, Wish
     from octoai.optimizer.optimization import optimize as optimized
     from octoai.optimizer.outcome import Bounds
+    from octoai.optimizer.plot import plotted
     from octoai.server import app, idle
     from octoai.server.catalogue import BadCatalogue
     from octoai.server.logs import without_password
@@ -91,8 +92,8 @@ def optimize(args: argparse.Namespace) -> int:
         with _bar(chosen.id, args.seconds) as (on_trial, on_step):
             result = optimized(source, settings.cache, wish, on_trial, on_step)
     except IsOptimized as error:
-        fail(str(error))
-        return idle.LATER
+        status = fail(str(error))
+        return idle.LATER if is_chore else status
     except (BadCatalogue, BadSettings, CannotOptimize, PullFailed) as error:
         return fail(str(error))
     except OSError as error:
@@ -101,9 +102,11 @@ def optimize(args: argparse.Namespace) -> int:
         print(json.dumps(_described(result), indent=2, default=str))
     else:
         print(_shown(result), end="")
-    if args.plot and result.plot:
+    if result.no_plot:
+        tell(result.no_plot)
+    if args.plot and result.profile:
         try:
-            args.plot.write_bytes(result.plot.read_bytes())
+            args.plot.write_text(plotted(result.outcome), encoding="utf-8")
         except OSError as error:
             return fail(f"--plot: {error.filename}: {error.strerror or error}")
     return _status(result, is_chore=is_chore)
@@ -224,7 +227,7 @@ def _shown(result: Optimized) -> str:
                 f"{prompt:.2f} for a long prompt\n"
             )
         lines.append(
-            f"stored in {result.place}; the plot is {result.plot}\n"
+            f"stored in {result.place}{f'; the plot is {result.plot}' if result.plot else ''}\n"
             "a service that runs already uses it from its next start on\n"
         )
     return "".join(lines)

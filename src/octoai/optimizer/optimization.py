@@ -49,18 +49,19 @@ class Wish:
 @dataclass(frozen=True, slots=True)
 class Optimized:
     """`profile` is None where nothing better was found than how a service runs without one, `place` is the directory
-    it is in. `no_kernels` says why there were none for this CPU to try, "" where there were. `is_exact`: as of
-    `Bench`."""
+    it is in. `no_kernels` says why there were none for this CPU to try, "" where there were, `no_plot` why that is not
+    beside the profile. `is_exact`: as of `Bench`."""
 
     outcome: Outcome
     profile: Profile | None = None
     place: Path | None = None
     no_kernels: str = ""
+    no_plot: str = ""
     is_exact: bool = False
 
     @property
     def plot(self) -> Path | None:
-        return self.place / _PLOT_FILENAME if self.place else None
+        return self.place / _PLOT_FILENAME if self.place and not self.no_plot else None
 
 
 def optimize(
@@ -162,8 +163,12 @@ def _stored(
         kernels_sha256=sha256(own) if own else None,
     )
     place = profiles.store(source, profile, made)
-    (place / _PLOT_FILENAME).write_text(plotted(outcome), encoding="utf-8")
-    return Optimized(outcome, profile, place)
+    found = Optimized(outcome, profile, place)
+    try:
+        (place / _PLOT_FILENAME).write_text(plotted(outcome), encoding="utf-8")
+    except OSError as error:  # a service does without it
+        return replace(found, no_plot=f"the plot could not be written: {error.filename}: {error.strerror or error}")
+    return found
 
 
 def _is_gain(outcome: Outcome, starts: Sequence[Candidate], wish: Wish) -> bool:
@@ -214,7 +219,6 @@ def _workplace(cache_dir: Path, model_sha256: str) -> Iterator[Path]:
     """An empty directory for the files that a search makes, gone afterwards; one search at a time for a model."""
     create(cache_dir)
     base = create(cache_dir / "optimizing")
-    _clear(base)
     with (base / f"{model_sha256[:16]}.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -223,14 +227,18 @@ def _workplace(cache_dir: Path, model_sha256: str) -> Iterator[Path]:
         directory = base / model_sha256[:16]
         shutil.rmtree(directory, ignore_errors=True)
         try:
-            yield create(directory)
+            _clear(base, create(directory))
+            yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _clear(base: Path) -> None:
-    """Of what searches that were killed have left, for whatever model."""
+def _clear(base: Path, own: Path) -> None:
+    """Of what searches that were killed have left, for whatever model. To delete that takes long: it is moved first,
+    or who begins a search for that model meanwhile would be refused."""
     for path in filter(Path.is_dir, base.iterdir()):
-        with path.with_suffix(".lock").open("a") as lock, suppress(BlockingIOError):
+        with path.with_suffix(".lock").open("a") as lock, suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
+            path.rename(own / path.name)
+    for path in own.iterdir():
+        shutil.rmtree(path, ignore_errors=True)

@@ -140,8 +140,9 @@ class Profiles:
         """Weights of an older profile, profiles for older engines, and their kernels."""
         for path in place.iterdir():
             if path.name not in kept:
-                path.unlink()
-        with suppress(OSError):  # only room is lost
+                with suppress(OSError):  # only room is lost
+                    path.unlink()
+        with suppress(OSError):
             for other in self._directory.glob(place.name.rpartition("-")[0] + "-*"):
                 if other != place:
                     shutil.rmtree(other)
