@@ -196,6 +196,33 @@ def test_a_plot_that_is_asked_for_is_written_also_where_that_beside_the_profile_
     assert (tmp_path / "my.svg").read_text().startswith("<svg")
 
 
+_IS_INTERRUPTED_TWICE = """
+import signal, sys
+from octoai.cli import main, optimize
+from octoai.optimizer import optimization
+from octoai.optimizer.outcome import Outcome
+from octoai.optimizer.space import Candidate
+
+def shown(result):
+    signal.raise_signal(signal.SIGINT)
+    return "all of it"
+
+optimize._shown = shown
+optimization.optimize = lambda *_: optimization.Optimized(Outcome(Candidate(), is_interrupted=True))
+status = main(["optimize", "model.gguf"])
+signal.raise_signal(signal.SIGINT)
+sys.exit(status)
+"""
+
+
+def test_a_second_interrupt_takes_nothing_from_what_the_first_ended(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    command = [sys.executable, "-c", _IS_INTERRUPTED_TWICE]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout) == (130, "all of it")
+    assert "Traceback" not in ran.stderr
+
+
 def test_who_has_a_service_running_is_told_when_it_uses_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     profile = profile_of(tmp_path / "model.gguf", Profiles(tmp_path), Candidate())

@@ -98,6 +98,8 @@ def optimize(args: argparse.Namespace) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror or error}")
+    if result.outcome.is_interrupted:  # it ends anyway, and who is impatient would lose what it says
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if args.json:
         print(json.dumps(_described(result), indent=2, default=str))
     else:
