@@ -259,6 +259,19 @@ def test_a_baseline_that_cannot_be_measured_does_not_end_the_search(failing: set
     assert len(outcome.pairs) == MOST_ROUNDS
 
 
+def test_a_baseline_that_takes_half_of_the_time_in_vain_is_not_tried_again() -> None:
+    class Hanging(Machine):
+        def rate(self, candidate: Candidate) -> float:
+            if candidate == engine_defaults(CORES):
+                self.now += 60
+                raise TrialFailed("not done in 60 s")
+            return Machine.rate(self, candidate)
+
+    outcome = found(Hanging(), seconds=120)
+    assert [trial.stage for trial in outcome.trials][:2] == ["defaults", "start"]
+    assert outcome.is_usable
+
+
 def test_a_search_goes_on_without_a_baseline_that_never_runs() -> None:
     class Without(Machine):
         def rate(self, candidate: Candidate) -> float:

@@ -62,7 +62,6 @@ def optimize(args: argparse.Namespace) -> int:
     from octoai.optimizer.optimization import CannotOptimize, IsOptimized, Wish
     from octoai.optimizer.optimization import optimize as optimized
     from octoai.optimizer.outcome import Bounds
-    from octoai.optimizer.plot import plotted
     from octoai.server import app, idle
     from octoai.server.catalogue import BadCatalogue
     from octoai.server.logs import without_password
@@ -98,6 +97,13 @@ def optimize(args: argparse.Namespace) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror or error}")
+    return _told(result, args, is_chore=is_chore)
+
+
+def _told(result: Optimized, args: argparse.Namespace, *, is_chore: bool) -> int:
+    """What was found, as it was asked for. Returns the status of the command."""
+    from octoai.optimizer.plot import plotted
+
     if result.outcome.is_interrupted:  # it ends anyway, and who is impatient would lose what it says
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if args.json:

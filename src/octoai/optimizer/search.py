@@ -26,6 +26,7 @@ _DEFAULT_BOUNDS = Bounds()
 _PATIENCE = 3.0  # with a challenger, as a multiple of what the best so far took in the same round
 _START_SECONDS = 3.0
 _TRIAL = 0.01  # of the budget: what a first round may take for each, where the model is fast
+_QUICK = 1 / 4  # of the budget: what took longer is not tried again
 _HOPELESS = 10
 _FASTER = 1.04  # less is noise
 _CLEARLY_FASTER = 1.3  # in a first round alone, or a part of it
@@ -124,9 +125,12 @@ class Search:
                 return
 
     def _tried_twice(self, title: str, candidate: Candidate, share: float, beside: Speed | None = None) -> Speed | None:
-        """For what much hangs on: another program may have spoilt its trial. Too much memory it would take again."""
+        """For what much hangs on: another program may have spoilt its trial. Too much memory it would take again, and
+        what took long leaves no time for others."""
+        began = self._clock()
         speed = self._tried(title, candidate, share, beside)
-        if speed is None and self._bounds.allow(self._outcome.trials[-1].memory_bytes):
+        is_quick = self._clock() - began <= _QUICK * self._seconds
+        if speed is None and is_quick and self._bounds.allow(self._outcome.trials[-1].memory_bytes):
             speed = self._tried(title, candidate, share, beside)
         return speed
 
