@@ -47,6 +47,7 @@ MAX_LINE_BYTES = 1024 * 1024
 TOKENIZED_BYTES_PER_SECOND = 100_000
 _NO_VOCABULARY = 0  # llama.cpp's type of one; it crashes at the first text
 
+
 class _NotStarted(EngineFailed):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
