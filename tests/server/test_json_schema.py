@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from octoai.server.errors import BadRequest
-from octoai.server.json_schema import MAX_ALTERNATIVES, bounded
-from octoai.server.rewriting import without_idle_limits
+from octoai.server.json_schema import MAX_ALTERNATIVES, bounded, for_llama_cpp
+from octoai.server.rewriting import rewritten
 
 A, B = "#/$defs/a", "#/$defs/b"
 
@@ -53,7 +53,7 @@ A, B = "#/$defs/a", "#/$defs/b"
     ],
 )
 def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
-    assert bounded(schema) == schema
+    assert bounded(schema) is schema
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,12 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
         ({"type": "integer", "minimum": 5, "exclusiveMaximum": 5}, "no integer"),
         ({"type": ["object", "object"]}, "each of them once"),
         ({"type": ["object", "string"], "allOf": [{}, {}]}, "allOf"),
-        ({"items": {"allOf": [{"type": "integer"}, {"minimum": 3}]}}, "none of its schemas has properties or an enum"),
-        ({"$defs": {"a": {"type": "string"}}, "type": "object", "allOf": [{"$ref": A}, {}]}, "none of its schemas"),
+        ({"items": [{"type": "string", "maxLength": 2000}] * 201}, "come to 402201 in all"),
+        ({"items": [{"type": "string", "pattern": "^[a-z]{0,1999}$"}] * 201}, "come to 402000 in all"),
+        (
+            {"allOf": [{"anyOf": [{"properties": {f"{m}{n}": {} for n in range(150)}} for m in "abc"]}, {}]},
+            "450 properties that may be left out",
+        ),
         ({"anyOf": [{"type": "array", "items": {"type": "integer"}}] * 129}, "more than 128 ways"),
     ],
 )
@@ -110,20 +114,32 @@ def test_references_that_lead_to_themselves_are_refused(schema: dict[str, Any]) 
     assert refused.value.param == "response_format"
 
 
-def test_what_is_referred_to_counts_once_for_each_spelling() -> None:
+def test_what_is_referred_to_counts_once_however_it_is_spelled() -> None:
     names = [f"p{number}" for number in range(400)]
     large = {"properties": {name: {"items": {"type": "integer"}} for name in names}, "required": names}
-    definitions: dict[str, Any] = {"a": large, "b": [{"$ref": A}]}
-    named = {"$defs": definitions, "anyOf": [{"$ref": A} for _ in range(100)]}
-    assert bounded(named) is named
     spelled = [{"$ref": f"#/$defs/b/{'0' * number}"} for number in range(1, 100)]
-    assert bounded({"$defs": definitions, "anyOf": spelled})
-    definitions["b"] = [large]
-    assert bounded({"$defs": definitions, "anyOf": spelled[:2]})
-    with pytest.raises(BadRequest, match="properties"):
-        bounded({"$defs": definitions, "anyOf": spelled[:3]})
-    with pytest.raises(BadRequest, match="parts"):
-        bounded({"$defs": definitions, "anyOf": spelled})
+    schema = {"$defs": {"a": large, "b": [large]}, "anyOf": [*spelled, {"$ref": A}]}
+    assert bounded(schema)
+    read = for_llama_cpp(schema)
+    assert list(read["$defs"].values()) == [large]
+    assert read["anyOf"] == [{"$ref": f"#/$defs/{name}"} for name in read["$defs"]] * 100
+
+
+def test_what_is_referred_to_has_a_name_that_nothing_else_has() -> None:
+    """llama.cpp took definitions of Chinese names for one, `Item_` for `Item__`, and a property for what it is called
+    like."""
+    names = ("\u5730\u5740", "\u5e74", "Item", "Item_", "Item__", "a/b", "a~b")
+    definitions = {name: {"const": number} for number, name in enumerate(names)}
+    spelled = {name: name.replace("~", "~0").replace("/", "~1") for name in names}
+    properties = {name: {"$ref": f"#/$defs/{spelled[name]}"} for name in names}
+    read = for_llama_cpp({"properties": {**properties, "self": {"$ref": "#"}}, "$defs": {**definitions, "unused": {}}})
+    for number, name in enumerate(names):
+        reference = read["properties"][name]["$ref"].removeprefix("#/$defs/")
+        assert reference.isascii() and reference.isalnum() and not reference[-1].isdigit()
+        assert read["$defs"][reference] == {"const": number}
+    whole = read["$defs"][read["properties"]["self"]["$ref"].removeprefix("#/$defs/")]
+    assert whole == {"properties": read["properties"]}
+    assert len(read["$defs"]) == len(names) + 1
 
 
 def test_patterns_are_summed_where_an_answer_can_begin_with_several_of_them() -> None:
@@ -152,8 +168,11 @@ def test_limits_that_limit_nothing_can_be_left_out() -> None:
 
     given = schema(idle | rest)
     before = repr(given)
-    assert without_idle_limits(given) == schema(rest)
+    assert rewritten(given) == schema(rest)
     assert repr(given) == before
+    for reference in ("#/default", "#/examples/0", "#/$defs"):  # wherever it leads
+        read = rewritten({"$ref": reference, "default": idle | rest, "examples": [idle | rest], "$defs": idle | rest})
+        assert list(read["$defs"].values()) == [rest]
 
 
 def test_what_an_all_of_refers_to_counts_for_each_branch() -> None:
@@ -205,26 +224,52 @@ def test_schemas_are_looked_through_in_a_moment() -> None:
 def test_an_all_of_of_one_schema_is_that_schema() -> None:
     """As pydantic 1 writes what has a description, and tools for .NET what may be null."""
     given = {
-        "definitions": {"Color": {"type": "string", "maxLength": 5}, "Node": {"allOf": [{"properties": {}}]}},
         "properties": {
-            "color": {"description": "c", "allOf": [{"$ref": "#/definitions/Color"}]},
+            "color": {"description": "c", "nullable": True, "x-order": 1, "allOf": [{"type": "string"}]},
             "twice": {"title": "outer", "allOf": [{"allOf": [{"type": "integer", "title": "inner"}]}]},
-            "child": {"allOf": [{"$ref": "#"}]},
             "more": {"minimum": 3, "allOf": [{"properties": {"a": {"allOf": [{"type": "null"}]}}}]},
             "allOf": {"const": {"allOf": [{"type": "string"}]}},
+            "part": {"$ref": "#/properties/color/allOf/0"},
         },
     }
     before = repr(given)
-    read = bounded(given)
-    assert read["definitions"]["Node"] == {"properties": {}}
+    assert bounded(given) is given
+    read = for_llama_cpp(given)
+    (name,) = read["$defs"]
+    assert read["$defs"][name] == {"type": "string"}
     assert read["properties"] == {
-        "color": {"description": "c", "$ref": "#/definitions/Color"},
+        "color": {"description": "c", "nullable": True, "x-order": 1, "type": "string"},
         "twice": {"title": "outer", "type": "integer"},
-        "child": {"$ref": "#"},
         "more": {"minimum": 3, "allOf": [{"properties": {"a": {"type": "null"}}}]},
         "allOf": {"const": {"allOf": [{"type": "string"}]}},
+        "part": {"$ref": f"#/$defs/{name}"},
     }
     assert repr(given) == before
-    referred = {"properties": {"a": {"allOf": [{"type": "string"}]}, "b": {"$ref": "#/properties/a/allOf/0"}}}
-    with pytest.raises(BadRequest, match="write what they say as one"):
-        bounded(referred)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"items": {"allOf": [{"type": "integer"}, {"minimum": 3}]}},
+        {"type": ["string", "null"], "allOf": [{"pattern": "a"}, {"pattern": "b"}]},
+        {"$defs": {"a": {"type": "string"}}, "type": "object", "allOf": [{"$ref": A}, {}]},
+        {"$defs": {"a": {"allOf": [{}, {}]}}, "items": {"$ref": A}},
+    ],
+)
+def test_an_all_of_that_llama_cpp_would_make_an_empty_object_of_is_refused_for_it(schema: dict[str, Any]) -> None:
+    assert bounded(schema) is schema  # others read it rightly
+    with pytest.raises(BadRequest, match="write what they say as one schema") as refused:
+        for_llama_cpp(schema)
+    assert refused.value.param == "response_format"
+
+
+def test_what_is_rewritten_does_not_grow_without_bound() -> None:
+    """Each of these refers to all that is within it, and is written anew for it."""
+    nested: dict[str, Any] = {"properties": {f"p{number}": {} for number in range(300)}}
+    path = "#"
+    references = []
+    for _ in range(100):
+        nested, path = {"properties": {"a": nested}}, f"{path}/properties/a"
+        references.append({"$ref": path})
+    with pytest.raises(BadRequest, match="parts"):
+        bounded({**nested, "anyOf": references})

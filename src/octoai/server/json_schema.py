@@ -10,23 +10,21 @@ are followed together: `unions`.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from octoai.server.errors import BadRequest
+from octoai.server.extents import REPEATED_AT_MOST, Unbounded, check_bounds, is_of_whole_text, num_repeated
 from octoai.server.patterns import Readings, Unreadable
-from octoai.server.references import target
 from octoai.server.rewriting import (
-    DEFINITIONS,
-    MAX_COUNT,
-    MAX_INTEGER,
+    MAX_PARTS,
     NAMED,
     VALUES,
     Schema,
-    limits_nothing,
-    without_lone_all_ofs,
+    TooLarge,
+    rewritten,
+    target,
 )
 from octoai.server.unions import Ambiguous, Unions
 
@@ -34,9 +32,11 @@ MAX_BYTES = 128 * 1024
 MAX_ALTERNATIVES = 1000
 MAX_OPTIONAL = 400  # an engine has a rule for each that can come after each: a second, and 4.6 of 900
 MAX_PATTERN_LENGTH = 2000
-MAX_PARTS = 20_000  # with what $refs stand for, once for each spelling, in an allOf each time: 240,000 took 8 s
-LEAST_INTEGER = -(2**63)  # with MAX_INTEGER to llama.cpp the same as no bound
-MAX_LONE_BOUND = 10**15 - 1  # llama.cpp has no more digits where there is but one bound
+MAX_REPEATED = 400_000  # an engine makes a part of its grammar for each: of 1.8 million it took 4 s and gigabytes
+_TOO_MANY_PARTS = (
+    f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for, in an allOf for each of them: "
+    "refer to what is large, or leads back there, without allOf"
+)
 _BRANCHES = (
     "anyOf",
     "oneOf",
@@ -47,35 +47,44 @@ _BRANCHES = (
     "patternProperties",
 )
 _SAME_VALUE = ("anyOf", "oneOf", "allOf")  # whose schemas are of the value that the schema itself is of
-_COUNTED = (("minLength", "maxLength"), ("minItems", "maxItems"), ("minProperties", "maxProperties"))
 _MAX_STEPS = 20  # from one $ref to the next
 
 
-class _Unbounded(ValueError):
-    """The text says why."""
-
-
 def bounded(schema: Schema) -> Schema:
-    """The schema of an answer, where it is small enough, as engines read it rightly. Raises BadRequest."""
-    return _bounded([schema], "response_format")[0]
+    """The schema of an answer, where it is small enough. Raises BadRequest."""
+    _refuse_unbounded([schema], "response_format")
+    return schema
 
 
 def refuse_unbounded_tools(schemas: Sequence[Schema]) -> None:
     """Where one of them is to be called engines make one grammar of the arguments of all. Raises BadRequest."""
-    _bounded(schemas, "tools")
+    _refuse_unbounded(schemas, "tools")
 
 
-def _bounded(schemas: Sequence[Schema], param: str) -> Sequence[Schema]:
+def for_llama_cpp(schema: Schema) -> Schema:
+    """As it reads it rightly. Raises BadRequest, where it would read something else whatever is said."""
+    read = rewritten(schema)
+    waiting = [read, *read.get("$defs", {}).values()]
+    while waiting:
+        part = waiting.pop()
+        if _is_empty_all_of(part, read):
+            said = "none of its schemas has properties or an enum; write what they say as one schema"
+            raise BadRequest(f"response_format: allOf: {said}", param="response_format")
+        waiting.extend(_parts(part))
+    return read
+
+
+def _refuse_unbounded(schemas: Sequence[Schema], param: str) -> None:
     try:
         size = sum([len(json.dumps(schema)) for schema in schemas])
         if size > MAX_BYTES:
-            raise _Unbounded(f"the schema has {size} bytes; at most {MAX_BYTES} are accepted")
-        schemas = [without_lone_all_ofs(schema) for schema in schemas]
-        seen = _Seen()
-        for schema in schemas:
+            raise Unbounded(f"the schema has {size} bytes; at most {MAX_BYTES} are accepted")
+        seen, read = _Seen(), [rewritten(schema) for schema in schemas]
+        for schema in read:
             seen.add(schema)
-        return schemas
-    except _Unbounded as refused:
+    except TooLarge:
+        raise BadRequest(f"{param}: {_TOO_MANY_PARTS}", param=param) from None
+    except Unbounded as refused:
         raise BadRequest(f"{param}: {refused}", param=param) from None
 
 
@@ -83,69 +92,68 @@ class _Seen:
     """What there is in schemas that are offered together."""
 
     def __init__(self) -> None:
-        self._num_parts = self._num_alternatives = 0
+        self._num_parts = self._num_alternatives = self._num_repeated = 0
         self._patterns = Readings()
         self._texts: dict[int, int] = {}
-        self._known: set[tuple[int, str]] = set()
 
     def add(self, schema: Schema) -> None:
-        """Raises _Unbounded."""
-        targets = {"#": schema}
+        """Raises Unbounded."""
+        targets: dict[str, Schema] = {}
         same_value: dict[int, list[int]] = {}
         merged: dict[int, bool] = {}
-        waiting: list[tuple[Schema, str, bool | None]] = [(schema, "", None)]
+        waiting: list[tuple[Schema, bool | None]] = [(schema, None)]
         while waiting and self._num_parts <= MAX_PARTS:
-            part, spelling, is_optional = waiting.pop()
-            self._add_part(part, spelling)
-            _check_all_of(part, schema)
+            part, is_optional = waiting.pop()
+            self._add_part(part)
+            _check_merged(part, schema)
             of_same_value = [each for key in _SAME_VALUE for each in _schemas(part.get(key))]
             reference = part.get("$ref")
             if isinstance(reference, str):
                 is_new = reference not in targets
                 if is_new:
-                    targets[reference] = target(schema, reference)
+                    targets[reference] = target(schema, reference) or {}
                 if is_optional is not None:
                     self._add_copy(targets[reference], is_optional)
                 if is_new or is_optional is not None:
-                    waiting.append((targets[reference], reference, is_optional))
+                    waiting.append((targets[reference], is_optional))
                 of_same_value.append(targets[reference])
             if of_same_value:
                 same_value[id(part)] = [id(each) for each in of_same_value]
             merged |= _merged(part)
-            waiting.extend((each, spelling, merged.get(id(each))) for each in _parts(part))
+            waiting.extend((each, merged.get(id(each))) for each in _parts(part))
         try:
             TopologicalSorter(same_value).prepare()
         except CycleError:
-            raise _Unbounded("a $ref leads to itself: let properties or items be between") from None
+            raise Unbounded("a $ref leads to itself: let properties or items be between") from None
         self._refuse_too_many()
         try:
             Unions(targets, self._texts).check(schema)
         except Ambiguous as error:
-            raise _Unbounded(str(error)) from None
+            raise Unbounded(str(error)) from None
 
     def _refuse_too_many(self) -> None:
         if self._num_parts > MAX_PARTS:
-            raise _Unbounded(
-                f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for, in an allOf for "
-                "each of them: refer to what is large, or leads back there, without allOf"
+            raise Unbounded(_TOO_MANY_PARTS)
+        if self._num_repeated > MAX_REPEATED:
+            raise Unbounded(
+                f"minLength, maxLength, minItems, maxItems and the bounds of patterns come to {self._num_repeated} in "
+                f"all (each to {REPEATED_AT_MOST} at most); {MAX_REPEATED} are accepted"
             )
         if self._num_alternatives > MAX_ALTERNATIVES:
             counted = f"{self._num_alternatives} properties, branches and enum values (these for each type of a list)"
-            raise _Unbounded(f"the schema has {counted}; at most {MAX_ALTERNATIVES} are accepted")
+            raise Unbounded(f"the schema has {counted}; at most {MAX_ALTERNATIVES} are accepted")
 
-    def _add_part(self, part: Schema, spelling: str) -> None:
-        """`spelling`: of the reference that it was found by. An engine reads it once for each."""
+    def _add_part(self, part: Schema) -> None:
         self._num_parts += 1
-        if (id(part), spelling) in self._known:
+        if id(part) in self._texts:
             return
-        self._known.add((id(part), spelling))
         self._num_alternatives += sum(len(part[key]) for key in _BRANCHES if isinstance(part.get(key), (dict, list)))
         self._num_alternatives += _num_read_again(part)
-        if id(part) not in self._texts:
-            _check_types(part)
-            _check_optional(part)
-            _check_bounds(part)
-            self._texts[id(part)] = _num_readings(part, self._patterns)
+        self._num_repeated += num_repeated(part)
+        _check_types(part)
+        _check_optional(part)
+        check_bounds(part)
+        self._texts[id(part)] = _num_readings(part, self._patterns)
 
     def _add_copy(self, target: Schema, is_optional: bool) -> None:
         """Of properties that may be left out an engine makes a rule for each that can come after each."""
@@ -159,25 +167,40 @@ class _Seen:
 def _merged(schema: Schema) -> dict[int, bool]:
     """The branches of an allOf, of which engines make one object: whether its properties may be left out there."""
     branches = list(_schemas(schema.get("allOf")))
-    alternatives = [each for branch in branches for key in ("anyOf", "oneOf") for each in _schemas(branch.get(key))]
+    alternatives = [each for branch in branches for each in _alternatives(branch)]
     return dict.fromkeys(map(id, branches), False) | dict.fromkeys(map(id, alternatives), True)
 
 
-def _check_all_of(part: Schema, root: Schema) -> None:
-    """llama.cpp makes one object of it, of nothing where none of its schemas is one."""
-    branches = list(_schemas(part.get("allOf")))
+def _is_empty_all_of(part: Schema, root: Schema) -> bool:
+    """llama.cpp makes one object of an allOf, of nothing where none of its schemas is one."""
+    branches, types = list(_schemas(part.get("allOf"))), part.get("type")
     if not branches or part.keys() & {"$ref", "anyOf", "oneOf", "const", "enum", "properties"}:
-        return
-    if part.get("type") in (None, "object", "string") and not any(_is_merged(root, each) for each in branches):
-        raise _Unbounded("allOf: none of its schemas has properties or an enum; write what they say as one schema")
+        return False
+    is_read = types is None or not {"object", "string"}.isdisjoint(types if isinstance(types, list) else [types])
+    merged = {"properties", "enum", "anyOf"}
+    return is_read and all(merged.isdisjoint(_referred_to(each, root)) for each in branches)
 
 
-def _is_merged(root: Schema, branch: Schema) -> bool:
+def _check_merged(part: Schema, root: Schema) -> None:
+    """The properties of all alternatives of an allOf may be left out, in one object."""
+    alternatives = [each for branch in _schemas(part.get("allOf")) for each in _alternatives(branch)]
+    named = [_referred_to(each, root).get("properties") for each in alternatives]
+    num = sum(len(each) for each in named if isinstance(each, dict))
+    if num > MAX_OPTIONAL:
+        raise Unbounded(_too_many_optional("the anyOf of an allOf", num))
+
+
+def _alternatives(branch: Schema) -> Iterator[Schema]:
+    for key in ("anyOf", "oneOf"):
+        yield from _schemas(branch.get(key))
+
+
+def _referred_to(part: Schema, root: Schema) -> Schema:
     for _ in range(_MAX_STEPS):
-        if not isinstance(branch.get("$ref"), str):
+        if not isinstance(part.get("$ref"), str):
             break
-        branch = target(root, branch["$ref"])
-    return bool(branch.keys() & {"properties", "enum", "anyOf", "$ref"})
+        part = target(root, part["$ref"]) or {}
+    return part
 
 
 def _schemas(values: Any) -> Iterator[Schema]:
@@ -189,7 +212,7 @@ def _schemas(values: Any) -> Iterator[Schema]:
 def _parts(schema: Schema) -> Iterator[Schema]:
     """What an engine reads of it as it stands there; of definitions only those that something refers to."""
     for key, value in schema.items():
-        if key in VALUES or key in DEFINITIONS:
+        if key in VALUES or key == "$defs":
             continue
         if not isinstance(value, dict):
             yield from _schemas(value)
@@ -205,9 +228,9 @@ def _check_types(schema: Schema) -> None:
     if not isinstance(types, list):
         return
     if any(types.count(each) > 1 for each in types[:10]) or len(types) > 10:
-        raise _Unbounded("a list of types has each of them once")
+        raise Unbounded("a list of types has each of them once")
     if "allOf" in schema and "object" in types and "string" in types:
-        raise _Unbounded("allOf: not where both 'object' and 'string' are allowed; use anyOf for them")
+        raise Unbounded("allOf: not where both 'object' and 'string' are allowed; use anyOf for them")
 
 
 def _check_optional(schema: Schema) -> None:
@@ -217,7 +240,11 @@ def _check_optional(schema: Schema) -> None:
     named = {each for each in required if isinstance(each, str)} if isinstance(required, list) else set()
     num = len(properties.keys() - named)
     if num > MAX_OPTIONAL:
-        raise _Unbounded(f"an object has {num} properties that may be left out; at most {MAX_OPTIONAL} are accepted")
+        raise Unbounded(_too_many_optional("an object", num))
+
+
+def _too_many_optional(what: str, num: int) -> str:
+    return f"{what} has {num} properties that may be left out; at most {MAX_OPTIONAL} are accepted"
 
 
 def _num_read_again(schema: Schema) -> int:
@@ -226,56 +253,14 @@ def _num_read_again(schema: Schema) -> int:
     return len(values) * (len(types) - 1) if types and isinstance(types, list) and isinstance(values, list) else 0
 
 
-def _check_bounds(schema: Schema) -> None:
-    for least_name, most_name in _COUNTED:
-        least, most = _given(schema, least_name), _given(schema, most_name)
-        if least is not None and least > MAX_COUNT:
-            raise _Unbounded(f"{least_name}: at most {MAX_COUNT} is accepted")
-        if least is not None and most is not None and least > most:
-            raise _Unbounded(f"{least_name} is more than {most_name}")
-    types = schema.get("type")
-    if types == "integer" or (isinstance(types, list) and "integer" in types):
-        _check_integer(schema)
-
-
-def _check_integer(schema: Schema) -> None:
-    """As llama.cpp reads them: where there is a minimum it does not look at an exclusive one."""
-    least, most = LEAST_INTEGER, MAX_INTEGER
-    for name in ("exclusiveMinimum", "minimum", "exclusiveMaximum", "maximum"):
-        bound = _given(schema, name)
-        if bound is None:
-            continue
-        if not LEAST_INTEGER <= bound <= MAX_INTEGER:
-            raise _Unbounded(f"{name}: for integers at least -2^63, and less than 2^63")
-        if name.endswith("inimum"):
-            least = math.ceil(bound) if name == "minimum" else math.floor(bound) + 1
-        else:
-            most = math.floor(bound) if name == "maximum" else math.ceil(bound) - 1
-    if least > most:
-        raise _Unbounded("no integer lies between minimum and maximum")
-    is_lone = least > MAX_LONE_BOUND and most == MAX_INTEGER
-    if is_lone or (most < -MAX_LONE_BOUND and least <= LEAST_INTEGER + 1):
-        raise _Unbounded(
-            f"integers: a minimum of more than {MAX_LONE_BOUND} needs a maximum of less than 2^63 - 1, and a maximum "
-            f"of less than -{MAX_LONE_BOUND} a minimum of more than 1 - 2^63"
-        )
-
-
-def _given(schema: Schema, name: str) -> int | float | None:
-    """None also where it limits nothing."""
-    value = schema.get(name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and not limits_nothing(name, value) else None
-
-
 def _num_readings(schema: Schema, patterns: Readings) -> int:
-    """Of a text. llama.cpp reads a pattern only where it is one of the whole text. Raises _Unbounded."""
+    """Of a text. Raises Unbounded."""
     pattern = schema.get("pattern")
-    if not isinstance(pattern, str) or not (pattern.startswith("^") and pattern.endswith("$")):
+    if not isinstance(pattern, str) or not is_of_whole_text(pattern):
         return 0
     if len(pattern) > MAX_PATTERN_LENGTH:
-        raise _Unbounded(f"a pattern has more than {MAX_PATTERN_LENGTH} characters")
+        raise Unbounded(f"a pattern has more than {MAX_PATTERN_LENGTH} characters")
     try:
         return patterns.add(pattern)
     except Unreadable as error:
-        raise _Unbounded(f"pattern {pattern[:100]}: {error}") from None
+        raise Unbounded(f"pattern {pattern[:100]}: {error}") from None

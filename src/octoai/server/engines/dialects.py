@@ -19,7 +19,7 @@ from octoai.server.engines.base import Generation, Message
 from octoai.server.engines.choices import tokens_of
 from octoai.server.engines.refusable import NOT_OF_OPENAI, refusable
 from octoai.server.errors import BadRequest
-from octoai.server.rewriting import without_idle_limits
+from octoai.server.json_schema import for_llama_cpp
 
 # Requests (path from the server's root, body) out, their answers in, the number of tokens at the end: None where it
 # cannot tell, as of images that it counts as the few tokens that stand for them.
@@ -170,7 +170,7 @@ class LlamaDialect(Dialect):
         return Dialect._logprobs(self, max(1, number), is_chat=is_chat)  # of 0 it says none, also of the token it took
 
     def _response_format(self, schema: Mapping[str, Any]) -> dict[str, Any]:
-        return {"type": "json_object", "schema": without_idle_limits(schema)} if schema else {"type": "json_object"}
+        return {"type": "json_object", "schema": for_llama_cpp(schema)} if schema else {"type": "json_object"}
 
 
 class VllmDialect(Dialect):
