@@ -160,6 +160,15 @@ def test_any_json_object_is_json(client: Client) -> None:
         json.loads(text)
 
 
+def test_definitions_whose_names_llama_cpp_cannot_tell_apart_are_each_followed(client: Client) -> None:
+    names = {"\u5730\u5740": {"enum": ["here"]}, "\u5e74": {"enum": [7]}, "A_": {"enum": ["a"]}, "A__": {"enum": ["b"]}}
+    properties = {f"p{number}": {"$ref": f"#/$defs/{name}"} for number, name in enumerate(names)}
+    schema = {"type": "object", "properties": properties, "required": list(properties), "$defs": names}
+    answer = client.chat(response_format={"type": "json_object", "schema": schema}, max_tokens=60)
+    said = json.loads(answer["choices"][0]["message"]["content"])
+    assert said == {"p0": "here", "p1": 7, "p2": "a", "p3": "b"}
+
+
 def test_a_schema_that_cannot_be_followed_is_refused_by_name(client: Client) -> None:
     wrong = {"type": "json_object", "schema": {"type": "no-such-type"}}
     status, answer = client.refused({**CHAT, "response_format": wrong})
@@ -173,7 +182,7 @@ ARRAY = {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 2}
     "schema",
     [
         {"$defs": {"a": {"$ref": "#/$defs/a"}}, "allOf": [{"$ref": "#/$defs/a"}]},
-        {"$defs": {"a": {"properties": {"x": {"allOf": [{"$ref": "#/$defs/a"}]}}}}, "$ref": "#/$defs/a"},
+        {"$defs": {"a": {"properties": {"x": {"allOf": [{"$ref": "#/$defs/a"}, {}]}}}}, "$ref": "#/$defs/a"},
         {"type": "string", "pattern": "^a{5,1}$"},
         {"type": "integer", "minimum": 2**63 - 1, "maximum": 2**63 - 1},
         {"$defs": {"a": {"anyOf": [ARRAY, {**ARRAY, "title": "x"}]}}, **ARRAY},
