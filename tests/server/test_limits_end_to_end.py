@@ -28,7 +28,7 @@ from octoai.server.remaining import Remaining
 from octoai.server.store import Connection, Place, connect, entries, rates, reservations, sqlite
 from octoai.server.store.reservations import Reservation, Standing
 from tests.running import InProcess, Start
-from tests.talking import Talk, ask, is_idle, request, until
+from tests.talking import MESSAGES, Talk, ask, is_idle, request, until
 
 Answer = tuple[int, dict[str, str], bytes]
 PATH = "/v1/chat/completions"
@@ -552,6 +552,21 @@ def test_a_request_for_more_than_a_minutes_limit_is_told_not_to_come_back(in_pro
     status, headers, _ = client.ask(max_tokens=61)
     assert (status, headers["x-should-retry"]) == (429, "false")
     assert "retry-after" not in headers
+
+
+def test_a_default_of_ours_is_lowered_to_a_minutes_limit_and_not_below_what_is_wanted_at_least(
+    in_process: Start,
+) -> None:
+    client = Client(in_process(ScriptedEngine()), limits={"completion_tokens_per_minute": 60})
+    sent = {"model": client.service.model, "messages": MESSAGES}
+    assert ask(client.service, PATH, {**sent, "n": 2, "min_tokens": 30}, **client.headers)[0] == 200
+    for num_choices, least, most in ((1, 61, 60), (2, 31, 30), (1, 600, 60)):
+        asked = {**sent, "n": num_choices, "min_tokens": least}
+        status, _, text = ask(client.service, PATH, asked, **client.headers)
+        refusal = json.loads(text)["error"]
+        assert (status, refusal["param"]) == (400, "min_tokens")
+        assert refusal["message"].startswith(f"min_tokens: at most {most} here; the limit is 60 completion tokens")
+    assert client.held() == (0, 0)
 
 
 def test_requests_at_once(in_process: Start) -> None:

@@ -7,6 +7,8 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,22 @@ def test_its_word_on_a_prompt_too_long_becomes_ours() -> None:
     refusal = refused(answers(400, body), ContextLengthExceeded)
     assert "4096" in refusal.message
     assert "5000" in refusal.message
+
+
+def test_what_its_context_cannot_give_at_least_is_refused_before_it_is_asked() -> None:
+    async def main() -> None:
+        upstream = Upstream()
+        async with up(upstream) as engine:
+            await generated(engine, replace(GENERATION, max_tokens=6000, min_tokens=4096))
+            assert [json.loads(body)["max_tokens"] for _, _, body in upstream.requests[1:]] == [4096]
+            wanted = replace(GENERATION, max_tokens=6000, min_tokens=4097)
+            for ask in (partial(generated, engine), engine.count_tokens):
+                with pytest.raises(BadRequest, match=r"^min_tokens: at most 4096 here; the model's context") as refusal:
+                    await ask(wanted)
+                assert refusal.value.param == "min_tokens"
+            assert len(upstream.requests) == 2
+
+    run(main())
 
 
 def test_an_endless_error_is_not_read_to_its_end() -> None:

@@ -120,7 +120,7 @@ EDGES: list[tuple[str, list[Any], list[Any]]] = [
     ("min_p", [0, 1], [-0.001, 1.001]),
     ("max_tokens", [1, 2**31 - 1], [0, -1, 2**31]),
     ("max_completion_tokens", [1, 2**31 - 1], [0, -1, 2**31]),
-    ("min_tokens", [0, 512], [-1, 513, 2**31]),
+    ("min_tokens", [0, 512, 513, 2**31 - 1], [-1, 2**31]),
     ("n", [1, 16], [0, -1, 17]),
     ("top_k", [-1, 0, 40], [-2, 2**31]),
     ("seed", [0, -(2**63), 2**63 - 1], [2**63, -(2**63) - 1, 10**40]),
@@ -138,8 +138,18 @@ def test_a_range_holds_at_its_edge_and_not_beyond(
         assert isinstance(decode(json.dumps({**base, name: value}).encode()), TextRequest)
     for value in bad:
         refusal = refused(decode, {**base, name: value})
-        assert refusal.status == (400 if (name, value) == ("min_tokens", 513) else 422)  # more than max_tokens
+        assert refusal.status == 422
         assert (refusal.param or "").split(".")[0] == name
+
+
+@ENDPOINTS
+def test_at_least_so_many_tokens_are_no_more_than_were_asked_for(decode: Any, base: dict[str, Any]) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        refusal = refused(decode, {**base, name: 20, "min_tokens": 21})
+        assert (refusal.status, refusal.param) == (400, "min_tokens")
+        assert "at most max_tokens, 20 here" in refusal.message
+    for least, most in ((600, 600), (512, 512), (20, 512), (None, 512)):
+        assert decode(encoded({**base, "min_tokens": least})).max_tokens == most
 
 
 def test_logprobs_have_ranges_of_their_own_at_each_endpoint() -> None:

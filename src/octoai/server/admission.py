@@ -80,7 +80,7 @@ class Admission:
         key: Key | None,
         usage: Callable[[], Usage],
     ) -> Admitted | Recording:
-        """Raises OutOfCredit, RateLimited, KeyConflict or Unavailable, with nothing held."""
+        """Raises OutOfCredit, RateLimited, KeyConflict, BadRequest or Unavailable, with nothing held."""
         self.ledger.check()
         tab = Tab(
             ledger=self.ledger,
@@ -236,12 +236,13 @@ def _take_over(db: Connection, account: str, key: Key, claimed: KeyRow) -> KeyRo
 
 
 def _within_minute(caller: Caller, request: TextRequest) -> TextRequest:
-    """A default of ours must not ask for more than the caller may have in a minute."""
+    """A default of ours must not ask for more than the caller may have in a minute. Raises BadRequest."""
     limit = caller.max_completion_tokens
     if limit is None or request.has_max_tokens or request.num_choices * request.max_tokens <= limit:
         return request
     fair = max(1, limit // request.num_choices)
-    return replace(request, generations=tuple(replace(each, max_tokens=fair) for each in request.generations))
+    why = f"the limit is {limit} completion tokens a minute for all choices"
+    return replace(request, generations=tuple(each.with_at_most(fair, why) for each in request.generations))
 
 
 async def _prompt_tokens(caller: Caller, request: TextRequest, deployment: Deployment) -> list[tuple[int, int]]:

@@ -215,9 +215,11 @@ def _sampling(params: Mapping[str, Any]) -> dict[str, Any]:
     given = without_nulls(params)
     sampling: dict[str, Any] = {name: given[name] for name in _PASSED.intersection(given)}
     sampling["is_stream"] = given.get("stream", False)
-    sampling["max_tokens"] = given.get("max_completion_tokens", given.get("max_tokens", DEFAULT_MAX_TOKENS))
+    least = sampling.get("min_tokens", 0)
+    default = max(DEFAULT_MAX_TOKENS, least)
+    sampling["max_tokens"] = given.get("max_completion_tokens", given.get("max_tokens", default))
     sampling.setdefault("n", 1)
-    if sampling.get("min_tokens", 0) > sampling["max_tokens"]:
+    if least > sampling["max_tokens"]:
         raise BadRequest(f"min_tokens: at most max_tokens, {sampling['max_tokens']} here", param="min_tokens")
     if "octoai" in given:
         sampling = {**_old_vllm_options(given["octoai"]), **sampling}

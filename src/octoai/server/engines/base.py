@@ -10,10 +10,12 @@ make one would take three times as long then, and one is made for every token.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import orjson
+
+from octoai.server.errors import BadRequest
 
 Message = Mapping[str, Any]
 BYTES_PER_TOKEN = 4  # of English, about
@@ -60,6 +62,12 @@ class Generation:
     slot: int | None = None
     is_stream: bool = True
     prompt_bytes: int | None = field(default=None, repr=False, compare=False)  # once somebody has asked
+
+    def with_at_most(self, max_tokens: int, why: str) -> Generation:
+        """With no more `max_tokens` than that. Raises BadRequest, which says why, where `min_tokens` are more."""
+        if self.min_tokens > max_tokens:
+            raise BadRequest(f"min_tokens: at most {max_tokens} here; {why}", param="min_tokens")
+        return self if self.max_tokens <= max_tokens else replace(self, max_tokens=max_tokens)
 
     @property
     def num_prompt_bytes(self) -> int:

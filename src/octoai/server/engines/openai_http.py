@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -224,9 +223,9 @@ class OpenAIEngine:
         return EngineFailed("The engine broke off in the middle of its answer.")
 
     def _within(self, generation: Generation) -> Generation:
-        """More than the window cannot be generated, and vLLM refuses to be asked for it."""
+        """More than the window cannot be generated, and vLLM refuses to be asked for it. Raises BadRequest."""
         limit = self.context_length
-        return generation if limit is None or generation.max_tokens <= limit else replace(generation, max_tokens=limit)
+        return generation if limit is None else generation.with_at_most(limit, "the model's context has no more tokens")
 
     async def _keep_probing(self) -> None:
         while True:
