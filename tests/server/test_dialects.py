@@ -527,6 +527,33 @@ def test_llama_cpp_is_put_in_words_where_its_grammar_does_not_take_how_an_answer
     assert refused(400, said, replace(begun, schema=None)).param == "messages"
 
 
+def test_a_grammar_that_llama_cpp_cannot_read_is_not_for_how_an_answer_begins() -> None:
+    said = {"error": {"code": 400, "message": "Failed to initialize samplers: failed to parse grammar"}}
+    answer = refused(400, said, Generation(max_tokens=9, messages=[ASKED, BEGUN], schema={}))
+    assert answer.param == "response_format"
+    assert "failed to parse grammar" in answer.message
+    assert "last message" not in answer.message
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ('invalid type for "enable_thinking" (expected boolean, got string)', "chat_template_kwargs"),
+        ("------------ While executing For: ...{% for each in documents %}... ^ Error", "chat_template_kwargs"),
+        ("Found unexpected chat template kwargs from request: {'documents'}", "chat_template_kwargs"),
+        ("Conversation roles must alternate user/assistant", "messages"),
+        ("cannot compile this grammar", "response_format"),
+    ],
+)
+def test_a_complaint_of_what_a_template_was_told_is_of_that(message: str, param: str) -> None:
+    told = Generation(max_tokens=9, messages=[ASKED], template_kwargs={"enable_thinking": "x", "documents": 5})
+    said = {"error": {"code": 400, "message": message}}
+    assert refused(400, said, told).param == param
+    assert refused(400, said, replace(told, template_kwargs=None)).param == param.replace(
+        "chat_template_kwargs", "messages"
+    )
+
+
 def test_the_engines_key_and_errors_of_its_own_are_not_told_to_our_caller() -> None:
     assert "secret" not in refused(500, {"error": {"message": "secret trace"}}).message
     assert "secret" not in refused(401, {"error": {"message": "wrong key secret"}}).message

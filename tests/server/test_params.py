@@ -567,7 +567,7 @@ def test_what_a_template_is_told_is_bounded_and_part_of_the_prompt() -> None:
     generation = only(chat(chat_template_kwargs=told))
     assert generation.template_kwargs == told
     assert generation.num_prompt_bytes > 1000
-    for wrong in ({"a": "x" * 17_000}, {"a": 10**30}, {"chat_template": "{{ 1 }}"}):
+    for wrong in ({"a": "x" * 17_000}, {"a": 10**30}):
         refusal = refused(params.chat, {**CHAT, "chat_template_kwargs": wrong})
         assert (refusal.status, (refusal.param or "").split(".")[0]) == (400, "chat_template_kwargs")
     assert refused(params.chat, {**CHAT, "chat_template_kwargs": [1]}).status == 422
@@ -590,6 +590,30 @@ def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None
     for messages in ("hello", [1], [{"content": "x"}], [{"role": "user", "content": [1]}], {"role": "user"}, 5):
         refusal = refused(params.completion, {"model": "m", "messages": messages})
         assert (refusal.param or "").split(".")[0] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("messages", [{"role": "user", "content": "Other"}]),
+        ("conversation", []),
+        ("tools", None),
+        ("add_generation_prompt", False),
+        ("continue_final_message", True),
+        ("chat_template", "{{ 1 }}"),
+        ("bos_token", "x"),
+        ("eos_token", "x"),
+        ("tokenize", True),
+        ("return_dict", True),
+        ("return_tensors", "pt"),
+        ("padding", True),
+        ("truncation", True),
+        ("max_length", 1),
+    ],
+)
+def test_a_template_is_told_nothing_in_place_of_what_the_request_says(name: str, value: Any) -> None:
+    refusal = refused(params.chat, {**CHAT, "chat_template_kwargs": {"enable_thinking": False, name: value}})
+    assert (refusal.status, refusal.param) == (400, f"chat_template_kwargs.{name}")
 
 
 @pytest.mark.parametrize(

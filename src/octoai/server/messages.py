@@ -18,6 +18,16 @@ from octoai.server.errors import BadRequest
 
 MAX_TEMPLATE_BYTES = 16 * 1024  # of what a template is told: as JSON
 
+# Parameters of what makes a prompt with a template, and what that tells it of the request and the model: to say them
+# again would replace the conversation, or other parts of the request, behind the back of what was checked.
+_OF_RENDERERS = frozenset(
+    {
+        *("add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "conversation", "eos_token"),
+        *("max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+        *("tokenize", "tokenizer_kwargs", "tools", "truncation"),
+    }
+)
+
 
 def told(messages: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
     said = [_message(message, index) for index, message in enumerate(messages)]
@@ -51,9 +61,9 @@ def template_kwargs(params: Mapping[str, Any]) -> Mapping[str, Any] | None:
     values: Mapping[str, Any] | None = params.get("chat_template_kwargs")
     if not values:
         return None
-    if "chat_template" in values:
-        name = "chat_template_kwargs.chat_template"
-        raise BadRequest(f"{name}: the model's own template is used; leave it out", param=name)
+    for key in sorted(_OF_RENDERERS.intersection(values)):
+        name = f"chat_template_kwargs.{key}"
+        raise BadRequest(f"{name}: decided by the request itself and the model; leave it out", param=name)
     if _num_bytes(values) > MAX_TEMPLATE_BYTES:
         said = f"chat_template_kwargs: at most {MAX_TEMPLATE_BYTES} bytes of JSON, with numbers of at most 64 bits"
         raise BadRequest(said, param="chat_template_kwargs")

@@ -18,8 +18,9 @@ _WINDOW = re.compile(r"context length is (?:only )?(\d+) tokens")
 _PROMPT_TOKENS = re.compile(r"(?<!\d)(?<!upper bound for )(\d+) (?:in the messages|input tokens|in the prompt)")
 # Of a prompt that fills the window to the last token it says what is left of `max_tokens`, which was not ours.
 _NO_ROOM = "max_tokens must be at least 1, got 0"
-# llama.cpp's grammar takes the beginning of an answer with what follows it.
-_NOT_ITS_BEGINNING = "Failed to initialize samplers"
+# llama.cpp's grammar takes the beginning of an answer with what follows it. Of one that it cannot read it says more.
+_NOT_ITS_BEGINNING, _NO_GRAMMAR = "Failed to initialize samplers", "failed to parse grammar"
+_WORD = re.compile(r"\w+")
 MAX_RETRY_SECONDS = 3600
 
 
@@ -40,10 +41,11 @@ def refusal(
     too_long = _too_long(error, message, param) if status == 400 else None
     if too_long is not None:
         return too_long
-    if _NOT_ITS_BEGINNING in message and generation.schema is not None and generation.is_prefilled:
+    is_of_beginning = _NOT_ITS_BEGINNING in message and _NO_GRAMMAR not in message
+    if is_of_beginning and generation.schema is not None and generation.is_prefilled:
         return _other_beginning()
     if status in (400, 422):
-        return BadRequest(f"The engine refused: {message}", param=error.get("param") or _suspect(message, param))
+        return BadRequest(f"The engine refused: {message}", param=error.get("param") or _suspect(message, generation))
     if status == 413:
         return BadRequest(f"{param}: too large for the engine ({message}). Shorten it.", param=param)
     if "image input is not supported" in message:
@@ -91,12 +93,14 @@ def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | N
     return refused
 
 
-def _suspect(message: str, param: str) -> str:
+def _suspect(message: str, generation: Generation) -> str:
     """Which parameter an engine's complaint is about. What its words do not tell is about the prompt."""
+    if not {*(generation.template_kwargs or ())}.isdisjoint(_WORD.findall(message)):  # it names what it was told
+        return "chat_template_kwargs"
     if "tool choice" in message or "tool_choice" in message:  # vLLM started without a parser of tool calls
         return "tools"
     is_about_schema = any(word in message.lower() for word in ("schema", "grammar"))
-    return "response_format" if is_about_schema else param
+    return "response_format" if is_about_schema else prompt_param(generation)
 
 
 def message_of(said: Mapping[str, Any]) -> str:
