@@ -231,6 +231,14 @@ def test_a_call_that_is_told_again_need_not_say_its_kind(kind: dict[str, Any]) -
     assert generation.messages[0]["tool_calls"] == [{**call, "type": "function"}]
 
 
+@pytest.mark.parametrize("nothing", [{}, {"arguments": None}, {"arguments": ""}], ids=repr)
+def test_a_call_without_arguments_had_none(nothing: dict[str, Any]) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", **nothing}}
+    messages = only(chat(messages=[{"role": "assistant", "tool_calls": [call]}])).messages
+    assert messages is not None
+    assert messages[0]["tool_calls"] == [{**call, "function": {"name": "f", "arguments": "{}"}}]
+
+
 def test_of_a_body_with_many_wrong_values_the_first_are_told_in_no_time() -> None:
     for wrong, decode in (({"prompt": [-1] * 2000}, params.completion), ({"messages": [{}] * 2000}, params.chat)):
         began = time.process_time()
@@ -490,6 +498,17 @@ def test_what_an_assistant_refused_with_is_text() -> None:
     assert refused(params.chat, {**CHAT, "messages": wrong}).param == "messages.0.content.0.refusal"
 
 
+@pytest.mark.parametrize("nothing", [{}, {"content": None}, {"content": ""}, {"content": []}], ids=repr)
+def test_an_assistant_that_refused_said_so_where_it_said_nothing_else(nothing: dict[str, Any]) -> None:
+    message = {"role": "assistant", **nothing, "refusal": "No."}
+    said = {"role": "assistant", "content": "No."}
+    assert only(chat(messages=[ASKED, message, ASKED])).messages == (ASKED, said, ASKED)
+    assert only(chat(messages=[ASKED, message])).messages == (ASKED, said)
+    assert only(chat(messages=[ASKED, {**said, "refusal": None}])).messages == (ASKED, said)
+    wrong = [{**message, "refusal": 5}]
+    assert refused(params.chat, {**CHAT, "messages": wrong}).param == "messages.0.refusal"
+
+
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
 def test_absent_and_null_content_is_no_text(content: dict[str, Any]) -> None:
     assert only(chat(messages=[{"role": "assistant", **content, "tool_calls": None}])).messages == (
@@ -573,25 +592,6 @@ def test_what_a_template_is_told_is_bounded_and_part_of_the_prompt() -> None:
     assert refused(params.chat, {**CHAT, "chat_template_kwargs": [1]}).status == 422
 
 
-def test_what_a_model_thought_before_is_passed_on_to_its_template() -> None:
-    thought = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
-    assert only(chat(messages=[thought])).messages == (thought,)
-    without = {"role": "assistant", "content": "x"}
-    assert only(chat(messages=[{**without, "reasoning_content": None}])).messages == (without,)
-
-
-def test_max_completion_tokens_wins_over_max_tokens() -> None:
-    assert chat(max_tokens=5, max_completion_tokens=7).max_tokens == 7
-
-
-def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None:
-    body = {"model": "m", "messages": CHAT["messages"]}
-    assert only(params.completion(json.dumps(body).encode())).messages == tuple(CHAT["messages"])
-    for messages in ("hello", [1], [{"content": "x"}], [{"role": "user", "content": [1]}], {"role": "user"}, 5):
-        refusal = refused(params.completion, {"model": "m", "messages": messages})
-        assert (refusal.param or "").split(".")[0] == "messages"
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -614,6 +614,25 @@ def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None
 def test_a_template_is_told_nothing_in_place_of_what_the_request_says(name: str, value: Any) -> None:
     refusal = refused(params.chat, {**CHAT, "chat_template_kwargs": {"enable_thinking": False, name: value}})
     assert (refusal.status, refusal.param) == (400, f"chat_template_kwargs.{name}")
+
+
+def test_what_a_model_thought_before_is_passed_on_to_its_template() -> None:
+    thought = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
+    assert only(chat(messages=[thought])).messages == (thought,)
+    without = {"role": "assistant", "content": "x"}
+    assert only(chat(messages=[{**without, "reasoning_content": None}])).messages == (without,)
+
+
+def test_max_completion_tokens_wins_over_max_tokens() -> None:
+    assert chat(max_tokens=5, max_completion_tokens=7).max_tokens == 7
+
+
+def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None:
+    body = {"model": "m", "messages": CHAT["messages"]}
+    assert only(params.completion(json.dumps(body).encode())).messages == tuple(CHAT["messages"])
+    for messages in ("hello", [1], [{"content": "x"}], [{"role": "user", "content": [1]}], {"role": "user"}, 5):
+        refusal = refused(params.completion, {"model": "m", "messages": messages})
+        assert (refusal.param or "").split(".")[0] == "messages"
 
 
 @pytest.mark.parametrize(

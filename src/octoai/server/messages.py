@@ -83,15 +83,23 @@ def without_nulls(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Parts and calls get the `type` that the original SDK dropped; absent or null content is no text."""
+    """Parts and calls get the `type` that the original SDK dropped. Without content, an assistant's refusal is its
+    text, or else there is none."""
     said = {**without_nulls(message)}
-    content = said.get("content", "")
+    refusal = said.pop("refusal", "")
+    content = said.get("content") or refusal
     if isinstance(content, list):
         content = [_part(part, (index, number)) for number, part in enumerate(content)]
     said["content"] = content
     if "tool_calls" in said:
-        said["tool_calls"] = [{**call, "type": "function"} for call in said["tool_calls"]]
+        said["tool_calls"] = [_call(call) for call in said["tool_calls"]]
     return said
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Where no arguments are told, there were none: engines read JSON."""
+    function = call["function"]
+    return {**call, "type": "function", "function": {**function, "arguments": function.get("arguments") or "{}"}}
 
 
 def _part(part: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:

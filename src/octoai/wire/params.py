@@ -78,6 +78,7 @@ class MessageParam(TypedDict):
     role: Required[Annotated[str, Field(min_length=1, max_length=64)]]
     content: NotRequired[Union[str, Annotated[list[_ContentPart], Field(fail_fast=True)], None]]
     reasoning_content: NotRequired[Optional[str]]
+    refusal: NotRequired[Optional[str]]
     tool_calls: NotRequired[Optional[Annotated[list[_ToolCall], Field(fail_fast=True)]]]
     tool_call_id: NotRequired[Optional[str]]
     name: NotRequired[Optional[str]]
