@@ -70,6 +70,17 @@ def test_only_ids_that_would_work_are_proposed() -> None:
     assert "meta-llama-3-8b-instruct" not in caught.value.message
 
 
+def test_of_some_models_only_ids_of_theirs_are_proposed() -> None:
+    for models, closest in ((("own", "smollm2"), {"Acme/Own-1", EMBEDDED_MODEL_ID}), (("gone",), set())):
+        with pytest.raises(UnknownModel) as caught:
+            STANDING_IN.find("meta-llama-3-8b-own", models)
+        named = caught.value.message.partition("Closest: ")[2].rstrip(".").split(", ")
+        assert set(filter(None, named)) == closest
+    with pytest.raises(UnknownModel) as caught:
+        STANDING_IN.find("meta-llama-3-8b-own")
+    assert "meta-llama-3-8b-instruct" in caught.value.message
+
+
 @pytest.mark.parametrize("name", ["gpt-4", "x", "???", "x" * 100_000, "\n\r\x00"], ids=lambda name: repr(name[:9]))
 def test_a_name_like_none_is_pointed_to_the_list(name: str) -> None:
     with pytest.raises(UnknownModel) as caught:

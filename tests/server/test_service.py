@@ -265,6 +265,20 @@ def test_of_the_models_a_token_may_use_no_others_are_listed(service: InProcess) 
         assert len(listed) == (0 if models == ["own"] else len(models))
 
 
+def test_of_the_models_a_token_may_not_use_nothing_is_told(service: InProcess) -> None:
+    token = f"Bearer {service.mint('some', models=['smollm2']).text}"
+    assert ask(service, "/v1/models/smollm2", authorization=token)[0] == 200
+    for name, code in (("meta-llama-3-8b-instruct", "permission_denied"), ("meta-llama-3-8b", "model_not_found")):
+        sent = request(service, model=name)
+        of_chat = ask(service, "/v1/chat/completions", sent, authorization=token)
+        of_model = ask(service, f"/v1/models/{name}", authorization=token)
+        assert of_chat[0] == of_model[0] == (403 if code == "permission_denied" else 404)
+        for _, _, text in (of_chat, of_model):
+            assert json.loads(text)["code"] == code
+            assert "meta-llama-3-8b-instruct" not in text.decode().replace(f"`{name}`", "")
+        assert "price" not in json.loads(of_model[2])
+
+
 def test_who_asks_for_what_openai_has_elsewhere_is_told_what_to_ask_for(service: InProcess) -> None:
     for path, words in (
         ("/v1/responses", "POST /v1/chat/completions"),

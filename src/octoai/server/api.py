@@ -119,9 +119,9 @@ async def models(request: Request) -> Response:
 
 async def model(request: Request) -> Response:
     service: Service = request.state.service
-    await caller_of(request)
+    caller = await caller_of(request)
     name = request.path_params["model"]
-    deployment = service.router.find(name)
+    deployment = service.find(caller, name)
     known = (
         deployment.model
         if name.lower() in map(str.lower, deployment.model.names)

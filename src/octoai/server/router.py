@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from octoai.server.catalogue import LONGEST_COMPARED, Catalogue, Model, nearest
 from octoai.server.engines.base import Engine
@@ -38,17 +38,16 @@ class Router:
     stand_in: Deployment | None = None
     ids: Callable[[tuple[str, ...]], frozenset[str]] = field(init=False, repr=False, compare=False)
     _by_name: Mapping[str, Deployment] = field(init=False)
-    _nearest: Callable[[str], tuple[str, ...]] = field(init=False, repr=False, compare=False)
+    _nearest: Callable[[str, tuple[str, ...] | None], tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = {name.lower(): deployment for deployment in self.deployments for name in deployment.model.names}
         object.__setattr__(self, "_by_name", names)
-        served = tuple(model for model, _ in self.served())
-        object.__setattr__(self, "_nearest", lru_cache(MAX_KEPT)(partial(nearest, models=served)))
+        object.__setattr__(self, "_nearest", lru_cache(MAX_KEPT)(self._nearest_of))
         object.__setattr__(self, "ids", lru_cache(MAX_KEPT)(self._ids))
 
-    def find(self, name: str) -> Deployment:
-        """Raises UnknownModel, naming the closest ids that would have worked."""
+    def find(self, name: str, models: tuple[str, ...] | None = None) -> Deployment:
+        """Raises UnknownModel, naming the closest ids that would have worked: of these models; None: of all."""
         own = self._by_name.get(name.lower())
         if own is not None:
             return own
@@ -57,7 +56,7 @@ class Router:
             return self._by_name[known.id.lower()]
         if known is not None and known.kind != "embedding" and self.stand_in is not None:
             return self.stand_in
-        raise UnknownModel(name, self._nearest(name[:LONGEST_COMPARED]))
+        raise UnknownModel(name, self._nearest(name[:LONGEST_COMPARED], models))
 
     def named(self, name: str) -> Model:
         """The model that a request names: what it is billed as, whichever answers. Raises UnknownModel."""
@@ -66,6 +65,10 @@ class Router:
     def _known(self, name: str) -> Model | None:
         own = self._by_name.get(name.lower())
         return self.catalogue.find(name) if own is None else own.model
+
+    def _nearest_of(self, name: str, models: tuple[str, ...] | None) -> tuple[str, ...]:
+        ids = None if models is None else self.ids(models)
+        return nearest(name, [model for model, _ in self.served() if ids is None or model.id in ids])
 
     def _ids(self, names: tuple[str, ...]) -> frozenset[str]:
         return frozenset(name if (model := self._known(name)) is None else model.id for name in names)

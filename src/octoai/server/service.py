@@ -101,8 +101,7 @@ class Service:
     ) -> Job | Recording:
         """Everything that can refuse before an engine is asked. A recording is the answer where the key has one."""
         self.require(caller, "inference")
-        deployment = self.router.find(request.model)
-        self._check_model(caller, request.model)
+        deployment = self.find(caller, request.model)
         if self.is_draining:
             raise self.shutting_down
         for generation in request.generations:
@@ -149,7 +148,9 @@ class Service:
         allowed = caller.token.models
         return allowed is None or self.router.named(model).id in self.router.ids(allowed)
 
-    def _check_model(self, caller: Caller, name: str) -> None:
+    def find(self, caller: Caller, name: str) -> Deployment:
+        """What answers for the model of that name. Raises UnknownModel; Forbidden where the token may not use it."""
+        deployment = self.router.find(name, caller.token.models)
         if not self.may_use(caller, name):
             ids = self.router.ids(caller.token.models or ())
             more = f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
@@ -157,6 +158,7 @@ class Service:
             raise Forbidden(
                 f"This API token may not use the model `{name[:200]}`; it may use {named}{more}.", param="model"
             )
+        return deployment
 
     @property
     def unrecorded(self) -> Unavailable | None:
