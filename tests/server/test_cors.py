@@ -10,7 +10,7 @@ import pytest
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.settings import BadSettings, load
 from tests.running import InProcess
-from tests.talking import ask, request
+from tests.talking import Talk, ask, request
 
 PAGE = "https://chat.example"
 PREFLIGHT = {"origin": PAGE, "access_control_request_method": "POST", "access_control_request_headers": "authorization"}
@@ -41,6 +41,12 @@ def test_every_answer_says_whose_pages_may_read_it(tmp_path: Path, origin: str) 
             assert headers["access-control-expose-headers"] == "*"
         found, headers, _ = ask(here, "/v1/chat/completions", body, origin=PAGE, authorization="Bearer no")
         assert (found, headers["access-control-allow-origin"]) == (401, origin)
+        for sent, status in ((b"no colon\r\n\r\n", 400), (b"x: " + b"a" * 70_000, 431)):
+            with closing(Talk(here)) as talk:
+                talk.socket.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n" + sent)
+                found, headers, _ = talk.answer()
+            assert (found, headers["access-control-allow-origin"], "date" in headers) == (status, origin, True)
+            assert headers["access-control-expose-headers"] == "*"
 
 
 def test_a_preflight_is_answered_without_a_token(tmp_path: Path, origin: str) -> None:

@@ -155,11 +155,12 @@ class ServiceProtocol(Ending, HttpToolsProtocol):
         """Where there is no request, nobody else can: the same body and the same headers as any refusal."""
         request_id = new_request_id()
         body = self.edge.refuse_unread(refusal, request_id)
+        status = f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\n"
         head = (
-            f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\nx-request-id: {request_id}\r\n"
+            "connection: close\r\n\r\n"
         )
-        self.transport.write(head.encode() + body)
+        self.transport.write(status.encode() + self.fixed_head() + head.encode() + body)
         self.close()
 
     def shutdown(self) -> None:
