@@ -287,7 +287,8 @@ def _most_prompt_tokens(generation: Generation, window: int | None) -> int:
 
 
 def _most_chat_tokens(generation: Generation) -> int:
-    said = filter(None, (*(generation.messages or ()), *generation.tools, generation.schema))
+    others = (generation.schema, generation.template_kwargs)
+    said = filter(None, (*(generation.messages or ()), *generation.tools, *others))
     most = sum(len(dumped(each)) + _PER_MESSAGE for each in said) + _PER_MESSAGE
     return most + _OF_TOOLS if generation.tools else most
 
