@@ -171,6 +171,21 @@ def test_an_attempt_is_given_back_also_where_its_key_was_taken_over_unheard(
     until(lambda: is_idle(slow) and statuses(slow) == ["refunded", "settled"], 2)
 
 
+def test_a_retry_is_answered_also_where_what_ended_before_is_not_in_the_database_yet(
+    slow: InProcess, begin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is in the database, and this process's own: it knows that nobody else will answer under it."""
+    leave(slow, begin, "k1")
+
+    async def behind(**_: Any) -> None:
+        raise StoreAway("the process that writes to the database ended")
+
+    with monkeypatch.context() as late:
+        late.setattr(slow.service.admission.books.writer, "caught_up", behind)
+        assert begin(slow, "k1").rest().count(b"w39 ") == 1
+    until(lambda: is_idle(slow) and statuses(slow) == ["refunded", "settled"], 2)
+
+
 def test_a_retry_while_the_database_is_away_is_billed_instead_of_the_first_and_answered_once(
     slow: InProcess, begin: Any, in_process: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,7 +177,7 @@ class Admission:
                     raise _conflict()
                 if before.answer is not None:
                     return unpacked(key, before.request_id, before.answer, before.answered_us or 0)
-                is_elsewhere, taken = True, None
+                is_elsewhere, taken = before.journal != self.ledger.instance, None
                 await self.books.writer.caught_up()
                 taken = await self.books.write(partial(_take_over, account=account, key=key, claimed=claimed))
             except StoreAway:
