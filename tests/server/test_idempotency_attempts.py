@@ -263,6 +263,35 @@ def test_who_waits_for_an_answer_of_another_process_is_refused_where_nobody_is_s
     assert len(service.engine.seen) == 1
 
 
+def test_an_answer_that_another_process_gives_is_waited_for_until_nobody_here_is_left_to_read_it(
+    slow: InProcess, begin: Any
+) -> None:
+    run_elsewhere(slow, begin)
+    first = begin(slow, "k1")
+    until(lambda: slow.service.num_requests == 1, 2)
+    joined = begin(slow, "k1")
+    time.sleep(0.3)
+    first.close()
+    time.sleep(0.5)
+    assert slow.service.num_requests == 1  # for the other
+    joined.close()
+    until(lambda: slow.service.num_requests == 0, 2)
+    assert key_of(slow).request == "id-elsewhere"
+
+
+def test_a_drain_does_not_wait_for_an_answer_that_another_process_gives(slow: InProcess, begin: Any) -> None:
+    run_elsewhere(slow, begin)
+    waiting = [begin(slow, "k1") for _ in range(2)]
+    until(lambda: slow.service.num_requests == 1, 2)
+    time.sleep(0.3)
+    assert slow.loop is not None
+    asyncio.run_coroutine_threadsafe(slow.service.drain(), slow.loop).result(2)  # of 5 s that it would wait
+    for each in waiting:
+        said = each.rest()
+        assert said.startswith(b"HTTP/1.1 503")
+        assert b"shutting_down" in said
+
+
 def test_a_key_that_is_claimed_when_nobody_waits_for_it_any_more_is_free(slow: InProcess, begin: Any) -> None:
     def known(db: Connection) -> accounts.Caller:
         return accounts.Caller(accounts.find(db, "default"), tokens.find(db, tokens.mint(db, "t", "default").id))

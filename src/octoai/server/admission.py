@@ -79,8 +79,10 @@ class Admission:
         request_id: str,
         key: Key | None,
         usage: Callable[[], Usage],
+        wait_on: Callable[[Recording], None],
     ) -> Admitted | Recording:
-        """Raises OutOfCredit, RateLimited, KeyConflict, BadRequest or Unavailable, with nothing held."""
+        """Raises OutOfCredit, RateLimited, KeyConflict, BadRequest, Unavailable, or what `wait_on` does, with nothing
+        held."""
         self.ledger.check()
         tab = Tab(
             ledger=self.ledger,
@@ -96,7 +98,7 @@ class Admission:
         recording = None
         try:
             if key is not None:
-                recording, is_ours = await self._claimed(caller, key, tab)
+                recording, is_ours = await self._claimed(caller, key, tab, wait_on)
                 if not is_ours:
                     return recording
             request, standings = await self._reserved(caller, request, deployment, tab)
@@ -133,7 +135,9 @@ class Admission:
         """The price of the model that was asked for; of the one that answers, where that one has none."""
         return self._prices(named.id, now_us()) or self._prices(served.id, now_us()) or Price()
 
-    async def _claimed(self, caller: Caller, key: Key, tab: Tab) -> tuple[Recording, bool]:
+    async def _claimed(
+        self, caller: Caller, key: Key, tab: Tab, wait_on: Callable[[Recording], None]
+    ) -> tuple[Recording, bool]:
         """A new recording for this request to fill, and True; or one of the same request, to be read."""
         account = caller.account.id
         known = self._recordings.find(account, key)
@@ -144,7 +148,7 @@ class Admission:
             recording = Recording(key, tab.request_id, keep_seconds=self._keep_seconds)
             self._recordings.begin(account, recording)
             try:
-                stored = await self._claim(account, key, tab)
+                stored = await self._claim(account, key, tab, partial(wait_on, recording))
             except BaseException as error:
                 self.ended(caller, recording, error)
                 raise
@@ -157,9 +161,9 @@ class Admission:
         known.join()
         return known, False
 
-    async def _claim(self, account: str, key: Key, tab: Tab) -> Recording | None:
+    async def _claim(self, account: str, key: Key, tab: Tab, wait_on: Callable[[], None]) -> Recording | None:
         """None when the key is this request's; otherwise the answer that stands under it, waited for where another
-        process is giving it."""
+        process is giving it, until `wait_on` raises something."""
         if self.ledger.journal is None:
             return None  # no request has a row, and no answer is kept
         tab.key = (key.value, key.body_hash.hex())  # at once: what is given up here may come to be claimed
@@ -189,6 +193,7 @@ class Admission:
                 return None
             if time.monotonic() > until:
                 raise Unavailable("The same request is still running.", retry_after=5, code="still_running")
+            wait_on()
             await asyncio.sleep(POLL_SECONDS)
 
     async def _reserved(
@@ -205,9 +210,7 @@ class Admission:
             at_us=now_us(),
             nanos=sum(_most_nanos(tab.price, generation, prompt, window) for generation, prompt in each),
             prompt_tokens=sum(most for _, (most, _) in each),
-            completion_tokens=sum(
-                _most_completion_tokens(generation, least, window) for generation, (_, least) in each
-            ),
+            completion_tokens=sum(_most_completion_tokens(one, least, window) for one, (_, least) in each),
             lease_us=now_us() + LEASE_US,
         )
         return request, await self.ledger.reserve(tab, wanted)

@@ -55,9 +55,8 @@ class Generating:
         if incoming.is_given_id:
             incoming.request_id = await service.unique_id(incoming.request_id)
         key = head.header(b"idempotency-key")
-        job = await service.admit(
-            caller, request, incoming.request_id, None if key is None else Key.of(key, head.path, body)
-        )
+        given = None if key is None else Key.of(key, head.path, body)
+        job = await service.admit(caller, request, incoming.request_id, given, incoming.check_left)
         if isinstance(job, Recording):
             await _replay(job, incoming, service)
             return

@@ -122,6 +122,11 @@ class Incoming:
         finally:
             self._body = b""  # its connection keeps this request until the next one
 
+    def check_left(self) -> None:
+        """Raises ClientLeft where its client has."""
+        if self.disconnected:
+            raise ClientLeft
+
     async def _rest_of_body(self, max_bytes: int, seconds: float) -> None:
         account, num_held = "" if self.caller is None else self.caller.account.id, 0
         try:
@@ -130,8 +135,7 @@ class Incoming:
                 self._connection.transport.write(_CONTINUE)
             async with asyncio.timeout(seconds):
                 while self.more_body:
-                    if self.disconnected:
-                        raise ClientLeft
+                    self.check_left()
                     if len(self._body) > max_bytes:
                         raise TooLarge(max_bytes)
                     num_held = self._hold(account, num_held)

@@ -97,9 +97,15 @@ class Service:
         return await self.admission.unique(given)
 
     async def admit(
-        self, caller: Caller, request: TextRequest, request_id: str, key: Key | None = None
+        self,
+        caller: Caller,
+        request: TextRequest,
+        request_id: str,
+        key: Key | None = None,
+        check_left: Callable[[], None] = lambda: None,
     ) -> Job | Recording:
-        """Everything that can refuse before an engine is asked. A recording is the answer where the key has one."""
+        """Everything that can refuse before an engine is asked. A recording is the answer where the key has one.
+        `check_left` raises something once the client has left."""
         self.require(caller, "inference")
         deployment = self.find(caller, request.model)
         if self.is_draining:
@@ -110,11 +116,18 @@ class Service:
                 raise NotHonoured(name, deployment.model.id, self.router.named(request.model).id)
         if not deployment.engine.is_ready:
             raise Unavailable("The engine is not ready.", retry_after=2, code="engine_not_ready")
+
+        def wait_on(recording: Recording) -> None:  # for another process: neither in an end, nor for nobody
+            if self.is_draining:
+                raise self.shutting_down
+            if recording.num_readers == 1:
+                check_left()
+
         meter, model = Meter(), self.router.named(request.model)
         self._num_coming += 1
         try:
             admitted = await self.admission.admit(
-                caller, request, deployment, model, request_id, key, lambda: meter.usage
+                caller, request, deployment, model, request_id, key, lambda: meter.usage, wait_on
             )
         finally:
             self._num_coming -= 1
