@@ -222,6 +222,34 @@ def test_who_could_not_be_admitted_before_the_end_is_told_so(
     closing.join(30)
 
 
+def test_whatever_waits_for_the_database_at_the_end_is_told_so(
+    waiting: tuple[InProcess, Talk, sqlite3.Connection], talk: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    service, _, _ = waiting
+    client = talk(service)
+    client.send("/v1/admin/accounts", {"id": "acme", "plan": "free"})
+    time.sleep(0.3)
+    asyncio.run_coroutine_threadsafe(service.service.drain(0.1), service.loop).result(2)  # type: ignore[arg-type]
+    closing = threading.Thread(target=service.close)
+    closing.start()
+    status, headers, body = client.answer()
+    assert (status, json.loads(body)["code"]) == (503, "shutting_down")
+    assert int(headers["retry-after"]) >= 1
+    closing.join(30)
+    assert [each.getMessage() for each in caplog.records if each.exc_info] == []
+
+
+def test_in_a_drain_the_database_is_not_asked_for_what_a_refusal_says(in_process: Start) -> None:
+    """What is refused at the very end is said at once, or not at all."""
+    service = in_process(ScriptedEngine())
+    service.token = service.mint("limited", limits={"requests_per_minute": 5}).text
+    ask(service, "/v1/models")
+    asyncio.run_coroutine_threadsafe(service.service.drain(), service.loop).result(2)  # type: ignore[arg-type]
+    service.service.admission.books.reader.close()
+    status, headers, _ = ask(service, "/v1/chat/completions", request(service))
+    assert (status, "x-ratelimit-limit-requests" in headers) == (503, False)
+
+
 def test_an_engine_that_is_away_is_said_by_readiness_and_by_503(in_process: Start) -> None:
     service = in_process(ScriptedEngine())
     paths = ("/health/ready", "/health")  # the second is where vLLM and llama-server are asked

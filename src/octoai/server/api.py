@@ -76,8 +76,9 @@ async def _replay(recording: Recording, incoming: Incoming, service: Service) ->
 
 
 async def limit_headers(service: Service, caller: Caller | None) -> Headers:
-    """How a caller stands with its limits now, where it has any and the database can tell at once."""
-    if caller is None or not caller.is_limited:
+    """How a caller stands with its limits now, where it has any and the database can tell at once. In a drain it is not
+    asked: what we refuse at our end must be said before the loop is over."""
+    if caller is None or not caller.is_limited or service.is_draining:
         return ()
     try:
         async with asyncio.timeout(ASK_SECONDS):

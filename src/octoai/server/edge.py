@@ -111,6 +111,8 @@ class Edge:
             pass
         except HTTPException as error:
             await self._refuse(_refusal_of_routes(error, scope), answer, scope)
+        except asyncio.CancelledError:  # as above; uvicorn, which has cancelled it, would log it if it went on
+            await self._refuse(self.service.shutting_down, answer, scope)
         except Exception as error:  # noqa: BLE001  # as above
             await self._refuse(self._refusal_of(error, request_id), answer, scope)
         finally:
