@@ -338,24 +338,29 @@ def apply(db: Connection, *records: dict[str, Any]) -> None:
         requests.apply(db, list(records), now_us())
 
 
-def test_what_began_while_the_database_was_away_takes_no_key_from_a_request_that_runs(place: Place) -> None:
+def test_what_began_while_the_database_was_away_takes_no_key_from_a_request_that_runs_until_it_is_answered(
+    place: Place,
+) -> None:
     with closing(connect(place)) as db:
         with db.transaction():
             accounts.ensure_default(db)
         runs, late = (settlement(number) | {"key": "k1", "key_body": "ab"} for number in (1, 2))
         late |= {"journal": "elsewhere", "opened_us": runs["opened_us"] + 1}
-        late["answer"] = base64.b64encode(b"late").decode()
         apply(db, runs | {"kind": "intent"})
-        apply(db, late)
+        apply(db, late | {"kind": "intent"})
         row = keys.find(db, "default", "k1")
         assert row is not None
         assert (row.request, row.answer, row.num_attempts) == (runs["id"], None, 1)
-        apply(db, runs | {"answer": base64.b64encode(b"first").decode()})
-        kept = keys.find(db, "default", "k1")
-        assert kept is not None
-        assert kept.answer == b"first"
-        found = [requests.of_id(db, each["id"]) for each in (runs, late)]
-        assert [each.status for each in found if each] == ["settled", "settled"]
+        for _ in range(2):  # whatever is read again
+            apply(db, late | {"answer": base64.b64encode(b"late").decode()})
+            apply(db, runs | {"answer": base64.b64encode(b"first").decode()})
+            kept = keys.find(db, "default", "k1")
+            assert kept is not None
+            assert (kept.request, kept.answer) == (late["id"], b"late")
+            found = [requests.of_id(db, each["id"]) for each in (runs, late)]
+            assert [each.status for each in found if each] == ["refunded", "settled"]
+            assert balance_nanos(db, "default") == -COST
+        verify(db)
 
 
 def test_what_was_answered_a_second_time_while_the_database_was_away_is_billed_once(place: Place) -> None:
@@ -372,12 +377,62 @@ def test_what_was_answered_a_second_time_while_the_database_was_away_is_billed_o
             for record in (first, late, other, left):
                 apply(db, record)
             found = [requests.of_id(db, each["id"]) for each in (first, late, other, left)]
-            assert [each.status for each in found if each] == ["settled", "refunded", "settled", "settled"]
+            assert [each.status for each in found if each] == ["settled", "refunded", "settled", "refunded"]
             row = keys.find(db, "default", "k1")
             assert row is not None
             assert row.request == first["id"]
-        assert balance_nanos(db, "default") == -3 * COST
+        assert balance_nanos(db, "default") == -2 * COST
         verify(db)
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_what_was_answered_twice_is_billed_once_also_where_the_second_is_heard_of_first(
+    place: Place, is_answered: bool
+) -> None:
+    answer = base64.b64encode(b"the answer").decode()
+    first, second, *left = (settlement(number) | {"key": "k1", "key_body": "ab"} for number in range(1, 8))
+    first |= {"answer": answer if is_answered else None}
+    second |= {"journal": "elsewhere", "opened_us": first["opened_us"] + 1, "answer": answer}
+    with closing(connect(place)) as db:
+        with db.transaction():
+            accounts.ensure_default(db)
+        for _ in range(2):  # whatever is read again
+            apply(db, second)
+            apply(db, first | {"kind": "intent", "answer": None})
+            apply(db, first)
+            found = [requests.of_id(db, each["id"]) for each in (first, second)]
+            assert [each.status for each in found if each] == ["refunded", "settled"]
+            assert balance_nanos(db, "default") == -COST
+        for each in left:  # without an answer: not any number of times
+            apply(db, each)
+        num_given_back = keys.MAX_REFUNDS - (not is_answered)
+        assert balance_nanos(db, "default") == -COST * (1 + len(left) - num_given_back)
+        verify(db)
+
+
+def test_a_request_that_was_given_back_when_its_key_was_taken_over_does_not_take_it_back_with_its_answer(
+    place: Place,
+) -> None:
+    with closing(connect(place)) as db:
+        with db.transaction():
+            accounts.ensure_default(db)
+        began, body = now_us() - 70_000_000, bytes.fromhex("ab")
+        first, taker = (settlement(number) | {"key": "k1", "key_body": "ab"} for number in (1, 2))
+        first |= {"opened_us": began, "lease_us": began + 60_000_000}
+        apply(db, first | {"kind": "intent"})
+        apply(db, first | {"kind": "checkpoint", "key": None, "completion_tokens": 8})
+        claimed = KeyRow(body, taker["id"], "req_2", "elsewhere", now_us())
+        with db.transaction():
+            assert admission._take_over(db, "default", Key("k1", body), claimed) is not None
+        apply(db, taker | {"kind": "intent"})
+        apply(db, first | {"answer": base64.b64encode(b"late").decode()})
+        apply(db, taker)
+        row = keys.find(db, "default", "k1")
+        assert row is not None
+        assert (row.request, row.answer) == (taker["id"], None)
+        found = [requests.of_id(db, each["id"]) for each in (first, taker)]
+        assert [each.status for each in found if each] == ["refunded", "settled"]
+        assert balance_nanos(db, "default") == -COST
 
 
 def test_a_request_does_not_take_its_key_back_from_the_one_that_took_it_over(place: Place) -> None:

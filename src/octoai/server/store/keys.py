@@ -114,8 +114,8 @@ def note(db: Connection, record: dict[str, Any]) -> str | None:
     given back for it, if anybody's; that is not told again.
 
     The key is the request's already where the database was there when it came. Where it was away the key is claimed
-    now, also from an earlier request, which had ended without an answer when this one began. Where that has one, as
-    this has, its charge is the one that stays."""
+    now, also from another that has no answer. Of those that several processes answered under it, in whatever order we
+    hear of them, the first that we hear of is the one that is billed."""
     account, key, request = record["account"], record["key"], record["id"]
     claimed = KeyRow(
         *(bytes.fromhex(record["key_body"]), request, record["request_id"]),
@@ -123,9 +123,9 @@ def note(db: Connection, record: dict[str, Any]) -> str | None:
     )
     standing = claim(db, account, key, claimed)
     if standing is not None and standing.request != request:
-        if record.get("answer") is not None and standing.answer is not None and _is_earlier(standing, claimed):
-            return claimed.request
-        standing = _claimed_late(db, account, key, standing, claimed)
+        if standing.answer is not None:
+            return request if _is_given_back(db, standing, record) else None
+        standing = _claimed_late(db, account, key, standing, claimed, record.get("answer") is not None)
     if record.get("answer") is not None:
         keep(db, account, key, request, base64.b64decode(record["answer"]), record["settled_us"])
     if standing is None or standing.request != request or standing.replaces is None:
@@ -134,22 +134,38 @@ def note(db: Connection, record: dict[str, Any]) -> str | None:
     return standing.refunds
 
 
-def _claimed_late(db: Connection, account: str, key: str, standing: KeyRow, claimed: KeyRow) -> KeyRow | None:
+def _claimed_late(
+    db: Connection, account: str, key: str, standing: KeyRow, claimed: KeyRow, is_answered: bool
+) -> KeyRow | None:
     """What stands under the key when a request that began while the database was away has been given it, if the one
-    before was the same and had ended without an answer."""
-    is_successor = standing.replaces == claimed.request
-    if is_successor or standing.answer is not None or not _is_earlier(standing, claimed):
+    that has it is the same and has no answer: that had ended before, or this one has been answered, and billed."""
+    if standing.replaces == claimed.request or standing.body_hash != claimed.body_hash:
         return standing
-    row = db.row("SELECT status FROM requests WHERE id = ?", (standing.request,))
-    if row == ("open",):
+    status = _status(db, standing.request)
+    has_ended_before = status != "open" and standing.claimed_us < claimed.claimed_us
+    if not has_ended_before and not (is_answered and _status(db, claimed.request) == "settled"):
         return standing
-    claim_again(db, account, key, standing, claimed, standing.replaces if row is None else standing.request)
+    claim_again(db, account, key, standing, claimed, standing.replaces if status is None else standing.request)
     return find(db, account, key)
 
 
-def _is_earlier(standing: KeyRow, claimed: KeyRow) -> bool:
-    """Whether it is the same request, made before."""
-    return standing.body_hash == claimed.body_hash and standing.claimed_us < claimed.claimed_us
+def _is_given_back(db: Connection, standing: KeyRow, record: dict[str, Any]) -> bool:
+    """Whether a request ends whose key has the answer of another that was the same. One without an answer counts as an
+    attempt, once: it may have been left with all but its last word."""
+    if record["kind"] != "settlement" or standing.body_hash.hex() != record["key_body"]:
+        return False
+    if record.get("answer") is not None:
+        return True
+    if _status(db, record["id"]) != "settled" or standing.num_attempts > MAX_REFUNDS:
+        return False
+    counted = "UPDATE keys SET num_attempts = num_attempts + 1 WHERE account = ? AND key = ?"
+    db.execute(counted, (record["account"], record["key"]))
+    return True
+
+
+def _status(db: Connection, request: str) -> str | None:
+    row = db.row("SELECT status FROM requests WHERE id = ?", (request,))
+    return None if row is None else str(row[0])
 
 
 def keep(db: Connection, account: str, key: str, request: str, answer: bytes, answered_us: int | None = None) -> None:
