@@ -337,6 +337,26 @@ def test_an_end_waits_once_for_a_database_that_is_away(tmp_path: Path) -> None:
     assert balance(place) == -101 * COST
 
 
+def test_an_end_lets_a_database_that_is_behind_take_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, num_records = Place(tmp_path), 30_000
+
+    async def main() -> None:
+        books = Books(place, opened(place), is_beside=True)
+        books.start()
+        await books._journal.append(settlement(num_records), soon=True)  # type: ignore[union-attr]
+        await books.writer.caught_up(seconds=20)
+        monkeypatch.setattr(books.writer, "caught_up", partial(books.writer.caught_up, seconds=0.5))  # not 5
+        for number in range(num_records):
+            books._journal.append(settlement(number), soon=None)  # type: ignore[union-attr]
+        await books.close()
+
+    run(main())
+    with closing(connect(place)) as db:
+        assert db.row("SELECT COUNT(*) FROM requests") == (num_records + 1,)
+
+
 @pytest.mark.parametrize("is_settled", [True, False])
 def test_what_a_backup_lacks_is_charged_though_it_lacks_the_credit_too(tmp_path: Path, is_settled: bool) -> None:
     place, credit, most = Place(tmp_path), 1_000_000, 100_000

@@ -82,15 +82,17 @@ class Books:
 
     async def close(self) -> None:
         """What is in the journal goes into the database first, if that is there."""
-        is_given_up = True
+        is_given_up, applied = True, self.writer.applied
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
         if self._journal is not None:
             await asyncio.to_thread(self._journal.stop)
             is_given_up = await self._give_up(self._journal)
-        # A database that is away has been waited for: the next start has to bring the rest in anyway.
-        await asyncio.to_thread(self.writer.close, END_SECONDS if is_given_up else 0.0)
+        # A database that is away has been waited for: the next start has to bring the rest in anyway. One that is
+        # behind takes it meanwhile.
+        is_behind = self.writer.away_seconds is None and self.writer.applied > applied
+        await asyncio.to_thread(self.writer.close, END_SECONDS if is_given_up or is_behind else 0.0)
         self.reader.close()
         self._reports.close()
 
