@@ -42,6 +42,14 @@ async def appended(journal: Journal, numbers: range) -> Position:
     return position
 
 
+def limited(place: Place, **limits: int) -> accounts.Caller:
+    with closing(connect(place)) as db, db.transaction():
+        account = accounts.create(db, "acme", plan="unlimited", limits=limits)
+        token = tokens.find(db, tokens.mint(db, "t", "acme").id)
+    assert token is not None
+    return accounts.Caller(account, token)
+
+
 def test_what_is_durable_comes_into_the_database_by_itself_and_who_waits_is_told(place: Place) -> None:
     async def main() -> None:
         async with kept(place) as (books, journal):
@@ -113,9 +121,7 @@ def test_while_there_is_none_limits_are_the_databases_to_tell_until_it_begins_to
 
     async def main() -> None:
         async with kept(place) as (books, journal):
-            with closing(connect(place)) as db, db.transaction():
-                account = accounts.create(db, "acme", plan="unlimited", limits={"requests_per_minute": 1})
-                caller = accounts.Caller(account, tokens.find(db, tokens.mint(db, "t", "acme").id))
+            caller = limited(place, requests_per_minute=1)
             ledger = Ledger(journal, books.writer)
 
             async def reserve(id_: str) -> Standings | None:
@@ -133,6 +139,30 @@ def test_while_there_is_none_limits_are_the_databases_to_tell_until_it_begins_to
                 with pytest.raises(RateLimited):
                     await reserve("2")
             assert books.writer.away_seconds is not None
+
+    run(main())
+
+
+def test_while_there_is_none_a_settlement_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(applier_module, "RESTART_SECONDS", 2.0)
+    place, now = Place(tmp_path), time.time_ns() // 1000
+
+    async def main() -> None:
+        async with kept(place) as (books, journal):
+            caller = limited(place, requests_per_minute=10)
+            ledger = Ledger(journal, books.writer)
+            tabs = [Tab(ledger, id_, id_, caller, "m", "m", Price(), Usage) for id_ in ("1", "2")]
+            for tab in tabs:
+                held = Reservation(tab.id, "acme", caller.token.id, now, 0, 0, 0, now + 60_000_000)
+                assert await ledger.reserve(tab, held) is not None
+                tab.open()
+            await tabs[0].settle("finished")
+            with closing(connect(place)) as db:  # else it is: the next request finds what this one no longer holds
+                assert db.rows("SELECT id FROM reservations WHERE is_open = 1") == [("2",)]
+            process_of(books).kill()
+            await until(lambda: books.writer.away_seconds is not None)
+            async with asyncio.timeout(1):
+                await tabs[1].settle("finished")
 
     run(main())
 

@@ -311,6 +311,19 @@ def test_what_is_held_without_an_answer_of_the_database_is_given_back_by_who_is_
     until(lambda: client.held() == (0, 0), 2)
 
 
+def test_while_the_database_hangs_a_request_waits_for_it_only_once(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "LIMIT_SECONDS", 0.1)
+    monkeypatch.setattr(ledger, "LIMIT_SECONDS", 3.0)
+    client = Client(in_process(ScriptedEngine()), limits={"requests_per_minute": 10})
+    assert client.ask()[0] == 200
+    with away(client.service):
+        began = time.monotonic()
+        assert client.ask()[0] == 200
+        assert time.monotonic() - began < 2
+
+
 def test_what_was_used_while_the_database_is_away_is_gone(caller: Caller) -> None:
     remaining, wanted = Remaining(), reservation(caller)
     remaining.heard(caller, left(caller, 2 * ONE))

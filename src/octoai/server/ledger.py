@@ -106,7 +106,7 @@ class Tab:
         """What it came to in the end. Only the first call counts; safe to cancel.
 
         When this returns the request is on disk, as it was opened at least; no kill of this process loses how it was
-        settled, and a few milliseconds later no power cut does. Of a limited request the database knows.
+        settled, and a few milliseconds later no power cut does. Of a limited request the database knows, if it can.
         """
         is_written, settled = self._is_written, self._settled
         if settled is None:
@@ -115,7 +115,8 @@ class Tab:
             record |= {**_counts(usage), "outcome": outcome, "settled_us": settled_us, "answer": answer}
             if (held := self.reservation) is not None:
                 self.ledger.holding.remaining.release(held, self.price.charge(usage))
-            is_waited_for = held is not None and not (self.is_unheard and self.ledger.writer.away_seconds is not None)
+            # In vain while it cannot come in, and for nobody where the database knows nothing of it.
+            is_waited_for = held is not None and not self.is_unheard and self.ledger.writer.away_seconds is None
             self._settled = settled = self.ledger.settle(record, is_reserved=is_waited_for, is_first=not is_written)
         if isinstance(settled, asyncio.Task):
             await asyncio.shield(settled)
