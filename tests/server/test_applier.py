@@ -112,11 +112,12 @@ def test_while_there_is_none_the_database_counts_as_away(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("is_long", [False, True])
-def test_while_there_is_none_limits_are_the_databases_to_tell_until_it_begins_to_forget(
+def test_while_there_is_none_limits_are_the_databases_to_tell_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_long: bool
 ) -> None:
     monkeypatch.setattr(applier_module, "RESTART_SECONDS", 3.0)
-    monkeypatch.setattr(holding, "BEHIND_SECONDS", 0.0 if is_long else 30.0)
+    if is_long:
+        monkeypatch.setattr(holding, "BEHIND_SECONDS", 0.0)
     place, now = Place(tmp_path), time.time_ns() // 1000
 
     async def main() -> None:
@@ -138,6 +139,38 @@ def test_while_there_is_none_limits_are_the_databases_to_tell_until_it_begins_to
             else:
                 with pytest.raises(RateLimited):
                     await reserve("2")
+            assert books.writer.away_seconds is not None
+
+    run(main())
+
+
+def test_while_there_is_none_for_long_what_has_ended_keeps_no_place_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(applier_module, "RESTART_SECONDS", 5.0)
+    place = Place(tmp_path)
+
+    async def main() -> None:
+        async with kept(place) as (books, journal):
+            caller = limited(place, concurrent_requests=1)
+            ledger = Ledger(journal, books.writer)
+
+            async def ask(id_: str) -> None:
+                now = time.time_ns() // 1000
+                tab = Tab(ledger, id_, id_, caller, "m", "m", Price(), Usage)
+                await ledger.reserve(tab, Reservation(id_, "acme", caller.token.id, now, 0, 0, 0, now + 60_000_000))
+                tab.open()
+                await tab.settle("finished")
+
+            await ask("1")
+            process_of(books).kill()
+            await until(lambda: books.writer.away_seconds is not None)
+            await ask("2")
+            with pytest.raises(RateLimited):
+                await ask("3")
+            await asyncio.sleep(3.5)
+            await ask("4")
+            await ask("5")
             assert books.writer.away_seconds is not None
 
     run(main())

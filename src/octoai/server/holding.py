@@ -20,9 +20,9 @@ from octoai.server.store.writer import Writer
 log = logging.getLogger("octoai.ledger")
 
 LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a limit
-# While the journal is not brought in, leases are not renewed and charges not posted: half a lease later the database
-# begins to promise to others what is held, or was used.
-BEHIND_SECONDS = 30.0
+# While the journal is not brought in, what has ended keeps its place and its money in the database, which refuses others
+# for it. An applier that merely died is back within one.
+BEHIND_SECONDS = 3.0
 
 
 def _now_us() -> int:
