@@ -31,7 +31,7 @@ from octoai.server.store.entries import Entry, balance_nanos, post
 from octoai.server.store.keys import KeyRow
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.usage import Filters
-from tests.server.settling import COST, balance, num_steps, process_of, run, settlement, until
+from tests.server.settling import COST, balance, kept, num_steps, process_of, run, settlement, until
 
 SEGMENT_BYTES = 64 * 1024
 
@@ -419,6 +419,20 @@ def test_an_end_in_order_leaves_no_key_to_a_request_that_never_ran(place: Place)
     run(main())
     with closing(connect(place)) as db:
         assert db.rows("SELECT key FROM keys") == [("k1",)]
+
+
+def test_what_is_kept_for_the_database_and_cannot_be_done_there_is_told(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with kept(place) as (books, _):
+            books.writer.later(lambda db: db.execute("INSERT INTO nothing VALUES (1)"), is_kept=True)
+            assert await books.writer.run(lambda db: 1) == 1  # and others are not held up
+
+    run(main())
+    (told,) = caplog.messages
+    assert "cannot be done" in told
+    assert "nothing" in told
 
 
 @pytest.mark.parametrize("is_dead", [True, False])

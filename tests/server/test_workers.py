@@ -20,7 +20,7 @@ import pytest
 from octoai.server import accounts, tokens
 from octoai.server.books import Books, open_journal
 from octoai.server.errors import OutOfCredit
-from octoai.server.limits import standings
+from octoai.server.limits import Standings, standings
 from octoai.server.remaining import Remaining
 from octoai.server.store import Connection, Place, connect, requests
 from octoai.server.store.reservations import Reservation
@@ -254,21 +254,54 @@ def test_requests_of_a_living_neighbour_are_not_taken_for_lost(tmp_path: Path) -
     run(main())
 
 
-def test_while_the_database_is_away_each_gives_out_its_part_of_what_is_left(tmp_path: Path) -> None:
-    place = Place(tmp_path)
-    with closing(connect(place)) as db, db.transaction():
+@pytest.fixture
+def limited(tmp_path: Path) -> tuple[accounts.Caller, Standings]:
+    """A caller who may spend seven times `ONE`, and how the database says that it stands."""
+    with closing(connect(Place(tmp_path))) as db, db.transaction():
         account = accounts.create(db, "acme", plan="unlimited", limits={"hard_budget_nanos": 7 * ONE})
-        minted = tokens.mint(db, "acme", "acme")
-        caller = accounts.Caller(account, tokens.find(db, minted.id))
-        held = standings(db, caller, 1)
+        token = tokens.find(db, tokens.mint(db, "acme", "acme").id)
+        assert token is not None
+        caller = accounts.Caller(account, token)
+        return caller, standings(db, caller, 1)
+
+
+def wanted(caller: accounts.Caller, id_: str) -> Reservation:
     now = {"at_us": 1, "lease_us": 2, "nanos": ONE, "prompt_tokens": 7, "completion_tokens": 20}
-    wanted = Reservation(id="1", account=account.id, token_id=minted.id, **now)
+    return Reservation(id=id_, account=caller.account.id, token_id=caller.token.id, **now)
+
+
+def test_while_the_database_is_away_each_gives_out_its_part_of_what_is_left(
+    limited: tuple[accounts.Caller, Standings],
+) -> None:
+    caller, held = limited
     passed = 0
     for _ in range(3):
         remaining = Remaining(num_processes=3)
         remaining.heard(caller, held)
         with suppress(OutOfCredit):
             while True:
-                remaining.hold(caller, wanted)
+                remaining.hold(caller, wanted(caller, "1"))
                 passed += 1
     assert passed == 6  # two each: no more than there are
+
+
+def test_what_was_not_used_is_there_again_also_where_the_database_was_told_of_it_and_has_not_answered(
+    limited: tuple[accounts.Caller, Standings],
+) -> None:
+    caller, held = limited
+    remaining = Remaining(num_processes=3)
+    remaining.heard(caller, held)
+    for number in range(20):
+        one = wanted(caller, str(number))
+        remaining.hold(caller, one)
+        assert remaining.told() == [one]
+        remaining.release(one)
+    both = [wanted(caller, id_) for id_ in ("a", "b")]
+    for each in both:
+        remaining.hold(caller, each)
+    assert len(remaining.told()) == 2
+    remaining.heard(caller, held)  # it has answered: of both it holds everybody's part
+    remaining.release(both[0], ONE)
+    with pytest.raises(OutOfCredit):
+        for number in range(2):
+            remaining.hold(caller, wanted(caller, f"c{number}"))

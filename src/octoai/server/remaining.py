@@ -16,18 +16,23 @@ class Remaining:
         self._num_processes = num_processes
         self._left: dict[str, int] = {}  # nano-dollars, by payer
         self._unheard: set[Reservation] = set()  # the database does not know of them
+        # By payer: what was taken from what is left here, and not from everybody's part, since that was last heard.
+        self._whole: dict[str, set[Reservation]] = {}
 
     def heard(self, caller: Caller, standings: Standings) -> None:
         """From the database: how things stand, all reservations that it knows of being held."""
         for payer, standing in ((caller.account.id, standings.account), (caller.token.id, standings.token)):
+            self._whole.pop(payer, None)
             if standing.left_nanos is None:
                 self._left.pop(payer, None)
-            else:
-                unheard = sum(each.nanos for each in self._unheard if payer in (each.account, each.token_id))
-                self._left[payer] = standing.left_nanos // self._num_processes - unheard
+                continue
+            self._left[payer] = standing.left_nanos // self._num_processes
+            for each in self._unheard:
+                if payer in (each.account, each.token_id):
+                    self._take(payer, each)
 
     def told(self) -> list[Reservation]:
-        """What the database does not know of, which it is told now: from here on it is as what that holds."""
+        """What the database does not know of, which it is told now: what is heard next is less for it."""
         unheard, self._unheard = list(self._unheard), set()
         return unheard
 
@@ -42,15 +47,20 @@ class Remaining:
             if self._left[payer] < wanted.nanos:
                 raise OutOfCredit("The database is away, and what was last known to be left does not cover this.")
         for payer in bounded:
-            self._left[payer] -= wanted.nanos
+            self._take(payer, wanted)
         self._unheard.add(wanted)
 
     def release(self, reservation: Reservation, charged_nanos: int = 0) -> None:
         """What a request that has ended, or never ran, did not come to. What the database held of it was held from
         everybody's part."""
-        is_unheard = reservation in self._unheard
         self._unheard.discard(reservation)
-        held = reservation.nanos if is_unheard else reservation.nanos // self._num_processes
         for payer in (reservation.account, reservation.token_id):
+            whole = self._whole.get(payer, set())
+            held = reservation.nanos if reservation in whole else reservation.nanos // self._num_processes
+            whole.discard(reservation)
             if payer in self._left:
                 self._left[payer] += held - charged_nanos
+
+    def _take(self, payer: str, wanted: Reservation) -> None:
+        self._left[payer] -= wanted.nanos
+        self._whole.setdefault(payer, set()).add(wanted)

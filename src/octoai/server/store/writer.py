@@ -102,7 +102,8 @@ class Writer:
 
     def later(self, action: Action, *, is_kept: bool = False) -> None:
         """Do something after all that was asked for before, without waiting; where it fails, it is let be. `is_kept`:
-        not where the database is away; it is done when that is back, if this process lives to see it."""
+        not where the database is away; it is done when that is back, if this process lives to see it. What it raises
+        then is in the log."""
         self._work.append(Work(action, is_durable=False, is_kept=is_kept))
         self._now()
 
@@ -201,6 +202,8 @@ class Writer:
             return False
         self._succeeded(payloads[-1][1] if payloads else None)
         for each, (result, raised) in zip(work, results, strict=True):
+            if each.is_kept and raised is not None:  # nobody waits for it
+                log.error("what was kept until the database is there cannot be done: %s", raised, exc_info=raised)
             resolve(each.done, result, raised)
         return bool(self._work or num_read)  # what was read may have ended with its segment
 
