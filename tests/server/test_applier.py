@@ -21,7 +21,7 @@ from octoai.server import accounts, holding, tokens
 from octoai.server.billing import Price
 from octoai.server.books import Books, journal_dir, recover
 from octoai.server.engines.base import Usage
-from octoai.server.errors import RateLimited
+from octoai.server.errors import OutOfCredit, RateLimited
 from octoai.server.journal import Journal, JournalGap, Position
 from octoai.server.ledger import Ledger, Tab
 from octoai.server.limits import Standings
@@ -196,6 +196,46 @@ def test_while_there_is_none_a_settlement_is_not_waited_for(tmp_path: Path, monk
             await until(lambda: books.writer.away_seconds is not None)
             async with asyncio.timeout(1):
                 await tabs[1].settle("finished")
+
+    run(main())
+
+
+def test_what_was_used_without_the_database_is_not_promised_again_before_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(applier_module, "RESTART_SECONDS", 1.0)
+    place = Place(tmp_path)
+
+    async def main() -> None:
+        async with kept(place) as (books, journal):
+            caller = limited(place, hard_budget_nanos=300)
+            ledger = Ledger(journal, books.writer)
+
+            async def begin(id_: str, nanos: int) -> tuple[Tab, bool]:
+                """And whether the database has answered."""
+                now = time.time_ns() // 1000
+                tab = Tab(ledger, id_, id_, caller, "m", "m", Price(1, 1, 1), lambda: Usage(nanos))
+                held = Reservation(id_, "acme", caller.token.id, now, nanos, 0, 0, now + 60_000_000)
+                return tab, await ledger.reserve(tab, held) is not None
+
+            first, is_answered = await begin("1", 1)
+            assert is_answered
+            await first.close("finished")
+            await books.writer.reached(await journal.append(settlement(1)))
+            process_of(books).kill()
+            await until(lambda: books.writer.away_seconds is not None)
+            with monkeypatch.context() as away:
+                away.setattr(holding, "BEHIND_SECONDS", 0.0)
+                tab, _ = await begin("2", 100)
+                tab.open()
+                await tab.settle("finished")
+            # It can be asked again, and has not got that yet.
+            tab, is_answered = await begin("3", 120)
+            assert not is_answered
+            assert books.writer.away_seconds is not None
+            with pytest.raises(OutOfCredit, match=r"0\.00000012 USD are held"):
+                await begin("4", 100)
+            assert (await begin("5", 80))[1]
 
     run(main())
 

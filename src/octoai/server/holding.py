@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from octoai.server.accounts import Caller
 from octoai.server.errors import OutOfCredit, Unavailable
+from octoai.server.journal import Position
 from octoai.server.limits import Standings, reserve
 from octoai.server.remaining import Remaining
 from octoai.server.store import reservations
@@ -20,8 +21,8 @@ from octoai.server.store.writer import Writer
 log = logging.getLogger("octoai.ledger")
 
 LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a limit
-# While the journal is not brought in, what has ended keeps its place and its money in the database, which refuses others
-# for it. An applier that merely died is back within one.
+# While the journal is not brought in, what has ended keeps its place and its money in the database, which refuses
+# others for it. An applier that merely died is back within one.
 BEHIND_SECONDS = 3.0
 
 
@@ -39,13 +40,15 @@ class Holding:
 
     async def reserve(self, caller: Caller, wanted: Reservation, refunds: str | None) -> Standings | None:
         """Hold what a request may need; what the one that it `refunds` was charged is there for it. Raises OutOfCredit,
-        RateLimited; None while the database is away, when money is counted from what remains and rates are not."""
+        RateLimited; None while the database is away, or does not know yet what was used meanwhile: then money is
+        counted from what remains and rates are not."""
         if not self._can_ask:
             self.remaining.hold(caller, wanted)
             return None
-        if unheard := self.remaining.told():
-            # First: what was let through while it was away is held there before it answers this one.
-            self._writer.later(lambda db: reservations.hold_unknown(db, unheard, _now_us()), is_kept=True)
+        used = self.remaining.uncharged(caller.account.id, self._writer.applied)
+        if used is not None and await self._is_held_here(caller, wanted, used):
+            return None
+        self._tell()  # first: what was let through while it was away is held there before it answers this one
         try:
             held = await self._writer.run(
                 # On disk or not: a reservation does not outlive what it is for.
@@ -61,6 +64,24 @@ class Holding:
             raise
         self.remaining.heard(caller, held)
         return held
+
+    async def _is_held_here(self, caller: Caller, wanted: Reservation, used: Position) -> bool:
+        """From what remains: the database would promise again what was used without it, until it has that. Where the
+        rest does not cover this one, that is waited for, and then it is the database's to say."""
+        try:
+            self.remaining.hold(caller, wanted)
+        except (OutOfCredit, Unavailable) as refusal:
+            try:
+                await self._writer.reached(used, seconds=LIMIT_SECONDS)
+            except StoreAway:
+                raise refusal from None
+            return False
+        self._tell()
+        return True
+
+    def _tell(self) -> None:
+        if unheard := self.remaining.told():
+            self._writer.later(lambda db: reservations.hold_unknown(db, unheard, _now_us()), is_kept=True)
 
     async def give_back(self, held: Reservation, *, is_heard: bool) -> None:
         """Of a request that never ran. `is_heard`: the database has said that it holds it."""

@@ -113,11 +113,12 @@ class Tab:
             self.ledger.closed(self)
             record, usage = self._record("settlement", settled_us := now_us()), self.usage()
             record |= {**_counts(usage), "outcome": outcome, "settled_us": settled_us, "answer": answer}
-            if (held := self.reservation) is not None:
-                self.ledger.holding.remaining.release(held, self.price.charge(usage))
+            held = self.reservation
             # In vain while it cannot come in, and for nobody where the database knows nothing of it.
             is_waited_for = held is not None and not self.is_unheard and self.ledger.writer.away_seconds is None
             self._settled = settled = self.ledger.settle(record, is_reserved=is_waited_for, is_first=not is_written)
+            if held is not None:
+                self.ledger.release(held, self.price.charge(usage), is_heard=not self.is_unheard)
         if isinstance(settled, asyncio.Task):
             await asyncio.shield(settled)
         elif is_written and self._opened is not None:
@@ -296,6 +297,11 @@ class Ledger:
         if written.done() and written.exception() is not None:
             return asyncio.ensure_future(self._recorded(record, written))
         return written
+
+    def release(self, held: Reservation, charged_nanos: int, *, is_heard: bool) -> None:
+        """Of a request whose settlement was written last."""
+        settled = START if is_heard or self.journal is None else self.journal.written
+        self.holding.remaining.release(held, charged_nanos, settled)
 
     def _sync_settled(self) -> None:
         self._sync_at = None

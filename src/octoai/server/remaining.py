@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from octoai.server.accounts import Caller
 from octoai.server.errors import OutOfCredit, Unavailable
+from octoai.server.journal import START, Position
 from octoai.server.limits import Standings
 from octoai.server.store.reservations import Reservation
 
@@ -18,6 +19,8 @@ class Remaining:
         self._unheard: set[Reservation] = set()  # the database does not know of them
         # By payer: what was taken from what is left here, and not from everybody's part, since that was last heard.
         self._whole: dict[str, set[Reservation]] = {}
+        # By account: where in the journal the last of what was used here without the database is.
+        self._used: dict[str, Position] = {}
 
     def heard(self, caller: Caller, standings: Standings) -> None:
         """From the database: how things stand, all reservations that it knows of being held."""
@@ -50,11 +53,23 @@ class Remaining:
             self._take(payer, wanted)
         self._unheard.add(wanted)
 
-    def release(self, reservation: Reservation, charged_nanos: int = 0) -> None:
-        """What a request that has ended, or never ran, did not come to. What the database held of it was held from
-        everybody's part."""
+    def uncharged(self, account: str, applied: Position) -> Position | None:
+        """Up to where the database, which has the journal to `applied`, has to have it to know all that this account
+        has used; None where it does."""
+        used = self._used.get(account)
+        if used is not None and used <= applied:
+            del self._used[account]
+            return None
+        return used
+
+    def release(self, reservation: Reservation, charged_nanos: int = 0, settled: Position = START) -> None:
+        """What a request that has ended, or never ran, did not come to; its settlement is in the journal at `settled`.
+        What the database held of it was held from everybody's part."""
+        payers = (reservation.account, reservation.token_id)
+        if charged_nanos and reservation in self._unheard and any(payer in self._left for payer in payers):
+            self._used[reservation.account] = settled
         self._unheard.discard(reservation)
-        for payer in (reservation.account, reservation.token_id):
+        for payer in payers:
             whole = self._whole.get(payer, set())
             held = reservation.nanos if reservation in whole else reservation.nanos // self._num_processes
             whole.discard(reservation)
