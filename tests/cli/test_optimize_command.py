@@ -137,6 +137,7 @@ def test_without_a_word_it_looks_for_two_minutes_and_loses_next_to_nothing() -> 
 
 _FINDS_NOTHING = """
 import sys
+from pathlib import Path
 from octoai.cli import main
 from octoai.optimizer import optimization
 from octoai.optimizer.outcome import Outcome
@@ -144,7 +145,8 @@ from octoai.optimizer.space import Candidate
 from octoai.optimizer.workload import Speed
 
 pairs = [(Speed(9, 9, 9), Speed(9, 9, 9))] * int(sys.argv[1])
-nothing = optimization.Optimized(Outcome(best=Candidate(), is_usable=True, pairs=pairs))
+best = Candidate().tuned(kernels=Path("kernels.so") if "kernels" in sys.argv else None)
+nothing = optimization.Optimized(Outcome(best=best, is_usable=True, pairs=pairs))
 optimization.optimize = lambda *_: nothing
 sys.exit(main(["optimize", "model.gguf"]))
 """
@@ -167,6 +169,21 @@ def test_where_nothing_better_is_found_that_is_said(
     ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == status
     assert ran.stderr.splitlines()[-1] == f"octoai: {said}"
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "best", "status"),
+    [(0, "kernels", idle.LATER), (1, "kernels", 0), (0, "no others", 0)],
+)
+def test_what_could_not_be_compared_is_searched_for_again_later(
+    tmp_path: Path, num_pairs: int, best: str, status: int
+) -> None:
+    """What has no kernels is no faster than what a service does without a profile."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    command = [sys.executable, "-c", _FINDS_NOTHING, str(num_pairs), best]
+    environ = {**os.environ, "OCTOAI_CHORE_OF": str(os.getpid())}
+    ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == status
 
 
 _FINDS = """

@@ -147,6 +147,21 @@ def test_where_a_search_began_is_kept_only_with_kernels_that_are_no_slower(
     assert (Profiles(tmp_path / "cache").find(source) is not None) == is_kept
 
 
+@pytest.mark.parametrize(("score", "is_kept"), [(1.5, True), (1.2, False), (1.0, False), (None, False)])
+def test_a_start_with_kernels_that_could_not_be_compared_at_the_end_is_kept_where_it_was_clearly_faster_at_first(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    starts: list[Candidate],
+    score: float | None,
+    is_kept: bool,
+) -> None:
+    trials = [Trial("start", starts[0], 1 / 8, Speed(100, 10, 10), score=score), Trial("chosen", starts[0], 1 / 4)]
+    finds(Outcome(starts[0], True, start=starts[0], trials=trials), monkeypatch)
+    found = optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=30))
+    assert (found.profile is not None) == is_kept
+
+
 NO_TIME, NO_COMPILER = kernels.NoKernelsNow("there was no time"), kernels.NoKernels("there is no g++")
 
 

@@ -314,6 +314,34 @@ def test_the_end_compares_the_best_with_the_defaults_in_turn() -> None:
     assert last == ["defaults", "chosen", "defaults", "chosen"]
 
 
+def test_a_trial_spoilt_at_the_end_costs_a_round_of_the_comparison_and_no_more() -> None:
+    undisturbed = Machine()
+    found(undisturbed)
+    for number in range(undisturbed.num_trials - 2 * MOST_ROUNDS + 1, undisturbed.num_trials + 1):
+        outcome = found(Machine(failing=frozenset({number})))
+        assert [trial.note for trial in outcome.trials].count("failed: not done in 9 s") == 1
+        assert len(outcome.pairs) == MOST_ROUNDS - 1
+
+
+def test_the_defaults_have_time_for_the_comparison_however_much_faster_the_best_is() -> None:
+    class Timed(Machine):
+        """A trial takes as long as it is slow."""
+
+        def speed(
+            self, candidate: Candidate, share: float, turn: int, max_seconds: float | None = None
+        ) -> tuple[Speed, int]:
+            seconds = 4000 * share / self.rate(candidate)
+            if max_seconds is not None and seconds > max_seconds:
+                self.now += max_seconds
+                raise TrialFailed("not done")
+            self.now += seconds
+            return Machine.speed(self, candidate, share, turn, max_seconds)
+
+    outcome = found(Timed(quicker=20.0), kernels=KERNELS, seconds=3000)
+    assert outcome.best.tuning.kernels == KERNELS
+    assert len(outcome.pairs) == MOST_ROUNDS
+
+
 def test_goals_weigh_what_they_are_named_for() -> None:
     quick, many = Speed(200, 20, 10), Speed(100, 10, 30)
     assert score(quick, many, "latency") > 1 > score(quick, many, "throughput")

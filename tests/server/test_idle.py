@@ -142,6 +142,19 @@ def test_what_cannot_be_done_now_is_tried_again_and_others_go_first(tmp_path: Pa
     assert followed == ["begun done "]
 
 
+def test_what_never_can_be_done_is_tried_less_and_less_often(tmp_path: Path) -> None:
+    tried = tmp_path / "tried"
+    program = f"import sys; open(sys.argv[1], 'a').write('.'); sys.exit({idle.LATER})"
+
+    async def main() -> None:
+        chores = [Chore([sys.executable, "-c", program, str(tried)], noting(tried, 0).then)]
+        async with idle.running(chores, lambda: False, quiet_seconds=0.0, retry_seconds=0.3):
+            await asyncio.sleep(6.0)
+
+    asyncio.run(main())
+    assert 1 < len(tried.read_text()) <= 5  # after 0.3, 0.6, 1.2 and 2.4 seconds
+
+
 def test_what_cannot_be_run_now_is_tried_again_and_keeps_nobody_from_running(tmp_path: Path) -> None:
     program, followed = tmp_path / "program", tmp_path / "followed"
 

@@ -123,6 +123,8 @@ def _told(result: Optimized, args: argparse.Namespace, *, is_chore: bool) -> int
 def _status(result: Optimized, *, is_chore: bool) -> int:
     """That of the command; says why nothing is stored, where that is so. A service that had us search knows by 0 that
     it was done."""
+    from octoai.server import idle
+
     outcome = result.outcome
     if result.profile is None:
         nothing = "nothing better was found than what a service does without a profile: nothing is stored"
@@ -135,6 +137,8 @@ def _status(result: Optimized, *, is_chore: bool) -> int:
         tell(nothing)
     if outcome.is_interrupted:
         return 130
+    if is_chore and result.profile is None and not outcome.pairs and outcome.best.tuning.kernels:
+        return idle.LATER  # it may be faster: another program spoilt the comparison
     return int(result.profile is None and not is_chore)
 
 

@@ -16,7 +16,7 @@ from octoai.optimizer import kernels
 from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed
 from octoai.optimizer.plot import plotted
 from octoai.optimizer.profile import OTHERS_CODE, Profile, Profiles, is_ours_alone, sha256, sha256_of_model
-from octoai.optimizer.search import Search
+from octoai.optimizer.search import CLEARLY_FASTER, Search
 from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guesses, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
 from octoai.optimizer.weights import UnusableWeights
@@ -173,12 +173,17 @@ def _stored(
 
 def _is_gain(outcome: Outcome, starts: Sequence[Candidate], wish: Wish) -> bool:
     """Whether it is better than what a service does without a profile: that is how a search starts, apart from kernels
-    for this CPU, where it can be run at all. What was no faster than another in any round is that only if it was
-    compared at the end."""
+    for this CPU, where it can be run at all. What was no faster than another in any round is that only if it was no
+    slower than the defaults at the end, or, where that could not be seen, clearly faster at the beginning."""
     best = outcome.best
     if (best not in starts and best != outcome.start) or not _could_start(outcome, starts, wish.bounds):
         return outcome.is_usable
-    return best.tuning.kernels is not None and bool(outcome.pairs) and outcome.gain(wish.goal) >= 1
+    if best.tuning.kernels is None:
+        return False
+    if outcome.pairs:
+        return outcome.gain(wish.goal) >= 1
+    first = (each for each in outcome.trials if each.stage == "start" and each.candidate == best)
+    return any(each.score is not None and each.score >= CLEARLY_FASTER for each in first)  # beside the defaults
 
 
 def _is_in_vain(outcome: Outcome, wish: Wish, missing: kernels.NoKernels | None) -> bool:

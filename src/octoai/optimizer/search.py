@@ -20,6 +20,7 @@ from octoai.optimizer.workload import Speed, Workload
 FIRST_SHARE = 1 / 8
 LARGEST_FIRST_SHARE = 1 / 4
 MOST_ROUNDS = 5  # of the comparison at the end
+CLEARLY_FASTER = 1.3  # in a first round alone, or a part of it
 _FOR_THE_END = 0.2  # of the budget
 _HOPEFUL = 0.75  # in a first round: a neighbour may have slowed it down, or the best so far not
 _DEFAULT_BOUNDS = Bounds()
@@ -29,7 +30,6 @@ _TRIAL = 0.01  # of the budget: what a first round may take for each, where the 
 _QUICK = 1 / 4  # of the budget: what took longer is not tried again
 _HOPELESS = 10
 _FASTER = 1.04  # less is noise
-_CLEARLY_FASTER = 1.3  # in a first round alone, or a part of it
 
 
 class _OutOfTime(Exception):
@@ -145,7 +145,7 @@ class Search:
             ranked = sorted((each for each in scores if scores[each] > _HOPEFUL), key=lambda each: -scores[each])
             self._round(second, title, best, ranked[: (len(scores) + 1) // 2], 2 * self._share)
         except _OutOfTime:
-            self._accept(self._scores(best, first), _CLEARLY_FASTER)
+            self._accept(self._scores(best, first), CLEARLY_FASTER)
             raise
         both = {each: fastest(first[each], speed) for each, speed in second.items()}
         self._accept(self._scores(best, both), _FASTER)
@@ -275,17 +275,20 @@ class Search:
             raise _OutOfTime
 
     def _compare(self) -> None:
-        """The defaults and the best in turn, until time is up: what is told to the user."""
+        """The defaults and the best in turn, until time is up: what is told to the user. One trial that another program
+        spoilt is no reason to stop."""
         if not self._outcome.is_usable:
             return
         self._rates = ALL_RATES
         for _ in range(MOST_ROUNDS):
             self._turn += 1
+            self._patience = None  # that of the best: the more was found, the sooner the defaults would be given up
             defaults = self._tried("defaults", self._defaults, 2 * self._share)
+            if defaults is None:
+                continue
             best = self._tried("chosen", self._outcome.best, 2 * self._share, defaults)
-            if defaults is None or best is None:
-                return
-            self._outcome.pairs.append((defaults, best))
+            if best is not None:
+                self._outcome.pairs.append((defaults, best))
 
     def _note(self, trial: Trial) -> None:
         self._outcome.trials.append(trial)

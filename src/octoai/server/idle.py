@@ -20,7 +20,7 @@ log = logging.getLogger("octoai.idle")
 QUIET_SECONDS = 30.0
 POLL_SECONDS = 0.1
 LEAVE_SECONDS = 5.0  # to clean up; then it is killed
-RETRY_SECONDS = 60.0
+RETRY_SECONDS, MAX_RETRY_SECONDS = 60.0, 3600.0  # what never can be done then costs little
 LATER = os.EX_TEMPFAIL
 """The exit status of a program that could not do it now."""
 PARENT = "OCTOAI_CHORE_OF"
@@ -43,8 +43,8 @@ async def running(
     quiet_seconds: float = QUIET_SECONDS,
     retry_seconds: float = RETRY_SECONDS,
 ) -> AsyncIterator[None]:
-    """One after the other, each until it ended by itself once; with `LATER`, again after a while. Those that still run
-    at the end are ended."""
+    """One after the other, each until it ended by itself once; with `LATER`, again after a while, twice as long each
+    time. Those that still run at the end are ended."""
     task = asyncio.create_task(_run_all(chores, is_busy, quiet_seconds, retry_seconds))
     try:
         yield
@@ -71,6 +71,7 @@ async def _run_all(
             log.info("what should run while idle cannot now: %s", " ".join(command))
             waiting.append(chore)
             await asyncio.sleep(retry_seconds)
+            retry_seconds = min(2 * retry_seconds, MAX_RETRY_SECONDS)
         elif status:
             log.warning("what should run while idle ended with %d: %s", status, " ".join(command))
         else:
