@@ -74,6 +74,70 @@ def test_an_engine_that_cannot_be_started_again_now_is_tried_until_it_can(
         shutil.rmtree(place, ignore_errors=True)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+        (MemoryError(), "MemoryError()"),
+        (OSError(12, "Cannot allocate memory"), "Cannot allocate memory"),
+    ],
+)
+def test_a_start_that_fails_for_whatever_reason_leaves_no_child_and_is_tried_again(
+    embedded_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    said: str,
+) -> None:
+    """What fails here fails when the child listens already."""
+    read, children, failing = llama.SpecialTokens, [], [error, error]
+
+    async def child(environ: Any, made: Any = llama._child) -> asyncio.subprocess.Process:
+        children.append(await made(environ))
+        return children[-1]
+
+    def failing_first(words: Any) -> Any:
+        if failing:
+            raise failing.pop()
+        return read(words)
+
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        await engine.start()
+        try:
+            monkeypatch.setattr(llama, "_child", child)
+            monkeypatch.setattr(llama, "SpecialTokens", failing_first)
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(engine, False, 5)
+            await until(engine, True, 60)
+            assert await told(engine)
+            assert [each.returncode for each in children] == [-9, -9, None]
+            assert engine.num_restarts == 3
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+    assert sum(message.startswith("engine of m: ") and said in message for message in caplog.messages) == 2
+
+
+def test_a_first_start_without_a_thread_is_one_line_and_leaves_no_child(
+    embedded_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(llama, "SpecialTokens", failing)
+
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        with pytest.raises(EngineFailed, match=r"^could not load .*: can't start new thread$"):
+            await engine.start()
+        assert engine.pid is None
+
+    asyncio.run(main())
+
+
 def test_an_engine_runs_no_file_of_the_directory_that_the_service_is_started_in(
     embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,8 +126,8 @@ class LlamaEngine:
     async def _first_spawn(self) -> None:
         try:
             await self._spawn_with_any_kernels()
-        except OSError as error:
-            raise EngineFailed(f"could not load {self.weights}: {error.strerror or error}") from None
+        except (OSError, RuntimeError) as error:  # the second where there can be no further thread
+            raise EngineFailed(f"could not load {self.weights}: {getattr(error, 'strerror', None) or error}") from None
         self._files.hold(self.weights, self._wished.tuning.kernels)
 
     async def _spawn_with_any_kernels(self) -> None:
@@ -249,8 +249,8 @@ class LlamaEngine:
             self.num_restarts += 1
             try:
                 await self._spawn_with_any_kernels()
-            except (EngineFailed, OSError) as error:  # no memory, no room for a socket: it is tried again
-                log.error("engine of %s: %s", self.model, error)
+            except Exception as error:  # noqa: BLE001  # no memory, thread or socket: whatever it is, it may pass
+                log.error("engine of %s: %s", self.model, str(error) or repr(error))
 
     async def _until_it_fails(self) -> str:
         """Wait, and say why it is over."""
@@ -274,8 +274,8 @@ class LlamaEngine:
         try:
             await self._spawn_in(place)
         except BaseException:
-            if self._process is None:
-                place.remove()
+            await self._stop()  # or a child that nobody asks would live on
+            place.remove()
             raise
 
     async def _spawn_in(self, place: SocketPlace) -> None:
