@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -350,6 +351,70 @@ def test_an_engine_that_waits_for_who_reads_its_answer_is_no_engine_that_hangs(e
             await engine.close()
 
     asyncio.run(main())
+
+
+def test_an_engine_that_was_stopped_together_with_the_service_does_not_hang(embedded_model: Path) -> None:
+    async def main() -> None:
+        options = LlamaOptions(context_length=512, num_slots=1, stall_seconds=2.0)
+        engine = LlamaEngine(embedded_model, model="m", options=options)
+        await engine.start()
+        try:
+            pid = engine.pid
+            assert pid is not None
+            telling = asyncio.create_task(told(engine))
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(0.5)
+            time.sleep(3.0)  # noqa: ASYNC251  # as where we are all stopped: nobody looks
+            asyncio.get_running_loop().call_later(0.7, os.kill, pid, signal.SIGCONT)  # after a look, and in time
+            assert await telling
+            assert (engine.pid, engine.num_restarts) == (pid, 0)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("what", ["socket", "directory"])
+def test_an_engine_that_has_lost_its_socket_is_started_again(
+    embedded_model: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        await engine.start()
+        try:
+            if what == "socket":
+                os.unlink(engine._place.socket)
+            else:
+                shutil.rmtree(engine._place.directory)
+            await until(engine, False, 5)
+            await until(engine, True, 60)
+            assert await told(engine)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+    assert "has lost its socket" in caplog.text
+
+
+def test_a_place_too_deep_for_a_socket_is_said_and_left_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = 107 - len("/octoai-sock-12345678/e.sock")  # of what a socket's path may be
+    short, deep = (Path(tempfile.mkdtemp()) for _ in range(2))
+    try:
+        for place, length in ((short, room), (deep, room + 1)):
+            (inner := place / ("d" * (length - len(str(place)) - 1))).mkdir()
+            monkeypatch.setattr(tempfile, "tempdir", str(inner))
+            if place == deep:
+                with pytest.raises(OSError, match=f"no socket can be in {inner}: set a shorter TMPDIR"):
+                    SocketPlace()
+                assert not list(inner.iterdir())
+            else:
+                made = SocketPlace()
+                with socket.socket(socket.AF_UNIX) as bound:
+                    bound.bind(made.socket)
+                made.remove()
+    finally:
+        shutil.rmtree(short)
+        shutil.rmtree(deep)
 
 
 def test_who_comes_and_leaves_gives_an_engine_that_hangs_no_more_time(embedded_model: Path) -> None:

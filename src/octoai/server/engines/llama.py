@@ -1,8 +1,8 @@
 """llama.cpp in a child process of ours, supervised.
 
 The child serves on a unix socket in a directory only we can enter, with a random key. It dies with us. When it
-crashes, makes no progress for `stall_seconds` while somebody waits for it, or hangs while it loads, it is killed and
-started again with back-off; its running requests end with `EngineFailed`, and until it is back nothing is accepted.
+crashes, makes no progress for `stall_seconds` while somebody waits for it, loses its socket, or hangs while it loads,
+it is killed and started again with back-off; its running requests end with `EngineFailed`, and until it is back nothing is accepted.
 """
 
 from __future__ import annotations
@@ -258,11 +258,18 @@ class LlamaEngine:
         if process is None:
             return "did not start"
         exited = asyncio.ensure_future(process.wait())
+        seconds = min(1.0, self.options.stall_seconds / 4)
         try:
             while True:
-                done, _ = await asyncio.wait({exited}, timeout=min(1.0, self.options.stall_seconds / 4))
+                began = time.monotonic()
+                done, _ = await asyncio.wait({exited}, timeout=seconds)
                 if done:
                     return f"exited with {process.returncode}"
+                if not self._place.is_there:  # somebody emptied the directory for temporary files
+                    return "has lost its socket"
+                now = time.monotonic()
+                if (late := now - began - seconds) > seconds:  # we were stopped, as a container is, and it was as well
+                    self._last_progress = min(now, self._last_progress + late)
                 silent = time.monotonic() - max([self._last_progress, *self._patience])
                 if self._num_awaiting > self._num_in_line and silent > self.options.stall_seconds:
                     return f"made no progress for {self.options.stall_seconds:g} s"

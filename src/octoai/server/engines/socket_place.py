@@ -6,6 +6,7 @@ that nobody holds any more. Nothing but the socket and links is taken out of one
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -16,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 PREFIX, SOCKET = "octoai-sock-", "e.sock"  # short: so is what a path of a socket may be
+MAX_BYTES = 107  # of a socket's path, on Linux
 YOUNG_SECONDS = 60.0  # who has just made one may not hold it yet
 
 
@@ -28,6 +30,8 @@ class SocketPlace:
                 _remove_left(left)
         self.directory = Path(tempfile.mkdtemp(prefix=PREFIX))  # 0700
         try:
+            if len(os.fsencode(self.socket)) > MAX_BYTES:
+                raise OSError(errno.ENAMETOOLONG, f"no socket can be in {tempfile.gettempdir()}: set a shorter TMPDIR")
             self._held: int | None = os.open(self.directory, os.O_RDONLY)
         except OSError:
             os.rmdir(self.directory)
@@ -38,6 +42,11 @@ class SocketPlace:
     @property
     def socket(self) -> str:
         return str(self.directory / SOCKET)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether who asks can still find the socket."""
+        return os.path.exists(self.socket)
 
     def remove(self) -> None:
         """The child may have done so already, and so may we."""
