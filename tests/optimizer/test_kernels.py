@@ -126,6 +126,37 @@ def test_another_openmp_than_that_of_the_wheel_is_refused(source: dict[str, str]
     assert "set CC and CXX" in said
 
 
+@pytest.mark.parametrize("fault", ["killed", "no space", "none", "no command", "another OpenMP", "version", "source"])
+def test_only_what_nobody_can_put_right_leaves_no_hope_of_kernels(
+    source: dict[str, str], tmp_path: Path, fault: str
+) -> None:
+    """A service would not have another search made."""
+    compiler, said = tmp_path / "compiler", {"killed": "Killed", "no space": "No space left on device"}.get(fault, "")
+    compiler.write_text(f"#!/bin/sh\necho 'fatal error: {said}' >&2\nexit 1\n")
+    compiler.chmod(0o700)
+    if fault == "another OpenMP":
+        source["repack.cpp"] += 'extern "C" const char *fast_threads() { return "__kmpc_"; }'
+    if fault == "source":
+        source["repack.cpp"] = source["repack.cpp"].replace("disable_chunking", "is_even")
+    cxx = {"killed": compiler, "no space": compiler, "none": "no-such-compiler", "no command": '"'}.get(fault)
+    environ, version = {"CXX": str(cxx)} if cxx else {}, "1.2.3" if fault == "version" else ENGINE
+    with pytest.raises(kernels.NoKernels, match=said or None) as raised:
+        make(tmp_path / "kernels" / "made.so", version, **environ)
+    assert isinstance(raised.value, kernels.NoKernelsNow) == (fault not in ("version", "source"))
+
+
+def test_kernels_that_others_can_write_may_be_removed_and_made_again(tmp_path: Path) -> None:
+    profiles = Profiles(tmp_path)
+    path = profiles.kernels_path(kernels.RECIPE)
+    create(path.parent)
+    path.write_bytes(b"kernels")
+    path.chmod(0o666)
+    own, missing = optimization._kernels(profiles, Wish(context_length=512), 2, tmp_path / "work", pytest.fail)
+    assert own is None
+    assert isinstance(missing, kernels.NoKernelsNow)
+    assert "others can write it" in str(missing)
+
+
 @pytest.mark.parametrize("name", ["missing.so", os.fsdecode(b"caf\xe9.so")])
 def test_what_is_no_library_of_kernels_is_one_line_whatever_its_name(tmp_path: Path, name: str) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9.so")).write_bytes(b"nothing")

@@ -66,7 +66,7 @@ class NoKernels(Exception):
 
 
 class NoKernelsNow(NoKernels):
-    """There may be some at another time."""
+    """There may be some at another time, or once what is wrong has been put right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,9 @@ def make(
     the source and what is made of it: gone afterwards, or left to its owner by who is killed. Raises NoKernels, also
     where it takes longer than it may."""
     deadline = time.monotonic() + seconds
-    compilers = _compilers(environ)
     if version not in SOURCE_SHA256:
         raise NoKernels(f"the checksum of the source of xllamacpp {version} is not known: {_IN_VAIN}")
+    compilers = _compilers(environ)
     try:
         source = create(create(work) / "source")
         _unpack(version, source, environ, deadline)
@@ -153,7 +153,7 @@ def _compilers(environ: Mapping[str, str]) -> _Compilers:
     c, cxx = _command(environ, "CC", "gcc"), _command(environ, "CXX", "g++")
     missing = next((name for name, *_ in (cxx, c) if shutil.which(name, path=environ.get("PATH")) is None), None)
     if missing is not None:
-        raise NoKernels(
+        raise NoKernelsNow(
             f"there is no {missing}: {_IN_VAIN}; install it (Debian: g++) and optimize again to have faster ones"
         )
     return _Compilers(c, cxx, *known)
@@ -163,7 +163,8 @@ def _command(environ: Mapping[str, str], name: str, default: str) -> list[str]:
     try:
         return shlex.split(environ.get(name, "")) or [default]
     except ValueError as error:
-        raise NoKernels(f"{name} is no command ({str(error).lower()}): {_IN_VAIN}; set it to GNU's compiler") from None
+        wrong = f"{name} is no command ({str(error).lower()})"
+        raise NoKernelsNow(f"{wrong}: {_IN_VAIN}; set it to GNU's compiler") from None
 
 
 def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int, deadline: float) -> Path:
@@ -192,7 +193,7 @@ def _built(ggml: Path, work: Path, compilers: _Compilers, num_threads: int, dead
     _run([[*compilers.cxx, *link, *map(str, objects.values())]], 1, deadline)
     if _OTHER_OPENMP in made.read_bytes():
         names = " or ".join(dict.fromkeys((compilers.c[0], compilers.cxx[0])))
-        raise NoKernels(f"{names} has another OpenMP than GNU's: {_IN_VAIN}; set CC and CXX to GNU's compilers")
+        raise NoKernelsNow(f"{names} has another OpenMP than GNU's: {_IN_VAIN}; set CC and CXX to GNU's compilers")
     return made
 
 
@@ -209,7 +210,8 @@ def _compiling(source: Path, target: Path, common: Sequence[str], compilers: _Co
 
 
 def _run(commands: Sequence[list[str]], num_at_once: int, deadline: float = math.inf) -> None:
-    """All of them; none is left running, whatever happens. Raises NoKernels when one fails, or time is up."""
+    """All of them; none is left running, whatever happens. Raises NoKernelsNow when one fails (there may be no
+    memory or no room on the disk for it), or time is up."""
     waiting, running = deque(commands), deque[tuple[str, subprocess.Popen[str]]]()
     try:
         while waiting or running:
@@ -222,7 +224,7 @@ def _run(commands: Sequence[list[str]], num_at_once: int, deadline: float = math
             running.popleft()
             if process.returncode:
                 words = next((line for line in said.splitlines() if "error" in line), "it said nothing")
-                raise NoKernels(f"{compiler} failed: {words:.200}; {_IN_VAIN}")
+                raise NoKernelsNow(f"{compiler} failed: {words:.200}; {_IN_VAIN}")
     finally:
         for _, process in running:
             with suppress(ProcessLookupError):

@@ -122,7 +122,7 @@ def _kernels(
     """Those for this CPU, made now if need be, or why there are none."""
     path = profiles.kernels_path(kernels.RECIPE)
     if path.is_file() and not is_ours_alone(path):
-        return None, kernels.NoKernels(f"{path} {OTHERS_CODE}")
+        return None, kernels.NoKernelsNow(f"{path} {OTHERS_CODE}")
     try:
         if path.is_file() and kernels.can_be_loaded(path):
             return path, None

@@ -2,7 +2,8 @@
 
 The child serves on a unix socket in a directory only we can enter, with a random key. It dies with us. When it
 crashes, makes no progress for `stall_seconds` while somebody waits for it, loses its socket, or hangs while it loads,
-it is killed and started again with back-off; its running requests end with `EngineFailed`, and until it is back nothing is accepted.
+it is killed and started again with back-off; its running requests end with `EngineFailed`, and until it is back nothing
+is accepted.
 """
 
 from __future__ import annotations
