@@ -553,6 +553,25 @@ def test_files_that_are_held_can_be_read_as_they_were_and_others_are_let_go(tmp_
     assert not (links / "second").exists()
 
 
+@pytest.mark.parametrize("text", ["other", "longer than before"])
+def test_a_file_that_is_overwritten_is_said_to_be_unchecked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    """As `cp` and `curl -o` do: what is held open changes too."""
+    (weights := tmp_path / "weights").write_text("first")
+    os.utime(weights, ns=(1, 1))
+    files = HeldFiles()
+    files.hold(weights)
+    assert files.path(weights, tmp_path) == weights
+    assert not caplog.messages
+    weights.write_text(text)
+    assert files.path(weights, tmp_path) == weights
+    assert caplog.messages == [
+        f"{weights} was overwritten since it was loaded: it is used as it is now, unchecked until the next start"
+    ]
+    files.hold()
+
+
 def test_a_model_in_several_files_is_held_whole_and_found_by_their_names(tmp_path: Path) -> None:
     first, second = (tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2))
     first.write_text("one")
