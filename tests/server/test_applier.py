@@ -203,7 +203,7 @@ def test_while_there_is_none_a_settlement_is_not_waited_for(tmp_path: Path, monk
 def test_what_was_used_without_the_database_is_not_promised_again_before_that_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(applier_module, "RESTART_SECONDS", 1.0)
+    monkeypatch.setattr(applier_module, "RESTART_SECONDS", 1.7)
     place = Place(tmp_path)
 
     async def main() -> None:
