@@ -144,6 +144,7 @@ def test_while_there_is_none_limits_are_the_databases_to_tell_for_a_while(
     run(main())
 
 
+@pytest.mark.slow
 def test_while_there_is_none_for_long_what_has_ended_keeps_no_place_from_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -315,6 +315,7 @@ def test_an_applier_that_is_killed_where_segments_were_given_up_is_followed_by_o
     assert balance(place) == -4000 * COST
 
 
+@pytest.mark.slow
 def test_an_end_waits_once_for_a_database_that_is_away(tmp_path: Path) -> None:
     place = Place(tmp_path)
 

@@ -78,8 +78,8 @@ def test_an_engine_that_cannot_be_started_again_now_is_tried_until_it_can(
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (RuntimeError("can't start new thread"), "can't start new thread"),
-        (MemoryError(), "MemoryError()"),
+        pytest.param(RuntimeError("can't start new thread"), "can't start new thread", marks=pytest.mark.slow),
+        pytest.param(MemoryError(), "MemoryError()", marks=pytest.mark.slow),
         (OSError(12, "Cannot allocate memory"), "Cannot allocate memory"),
     ],
 )
@@ -353,6 +353,7 @@ def test_an_engine_that_waits_for_who_reads_its_answer_is_no_engine_that_hangs(e
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_an_engine_that_was_stopped_together_with_the_service_does_not_hang(embedded_model: Path) -> None:
     async def main() -> None:
         options = LlamaOptions(context_length=512, num_slots=1, stall_seconds=2.0)

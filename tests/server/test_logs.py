@@ -195,7 +195,7 @@ def test_nobody_is_served_later_for_a_line_that_is_not_read(monkeypatch: pytest.
             run._say_ready("http://x")
         else:
             asyncio.get_running_loop().call_later(0.1, drained.set)
-            await serving._drain(SimpleNamespace(jobs=["one"], drain=drained.wait), Stop())  # type: ignore[arg-type]
+            await serving._drain(SimpleNamespace(num_requests=1, drain=drained.wait), Stop())  # type: ignore[arg-type]
         assert time.monotonic() - began < 0.6
 
     with open(descriptor, "w") as full:

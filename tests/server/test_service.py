@@ -207,6 +207,7 @@ def test_draining_waits_for_who_is_not_admitted_yet(waiting: tuple[InProcess, Ta
     assert service.engine.seen
 
 
+@pytest.mark.slow
 def test_who_could_not_be_admitted_before_the_end_is_told_so(
     waiting: tuple[InProcess, Talk, sqlite3.Connection],
 ) -> None:
