@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
 from octoai.server.accounts import Caller
@@ -17,6 +16,7 @@ from octoai.server.store import reservations
 from octoai.server.store.database import StoreAway, StoreError
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.writer import Writer
+from octoai.server.times import now_us
 
 log = logging.getLogger("octoai.ledger")
 
@@ -24,10 +24,6 @@ LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a 
 # While the journal is not brought in, what has ended keeps its place and its money in the database, which refuses
 # others for it. An applier that merely died is back within one.
 BEHIND_SECONDS = 3.0
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000
 
 
 class Holding:
@@ -81,7 +77,7 @@ class Holding:
 
     def _tell(self) -> None:
         if unheard := self.remaining.told():
-            self._writer.later(lambda db: reservations.hold_unknown(db, unheard, _now_us()), is_kept=True)
+            self._writer.later(lambda db: reservations.hold_unknown(db, unheard, now_us()), is_kept=True)
 
     async def give_back(self, held: Reservation, *, is_heard: bool) -> None:
         """Of a request that never ran. `is_heard`: the database has said that it holds it."""
