@@ -12,12 +12,14 @@ import sys
 import threading
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from octoai.server import accounts, holding, tokens
+from octoai.server.accounts import Caller
 from octoai.server.billing import Price
 from octoai.server.books import Books, journal_dir, recover
 from octoai.server.engines.base import Usage
@@ -31,6 +33,7 @@ from octoai.server.store.applier import Applier
 from octoai.server.store.database import StoreAway
 from octoai.server.store.entries import balance_nanos
 from octoai.server.store.reservations import Reservation
+from octoai.server.times import now_us
 from tests.postgres import PostgresServer
 from tests.server.settling import COST, balance, kept, process_of, run, settlement, until
 
@@ -144,6 +147,14 @@ def test_while_there_is_none_limits_are_the_databases_to_tell_for_a_while(
     run(main())
 
 
+async def begun(ledger: Ledger, caller: Caller, id_: str, nanos: int = 0) -> tuple[Tab, bool]:
+    """A request of so many tokens, and whether the database has answered."""
+    now = now_us()
+    tab = Tab(ledger, id_, id_, caller, "m", "m", Price(1, 1, 1), lambda: Usage(nanos))
+    held = Reservation(id_, "acme", caller.token.id, now, nanos, 0, 0, now + 60_000_000)
+    return tab, await ledger.reserve(tab, held) is not None
+
+
 @pytest.mark.slow
 def test_while_there_is_none_for_long_what_has_ended_keeps_no_place_from_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,9 +168,7 @@ def test_while_there_is_none_for_long_what_has_ended_keeps_no_place_from_others(
             ledger = Ledger(journal, books.writer)
 
             async def ask(id_: str) -> None:
-                now = time.time_ns() // 1000
-                tab = Tab(ledger, id_, id_, caller, "m", "m", Price(), Usage)
-                await ledger.reserve(tab, Reservation(id_, "acme", caller.token.id, now, 0, 0, 0, now + 60_000_000))
+                tab, _ = await begun(ledger, caller, id_)
                 tab.open()
                 await tab.settle("finished")
 
@@ -212,13 +221,7 @@ def test_what_was_used_without_the_database_is_not_promised_again_before_that_ha
             caller = limited(place, hard_budget_nanos=300)
             ledger = Ledger(journal, books.writer)
 
-            async def begin(id_: str, nanos: int) -> tuple[Tab, bool]:
-                """And whether the database has answered."""
-                now = time.time_ns() // 1000
-                tab = Tab(ledger, id_, id_, caller, "m", "m", Price(1, 1, 1), lambda: Usage(nanos))
-                held = Reservation(id_, "acme", caller.token.id, now, nanos, 0, 0, now + 60_000_000)
-                return tab, await ledger.reserve(tab, held) is not None
-
+            begin = partial(begun, ledger, caller)
             first, is_answered = await begin("1", 1)
             assert is_answered
             await first.close("finished")
