@@ -27,9 +27,9 @@ from statistics import median, quantiles
 
 from octoai.optimizer.workload import Passages, Workload, joint_rate, stream_rate
 from octoai.server.catalogue import EMBEDDED_MODEL_ID
-from octoai.server.engines import openai_http
 from octoai.server.engines.base import Engine
-from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.engines.openai import engine as openai_http
+from octoai.server.engines.openai.engine import OpenAIEngine
 
 HERE = Path(__file__).parent
 LEAST = 0.98
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
 def serve() -> None:
     """`octoai serve`, which also says where its child listens and with which key: nobody else is to know."""
     from octoai.cli import main
-    from octoai.server.engines.llama import LlamaEngine
+    from octoai.server.engines.llama.engine import LlamaEngine
 
     start = LlamaEngine.start
 

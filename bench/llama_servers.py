@@ -18,11 +18,11 @@ from pathlib import Path
 from octoai.optimizer.profile import Profiles
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine, Finished, Generation, Started, Usage
-from octoai.server.engines.cache_size import num_slots
-from octoai.server.engines.llama import LlamaEngine
-from octoai.server.engines.llama_options import LlamaOptions
-from octoai.server.engines.openai_http import OpenAIEngine
-from octoai.server.places import cache_dir
+from octoai.server.engines.llama.cache_size import num_slots
+from octoai.server.engines.llama.engine import LlamaEngine
+from octoai.server.engines.llama.options import LlamaOptions
+from octoai.server.engines.openai.engine import OpenAIEngine
+from octoai.server.machine.places import cache_dir
 from octoai.server.sources import WeightStore
 
 KEY = "bench"

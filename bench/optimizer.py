@@ -27,9 +27,9 @@ from octoai.optimizer.outcome import Bounds
 from octoai.optimizer.profile import Profile, Profiles
 from octoai.optimizer.trial import busy_process
 from octoai.optimizer.workload import Passages, Workload, first_token_seconds, joint_rate, stream_rate
-from octoai.server.engines import openai_http
 from octoai.server.engines.base import Engine
-from octoai.server.engines.llama import LlamaEngine
+from octoai.server.engines.llama.engine import LlamaEngine
+from octoai.server.engines.openai import engine as openai_http
 
 LOSSES = {"ours": 0.005, "ours, 0.5 nats": 0.5}
 NUM_STREAMS = 3  # a round: a stream is short

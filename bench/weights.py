@@ -30,7 +30,7 @@ import aiohttp
 from octoai.optimizer.quality import Quality, Reference, exact, shipped_text
 from octoai.optimizer.weights import UNCHANGED, Recipe, recipes, requantize
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
-from octoai.server.places import cache_dir
+from octoai.server.machine.places import cache_dir
 from octoai.server.sources import WeightStore
 
 RESULTS = Path(__file__).parent / "results"

@@ -8,7 +8,7 @@ import pytest
 
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine
-from octoai.server.places import cache_dir
+from octoai.server.machine.places import cache_dir
 from octoai.server.sources import WeightStore
 from octoai.server.store import Place
 from tests.postgres import PostgresServer, ServerMissing

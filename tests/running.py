@@ -23,7 +23,7 @@ from octoai.server import app, tokens
 from octoai.server.accounts import DEFAULT_ACCOUNT
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
 from octoai.server.engines.base import Engine
-from octoai.server.metrics import Metrics
+from octoai.server.metrics.families import Metrics
 from octoai.server.queue import FairQueue
 from octoai.server.router import Deployment, Router
 from octoai.server.service import Service
@@ -165,11 +165,11 @@ class Serve:
 
     def children(self) -> list[int]:
         """Process ids of the engines."""
-        return self._children(self.process.pid, b"llama_child")
+        return self._children(self.process.pid, b"octoai.server.engines.llama.child")
 
     def workers(self) -> list[int]:
         """Process ids of the workers, where there are several."""
-        return self._children(self.process.pid, b"octoai.server.worker")
+        return self._children(self.process.pid, b"octoai.server.workers.worker")
 
     def appliers(self) -> list[int]:
         """Process ids of those that write to the database for the workers."""

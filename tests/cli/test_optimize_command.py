@@ -23,8 +23,8 @@ from octoai.optimizer.optimization import Optimized, Wish
 from octoai.optimizer.outcome import Outcome
 from octoai.optimizer.profile import Profile, Profiles, sha256
 from octoai.optimizer.space import AS_GIVEN, Candidate
-from octoai.server import idle
 from octoai.server.catalogue import EMBEDDED_MODEL_ID
+from octoai.server.machine import idle
 from octoai.server.settings import load
 from tests.running import Serve
 from tests.talking import until

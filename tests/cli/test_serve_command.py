@@ -20,8 +20,8 @@ import pytest
 from octoai import _credentials
 from octoai._credentials import Credentials
 from octoai.server import accounts, tokens
-from octoai.server.books import recover
 from octoai.server.journal import Journal
+from octoai.server.ledger.books import recover
 from octoai.server.store import Place, connect
 from tests.running import Serve
 from tests.server.settling import settlement

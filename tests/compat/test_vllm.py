@@ -19,7 +19,7 @@ import pytest
 
 from octoai.client import OctoAI
 from octoai.server.engines.base import Finished, Generation
-from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.engines.openai.engine import OpenAIEngine
 from octoai.text_gen import ChatMessage
 from tests.asking import CHAT, Client, Raw, is_ready
 from tests.compat import vllm_env

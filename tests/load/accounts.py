@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from octoai.server.billing import nanos
+from octoai.server.billing.money import nanos
 from octoai.server.store import Place, connect
 from octoai.server.store.audit import verify
 from octoai.server.store.requests import COLUMNS, RequestRow

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octoai.server.engines import kernels
+from octoai.server.engines.llama import kernels
 
 F32, F16 = 0, 1
 

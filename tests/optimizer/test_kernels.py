@@ -22,7 +22,7 @@ from octoai.optimizer.optimization import Wish
 from octoai.optimizer.profile import Profiles
 from octoai.optimizer.space import Candidate
 from octoai.optimizer.trial import Bench
-from octoai.server.places import create
+from octoai.server.machine.places import create
 from octoai.server.sources import PullFailed, sdist
 from tests.optimizer.told import told
 
@@ -162,7 +162,7 @@ def test_what_is_no_library_of_kernels_is_one_line_whatever_its_name(tmp_path: P
     (tmp_path / os.fsdecode(b"caf\xe9.so")).write_bytes(b"nothing")
     program = """
 import pathlib, sys
-from octoai.server.engines import kernels
+from octoai.server.engines.llama import kernels
 try:
     kernels.load(pathlib.Path(sys.argv[1]))
 except kernels.CannotLoadKernels as error:

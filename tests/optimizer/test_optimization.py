@@ -18,8 +18,8 @@ from octoai.optimizer.outcome import Bounds, Outcome, Trial
 from octoai.optimizer.profile import Profiles, sha256
 from octoai.optimizer.space import Candidate, first_guesses
 from octoai.optimizer.workload import Speed
-from octoai.server.cores import num_cores
-from octoai.server.places import create
+from octoai.server.machine.cores import num_cores
+from octoai.server.machine.places import create
 
 FOUND = Outcome(best=Candidate(num_slots=2), is_usable=True)
 

@@ -17,7 +17,7 @@ from octoai.optimizer.plot import plotted
 from octoai.optimizer.profile import BadProfile, Profile, Profiles, is_ours_alone, sha256, sha256_of_model, this_cpu
 from octoai.optimizer.space import Candidate
 from octoai.optimizer.workload import Speed
-from octoai.server.places import create
+from octoai.server.machine.places import create
 
 
 @pytest.fixture

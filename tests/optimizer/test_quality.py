@@ -210,6 +210,6 @@ def test_weights_too_large_for_the_memory_are_not_made_exact(
 def test_a_disk_too_small_for_exact_weights_is_not_an_error(
     embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octoai.server.places.shutil.disk_usage", lambda _: Usage(free=1000))
+    monkeypatch.setattr("octoai.server.machine.places.shutil.disk_usage", lambda _: Usage(free=1000))
     assert exact(embedded_model, tmp_path) is None
     assert list(tmp_path.iterdir()) == []

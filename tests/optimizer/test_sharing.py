@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from octoai.server.engines.base import Delta, Finished, Generation, Started, Usage
-from octoai.server.engines.llama import LlamaEngine
-from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
+from octoai.server.engines.llama.engine import LlamaEngine
+from octoai.server.engines.llama.options import LlamaOptions, LlamaTuning
 from tests.optimizer.told import told
 
 pytestmark = [

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from octoai.server.engines.base import Delta, Finished, Generation, Started, Usage
-from octoai.server.engines.llama import LlamaEngine
-from octoai.server.engines.llama_options import LlamaOptions
+from octoai.server.engines.llama.engine import LlamaEngine
+from octoai.server.engines.llama.options import LlamaOptions
 from tests.server.singly import singly
 
 

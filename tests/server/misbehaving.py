@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from octoai.server.engines.base import Delta, Deltas, Event, Generation
-from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.engines.openai.engine import OpenAIEngine
 from octoai.server.errors import Refusal
 
 GENERATION = Generation(max_tokens=9, messages=[{"role": "user", "content": "Hi"}])

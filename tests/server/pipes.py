@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from octoai.server.errors import Refusal
-from octoai.server.incoming import Incoming
+from octoai.server.http.incoming import Incoming
 
 PATH = "/v1/chat/completions"
 LINE = f"POST {PATH} HTTP/1.1\r\n".encode()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octoai.server.accounts import Caller
-from octoai.server.billing import Price
+from octoai.server.billing.money import Price
 from octoai.server.store.reservations import Reservation
 
 SECOND = 1_000_000

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager, closing
 from typing import Any
 
 from octoai.server import accounts
-from octoai.server.books import Books, open_journal
 from octoai.server.journal import Journal
+from octoai.server.ledger.books import Books, open_journal
 from octoai.server.store import Connection, Place, connect
 from octoai.server.store.audit import verify
 from octoai.server.store.entries import balance_nanos

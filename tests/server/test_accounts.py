@@ -9,7 +9,7 @@ import pytest
 
 from octoai.server import accounts
 from octoai.server.accounts import PLANS, AccountExists, BadAccount, UnknownAccount
-from octoai.server.billing import NANOS
+from octoai.server.billing.money import NANOS
 from octoai.server.store import Connection, Place, connect
 from octoai.server.store import entries as entry_table
 from octoai.server.store.accounts import Limits

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from octoai.server import accounts, prices, tokens
+from octoai.server import accounts, tokens
 from octoai.server.accounts import Caller
-from octoai.server.billing import Price
+from octoai.server.billing import prices
+from octoai.server.billing.money import Price
 from octoai.server.catalogue import Catalogue
 from octoai.server.directory import Directory
 from octoai.server.errors import Unauthenticated, Unavailable

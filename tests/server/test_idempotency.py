@@ -185,7 +185,7 @@ STORED = b'{"status":200,"headers":[]}\nsecret'
 
 
 def test_a_service_forgets_answers_when_their_time_is_over(in_process: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octoai.server.books.KEEP_ORDER_SECONDS", 0.05)
+    monkeypatch.setattr("octoai.server.ledger.books.KEEP_ORDER_SECONDS", 0.05)
     service = in_process(ScriptedEngine())
     admission = service.service.admission
     admission._keep_seconds = 2.0

@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 
-from octoai.server import accounts, admission, idempotency, ledger, params, streaming, tokens
+from octoai.server import accounts, admission, idempotency, tokens
+from octoai.server.api import streaming
 from octoai.server.engines.base import Event
 from octoai.server.engines.scripted import ScriptedEngine
 from octoai.server.errors import Unavailable
 from octoai.server.idempotency import Key
+from octoai.server.ledger import ledger
+from octoai.server.params import generations
 from octoai.server.store import Connection, Place, StoreAway, connect, keys, requests, sqlite
 from octoai.server.store.audit import verify
 from octoai.server.store.entries import balance_nanos
@@ -296,7 +299,7 @@ def test_a_key_that_is_claimed_when_nobody_waits_for_it_any_more_is_free(slow: I
     def known(db: Connection) -> accounts.Caller:
         return accounts.Caller(accounts.find(db, "default"), tokens.find(db, tokens.mint(db, "t", "default").id))
 
-    key, asked = Key("k1", b"hash"), params.chat(json.dumps(request(slow)).encode())
+    key, asked = Key("k1", b"hash"), generations.chat(json.dumps(request(slow)).encode())
     assert slow.loop is not None
     caller = slow.books(known)
     with locked(slow):

@@ -17,14 +17,16 @@ from typing import Any
 
 import pytest
 
-from octoai.server import accounts, admission, holding, ledger, params, tokens
+from octoai.server import accounts, admission, tokens
 from octoai.server.accounts import Caller
-from octoai.server.billing import Price, nanos
+from octoai.server.billing.money import Price, nanos
 from octoai.server.engines.base import Event, Generation
 from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, EngineFailed, OutOfCredit
+from octoai.server.ledger import holding, ledger
+from octoai.server.ledger.remaining import Remaining
 from octoai.server.limits import Standings
-from octoai.server.remaining import Remaining
+from octoai.server.params import generations
 from octoai.server.store import Connection, Place, connect, entries, rates, reservations, sqlite
 from octoai.server.store.reservations import Reservation, Standing
 from tests.running import InProcess, Start
@@ -299,7 +301,7 @@ def test_what_is_held_without_an_answer_of_the_database_is_given_back_by_who_is_
         hold(db, reservation)
 
     monkeypatch.setattr(reservations, "hold", noted)
-    asked = params.chat(json.dumps(request(service, max_tokens=50)).encode())
+    asked = generations.chat(json.dumps(request(service, max_tokens=50)).encode())
     caller = service.books(lambda db: Caller(accounts.find(db, "acme"), tokens.find(db, client.minted.id)))
     assert service.loop is not None
     with away(service):

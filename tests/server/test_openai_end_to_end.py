@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from octoai.server import app
-from octoai.server.engines.exchange import Pool
-from octoai.server.engines.openai_http import OpenAIEngine
+from octoai.server.engines.openai.engine import OpenAIEngine
+from octoai.server.engines.openai.exchange import Pool
 from octoai.server.settings import Settings
 from tests.running import InProcess
 from tests.server.misbehaving import (

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from octoai.server import app, places
+from octoai.server import app
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, Catalogue
-from octoai.server.engines import cache_size
-from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
+from octoai.server.engines.llama import cache_size
+from octoai.server.engines.llama.options import LlamaOptions, LlamaTuning
+from octoai.server.machine import places
 from octoai.server.settings import BadSettings, Settings, load
 from tests.server.headers import written
 

@@ -150,7 +150,7 @@ def adjust(args: argparse.Namespace) -> int:
 
 def _post(db: Connection, args: argparse.Namespace, kind: str) -> int:
     from octoai.server import accounts
-    from octoai.server.billing import usd
+    from octoai.server.billing.money import usd
     from octoai.server.store.entries import balance_nanos
 
     nanos = limits.amount(args.amount, "AMOUNT")
@@ -163,7 +163,8 @@ def _post(db: Connection, args: argparse.Namespace, kind: str) -> int:
 
 def _described(db: Connection, account: str | None = None) -> list[dict[str, Any]]:
     """All accounts, or one; as they are at one moment."""
-    from octoai.server import accounts, views
+    from octoai.server import accounts
+    from octoai.server.api import views
     from octoai.server.store import accounts as table
     from octoai.server.store import tokens
     from octoai.server.times import now_us

@@ -110,7 +110,7 @@ def _exported(row: RequestRow) -> dict[str, object]:
 
 
 def _refund(db: Connection, name: str, note: str) -> int:
-    from octoai.server.billing import usd
+    from octoai.server.billing.money import usd
     from octoai.server.store import requests
     from octoai.server.times import now_us
 

@@ -41,7 +41,7 @@ def given(args: argparse.Namespace) -> dict[str, int | None]:
 def amount(text: str, name: str) -> int:
     """Nano-dollars. Raises BadAccount, with the name of the argument."""
     from octoai.server.accounts import BadAccount
-    from octoai.server.billing import nanos
+    from octoai.server.billing.money import nanos
 
     try:
         return nanos(text)

@@ -62,9 +62,10 @@ def optimize(args: argparse.Namespace) -> int:
     from octoai.optimizer.optimization import CannotOptimize, IsOptimized, Wish
     from octoai.optimizer.optimization import optimize as optimized
     from octoai.optimizer.outcome import Bounds
-    from octoai.server import app, idle
+    from octoai.server import app
     from octoai.server.catalogue import BadCatalogue
     from octoai.server.logs import without_password
+    from octoai.server.machine import idle
     from octoai.server.settings import BadSettings
     from octoai.server.sources import PullFailed, WeightStore
 
@@ -123,7 +124,7 @@ def _told(result: Optimized, args: argparse.Namespace, *, is_chore: bool) -> int
 def _status(result: Optimized, *, is_chore: bool) -> int:
     """That of the command; says why nothing is stored, where that is so. A service that had us search knows by 0 that
     it was done."""
-    from octoai.server import idle
+    from octoai.server.machine import idle
 
     outcome = result.outcome
     if result.profile is None:
@@ -149,8 +150,8 @@ def _can_be_written(path: Path) -> bool:
 
 def _follow_service() -> bool:
     """Whether a service has this done while nobody asks. We are asked to end then when it ends, however it does."""
-    from octoai.server.idle import PARENT
-    from octoai.server.parent import die_with_parent
+    from octoai.server.machine.idle import PARENT
+    from octoai.server.machine.parent import die_with_parent
 
     service = os.environ.pop(PARENT, None)
     if service is None:

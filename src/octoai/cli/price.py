@@ -36,8 +36,9 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def list_(args: argparse.Namespace) -> int:
     def run(db: Connection, settings: Settings) -> int:
-        from octoai.server import prices, views
-        from octoai.server.billing import PriceBook
+        from octoai.server.api import views
+        from octoai.server.billing import prices
+        from octoai.server.billing.money import PriceBook
         from octoai.server.store import prices as table
         from octoai.server.times import now_us
 
@@ -69,8 +70,8 @@ def list_(args: argparse.Namespace) -> int:
 
 def set_(args: argparse.Namespace) -> int:
     def run(db: Connection, settings: Settings) -> int:
-        from octoai.server import prices
-        from octoai.server.billing import Price
+        from octoai.server.billing import prices
+        from octoai.server.billing.money import Price
         from octoai.server.times import now_us
 
         model = _catalogue(settings).named(args.model)
@@ -115,7 +116,7 @@ def _moment(text: str) -> int:
 
 
 def _row(row: PriceRow) -> tuple[str, ...]:
-    from octoai.server import views
+    from octoai.server.api import views
 
     shown = views.listed_price(row)
     start = minute(shown["valid_from"]) if shown["valid_from"] else "the first"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from octoai.cli import signals
 
 if TYPE_CHECKING:
-    from octoai.server.engines.llama_options import LlamaOptions
+    from octoai.server.engines.llama.options import LlamaOptions
     from octoai.server.settings import Settings
 
 
@@ -49,13 +49,14 @@ def _serve(args: argparse.Namespace) -> int:
 
     from octoai.cli.models import pulled
     from octoai.errors import ConfigurationError
-    from octoai.server import app, logs, run, shares
+    from octoai.server import app, logs, run
     from octoai.server.catalogue import BadCatalogue
-    from octoai.server.engines.header import is_gguf
+    from octoai.server.engines.llama.header import is_gguf
     from octoai.server.journal import JournalError, JournalGap
     from octoai.server.settings import BadSettings, load
     from octoai.server.sources import PullFailed, WeightStore
     from octoai.server.store import StoreError
+    from octoai.server.workers import shares
 
     given = {key: getattr(args, key) for key in ("host", "port", "data_dir", "drain_seconds", "workers")}
     try:

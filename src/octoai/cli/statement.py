@@ -14,7 +14,7 @@ from octoai.cli.usage import usage_table
 from octoai.cli.words import second
 
 if TYPE_CHECKING:
-    from octoai.server.statements import Statement
+    from octoai.server.billing.statements import Statement
     from octoai.server.store import Connection
     from octoai.server.store.statements import Movement
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(db: Connection, args: argparse.Namespace, month: tuple[int, int]) -> int:
-    from octoai.server import statements
+    from octoai.server.billing import statements
     from octoai.server.times import now_us
 
     now = now_us()
@@ -128,6 +128,6 @@ def _csv_rows(of: Statement, month: str, names: Mapping[str, str]) -> Iterator[S
 
 
 def _usd(nanos: int) -> Figure:
-    from octoai.server.billing import usd
+    from octoai.server.billing.money import usd
 
     return Figure(usd(nanos))

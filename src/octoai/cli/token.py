@@ -93,7 +93,8 @@ def update(args: argparse.Namespace) -> int:
 
 def list_(args: argparse.Namespace) -> int:
     def run(db: Connection, _: object) -> int:
-        from octoai.server import accounts, views
+        from octoai.server import accounts
+        from octoai.server.api import views
         from octoai.server.store import accounts as account_table
         from octoai.server.store import tokens as table
 

@@ -16,7 +16,7 @@ from octoai.cli.messages import fail, output
 from octoai.cli.words import second
 
 if TYPE_CHECKING:
-    from octoai.server.statements import UsageLine
+    from octoai.server.billing.statements import UsageLine
     from octoai.server.store import Connection
 
 MEMORY_BYTES = 8 * 1024 * 1024  # of CSV: more goes into a temporary file
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(db: Connection, args: argparse.Namespace, span: tuple[int, int], by: Sequence[str]) -> int:
-    from octoai.server import accounts, statements
+    from octoai.server import accounts
+    from octoai.server.billing import statements
 
     chosen = None if args.account is None else [accounts.find(db, args.account).id]
     csv_output = output() if args.csv else None
@@ -89,7 +90,7 @@ def _kept_csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> IO[str]:
 
 def usage_table(header: Sequence[str], rows: Sequence[tuple[Sequence[str], UsageLine]], *, indent: int = 0) -> str:
     """With a line for the total of all."""
-    from octoai.server.statements import total
+    from octoai.server.billing.statements import total
 
     cells = [[*keys, *figures(row)] for keys, row in rows]
     sums = [*["total", *[""] * len(header)][: len(header)], *figures(total(row for _, row in rows))]
@@ -99,7 +100,7 @@ def usage_table(header: Sequence[str], rows: Sequence[tuple[Sequence[str], Usage
 
 def figures(row: UsageLine, separator: str = ",") -> list[Figure]:
     """Under COUNTS; thousands with a separator."""
-    from octoai.server.billing import usd
+    from octoai.server.billing.money import usd
 
     counts = (row.num_requests, row.prompt_tokens, row.cached_tokens, row.completion_tokens)
     return [*(Figure(f"{count:,}".replace(",", separator)) for count in counts), Figure(usd(row.cost_nanos))]
@@ -134,7 +135,7 @@ def _keys(row: UsageLine, by: Sequence[str], names: Mapping[str, str]) -> list[s
 def _print_json(rows: Sequence[UsageLine], span: tuple[int, int], by: Sequence[str], names: Mapping[str, str]) -> None:
     import json
 
-    from octoai.server.statements import total
+    from octoai.server.billing.statements import total
 
     def told(row: UsageLine) -> dict[str, Any]:
         *counts, cost = figures(row, "")

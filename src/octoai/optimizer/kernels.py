@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octoai.optimizer.additions import ADDED
-from octoai.server.engines.kernels import FOR_KERNELS
-from octoai.server.places import create
+from octoai.server.engines.llama.kernels import FOR_KERNELS
+from octoai.server.machine.places import create
 from octoai.server.sources import PullFailed, sdist
 
 SOURCE_SHA256 = {"2026.10.11549": "c17ee1163006f70726abb9f72137830818f3d8cb60bfc34cb232d08428eaa22b"}
@@ -50,7 +50,7 @@ RECIPE = hashlib.sha256(repr((_OPTIONS, ADDED, [path.read_bytes() for path in _O
 """Of how they are made: kernels that an earlier version of this file made are others."""
 _LOADING = """
 import pathlib, sys
-from octoai.server.engines import kernels
+from octoai.server.engines.llama import kernels
 try:
     kernels.load(pathlib.Path(sys.argv[1]))
 except kernels.CannotLoadKernels:

@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from octoai.optimizer.ggml import function
 from octoai.optimizer.weights import UnusableWeights, require_space
-from octoai.server.engines import kernels
-from octoai.server.parent import die_with_parent
+from octoai.server.engines.llama import kernels
+from octoai.server.machine.parent import die_with_parent
 
 POSITIONS_A_STEP = 16
 """Positions asked for at once: what a budget of time is checked between, and what memory for logits is bounded by."""

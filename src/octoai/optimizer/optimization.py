@@ -20,8 +20,8 @@ from octoai.optimizer.search import CLEARLY_FASTER, Search
 from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guesses, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
 from octoai.optimizer.weights import UnusableWeights
-from octoai.server.cores import num_cores
-from octoai.server.places import create
+from octoai.server.machine.cores import num_cores
+from octoai.server.machine.places import create
 
 _PLOT_FILENAME = "profile.svg"
 _COMPILING_SECONDS = 60.0  # of a search that is at least as long, a part may be spent on kernels

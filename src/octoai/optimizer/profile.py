@@ -21,9 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from octoai.optimizer.outcome import Goal
 from octoai.optimizer.space import Candidate
-from octoai.server.cores import num_cores
-from octoai.server.engines.prefixes import parts
-from octoai.server.places import create
+from octoai.server.engines.llama.prefixes import parts
+from octoai.server.machine.cores import num_cores
+from octoai.server.machine.places import create
 
 _FILENAME = "profile.json"
 OTHERS_CODE = "is not loaded, since others can write it or its directory: remove that one"

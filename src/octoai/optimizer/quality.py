@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octoai.optimizer.weights import Recipe, UnusableWeights, is_changed, num_bytes, requantize
-from octoai.server.engines.cache_size import memory_bytes
+from octoai.server.engines.llama.cache_size import memory_bytes
 
 MAX_POSITIONS = 400
 READ_SECONDS = 60.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from octoai.server.engines.llama_options import LlamaOptions, LlamaTuning
+from octoai.server.engines.llama.options import LlamaOptions, LlamaTuning
 
 AS_GIVEN = "as given"
 SMALLEST_BATCH, LARGEST_BATCH = 64, 512

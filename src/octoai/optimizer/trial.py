@@ -21,7 +21,7 @@ from octoai.optimizer.quality import MAX_POSITIONS, READ_SECONDS, Quality, Refer
 from octoai.optimizer.space import AS_GIVEN, Candidate
 from octoai.optimizer.weights import UnusableWeights, num_bytes, recipes, requantize
 from octoai.optimizer.workload import NotMeasured, Passages, Speed, Workload, joint_rate, measure
-from octoai.server.engines.llama import LlamaEngine
+from octoai.server.engines.llama.engine import LlamaEngine
 from octoai.server.errors import Refusal
 
 TRIAL_SECONDS = 60.0

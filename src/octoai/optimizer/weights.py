@@ -18,8 +18,8 @@ from pathlib import Path
 
 from octoai.optimizer.affine import as_q8_0, is_affine
 from octoai.optimizer.ggml import BadFile, Format, Header, Tensor, can_read, converted, formats, open_header
-from octoai.server.cores import num_cores
-from octoai.server.places import lack_of_space
+from octoai.server.machine.cores import num_cores
+from octoai.server.machine.places import lack_of_space
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in all, from one thread at a time."""

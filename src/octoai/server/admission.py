@@ -16,17 +16,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from octoai.server.accounts import Caller
-from octoai.server.billing import Price
-from octoai.server.books import Books
+from octoai.server.billing.money import Price
 from octoai.server.catalogue import Model
 from octoai.server.engines.base import LONGEST_CONTEXT, Generation, Usage
-from octoai.server.engines.dialects import dumped, without_images
+from octoai.server.engines.openai.dialects import dumped, without_images
 from octoai.server.errors import KeyConflict, Unavailable
 from octoai.server.idempotency import KEEP_SECONDS, Key, Recording, Recordings, unpacked
 from octoai.server.ids import new_record_id
-from octoai.server.ledger import LEASE_US, Ledger, Tab
+from octoai.server.ledger.books import Books
+from octoai.server.ledger.ledger import LEASE_US, Ledger, Tab
 from octoai.server.limits import Standings
-from octoai.server.params import TextRequest
+from octoai.server.params.generations import TextRequest
 from octoai.server.router import Deployment
 from octoai.server.store import keys, requests
 from octoai.server.store.database import Connection, StoreAway, StoreError

@@ -11,18 +11,19 @@ from pathlib import Path
 from starlette.routing import BaseRoute, Route
 from starlette.routing import Router as Routes
 
-from octoai.server import admin, api, cors, docs, organization, prices, pricing
 from octoai.server.admission import Admission
-from octoai.server.books import Books, open_journal, recover
+from octoai.server.api import admin, cors, docs, organization, pricing, text_gen
+from octoai.server.api.edge import Edge
+from octoai.server.billing import prices
 from octoai.server.catalogue import Catalogue, Model
 from octoai.server.directory import Directory
-from octoai.server.edge import Edge
 from octoai.server.engines.base import Engine
-from octoai.server.engines.cache_size import num_slots, slots_that_fit
-from octoai.server.engines.llama import LlamaEngine
-from octoai.server.engines.llama_options import LlamaOptions
-from octoai.server.ledger import Ledger
-from octoai.server.metrics import Metrics
+from octoai.server.engines.llama.cache_size import num_slots, slots_that_fit
+from octoai.server.engines.llama.engine import LlamaEngine
+from octoai.server.engines.llama.options import LlamaOptions
+from octoai.server.ledger.books import Books, open_journal, recover
+from octoai.server.ledger.ledger import Ledger
+from octoai.server.metrics.families import Metrics
 from octoai.server.queue import FairQueue
 from octoai.server.router import Deployment, Router
 from octoai.server.service import Service
@@ -43,15 +44,15 @@ _COMPLETION_PATHS = ("/v1/completions", "/v1/completions/completions", "/complet
 def routes() -> list[BaseRoute]:
     return [
         # What is posted to these does not come this way; of other methods it is said what would be right.
-        *(Route(path, api.posted, methods=["POST"]) for path in (*_CHAT_PATHS, *_COMPLETION_PATHS)),
-        Route("/v1/models", api.models, methods=["GET"]),
-        Route("/v1/models/{model:path}", api.model, methods=["GET"]),
+        *(Route(path, text_gen.posted, methods=["POST"]) for path in (*_CHAT_PATHS, *_COMPLETION_PATHS)),
+        Route("/v1/models", text_gen.models, methods=["GET"]),
+        Route("/v1/models/{model:path}", text_gen.model, methods=["GET"]),
         Route("/v1/pricing", pricing.pricing, methods=["GET"]),
         *organization.routes(),
         *admin.routes(),
-        Route("/health/live", api.live, methods=["GET"]),
-        *(Route(path, api.ready, methods=["GET"]) for path in ("/health/ready", "/health")),  # vLLM's name for it
-        Route("/metrics", api.metrics, methods=["GET"]),
+        Route("/health/live", text_gen.live, methods=["GET"]),
+        *(Route(path, text_gen.ready, methods=["GET"]) for path in ("/health/ready", "/health")),  # vLLM's name for it
+        Route("/metrics", text_gen.metrics, methods=["GET"]),
         Route("/openapi.json", docs.openapi, methods=["GET"]),
         Route("/docs", docs.page, methods=["GET"]),
         Route("/", docs.page, methods=["GET"]),
@@ -59,7 +60,10 @@ def routes() -> list[BaseRoute]:
 
 
 def edge(service: Service) -> Edge:
-    posts = {**dict.fromkeys(_CHAT_PATHS, api.chat_completions), **dict.fromkeys(_COMPLETION_PATHS, api.completions)}
+    posts = {
+        **dict.fromkeys(_CHAT_PATHS, text_gen.chat_completions),
+        **dict.fromkeys(_COMPLETION_PATHS, text_gen.completions),
+    }
     inner = Routes(routes=routes(), redirect_slashes=False)
     return Edge(inner if service.allowed_origin is None else cors.Preflights(inner), service, posts)
 
@@ -164,7 +168,7 @@ def _engine(
     chosen: ModelSettings, model: Model, weights: Path | None, tuned: LlamaOptions | None, settings: Settings
 ) -> Engine:
     if chosen.engine_url is not None:
-        from octoai.server.engines.openai_http import OpenAIEngine
+        from octoai.server.engines.openai.engine import OpenAIEngine
 
         return OpenAIEngine(
             chosen.engine_url,

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from octoai.server.places import expanded
+from octoai.server.machine.places import expanded
 
 EMBEDDED_MODEL_ID = "smollm2-135m-instruct"
 LONGEST_COMPARED, MAX_COMPARED = 64, 50  # letters of a name that nothing has, and names that may be meant

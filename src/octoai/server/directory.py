@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from octoai.server.accounts import Caller
-from octoai.server.billing import Price, PriceBook
+from octoai.server.billing.money import Price, PriceBook
 from octoai.server.errors import Unauthenticated, Unavailable
 from octoai.server.store.accounts import AccountRow
 from octoai.server.store.database import StoreAway, StoreError

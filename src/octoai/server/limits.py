@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from octoai.server.accounts import Caller
-from octoai.server.billing import usd
+from octoai.server.billing.money import usd
 from octoai.server.errors import OutOfCredit, RateLimited
 from octoai.server.store import rates, requests, reservations
 from octoai.server.store.accounts import Limits

@@ -22,18 +22,20 @@ from pathlib import Path
 from octoai import _credentials
 from octoai._credentials import Credentials
 from octoai.errors import ConfigurationError
-from octoai.server import accounts, app, listener, logs, serving, tokens, zombies
-from octoai.server.engines.llama import LlamaEngine
-from octoai.server.engines.llama_options import LlamaOptions
+from octoai.server import accounts, app, logs, serving, tokens
+from octoai.server.engines.llama.engine import LlamaEngine
+from octoai.server.engines.llama.options import LlamaOptions
 from octoai.server.errors import Refusal
-from octoai.server.idle import Chore
-from octoai.server.listener import CannotListen
+from octoai.server.http import listener
+from octoai.server.http.listener import CannotListen
 from octoai.server.logs import without_password
+from octoai.server.machine import zombies
+from octoai.server.machine.idle import Chore
 from octoai.server.router import Router
 from octoai.server.serving import CannotServe, Stop
 from octoai.server.settings import Settings
 from octoai.server.store import Connection
-from octoai.server.supervisor import Supervisor
+from octoai.server.workers.supervisor import Supervisor
 
 __all__ = ["CannotListen", "CannotServe", "Search", "say", "serve"]
 

@@ -23,11 +23,11 @@ from octoai.server.directory import Directory
 from octoai.server.engines.base import Event, Finished, Generation, OnText
 from octoai.server.errors import Forbidden, NotHonoured, Refusal, Unavailable
 from octoai.server.idempotency import Key, Recording
-from octoai.server.ledger import Tab
+from octoai.server.ledger.ledger import Tab
 from octoai.server.limits import Standings, standings
 from octoai.server.metering import Meter, PartMeter
-from octoai.server.metrics import Metrics
-from octoai.server.params import TextRequest
+from octoai.server.metrics.families import Metrics
+from octoai.server.params.generations import TextRequest
 from octoai.server.parts import parts_of, renumbered
 from octoai.server.router import Deployment, Router
 from octoai.server.store.database import Connection

@@ -18,11 +18,13 @@ from typing import Any
 import anyio.lowlevel
 import uvicorn
 
-from octoai.server import app, cors, descriptors, idle, logs
+from octoai.server import app, logs
+from octoai.server.api import cors
 from octoai.server.errors import Refusal
-from octoai.server.heap import Heap
-from octoai.server.listener import BACKLOG, doors
-from octoai.server.protocol import protocol_for
+from octoai.server.http.listener import BACKLOG, doors
+from octoai.server.http.protocol import protocol_for
+from octoai.server.machine import descriptors, idle
+from octoai.server.machine.heap import Heap
 from octoai.server.service import Service
 from octoai.server.settings import Settings
 from octoai.server.store import Connection, StoreAway

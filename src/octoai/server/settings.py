@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from octoai.server import places
 from octoai.server.catalogue import EMBEDDED_MODEL_ID, BadCatalogue, Catalogue, Model, id_after, parse_model
-from octoai.server.places import expanded
+from octoai.server.machine import places
+from octoai.server.machine.places import expanded
 from octoai.server.store import Place
 
 FILENAME = "octoai.toml"

@@ -22,7 +22,6 @@ from typing import Any
 
 import orjson
 
-from octoai.server import places
 from octoai.server.journal import files
 from octoai.server.journal.lines import (
     FRAME_BYTES,
@@ -37,6 +36,7 @@ from octoai.server.journal.pending import END, Pending, resolve
 from octoai.server.journal.segment import Segment
 from octoai.server.journal.syncs import Syncs
 from octoai.server.journal.tail import Tail
+from octoai.server.machine import places
 
 log = logging.getLogger("octoai.journal")
 

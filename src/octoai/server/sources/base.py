@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from octoai.server.places import lack_of_space
+from octoai.server.machine.places import lack_of_space
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes done and, where known, the bytes in all."""

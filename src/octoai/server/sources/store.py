@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from octoai.server.catalogue import FileSource, HfSource, Model, PypiSource
-from octoai.server.places import create
+from octoai.server.machine.places import create
 from octoai.server.sources.base import Fetched, Progress, PullFailed, require_space
 
 LONG_BYTES = 10**9  # to read more takes so long that it is said

@@ -23,7 +23,7 @@ from typing import Any
 
 from octoai.server import logs
 from octoai.server.journal import START, Followed, Journal, Position
-from octoai.server.parent import die_with_parent
+from octoai.server.machine.parent import die_with_parent
 from octoai.server.store import Place
 
 log = logging.getLogger("octoai.store")

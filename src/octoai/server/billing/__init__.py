@@ -1,0 +1,1 @@
+"""Money: what things cost from when on, and what came to it."""

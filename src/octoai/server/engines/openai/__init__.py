@@ -1,0 +1,1 @@
+"""Engines that are reached over OpenAI's HTTP API, over TCP or a unix socket."""

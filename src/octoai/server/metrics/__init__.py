@@ -1,0 +1,1 @@
+"""Metrics for Prometheus: counted, named, and added up over processes."""

@@ -1,0 +1,148 @@
+"""What goes on together of an answer that arrives fast. By a clock of its own: nothing here waits."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import selectors
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octoai.server.engines.openai.connection import MAX_GATHERED_BYTES, RELEASE_SECONDS, Connection
+
+HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+GATHER = 1 / 30
+STALL = 10.0
+LITTLE = 1e-6
+
+Taken = list[tuple[float, bytes]]
+
+
+class Clock(selectors.SelectSelector):
+    """Waits by moving the time on."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        assert timeout is not None, "something waits for what never comes"
+        self.now += max(0.0, timeout)
+        return []
+
+
+class Transport(asyncio.Transport):
+    def write(self, data: Any) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def abort(self) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def taken(gaps: Sequence[float], gather: float = GATHER, *, size: int = 3, ends: bool = True) -> tuple[Taken, Taken]:
+    """When which bytes came, each so long after the one before, and when which were taken. The last is the end."""
+    clock = Clock()
+    loop = asyncio.SelectorEventLoop(clock)
+    loop.time = lambda: clock.now  # type: ignore[method-assign]
+    came: Taken = []
+    went: Taken = []
+
+    async def main() -> None:
+        connection = Connection(loop)
+        connection.connection_made(Transport())
+        asked = asyncio.ensure_future(connection.ask(b"", STALL))
+        await asyncio.sleep(0)
+        connection.data_received(HEAD)
+        await asked
+
+        def take(block: bytes) -> bool:
+            went.append((clock.now, block))
+            return True
+
+        feeding = asyncio.ensure_future(connection.feed(take, STALL, gather))
+        for number, gap in enumerate(gaps):
+            await asyncio.sleep(gap)
+            came.append((clock.now, (b"%d," % number).ljust(size, b"x")))
+            connection.data_received(chunk(came[-1][1]))
+        if ends:
+            connection.data_received(b"0\r\n\r\n")
+            assert not await feeding
+            assert (went[-1][0] if went else 0.0) == clock.now
+        else:
+            with pytest.raises(TimeoutError):
+                await feeding
+        connection.abort()
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    return came, went
+
+
+def delays(came: Taken, went: Taken) -> list[float]:
+    ends = list(itertools.accumulate(len(block) for _, block in went))
+    starts = itertools.accumulate((len(block) for _, block in came), initial=0)
+    return [
+        next(now for (now, _), end in zip(went, ends, strict=True) if end > start) - at
+        for (at, _), start in zip(came, starts, strict=False)
+    ]
+
+
+@given(st.lists(st.floats(0, 0.1), min_size=1, max_size=40), st.sampled_from([0.0, GATHER, 0.1]), st.booleans())
+def test_all_of_it_goes_on_in_its_order_and_in_time(gaps: list[float], gather: float, ends: bool) -> None:
+    came, went = taken(gaps, gather, ends=ends)
+    assert b"".join(block for _, block in went) == b"".join(block for _, block in came)
+    assert all(-LITTLE < delay <= gather + RELEASE_SECONDS + LITTLE for delay in delays(came, went))
+    assert not gather or len(went) <= sum(gaps) / gather + len(gaps) / 2 + 2
+
+
+@given(st.lists(st.floats(GATHER / 2 + 1e-3, 0.3), min_size=1, max_size=40))
+def test_what_comes_slower_than_twice_in_that_time_never_waits(gaps: list[float]) -> None:
+    came, went = taken(gaps)
+    assert went == came
+
+
+@pytest.mark.parametrize("gap", [0.001, 0.002, 0.004, 0.008])
+def test_what_comes_fast_goes_on_as_often_as_can_be_seen(gap: float) -> None:
+    came, went = taken([gap] * 500)
+    assert len(went) <= 500 * gap / GATHER * 1.3 + 2
+    assert max(delays(came, went)) <= GATHER + LITTLE
+
+
+def test_one_that_comes_soon_after_one_that_was_late_does_not_wait() -> None:
+    came, went = taken([0.02, 0.02, 0.037, 0.003, 0.02, 0.001, 0.039] * 5)
+    assert went == came
+
+
+def test_an_engine_that_stops_where_more_was_expected_is_waited_for_once() -> None:
+    came, went = taken([0.08, 0.0002, 0.0002, 0.0002] * 10)
+    late = [delay for delay in delays(came, went) if delay > LITTLE]
+    assert 0 < len(late) <= 2
+    assert max(late) <= GATHER + RELEASE_SECONDS + LITTLE
+
+
+def test_what_the_engine_stops_after_does_not_wait_for_more() -> None:
+    came, went = taken([0.004] * 9, ends=False)
+    assert max(delays(came, went)) <= GATHER + RELEASE_SECONDS + LITTLE
+    assert went[-1][1].endswith(came[-1][1])
+
+
+def test_much_does_not_wait() -> None:
+    _, went = taken([0.001] * 10, size=MAX_GATHERED_BYTES // 2)
+    assert max(len(block) for _, block in went) <= 2 * MAX_GATHERED_BYTES

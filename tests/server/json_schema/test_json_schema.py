@@ -1,0 +1,275 @@
+"""Schemas that would hold everybody's engine up are refused before it sees them."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from octoai.server.errors import BadRequest
+from octoai.server.json_schema.rewriting import rewritten
+from octoai.server.json_schema.schema import MAX_ALTERNATIVES, bounded, for_llama_cpp
+
+A, B = "#/$defs/a", "#/$defs/b"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {},
+        {"type": "object", "properties": {"a": {"enum": list(range(900))}}},
+        {"type": ["integer", "null"], "enum": [*range(400), None]},
+        {"type": "string", "pattern": "^" + "a" * 1998 + "$"},
+        {"type": "string", "pattern": "(.?){99}"},
+        {"type": "object", "patternProperties": {"^(.?){99}$": {}}},
+        {"$defs": {"a": {"pattern": "^a{5,1}$"}, "b": {"enum": list(range(2000))}}, "type": "string"},
+        {"properties": {f"p{number}": {} for number in range(900)}, "required": [f"p{n}" for n in range(500)]},
+        {"properties": {"enum": {"type": "string"}, "pattern": {"type": "integer"}}},
+        {"properties": {"const": {"type": "string"}, "minimum": {"type": "integer"}, "$ref": {"type": "string"}}},
+        {"const": {"minItems": 3, "maxItems": 1}, "default": {"$ref": "#"}},
+        {"$defs": {"a": {"properties": {"next": {"anyOf": [{"$ref": A}, {"type": "null"}]}}}}, "$ref": A},
+        {"type": "object", "properties": {"child": {"$ref": "#"}}},
+        {"$defs": {"a": {"properties": {"x": {"type": "string"}}}}, "allOf": [{"$ref": A}, {"$ref": A}]},
+        {"allOf": [{"properties": {"a": {}}}, {"required": ["a"]}]},
+        {"allOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]},
+        {"properties": {"a": {"type": "string"}}, "allOf": [{"required": ["a"]}, {"minProperties": 1}]},
+        {"$ref": "https://example.com/schema.json"},
+        {"$ref": "#/no/such/place"},
+        {"type": ["object", "null"], "properties": {"a": {"type": ["string", "null"], "maxLength": 5}}},
+        {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+        {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+        {"type": "integer", "exclusiveMinimum": 0, "maximum": 9007199254740991},
+        {"type": "integer", "minimum": 10**15 - 1},
+        {"type": "integer", "minimum": 10**18, "maximum": 2 * 10**18},
+        {"type": "integer", "exclusiveMinimum": -(10**18), "maximum": -(10**17)},
+        {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
+        {"type": ["integer", "null"], "maximum": 1e20, "exclusiveMaximum": 10**400},
+        {"type": "string", "minLength": 1, "maxLength": 2**53 - 1},
+        {"type": "array", "maxItems": 2**32 - 1},
+        {"type": "number", "minimum": 1e300, "maximum": 1e301},
+        {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "string", "minLength": 1, "maxLength": 2000}},
+    ],
+)
+def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
+    assert bounded(schema) is schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"enum": list(range(MAX_ALTERNATIVES + 1))}, "enum values"),
+        ({"type": ["integer", "string", "null"], "enum": list(range(400))}, "for each type"),
+        ({"anyOf": [{"const": number} for number in range(MAX_ALTERNATIVES + 1)]}, "branches"),
+        ({"allOf": [{"properties": {f"{n}{m}": {} for m in range(100)}} for n in range(11)]}, "properties"),
+        ({"properties": {f"p{number}": {} for number in range(401)}}, "401 properties that may be left out"),
+        ({"type": "string", "pattern": "^" + "a|" * 1000 + "$"}, "pattern"),
+        ({"description": "x" * 200_000}, "bytes"),
+        ({"type": "string", "pattern": "^(a?){300}$"}, "ways"),
+        ({"type": "string", "pattern": "^[A-Z]{3,2}$"}, "larger bound first"),
+        ({"type": "array", "minItems": 3, "maxItems": 1}, "minItems is more than maxItems"),
+        ({"minLength": 6, "maxLength": 5}, "minLength is more than maxLength"),
+        ({"minLength": 2**31, "maxLength": 2**32}, "minLength: at most"),
+        ({"type": "integer", "minimum": 2**63 - 1, "maximum": 2**63 - 1}, "integers: a minimum of more"),
+        ({"type": ["integer", "null"], "minimum": 1e17}, "integers: a minimum of more"),
+        ({"type": "integer", "minimum": 10**17, "maximum": 2**64, "title": "x"}, "integers: a minimum of more"),
+        ({"type": "integer", "minimum": 10**17, "maximum": 2**63 - 1, "exclusiveMaximum": 10**18}, "integers: a min"),
+        ({"type": "integer", "exclusiveMaximum": -(10**17)}, "integers: .* a maximum of less"),
+        ({"type": "integer", "minimum": 1 - 2**63, "maximum": -(10**17)}, "integers: .* a maximum of less"),
+        ({"type": "integer", "minimum": 2**63, "maximum": 2**64 - 1}, "minimum: for integers"),
+        ({"type": "integer", "maximum": -1e20}, "maximum: for integers"),
+        ({"type": "integer", "minimum": 5, "exclusiveMaximum": 5}, "no integer"),
+        ({"type": ["object", "object"]}, "each of them once"),
+        ({"type": ["object", "string"], "allOf": [{}, {}]}, "allOf"),
+        ({"items": [{"type": "string", "maxLength": 2000}] * 201}, "come to 402201 in all"),
+        ({"items": [{"type": "string", "pattern": "^[a-z]{0,1999}$"}] * 201}, "come to 402000 in all"),
+        (
+            {"allOf": [{"anyOf": [{"properties": {f"{m}{n}": {} for n in range(150)}} for m in "abc"]}, {}]},
+            "450 properties that may be left out",
+        ),
+        ({"anyOf": [{"type": "array", "items": {"type": "integer"}}] * 129}, "more than 128 ways"),
+    ],
+)
+def test_schemas_beyond_the_bounds_are_refused_by_name(schema: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadRequest, match=words) as refused:
+        bounded({"type": "object", "properties": {"deep": {"items": schema}}})
+    assert refused.value.param == "response_format"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": {"a": {"$ref": A}}, "allOf": [{"$ref": A}]},
+        {"$defs": {"a": {"$ref": A}}, "allOf": [{"anyOf": [{"$ref": A}]}]},
+        {"$defs": {"a": {"$ref": B}, "b": {"$ref": A}}, "properties": {"x": {"$ref": B}}},
+        {"$defs": {"a": {"oneOf": [{"type": "string"}, {"$ref": A}]}}, "$ref": A},
+        {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/b/00"}]}, "b": [{"$ref": A}]}, "$ref": A},
+        {"anyOf": [{"type": "null"}, {"$ref": "#"}]},
+    ],
+)
+def test_references_that_lead_to_themselves_are_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="leads to itself") as refused:
+        bounded(schema)
+    assert refused.value.param == "response_format"
+
+
+def test_what_is_referred_to_counts_once_however_it_is_spelled() -> None:
+    names = [f"p{number}" for number in range(400)]
+    large = {"properties": {name: {"items": {"type": "integer"}} for name in names}, "required": names}
+    spelled = [{"$ref": f"#/$defs/b/{'0' * number}"} for number in range(1, 100)]
+    schema = {"$defs": {"a": large, "b": [large]}, "anyOf": [*spelled, {"$ref": A}]}
+    assert bounded(schema)
+    read = for_llama_cpp(schema)
+    assert list(read["$defs"].values()) == [large]
+    assert read["anyOf"] == [{"$ref": f"#/$defs/{name}"} for name in read["$defs"]] * 100
+
+
+def test_what_is_referred_to_has_a_name_that_nothing_else_has() -> None:
+    """llama.cpp took definitions of Chinese names for one, `Item_` for `Item__`, and a property for what it is called
+    like."""
+    names = ("\u5730\u5740", "\u5e74", "Item", "Item_", "Item__", "a/b", "a~b")
+    definitions = {name: {"const": number} for number, name in enumerate(names)}
+    spelled = {name: name.replace("~", "~0").replace("/", "~1") for name in names}
+    properties = {name: {"$ref": f"#/$defs/{spelled[name]}"} for name in names}
+    read = for_llama_cpp({"properties": {**properties, "self": {"$ref": "#"}}, "$defs": {**definitions, "unused": {}}})
+    for number, name in enumerate(names):
+        reference = read["properties"][name]["$ref"].removeprefix("#/$defs/")
+        assert reference.isascii() and reference.isalnum() and not reference[-1].isdigit()
+        assert read["$defs"][reference] == {"const": number}
+    whole = read["$defs"][read["properties"]["self"]["$ref"].removeprefix("#/$defs/")]
+    assert whole == {"properties": read["properties"]}
+    assert len(read["$defs"]) == len(names) + 1
+
+
+def test_patterns_are_summed_where_an_answer_can_begin_with_several_of_them() -> None:
+    texts = [{"type": "string", "pattern": rf"^x{{{number}}}([a-z]+ ?)+$"} for number in range(9)]
+    objects = [{"type": "object", "properties": {"a": text}, "required": ["a"]} for text in texts]
+    tagged = [
+        {"type": "object", "properties": {"kind": {"const": number}, "a": text}, "required": ["kind", "a"]}
+        for number, text in enumerate(texts)
+    ]
+    form = {f"p{number}": {"anyOf": [text, {"type": "string"}, {"type": "null"}]} for number, text in enumerate(texts)}
+    assert bounded({"type": "object", "properties": form})
+    assert bounded({"anyOf": tagged})
+    for alternatives in (texts, objects, texts[:1] * 9, [{"items": text} for text in texts]):
+        with pytest.raises(BadRequest, match="patterns that are read in fewer"):
+            bounded({"items": {"anyOf": alternatives}})
+
+
+def test_limits_that_limit_nothing_can_be_left_out() -> None:
+    idle = {"maxLength": 2**32, "maxItems": 2**53 - 1, "maximum": 2**63, "exclusiveMaximum": 1e20}
+    rest = {"minimum": -5, "maxLength": 2**31 - 1, "maxItems": "9" * 20, "maximum": 2**63 - 1, "title": "x"}
+    values = {"const": idle, "enum": [idle], "default": idle, "examples": [idle]}
+
+    def schema(part: dict[str, Any]) -> dict[str, Any]:
+        named = {"maxLength": part, "const": part, "other": True}
+        return {**part, **values, "anyOf": [part, True], "items": {**part, **values}, "properties": named}
+
+    given = schema(idle | rest)
+    before = repr(given)
+    assert rewritten(given) == schema(rest)
+    assert repr(given) == before
+    for reference in ("#/default", "#/examples/0", "#/$defs"):  # wherever it leads
+        read = rewritten({"$ref": reference, "default": idle | rest, "examples": [idle | rest], "$defs": idle | rest})
+        assert list(read["$defs"].values()) == [rest]
+
+
+def test_what_an_all_of_refers_to_counts_for_each_branch() -> None:
+    """llama.cpp copies it each time, and what is in an anyOf there as properties that may be left out."""
+    large = {"properties": {f"p{number}": {"type": "string"} for number in range(40)}}
+
+    def schema(num: int, optional: int) -> dict[str, Any]:
+        branches = [{"properties": {}}, *[{"$ref": B}] * num, {"anyOf": [{"$ref": A}] * optional}]
+        return {"$defs": {"a": {"$ref": B}, "b": large}, "allOf": branches}
+
+    assert bounded(schema(1, 5))
+    assert bounded(schema(400, 0))
+    with pytest.raises(BadRequest, match="properties"):
+        bounded(schema(0, 30))
+    with pytest.raises(BadRequest, match="parts"):
+        bounded(schema(600, 0))
+    kinds = {"$defs": {"a": {"enum": list(range(50))}}}
+    assert bounded({**kinds, "properties": {f"p{number}": {"allOf": [{"$ref": A}]} for number in range(100)}})
+    with pytest.raises(BadRequest, match="parts"):
+        bounded({**kinds, "allOf": [{"$ref": A}] * 500})
+
+
+def test_what_an_all_of_refers_to_does_not_multiply_or_lead_back() -> None:
+    for step in ({"allOf": [{"$ref": A}, {}]}, {"allOf": [{"anyOf": [{"$ref": A}]}, {}]}):
+        for definition in ({"properties": {"x": step}}, {"properties": {"x": {"items": step}}}):
+            with pytest.raises(BadRequest, match="without allOf"):
+                bounded({"$defs": {"a": definition}, "$ref": A})
+    doubled = {f"n{n}": {"properties": {"x": {"allOf": [{"$ref": f"#/$defs/n{n + 1}"}] * 2}}} for n in range(30)}
+    doubled["n30"] = {"properties": {}}
+    with pytest.raises(BadRequest, match="without allOf"):
+        bounded({"$defs": doubled, "$ref": "#/$defs/n0"})
+
+
+def test_schemas_are_looked_through_in_a_moment() -> None:
+    """Nobody else is served meanwhile."""
+    patterns = [{"pattern": f"^a{{{number}}}[^a].{{0,1900}}$"} for number in range(900)]
+    links = {"$defs": {f"n{number}": {"$ref": f"#/$defs/n{number + 1}"} for number in range(900)}}
+    tagged = [{"properties": {"kind": {"const": number}}, "required": ["kind"]} for number in range(490)]
+    for schema in (
+        *({"anyOf": patterns}, links, {"items": [{}] * 30_000}, {"enum": [[0] * 40_000]}),
+        *({"anyOf": tagged}, {"anyOf": [{"const": number} for number in range(990)]}, {"anyOf": [{}] * 990}),
+    ):
+        started = time.process_time()
+        with suppress(BadRequest):
+            bounded(schema)
+        assert time.process_time() - started < 2
+
+
+def test_an_all_of_of_one_schema_is_that_schema() -> None:
+    """As pydantic 1 writes what has a description, and tools for .NET what may be null."""
+    given = {
+        "properties": {
+            "color": {"description": "c", "nullable": True, "x-order": 1, "allOf": [{"type": "string"}]},
+            "twice": {"title": "outer", "allOf": [{"allOf": [{"type": "integer", "title": "inner"}]}]},
+            "more": {"minimum": 3, "allOf": [{"properties": {"a": {"allOf": [{"type": "null"}]}}}]},
+            "allOf": {"const": {"allOf": [{"type": "string"}]}},
+            "part": {"$ref": "#/properties/color/allOf/0"},
+        },
+    }
+    before = repr(given)
+    assert bounded(given) is given
+    read = for_llama_cpp(given)
+    (name,) = read["$defs"]
+    assert read["$defs"][name] == {"type": "string"}
+    assert read["properties"] == {
+        "color": {"description": "c", "nullable": True, "x-order": 1, "type": "string"},
+        "twice": {"title": "outer", "type": "integer"},
+        "more": {"minimum": 3, "allOf": [{"properties": {"a": {"type": "null"}}}]},
+        "allOf": {"const": {"allOf": [{"type": "string"}]}},
+        "part": {"$ref": f"#/$defs/{name}"},
+    }
+    assert repr(given) == before
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"items": {"allOf": [{"type": "integer"}, {"minimum": 3}]}},
+        {"type": ["string", "null"], "allOf": [{"pattern": "a"}, {"pattern": "b"}]},
+        {"$defs": {"a": {"type": "string"}}, "type": "object", "allOf": [{"$ref": A}, {}]},
+        {"$defs": {"a": {"allOf": [{}, {}]}}, "items": {"$ref": A}},
+    ],
+)
+def test_an_all_of_that_llama_cpp_would_make_an_empty_object_of_is_refused_for_it(schema: dict[str, Any]) -> None:
+    assert bounded(schema) is schema  # others read it rightly
+    with pytest.raises(BadRequest, match="write what they say as one schema") as refused:
+        for_llama_cpp(schema)
+    assert refused.value.param == "response_format"
+
+
+def test_what_is_rewritten_does_not_grow_without_bound() -> None:
+    """Each of these refers to all that is within it, and is written anew for it."""
+    nested: dict[str, Any] = {"properties": {f"p{number}": {} for number in range(300)}}
+    path = "#"
+    references = []
+    for _ in range(100):
+        nested, path = {"properties": {"a": nested}}, f"{path}/properties/a"
+        references.append({"$ref": path})
+    with pytest.raises(BadRequest, match="parts"):
+        bounded({**nested, "anyOf": references})
