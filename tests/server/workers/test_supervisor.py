@@ -208,7 +208,7 @@ _AS_FIRST_PROCESS = """
 import asyncio, ctypes, os, subprocess
 from octoai.server.workers import supervisor
 from octoai.server.machine import zombies
-from tests.server.test_supervisor import Ready, settings_in
+from tests.server.workers.test_supervisor import Ready, settings_in
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # what children leave behind is ours, as it is the first process's
 zombies.LOOK_SECONDS = 0.2
 subprocess.run(["sh", "-c", "sleep 0.1 &"], check=True)
