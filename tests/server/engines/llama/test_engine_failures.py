@@ -24,11 +24,22 @@ pytestmark = pytest.mark.model
 LONG = {**CHAT, "max_tokens": 3000, "ignore_eos": True}
 
 
-@pytest.fixture
-def service(embedded_model: Path, tmp_path: Path) -> Iterator[Serve]:
-    running = Serve(tmp_path, environ={"OCTOAI_ENGINE_STALL_SECONDS": "2"})
+def serving(place: Path) -> Iterator[Serve]:
+    running = Serve(place, environ={"OCTOAI_ENGINE_STALL_SECONDS": "2"})
     yield running
     running.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def service(embedded_model: Path, tmp_path: Path) -> Iterator[Serve]:
+    """One that may be ended."""
+    yield from serving(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def lasting(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """One for all that leave it as it was: its engine is started again."""
+    yield from serving(tmp_path_factory.mktemp("lasting"))
 
 
 def is_alive(pid: int) -> bool:
@@ -38,13 +49,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_running_requests_end_with_an_error_when_the_engine_is_killed_and_later_ones_succeed(service: Serve) -> None:
-    client = Client(service)
+def test_running_requests_end_with_an_error_when_the_engine_is_killed_and_later_ones_succeed(lasting: Serve) -> None:
+    client = Client(lasting)
     stream = Raw(client, {**LONG, "stream": True})
     whole = Raw(client, LONG)
     stream.read_until(b'"content":"')
     time.sleep(0.5)
-    (engine,) = service.children()
+    (engine,) = lasting.children()
     os.kill(engine, signal.SIGKILL)
 
     answer = stream.read_to_the_end()
@@ -55,15 +66,15 @@ def test_running_requests_end_with_an_error_when_the_engine_is_killed_and_later_
     assert whole.read_to_the_end().startswith(b"HTTP/1.1 502 ")
 
     # The first to know of its death are those who were reading: the service may call itself ready a moment longer.
-    until(lambda: service.children() not in ([], [engine]) and is_ready(client), 20)
+    until(lambda: lasting.children() not in ([], [engine]) and is_ready(client), 20)
     assert client.chat()["usage"]["completion_tokens"] == 12
 
 
-def test_nothing_is_accepted_while_the_engine_is_away(service: Serve) -> None:
-    client = Client(service)
-    for _ in range(3):  # the back-off grows with each
+def test_nothing_is_accepted_while_the_engine_is_away(lasting: Serve) -> None:
+    client = Client(lasting)
+    for _ in range(2):  # the back-off grows with each
         until(lambda: is_ready(client), 20)
-        os.kill(service.children()[0], signal.SIGKILL)
+        os.kill(lasting.children()[0], signal.SIGKILL)
         until(lambda: not is_ready(client), 2)
     status, headers, text = client.send("/v1/chat/completions", CHAT)
     assert status == 503
@@ -72,11 +83,11 @@ def test_nothing_is_accepted_while_the_engine_is_away(service: Serve) -> None:
     until(lambda: is_ready(client), 20)
 
 
-def test_an_engine_that_hangs_is_replaced(service: Serve) -> None:
-    client = Client(service)
+def test_an_engine_that_hangs_is_replaced(lasting: Serve) -> None:
+    client = Client(lasting)
     stream = Raw(client, {**LONG, "stream": True})
     stream.read_until(b'"content":"')
-    (engine,) = service.children()
+    (engine,) = lasting.children()
     os.kill(engine, signal.SIGSTOP)
     began = time.monotonic()
     answer = stream.read_to_the_end()
@@ -97,8 +108,8 @@ def test_the_engine_dies_with_the_service_even_when_that_is_killed(service: Serv
     stream.socket.close()
 
 
-def test_the_engine_can_be_reached_by_the_service_alone(service: Serve) -> None:
-    (engine,) = service.children()
+def test_the_engine_can_be_reached_by_the_service_alone(lasting: Serve) -> None:
+    (engine,) = lasting.children()
     open_files = {os.readlink(each) for each in Path(f"/proc/{engine}/fd").iterdir()}
     known = [line.split() for line in Path(f"/proc/{engine}/net/unix").read_text().splitlines()]
     paths = {Path(fields[7]) for fields in known if len(fields) == 8 and f"socket:[{fields[6]}]" in open_files}
@@ -189,19 +200,19 @@ def test_a_missing_file_an_unknown_model_and_a_taken_port_are_one_line(tmp_path:
         assert "--port" in line
 
 
-def test_a_token_made_while_the_service_runs_works_until_it_is_revoked(service: Serve) -> None:
-    made = service.run("token", "create", "--name", "second")
+def test_a_token_made_while_the_service_runs_works_until_it_is_revoked(lasting: Serve) -> None:
+    made = lasting.run("token", "create", "--name", "second")
     assert made.returncode == 0, made.stderr
-    client = Client(service)
+    client = Client(lasting)
     client.headers["authorization"] = f"Bearer {made.stdout.splitlines()[-1]}"
     assert client.send("/v1/models")[0] == 200
-    (row,) = [line for line in service.run("token", "list").stdout.splitlines() if line.endswith("second")]
-    assert service.run("token", "revoke", row.split()[0]).returncode == 0
+    (row,) = [line for line in lasting.run("token", "list").stdout.splitlines() if line.endswith("second")]
+    assert lasting.run("token", "revoke", row.split()[0]).returncode == 0
     until(lambda: client.send("/v1/models")[0] == 401, 1)
 
 
-def test_many_clients_that_leave_at_random_moments_leak_nothing(service: Serve) -> None:
-    client = Client(service)
+def test_many_clients_that_leave_at_random_moments_leak_nothing(lasting: Serve) -> None:
+    client = Client(lasting)
 
     def leave(number: int) -> None:
         request = Raw(client, {**LONG, "stream": number % 2 == 0})
