@@ -664,6 +664,9 @@ def test_messages_may_be_sent_to_completions_and_are_checked_there_too() -> None
         (generations.chat, CHAT, "use_beam_search", True),
         (generations.completion, TEXT, "chat_template_kwargs", {"enable_thinking": False}),
         (generations.completion, TEXT, "continue_final_message", True),
+        (generations.completion, TEXT, "continue_final_message", False),
+        (generations.completion, TEXT, "add_generation_prompt", True),
+        (generations.completion, TEXT, "add_generation_prompt", False),
         (generations.completion, TEXT, "prompt_logprobs", 1),
         (generations.completion, TEXT, "use_beam_search", True),
         (generations.chat, CHAT, "best_of", 3),
@@ -698,6 +701,7 @@ def test_harmless_forms_of_it_are_not() -> None:
     assert chat(chat_template_kwargs={}, min_tokens=0, parallel_tool_calls=True) == chat()
     assert chat(n=3, best_of=3) == chat(n=3)
     nothing = {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "top_logprobs": 0}
+    nothing |= {"add_generation_prompt": None, "continue_final_message": None}
     assert completion(suffix="", best_of=1, **nothing) == completion()
     assert completion(n=3, best_of=3).num_choices == 3
 

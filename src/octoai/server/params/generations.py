@@ -55,9 +55,8 @@ IMPOSSIBLE = frozenset(
     }
 )
 _IMPOSSIBLE_IN_CHAT = IMPOSSIBLE | {"best_of", "echo"}
-_ONLY_IN_CHAT = frozenset(
-    {"chat_template_kwargs", "continue_final_message", "response_format", "tools", "top_logprobs"}
-)
+_OF_LAST_MESSAGE = frozenset({"add_generation_prompt", "continue_final_message"})
+_ONLY_IN_CHAT = _OF_LAST_MESSAGE | {"chat_template_kwargs", "response_format", "tools", "top_logprobs"}
 _IMPOSSIBLE_IN_COMPLETION = IMPOSSIBLE | _ONLY_IN_CHAT
 
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -272,6 +271,8 @@ def _refuse_impossible(params: Mapping[str, Any], impossible: frozenset[str]) ->
 def _asks_for_something(name: str, params: Mapping[str, Any]) -> bool:
     """Whether the impossible parameter is more than its default."""
     value = params[name]
+    if name in _OF_LAST_MESSAGE:
+        return value is not None  # also false says whether it is to be continued
     if name == "function_call":
         return bool(value) and value not in ("none", "auto")
     if name == "best_of":
