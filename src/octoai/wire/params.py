@@ -150,7 +150,7 @@ class SamplingParams(TypedDict, total=False):
     n: Annotated[Optional[int], Field(ge=1, le=MAX_CHOICES)]
     peft: Optional[str]
     presence_penalty: Annotated[Optional[float], Field(ge=-2, le=2)]
-    repetition_penalty: Annotated[Optional[float], Field(gt=0, le=1000)]
+    repetition_penalty: Annotated[Optional[float], Field(ge=0.001, le=1000)]  # llama.cpp has 32 bits: 1e-300 is 0
     seed: Annotated[Optional[int], Field(ge=-(2**63), lt=2**63)]
     stop: Annotated[
         Union[Stop, None],

@@ -117,7 +117,7 @@ def test_a_model_is_required(decode: Any, base: dict[str, Any], value: Any) -> N
 EDGES: list[tuple[str, list[Any], list[Any]]] = [
     ("frequency_penalty", [-2, 2, 0.5], [-2.001, 2.001]),
     ("presence_penalty", [-2, 2, 0.5], [-2.001, 2.001]),
-    ("repetition_penalty", [0.001, 1.5], [0, -1]),
+    ("repetition_penalty", [0.001, 1.5, 1000], [0, -1, 1e-300, 0.0009]),
     ("temperature", [0, 2, 0.7], [-0.001, 2.001]),
     ("top_p", [0.001, 1], [0, -0.1, 1.001]),
     ("min_p", [0, 1], [-0.001, 1.001]),
