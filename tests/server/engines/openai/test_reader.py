@@ -181,12 +181,34 @@ def test_calls_without_numbers_and_ids_are_told_apart_by_their_names() -> None:
     assert [number for number, *_ in calls(calling(late), calling(f), calling(more))] == [0, 0, 0]
 
 
-def test_calls_with_numbers_keep_them() -> None:
+def test_calls_whose_numbers_count_from_0_keep_them() -> None:
     first, second = {"index": 0, "id": "a", "function": {"name": "f", "arguments": ""}}, {"index": 1, "id": "b"}
     assert calls(calling(first), calling(second), calling({"index": 0, "function": {"arguments": "{}"}})) == [
         (0, "a", {"name": "f", "arguments": ""}),
-        (1, "b", None),
+        (1, "b", {"arguments": ""}),
         (0, None, {"arguments": "{}"}),
+    ]
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (5, 2), (10**9, 0), (1, None)])
+def test_calls_are_numbered_in_the_order_in_which_they_begin(numbers: tuple[int, int | None]) -> None:
+    """Clients keep them in a list, and look where the number says."""
+    first, second = ({"index": n, "id": id_, "function": {"name": "f"}} for n, id_ in zip(numbers, "ab", strict=True))
+    more = {"index": numbers[0], "function": {"arguments": "{}"}}
+    of_both = calls(calling(first), calling(second), calling(more), calling(first | {"index": 7}, choice=1))
+    assert [(number, id_) for number, id_, _ in of_both] == [(0, "a"), (1, "b"), (0, None), (0, "a")]
+
+
+@pytest.mark.parametrize("typed", [{}, {"type": None}, {"type": "function"}], ids=repr)
+@pytest.mark.parametrize("begun", [{}, {"function": None}, {"function": {"arguments": None}}], ids=repr)
+def test_the_first_piece_of_a_call_and_no_other_has_its_type_and_a_function(
+    typed: dict[str, Any], begun: dict[str, Any]
+) -> None:
+    first, more = {"index": 0, "id": "a", **typed, **begun}, {"index": 0, "function": {"name": "f"}, **typed}
+    found = [each for each in Answer(TWO).events(calling(first) + calling(more)) if isinstance(each, Delta)]
+    assert [call for each in found for call in each.tool_calls or ()] == [
+        {"index": 0, "id": "a", "type": "function", "function": {"arguments": ""}},
+        {"index": 0, "function": {"name": "f"}},
     ]
 
 
@@ -238,8 +260,8 @@ def test_pieces_of_one_call_are_one_call_whatever_their_ids(ids: Sequence[str | 
     assert [number for number, *_ in calls(*map(calling, pieces))] == [0] * 4
 
 
-@pytest.mark.parametrize(("given", "told"), [({"x": 1}, '{"x":1}'), ([], "[]"), ("{}", "{}"), (None, None)])
-def test_arguments_are_json_in_a_string(given: Any, told: str | None) -> None:
+@pytest.mark.parametrize(("given", "told"), [({"x": 1}, '{"x":1}'), ([], "[]"), ("{}", "{}"), (None, "")])
+def test_arguments_are_json_in_a_string(given: Any, told: str) -> None:
     assert calls(calling({"index": 0, "id": "a", "function": {"name": "f", "arguments": given}})) == [
         (0, "a", {"name": "f", "arguments": told})
     ]

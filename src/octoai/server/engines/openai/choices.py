@@ -93,11 +93,17 @@ class Calls:
 
 
 def _numbered(call: Call, numbers: _Numbers) -> Call:
+    """The first piece also has what clients take for granted in it: of what type it is, and a function."""
     id_, function = _string(call.get("id")), _function(call.get("function") or {})
     name, arguments = function.get("name") or "", function.get("arguments") or ""
     number = numbers.of(call.get("index"), id_, name, arguments)
     known = numbers.known[number]
     numbered = {**call, "index": number}
+    if known.is_begun:
+        numbered.pop("type", None)
+    else:
+        numbered["type"] = "function"
+        function = {**function, "arguments": arguments}
     if known.id and id_:
         del numbered["id"]
     if function:
@@ -110,11 +116,14 @@ def _numbered(call: Call, numbers: _Numbers) -> Call:
 class _Known:
     """A call, as far as it has come."""
 
+    is_begun = False
+
     def __init__(self) -> None:
         self.id = self.name = ""
         self._arguments: list[str] = []
 
     def add(self, id_: str, name: str, arguments: str) -> None:
+        self.is_begun = True
         self.id, self.name = self.id or id_, self.name or name
         if arguments:
             self._arguments.append(arguments)
@@ -138,35 +147,39 @@ class _Known:
 
 
 class _Numbers:
-    """Of the calls of one choice."""
+    """Of the calls of one choice: how many began before. Clients keep them in a list, and not every server counts from
+    0."""
 
     def __init__(self) -> None:
-        self.known: dict[int, _Known] = {}
-        self._last = -1
+        self.known: list[_Known] = []
+        self._last = 0
         self._meant: dict[int, int] = {}  # by the number that the server says
 
     def of(self, said: Any, id_: str, name: str, arguments: str) -> int:
         """Of the call that a piece belongs to."""
-        if said is None:  # another id begins another call, and without ids another name
-            last = self.known.get(self._last) or _Known()
-            begins = id_ != last.id if id_ else name and last.name
-            said = number = self._next() if begins else max(0, self._last)
+        if said is None:
+            number = self._unsaid(id_, name)
+            self._meant.setdefault(number, number)
         elif type(said) is not int or said < 0:
             raise ValueError(said)
         else:
-            number = self._number(said, id_, name, arguments)
-        self._last = self._meant[said] = number
-        self.known.setdefault(number, _Known())
+            number = self._meant[said] = self._number(said, id_, name, arguments)
+        if number == len(self.known):
+            self.known.append(_Known())
+        self._last = number
         return number
 
-    def _number(self, said: int, id_: str, name: str, arguments: str) -> int:
-        number = self._meant.get(said, said)
-        is_another = number in self.known and self.known[number].is_before(id_, name, arguments)
-        is_taken = said not in self._meant and said in self.known
-        return self._next() if is_another or is_taken else number
+    def _unsaid(self, id_: str, name: str) -> int:
+        """Another id begins another call, and without ids another name."""
+        last = self.known[self._last] if self.known else _Known()
+        begins = id_ != last.id if id_ else name and last.name
+        return len(self.known) if begins else self._last
 
-    def _next(self) -> int:
-        return max(self.known, default=-1) + 1
+    def _number(self, said: int, id_: str, name: str, arguments: str) -> int:
+        number = self._meant.get(said)
+        if number is None or self.known[number].is_before(id_, name, arguments):
+            return len(self.known)
+        return number
 
 
 def _function(function: Mapping[str, Any]) -> Mapping[str, Any]:
