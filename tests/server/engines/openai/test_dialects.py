@@ -517,6 +517,18 @@ def test_a_status_has_one_meaning_whatever_the_body(status: int, kind: type, our
 def test_an_engines_own_parameter_name_is_passed_on() -> None:
     answer = refused(400, {"error": {"message": "bad", "param": "temperature"}})
     assert answer.param == "temperature"
+    for no_name in (3, ["messages"], {}, True, "", None):
+        assert refused(400, {"error": {"message": "bad", "param": no_name}}).param == "messages"
+
+
+@pytest.mark.parametrize("said", ["too hot", {"error": "too hot"}, {"message": "too hot"}], ids=repr)
+def test_an_engines_own_words_are_passed_on(said: Any) -> None:
+    assert refused(400, said).message == "The engine refused: too hot"
+
+
+@pytest.mark.parametrize("said", ["", {"error": None}, {}, []], ids=repr)
+def test_an_engine_that_says_nothing_did_not_say_why(said: Any) -> None:
+    assert refused(400, said).message == "The engine refused: it did not say why"
 
 
 def test_llama_cpp_is_put_in_words_where_its_grammar_does_not_take_how_an_answer_begins() -> None:
@@ -543,10 +555,13 @@ def test_a_grammar_that_llama_cpp_cannot_read_is_not_for_how_an_answer_begins() 
         ("Found unexpected chat template kwargs from request: {'documents'}", "chat_template_kwargs"),
         ("Conversation roles must alternate user/assistant", "messages"),
         ("cannot compile this grammar", "response_format"),
+        ("enable_thinking should be a boolean", "chat_template_kwargs"),
+        ("temperature is too high for these documents", "messages"),
+        ("'is' is undefined", "chat_template_kwargs"),
     ],
 )
 def test_a_complaint_of_what_a_template_was_told_is_of_that(message: str, param: str) -> None:
-    told = Generation(max_tokens=9, messages=[ASKED], template_kwargs={"enable_thinking": "x", "documents": 5})
+    told = Generation(max_tokens=9, messages=[ASKED], template_kwargs={"enable_thinking": "x", "documents": 5, "is": 1})
     said = {"error": {"code": 400, "message": message}}
     assert refused(400, said, told).param == param
     assert refused(400, said, replace(told, template_kwargs=None)).param == param.replace(

@@ -20,7 +20,10 @@ _PROMPT_TOKENS = re.compile(r"(?<!\d)(?<!upper bound for )(\d+) (?:in the messag
 _NO_ROOM = "max_tokens must be at least 1, got 0"
 # llama.cpp's grammar takes the beginning of an answer with what follows it. Of one that it cannot read it says more.
 _NOT_ITS_BEGINNING, _NO_GRAMMAR = "Failed to initialize samplers", "failed to parse grammar"
-_WORD = re.compile(r"\w+")
+# What a message names, beside the words that it says: in quotes, with an underscore, or in a template's code, of which
+# llama.cpp shows some.
+_NAME = re.compile(r"""(?<=["'`])\w+(?=["'`])|\w*_\w+""")
+_WORD, _SHOWS_TEMPLATE = re.compile(r"\w+"), "While executing "
 MAX_RETRY_SECONDS = 3600
 
 
@@ -32,8 +35,8 @@ def refusal(
         said = orjson.loads(body)
     except orjson.JSONDecodeError:
         said = {}
-    error = said.get("error", said) if isinstance(said, dict) else {}
-    error = error if isinstance(error, dict) else {"message": str(error)}
+    error = said.get("error", said) if isinstance(said, dict) else said
+    error = error if isinstance(error, dict) else {"message": error}
     message = message_of({"error": error})
     param = prompt_param(generation)
     if status == 400 and context_length is not None and _NO_ROOM in message:
@@ -45,7 +48,9 @@ def refusal(
     if is_of_beginning and generation.schema is not None and generation.is_prefilled:
         return _other_beginning()
     if status in (400, 422):
-        return BadRequest(f"The engine refused: {message}", param=error.get("param") or _suspect(message, generation))
+        named = error.get("param")
+        suspect = named if isinstance(named, str) and named else _suspect(message, generation)
+        return BadRequest(f"The engine refused: {message}", param=suspect)
     if status == 413:
         return BadRequest(f"{param}: too large for the engine ({message}). Shorten it.", param=param)
     if "image input is not supported" in message:
@@ -95,7 +100,8 @@ def _too_long(error: Mapping[str, Any], message: str, param: str) -> Refusal | N
 
 def _suspect(message: str, generation: Generation) -> str:
     """Which parameter an engine's complaint is about. What its words do not tell is about the prompt."""
-    if not {*(generation.template_kwargs or ())}.isdisjoint(_WORD.findall(message)):  # it names what it was told
+    names = (_WORD if _SHOWS_TEMPLATE in message else _NAME).findall(message)
+    if not {*(generation.template_kwargs or ())}.isdisjoint(names):
         return "chat_template_kwargs"
     if "tool choice" in message or "tool_choice" in message:  # vLLM started without a parser of tool calls
         return "tools"
