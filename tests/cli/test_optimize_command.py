@@ -360,6 +360,7 @@ SIGNALS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(300)
 @SIGNALS

@@ -33,6 +33,7 @@ def test_a_candidate_is_measured(bench: Bench) -> None:
     assert 50 << 20 < memory_bytes < 2 << 30
 
 
+@pytest.mark.slow
 def test_a_small_context_is_measured_by_what_fits_in_it(embedded_model: Path, tmp_path: Path) -> None:
     candidate = Candidate(AS_GIVEN, num_slots=2, num_threads=2, batch_tokens=128)
     with Bench(embedded_model, tmp_path, context_length=128, num_threads=2) as bench:

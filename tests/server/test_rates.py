@@ -66,7 +66,7 @@ def fill(db: Connection, asked: Sequence[tuple[tuple[str, str, int, int, int], s
         reservations.close(db, "nobody", 1, 1)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 @given(asked=st.lists(st.tuples(_asked, _then), max_size=25), moments=st.lists(_times, min_size=1, max_size=4))
 def test_seconds_and_single_requests_come_to_the_same(place: Place, asked: list[Any], moments: list[int]) -> None:
     with closing(connect(place)) as db:

@@ -159,7 +159,7 @@ def test_requests_whose_engine_was_killed_are_billed_by_what_it_had_generated(
     service = Serve(tmp_path)
     client, chance = Client(service), random.Random()
     until(lambda: is_ready(client), 30)
-    for _ in range(3):
+    for _ in range(2):
         streams = [begun(client, chance) for _ in range(3)]
         (engine,) = service.children()
         os.kill(engine, signal.SIGKILL)

@@ -96,7 +96,12 @@ def test_one_after_the_other_killed_under_all_kinds_of_requests(
 
 @pytest.mark.parametrize("num_workers", ["1", "2"])
 @pytest.mark.parametrize(
-    "signals", [(signal.SIGTERM,), (signal.SIGHUP, signal.SIGHUP), (signal.SIGHUP, signal.SIGTERM)]
+    "signals",
+    [
+        (signal.SIGTERM,),
+        pytest.param((signal.SIGHUP, signal.SIGHUP), marks=pytest.mark.slow),
+        (signal.SIGHUP, signal.SIGTERM),
+    ],
 )
 def test_a_signal_drains_all_even_where_all_are_sent_it(
     tmp_path: Path, upstream: Upstream, signals: tuple[signal.Signals, ...], num_workers: str

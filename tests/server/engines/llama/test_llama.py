@@ -376,7 +376,7 @@ def test_an_engine_that_was_stopped_together_with_the_service_does_not_hang(embe
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("what", ["socket", "directory"])
+@pytest.mark.parametrize("what", ["socket", pytest.param("directory", marks=pytest.mark.slow)])
 def test_an_engine_that_has_lost_its_socket_is_started_again(
     embedded_model: Path, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
@@ -446,7 +446,9 @@ def test_who_comes_and_leaves_gives_an_engine_that_hangs_no_more_time(embedded_m
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("num_words", [2, 400_000], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "num_words", [pytest.param(2, id="short"), pytest.param(400_000, id="long", marks=pytest.mark.slow)]
+)
 def test_prompts_that_are_counted_give_an_engine_that_hangs_no_more_time(num_words: int, embedded_model: Path) -> None:
     """Short ones one after another, or a long one that has been counted."""
     prompt = Generation(max_tokens=1, text="word " * num_words)
@@ -497,7 +499,7 @@ def test_the_slot_of_an_answer_is_free_before_its_end_is_read(embedded_model: Pa
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("is_replaced", [False, True])
+@pytest.mark.parametrize("is_replaced", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_engine_is_started_again_with_the_files_it_had(
     embedded_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_replaced: bool
 ) -> None:
@@ -586,7 +588,7 @@ def test_a_model_in_several_files_is_held_whole_and_found_by_their_names(tmp_pat
     files.hold()
 
 
-@pytest.mark.parametrize("damage", ["missing", "no model"])
+@pytest.mark.parametrize("damage", [pytest.param("missing", marks=pytest.mark.slow), "no model"])
 def test_what_cannot_be_changed_to_changes_nothing(embedded_model: Path, tmp_path: Path, damage: str) -> None:
     weights = tmp_path / "other.gguf"
     if damage == "no model":
