@@ -413,6 +413,51 @@ def test_what_was_answered_twice_is_billed_once_also_where_the_second_is_heard_o
         verify(db)
 
 
+@pytest.mark.parametrize("has_run", [False, True])
+@pytest.mark.parametrize("num_left", [1, 2])
+def test_what_was_left_while_the_database_was_away_is_given_back_also_where_its_retry_has_the_key_before(
+    place: Place, has_run: bool, num_left: int
+) -> None:
+    *left, retry = (settlement(number) | {"key": "k1", "key_body": "ab"} for number in range(1, num_left + 2))
+    body = bytes.fromhex("ab")
+    with closing(connect(place)) as db:
+        with db.transaction():
+            accounts.ensure_default(db)
+            claimed = KeyRow(body, retry["id"], retry["request_id"], retry["journal"], retry["opened_us"])
+            assert keys.claim(db, "default", "k1", claimed) is None
+        if has_run:
+            apply(db, retry | {"kind": "intent"})
+        for each in left:
+            apply(db, each)
+        assert balance_nanos(db, "default") == (0 if has_run else -COST)  # it may never run
+        apply(db, retry | {"answer": base64.b64encode(b"the answer").decode()})
+        found = [requests.of_id(db, each["id"]) for each in (*left, retry)]
+        assert [each.status for each in found if each] == ["refunded"] * num_left + ["settled"]
+        assert balance_nanos(db, "default") == -COST
+        row = keys.find(db, "default", "k1")
+        assert row is not None
+        assert (row.request, row.num_attempts) == (retry["id"], num_left + 1)
+        verify(db)
+
+
+def test_what_was_left_while_the_database_was_away_has_its_key_where_the_retry_never_runs(place: Place) -> None:
+    left, other = (settlement(number) | {"key": "k1", "key_body": "ab"} for number in (1, 2))
+    with closing(connect(place)) as db:
+        with db.transaction():
+            accounts.ensure_default(db)
+            keys.claim(db, "default", "k1", KeyRow(bytes.fromhex("ab"), "retry", "req_retry", "j", now_us()))
+        apply(db, left)
+        apply(db, other)
+        with db.transaction():
+            keys.release(db, "default", "k1", "retry")
+        row = keys.find(db, "default", "k1")
+        assert row is not None
+        assert (row.request, row.replaces) == (left["id"], None)
+        found = [requests.of_id(db, each["id"]) for each in (left, other)]
+        assert [each.status for each in found if each] == ["settled", "refunded"]
+        assert balance_nanos(db, "default") == -COST
+
+
 def test_a_request_that_was_given_back_when_its_key_was_taken_over_does_not_take_it_back_with_its_answer(
     place: Place,
 ) -> None:

@@ -16,10 +16,11 @@ PRUNED_AT_ONCE, PRUNED_BYTES = 200, 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """`request` is our id of the newest request made under the key, by the process whose journal is named, at
+    """`request` is our id of the one that stands under the key, made by the process whose journal is named, at
     `claimed_us`, which moves on while it waits for its turn; `answer` what it was given, once it has ended; `replaces`
-    the one before, which ended without an answer, until `request` runs. `answered_us` is when a text was generated, in
-    which case its answer may be kept for less time than others."""
+    the one before, which ended without an answer, until `request` runs. `num_attempts` counts it and those that it
+    replaced, of which MAX_REFUNDS are given back. `answered_us` is when a text was generated, in which case its answer
+    may be kept for less time than others."""
 
     body_hash: bytes
     request: str
@@ -64,12 +65,14 @@ def claim(db: Connection, account: str, key: str, claimed: KeyRow) -> KeyRow | N
 
 
 def claim_again(db: Connection, account: str, key: str, before: KeyRow, claimed: KeyRow, replaces: str | None) -> bool:
-    """Take over a key whose request ended without an answer. False where another was quicker."""
+    """Take over a key whose request has no answer; it is one attempt more where it `replaces` one. False where another
+    was quicker."""
     changed = db.execute(
         "UPDATE keys SET request = ?, request_id = ?, journal = ?, claimed_us = ?, replaces = ?, "
-        "num_attempts = num_attempts + 1 WHERE account = ? AND key = ? AND request = ? AND answer IS NULL",
+        "num_attempts = num_attempts + ? WHERE account = ? AND key = ? AND request = ? AND answer IS NULL",
         (
             *(claimed.request, claimed.request_id, claimed.journal, claimed.claimed_us, replaces),
+            0 if replaces is None else 1,
             *(account, key, before.request),
         ),
     )
@@ -113,9 +116,10 @@ def note(db: Connection, record: dict[str, Any]) -> str | None:
     """Keep the key of a request that runs or has run, and its answer once there is one. Returns whose charge is to be
     given back for it, if anybody's; that is not told again.
 
-    The key is the request's already where the database was there when it came. Where it was away the key is claimed
-    now, also from another that has no answer. Of those that several processes answered under it, in whatever order we
-    hear of them, the first that we hear of is the one that is billed."""
+    Of those that were made of one request, one stands under the key and is billed: one that was answered, or else one
+    that runs, or waits for its turn, or else one that ended; of two alike the one that we heard of first. Each other is
+    given back when it has ended. So it does not matter in which order we hear of those that began without the database.
+    """
     account, key, request = record["account"], record["key"], record["id"]
     claimed = KeyRow(
         *(bytes.fromhex(record["key_body"]), request, record["request_id"]),
@@ -123,44 +127,49 @@ def note(db: Connection, record: dict[str, Any]) -> str | None:
     )
     standing = claim(db, account, key, claimed)
     if standing is not None and standing.request != request:
-        if standing.answer is not None:
-            return request if _is_given_back(db, standing, record) else None
-        standing = _claimed_late(db, account, key, standing, claimed, record.get("answer") is not None)
+        if standing.body_hash != claimed.body_hash:
+            return None
+        of_standing = _status(db, standing.request)
+        if not _comes_before(db, standing, of_standing, record):
+            return _given_back(db, standing, of_standing, record)
+        if of_standing is None:  # it may never run; when it does, it finds this one here
+            release(db, account, key, standing.request)
+            return note(db, record)
+        claim_again(db, account, key, standing, claimed, None if of_standing == "open" else standing.request)
+        standing = find(db, account, key)
     if record.get("answer") is not None:
         keep(db, account, key, request, base64.b64decode(record["answer"]), record["settled_us"])
-    if standing is None or standing.request != request or standing.replaces is None:
+    if standing is None or standing.replaces is None:
         return None
     db.execute("UPDATE keys SET replaces = NULL WHERE account = ? AND key = ?", (account, key))
     return standing.refunds
 
 
-def _claimed_late(
-    db: Connection, account: str, key: str, standing: KeyRow, claimed: KeyRow, is_answered: bool
-) -> KeyRow | None:
-    """What stands under the key when a request that began while the database was away has been given it, if the one
-    that has it is the same and has no answer: that had ended before, or this one has been answered, and billed."""
-    if standing.replaces == claimed.request or standing.body_hash != claimed.body_hash:
-        return standing
-    status = _status(db, standing.request)
-    has_ended_before = status != "open" and standing.claimed_us < claimed.claimed_us
-    if not has_ended_before and not (is_answered and _status(db, claimed.request) == "settled"):
-        return standing
-    claim_again(db, account, key, standing, claimed, standing.replaces if status is None else standing.request)
-    return find(db, account, key)
-
-
-def _is_given_back(db: Connection, standing: KeyRow, record: dict[str, Any]) -> bool:
-    """Whether a request ends whose key has the answer of another that was the same. One without an answer counts as an
-    attempt, once: it may have been left with all but its last word."""
-    if record["kind"] != "settlement" or standing.body_hash.hex() != record["key_body"]:
+def _comes_before(db: Connection, standing: KeyRow, of_standing: str | None, record: dict[str, Any]) -> bool:
+    """Whether a request takes the place of the one that stands. One that was given back never does, however late it
+    turns out to have been answered."""
+    status = _status(db, record["id"])
+    if standing.answer is not None or status == "refunded":
         return False
+    return record.get("answer") is not None or (status == "open" and of_standing != "open")
+
+
+def _given_back(db: Connection, standing: KeyRow, of_standing: str | None, record: dict[str, Any]) -> str | None:
+    """The request, where it ends while another stands. One without an answer counts as an attempt; where the other may
+    never run, the first of them is given back when that does."""
+    if record["kind"] != "settlement" or standing.replaces == record["id"]:
+        return None
     if record.get("answer") is not None:
-        return True
-    if _status(db, record["id"]) != "settled" or standing.num_attempts > MAX_REFUNDS:
-        return False
-    counted = "UPDATE keys SET num_attempts = num_attempts + 1 WHERE account = ? AND key = ?"
-    db.execute(counted, (record["account"], record["key"]))
-    return True
+        return str(record["id"])
+    costs = db.row("SELECT 1 FROM requests WHERE id = ? AND cost_nanos > 0", (record["id"],))
+    if costs is None or standing.num_attempts > MAX_REFUNDS:
+        return None
+    waits = of_standing is None and standing.replaces is None
+    db.execute(
+        "UPDATE keys SET num_attempts = num_attempts + 1, replaces = ? WHERE account = ? AND key = ?",
+        (record["id"] if waits else standing.replaces, record["account"], record["key"]),
+    )
+    return None if waits else str(record["id"])
 
 
 def _status(db: Connection, request: str) -> str | None:
