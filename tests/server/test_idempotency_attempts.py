@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -264,6 +265,19 @@ def test_who_waits_for_an_answer_of_another_process_is_refused_where_nobody_is_s
     until(lambda: attempts(service, "k0") == [1], 3)
     assert key_of(service).request == "id-elsewhere"
     assert len(service.engine.seen) == 1
+
+
+def test_a_key_that_cannot_be_claimed_in_time_is_refused_where_nobody_is_served_without_the_database(
+    in_process: Start,
+) -> None:
+    service = in_process(ScriptedEngine(), when_database_is_away="refuse")
+    writer = service.service.admission.books.writer
+    writer.run = partial(writer.run, seconds=0.3)  # type: ignore[method-assign]  # not 5
+    with locked(service):
+        status, _, text = ask(service, PATH, request(service), idempotency_key="k1")
+    assert (status, json.loads(text)["code"]) == (503, "database_away")
+    assert service.engine.seen == []
+    until(lambda: ask(service, PATH, request(service), idempotency_key="k1")[0] == 200, 2)
 
 
 def test_an_answer_that_another_process_gives_is_waited_for_until_nobody_here_is_left_to_read_it(

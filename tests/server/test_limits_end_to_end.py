@@ -27,7 +27,7 @@ from octoai.server.ledger import holding, ledger
 from octoai.server.ledger.remaining import Remaining
 from octoai.server.limits import Standings
 from octoai.server.params import generations
-from octoai.server.store import Connection, Place, connect, entries, rates, reservations, sqlite
+from octoai.server.store import Connection, Place, connect, entries, rates, reservations, sqlite, writer
 from octoai.server.store.reservations import Reservation, Standing
 from tests.running import InProcess, Start
 from tests.talking import MESSAGES, Talk, ask, is_idle, request, until
@@ -309,7 +309,7 @@ def test_what_is_held_without_an_answer_of_the_database_is_given_back_by_who_is_
         time.sleep(0.1)
         asking.cancel()
         assert client.ask()[0] == 503  # of what is left nothing was heard
-    until(lambda: len(held) == 2, 2)  # after all, and for nobody
+    until(lambda: len(held) == 1, 2)  # the first after all, and for nobody; the other was not asked for any more
     until(lambda: client.held() == (0, 0), 2)
 
 
@@ -324,6 +324,42 @@ def test_while_the_database_hangs_a_request_waits_for_it_only_once(
         began = time.monotonic()
         assert client.ask()[0] == 200
         assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    "limits", [{"requests_per_minute": 10}, {"hard_budget_nanos": 10 * ONE}], ids=["rate", "budget"]
+)
+def test_a_database_that_does_not_answer_in_time_is_away_where_nobody_is_served_without_it(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch, limits: Mapping[str, int]
+) -> None:
+    monkeypatch.setattr(holding, "LIMIT_SECONDS", 0.3)
+    service = in_process(ScriptedEngine(), when_database_is_away="refuse")
+    client = Client(service, limits=limits)
+    assert client.ask()[0] == 200
+    with away(service):
+        for _ in range(2):
+            status, _, text = client.ask()
+            assert (status, json.loads(text)["code"]) == (503, "database_away")
+    assert len(service.engine.seen) == 1
+    until(lambda: client.held() == (0, 0), 2)
+    assert client.ask()[0] == 200
+
+
+def test_a_database_that_is_known_to_hang_is_not_waited_for(in_process: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding, "LIMIT_SECONDS", 0.3)
+    monkeypatch.setattr(writer, "HANG_SECONDS", 0.5)
+    client = Client(in_process(ScriptedEngine()), credit=10 * ONE)
+    books = client.service.service.admission.ledger.writer
+    assert client.ask()[0] == 200
+    with away(client.service):
+        assert client.ask()[0] == 200
+        until(lambda: books.away_seconds is not None, 2)
+        began = time.monotonic()
+        for number in range(3):
+            body = request(client.service, max_tokens=50)
+            assert ask(client.service, PATH, body, idempotency_key=f"k{number}", **client.headers)[0] == 200
+        assert time.monotonic() - began < 2
+    until(lambda: client.balance() == 10 * ONE - 5 * 7 * PRICE, 5)
 
 
 def test_what_was_used_while_the_database_is_away_is_gone(caller: Caller) -> None:

@@ -185,9 +185,10 @@ class Admission:
                 await self.books.writer.caught_up()
                 taken = await self.books.write(partial(_take_over, account=account, key=key, claimed=claimed))
             except StoreAway:
+                self.ledger.check(has_answered=False)
                 if not is_elsewhere:
                     return None  # what is known of the key is in this process then
-                self.ledger.check()  # it may be answered there: it is waited for, while others are let through
+                # It may be answered there: it is waited for, while others are let through.
             if taken is not None:
                 tab.refunds = taken.refunds
                 return None

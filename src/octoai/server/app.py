@@ -120,13 +120,13 @@ def over(settings: Settings, router: Router, metrics: Metrics, *, is_beside: boo
     journal = None if settings.ledger == "off" else open_journal(settings.place)
     keep_seconds = settings.answers_kept_seconds
     books = Books(settings.place, journal, is_beside=is_beside, keep_seconds=keep_seconds)
+    away_seconds = settings.database_away_seconds if settings.when_database_is_away == "serve" else 0.0
     # A thread of its own: no report, however long it takes, may make tokens look stale.
-    directory = Directory(Reader(settings.place, num_threads=1), away_seconds=settings.database_away_seconds)
+    directory = Directory(Reader(settings.place, num_threads=1), away_seconds=away_seconds)
     ledger = Ledger(
         journal,
         books.writer,
-        away_seconds=settings.database_away_seconds,
-        serves_when_away=settings.when_database_is_away == "serve",
+        away_seconds=away_seconds,
         num_processes=settings.workers,
     )
     metrics.watch_books(ledger, directory)

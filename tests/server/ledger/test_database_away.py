@@ -171,13 +171,14 @@ def test_stopped_while_the_database_is_away_it_keeps_its_journal_for_the_next_st
     assert found.num_interrupted == 0
 
 
+@pytest.mark.parametrize("how", ["stopped", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_known_tokens_are_refused_as_well_where_the_operator_says_so(
-    serving: Start, postgres_server: PostgresServer
+    serving: Start, postgres_server: PostgresServer, how: str
 ) -> None:
     crashes = serving(when_database_is_away="refuse")
     assert asked(crashes.service)[0] == 200
-    with stopped(postgres_server):
-        until(lambda: asked(crashes.service)[:2] == (503, "database_away"), 3)
+    with AWAY[how](postgres_server):
+        until(lambda: asked(crashes.service)[:2] == (503, "database_away"), 6)
     until(lambda: asked(crashes.service)[0] == 200, 10)
 
 

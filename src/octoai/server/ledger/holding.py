@@ -4,7 +4,7 @@ remains here while that is away. Knows nothing of requests but what they reserve
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 from collections.abc import Callable
 
 from octoai.server.accounts import Caller
@@ -13,12 +13,10 @@ from octoai.server.journal import Position
 from octoai.server.ledger.remaining import Remaining
 from octoai.server.limits import Standings, reserve
 from octoai.server.store import reservations
-from octoai.server.store.database import StoreAway, StoreError
+from octoai.server.store.database import StoreAway
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.writer import Writer
 from octoai.server.times import now_us
-
-log = logging.getLogger("octoai.ledger")
 
 LIMIT_SECONDS = 2.0  # for the database to answer whether there is room under a limit
 # While the journal is not brought in, what has ended keeps its place and its money in the database, which refuses
@@ -27,7 +25,7 @@ BEHIND_SECONDS = 3.0
 
 
 class Holding:
-    """`check` raises Unavailable where the database is away for too long to go on without it."""
+    """`check` raises Unavailable where a request must not go on without the database, which has not answered."""
 
     def __init__(self, writer: Writer, num_processes: int, check: Callable[[], None]) -> None:
         self.remaining = Remaining(num_processes)
@@ -80,15 +78,13 @@ class Holding:
             self._writer.later(lambda db: reservations.hold_unknown(db, unheard, now_us()), is_kept=True)
 
     async def give_back(self, held: Reservation, *, is_heard: bool) -> None:
-        """Of a request that never ran. `is_heard`: the database has said that it holds it."""
+        """Of a request that never ran. `is_heard`: the database has said that it holds it; until it does not is waited
+        for, and where that is given up it is released all the same."""
         self.remaining.release(held)
-        if not is_heard:
-            self._release_later(held)
-            return
-        try:
-            await self._writer.run(lambda db: reservations.release(db, held.id), seconds=LIMIT_SECONDS)
-        except StoreError:
-            log.warning("the reservation of %s is given back when its lease ends", held.id)
+        self._release_later(held)
+        if is_heard:
+            with contextlib.suppress(StoreAway):
+                await self._writer.run(lambda _: None, seconds=LIMIT_SECONDS, is_durable=False)
 
     @property
     def _can_ask(self) -> bool:

@@ -158,8 +158,8 @@ class Tab:
 
 
 class Ledger:
-    """`journal` None records, bills and limits nothing. `serves_when_away`: whether known callers go on while the
-    database is away, for at most `away_seconds`; each of `num_processes` then has its part of what is left."""
+    """`journal` None records, bills and limits nothing. `away_seconds`: how long known callers go on while the
+    database is away, where 0 is not at all; each of `num_processes` then has its part of what is left."""
 
     def __init__(
         self,
@@ -167,16 +167,15 @@ class Ledger:
         writer: Writer,
         *,
         away_seconds: float = 300.0,
-        serves_when_away: bool = True,
         num_processes: int = 1,
     ) -> None:
         self.journal = journal
         self.writer = writer
         self.tabs: set[Tab] = set()
-        self.holding = Holding(writer, num_processes, self.check)
+        self.holding = Holding(writer, num_processes, partial(self.check, has_answered=False))
         self._waiting: set[Tab] = set()  # for their turns, with a key or a reservation
         self._renew_at = 0.0
-        self._away_seconds = away_seconds if serves_when_away else 0.0
+        self._away_seconds = away_seconds
         self._checkpoints: asyncio.Task[None] | None = None
         self._again: set[asyncio.Future[Position]] = set()
         self._unwritten: dict[Tab, None] = {}
@@ -191,13 +190,16 @@ class Ledger:
             self._checkpoints.cancel()
             await asyncio.gather(self._checkpoints, return_exceptions=True)
 
-    def check(self) -> None:
-        """Raises Unavailable where a new request could not be recorded."""
+    def check(self, *, has_answered: bool = True) -> None:
+        """Raises Unavailable where a new request could not be recorded. `has_answered`: whether the database has, when
+        it was asked for this one."""
         if self.journal is None:
             return
         if not self.journal.has_room or self.writer.is_full:
             raise _no_room()
         away = self.writer.away_seconds
+        if away is None and not has_answered:
+            away = 0.0
         if away is not None and away >= self._away_seconds:
             raise Unavailable("The ledger's database does not answer.", retry_after=5, code="database_away")
 

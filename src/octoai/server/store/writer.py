@@ -35,6 +35,8 @@ LINGER_SECONDS = 0.05  # for more of the journal to come: a batch costs little m
 # second were what one client's 99th percentile had.
 INTERVAL_SECONDS = 0.125
 RETRY_SECONDS = 0.25
+HANG_SECONDS = 3.0  # for one transaction: from then on the database counts as away, though nothing has failed
+AWAY_SECONDS = 1.0  # for one of a database that is away: whether it is back shows by then
 MAX_KEPT = 10_000  # things to do when the database is back
 
 
@@ -62,6 +64,7 @@ class Writer:
         self._in_database = start  # of the journal, as we last found or wrote it there
         self.away_since: float | None = None  # the database, for this thread
         self._behind_since: float | None = None  # the applier
+        self._began: float | None = None  # the transaction that is under way
         self._journal = journal
         self._applier = applier
         self._tail = None if journal is None or applier is not None else journal.tail(start)
@@ -76,11 +79,11 @@ class Writer:
 
     @property
     def away_seconds(self) -> float | None:
-        """How long the database has not taken what it was given; None while it does."""
-        away, behind = self.away_since, self._behind_since
-        if away is None and behind is None:
+        """How long the database has not taken what it was given; None while it does, in time."""
+        away, behind, began = self.away_since, self._behind_since, self._began if self._hangs else None
+        if away is None and behind is None and began is None:
             return None
-        return time.monotonic() - min(each for each in (away, behind) if each is not None)
+        return time.monotonic() - min(each for each in (away, behind, began) if each is not None)
 
     def start(self) -> None:
         if self._applier is not None:
@@ -93,12 +96,14 @@ class Writer:
         """Do something in a transaction; when this returns it is on disk, unless that is not asked for. What `action`
         raises is raised here.
 
-        Raises StoreAway where the database did not do it in time: then it may still come to be done.
+        Raises StoreAway where the database did not do it in time: then it may still come to be done, if it has begun.
         """
+        if self._hangs:  # who came before has waited for it
+            raise StoreAway("the database does not answer")
         work = Work(action, is_durable)
         self._work.append(work)
         self._now()
-        return await self._in_time(work.done, seconds)
+        return await self._in_time(work.done, seconds if self.away_since is None else min(seconds, AWAY_SECONDS))
 
     def later(self, action: Action, *, is_kept: bool = False) -> None:
         """Do something after all that was asked for before, without waiting; where it fails, it is let be. `is_kept`:
@@ -158,6 +163,14 @@ class Writer:
             assert self._applier is not None
             self._applier.hurry()
 
+    @property
+    def _hangs(self) -> bool:
+        """Whether what was asked now would wait behind a transaction that takes too long."""
+        began = self._began
+        if began is None:
+            return False
+        return time.monotonic() - began > (HANG_SECONDS if self.away_since is None else AWAY_SECONDS)
+
     def _now(self) -> None:
         self._hurry.set()
         self._wake.set()
@@ -189,13 +202,13 @@ class Writer:
 
     def _round(self) -> bool:
         """One transaction. True where there may be more to do."""
-        work = [self._work.popleft() for _ in range(len(self._work))]
+        work = self._wanted()
         try:
             payloads = [] if self._tail is None else self._tail.records(BATCH)
             if not work and not payloads:
                 self._tell_who_waits_here()
                 return False
-            num_read = len(payloads)
+            num_read, self._began = len(payloads), time.monotonic()
             results = self._written(work, payloads)
         except Exception as error:  # noqa: BLE001  # whatever it is: nothing is lost, and it is tried again
             self._failed(work, error)
@@ -206,6 +219,16 @@ class Writer:
                 log.error("what was kept until the database is there cannot be done: %s", raised, exc_info=raised)
             resolve(each.done, result, raised)
         return bool(self._work or num_read)  # what was read may have ended with its segment
+
+    def _wanted(self) -> list[Work]:
+        """What is to be done next, without what nobody waits for any more. Not more than a batch: all others that write
+        to this database wait for its end."""
+        work = list[Work]()
+        while self._work and len(work) < BATCH:
+            each = self._work.popleft()
+            if not each.done.cancelled():
+                work.append(each)
+        return work
 
     def _written(
         self, work: list[Work], payloads: list[tuple[bytes, Position]]
@@ -259,6 +282,7 @@ class Writer:
         return self._db
 
     def _succeeded(self, position: Position | None) -> None:
+        self._began = None
         if self.away_since is not None:
             log.warning("the database takes what it is given again")
             self.away_since = self.failure = None
@@ -272,14 +296,16 @@ class Writer:
         self._tell_who_waits_here()
 
     def _failed(self, work: list[Work], error: Exception) -> None:
+        began, self._began = self._began, None
         self.is_full, self.failure = isinstance(error, StoreFull), str(error)
         if self.away_since is None:
             is_expected = isinstance(error, StoreError | JournalError | OSError)
             log.error("%s; the journal keeps what comes", error, exc_info=None if is_expected else error)
-            self.away_since = time.monotonic()
+            self.away_since = began or time.monotonic()
         if self._journal is not None and self._applier is None:
             self._tail = self._journal.tail(self.applied)
-        self._work.extendleft([each for each in reversed(work) if each.is_kept][:MAX_KEPT])
+        room = max(0, MAX_KEPT - len(self._work))
+        self._work.extendleft([each for each in reversed(work) if each.is_kept][:room])
         for each in work:
             if not each.is_kept:
                 resolve(each.done, None, StoreAway(str(error)))
