@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from octoai.server import accounts, tokens
 from octoai.server.accounts import Caller
 from octoai.server.errors import OutOfCredit, RateLimited
-from octoai.server.limits import Standings, _check_money, duration, reserve, standings
+from octoai.server.limits import Standings, _uncovered, duration, reserve, standings
 from octoai.server.store import Connection, Place, connect, requests, reservations
 from octoai.server.store.accounts import Limits
 from octoai.server.store.entries import Entry, month_of, post, spent_nanos
@@ -518,7 +518,7 @@ def test_ledger_and_limits_agree_on_an_empty_place(tmp_path: Path) -> None:
 def test_what_comes_back_opens_no_more_than_a_budget(spent: int, returning: int, most: int) -> None:
     """What is held may come to be charged to the next month, where the refund is not."""
     standing = Standing(Limits(hard_budget_nanos=100), spent_nanos=spent)
+    wanted = Reservation("id", "a", "t", 0, most + 1, 1, 1, 0)
     for nanos in (0, most):
-        _check_money("account", standing, Reservation("id", "a", "t", 0, nanos, 1, 1, 0), returning)
-    with pytest.raises(OutOfCredit):
-        _check_money("account", standing, Reservation("id", "a", "t", 0, most + 1, 1, 1, 0), returning)
+        assert _uncovered("account", standing, replace(wanted, nanos=nanos), returning) is None
+    assert _uncovered("account", standing, wanted, returning) is not None

@@ -362,6 +362,29 @@ def test_a_database_that_is_known_to_hang_is_not_waited_for(in_process: Start, m
     until(lambda: client.balance() == 10 * ONE - 5 * 7 * PRICE, 5)
 
 
+def test_what_the_database_has_refused_is_not_served_once_that_is_away(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
+    service = in_process(ScriptedEngine())
+    client = Client(service, credit=100 * ONE)
+    assert client.ask()[0] == 200
+    service.read(lambda db: None)
+    service.books(lambda db: accounts.credit(db, "acme", -100 * ONE, note="taken back", kind="adjustment"))
+    assert client.ask()[0] == 402
+    with away(service):
+        assert codes([client.ask() for _ in range(5)]) == {402: 5}
+    assert client.balance() == -7 * PRICE
+
+
+def test_what_costs_nothing_is_not_refused_to_who_owes_something_while_the_database_is_away(caller: Caller) -> None:
+    remaining = Remaining()
+    remaining.heard(caller, left(caller, -5))
+    remaining.hold(caller, replace(reservation(caller), nanos=0))
+    with pytest.raises(OutOfCredit):
+        remaining.hold(caller, replace(reservation(caller, "2"), nanos=1))
+
+
 def test_what_was_used_while_the_database_is_away_is_gone(caller: Caller) -> None:
     remaining, wanted = Remaining(), reservation(caller)
     remaining.heard(caller, left(caller, 2 * ONE))

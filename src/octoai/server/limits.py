@@ -55,13 +55,21 @@ class Standings:
         return headers
 
 
+class NotCovered(OutOfCredit):
+    """By the database, which has these `standings` of the caller, nothing being held for the request."""
+
+    def __init__(self, message: str, standings: Standings) -> None:
+        super().__init__(message)
+        self.standings = standings
+
+
 def standings(db: Connection, caller: Caller, now_us: int) -> Standings:
     return Standings(*reservations.standings(db, caller.account, caller.token, now_us), now_us)
 
 
 def reserve(db: Connection, caller: Caller, wanted: Reservation, refunds: str | None = None) -> Standings:
     """Hold what the request may need, and tell how things stand then. What the request that it `refunds` was charged is
-    there for it, since that is given back when it runs. Raises OutOfCredit or RateLimited, with nothing held. One
+    there for it, since that is given back when it runs. Raises NotCovered or RateLimited, with nothing held. One
     transaction."""
     now_us = wanted.at_us
     reservations.lapse(db, caller.account.id, now_us)
@@ -72,7 +80,9 @@ def reserve(db: Connection, caller: Caller, wanted: Reservation, refunds: str | 
     )
     row = requests.charged(db, refunds)
     for name, column, payer, standing in both:
-        _check_money(name, standing, wanted, row.cost_nanos if row and getattr(row, column) == payer else 0)
+        returning_nanos = row.cost_nanos if row and getattr(row, column) == payer else 0
+        if uncovered := _uncovered(name, standing, wanted, returning_nanos):
+            raise NotCovered(uncovered, before)
     refusals: list[RateLimited] = []
     for name, column, payer, standing in both:
         refusals += _running_refusals(name, standing)
@@ -83,7 +93,8 @@ def reserve(db: Connection, caller: Caller, wanted: Reservation, refunds: str | 
     return Standings(before.account.with_one_more(wanted), before.token.with_one_more(wanted), now_us)
 
 
-def _check_money(name: str, standing: Standing, wanted: Reservation, returning_nanos: int) -> None:
+def _uncovered(name: str, standing: Standing, wanted: Reservation, returning_nanos: int) -> str | None:
+    """Why what is left does not pay for it, where it does not."""
     credit = standing.credit_nanos
     after_refund = replace(
         standing,
@@ -93,17 +104,17 @@ def _check_money(name: str, standing: Standing, wanted: Reservation, returning_n
     left = after_refund.left_nanos
     # What costs nothing is not refused to who owes something.
     if left is None or wanted.nanos <= max(0, left):
-        return
+        return None
     need = f"this request may cost up to {usd(wanted.nanos)} USD"
     held = f" ({usd(standing.held_nanos)} USD are held by requests that are running)" if standing.held_nanos else ""
     budget = standing.limits.hard_budget_nanos
     if standing.credit_nanos is not None and (budget is None or standing.credit_nanos <= budget - standing.spent_nanos):
-        raise OutOfCredit(
+        return (
             f"The account's prepaid credit is {usd(standing.credit_nanos)} USD{held}, and {need}. Add credit, or ask "
             "for fewer max_tokens."
         )
     assert budget is not None
-    raise OutOfCredit(
+    return (
         f"The monthly budget of this {name} is {usd(budget)} USD, {usd(standing.spent_nanos)} USD of it spent{held}, "
         f"and {need}. Raise the budget, wait for the next month (UTC), or ask for fewer max_tokens."
     )

@@ -11,7 +11,7 @@ from octoai.server.accounts import Caller
 from octoai.server.errors import OutOfCredit, Unavailable
 from octoai.server.journal import Position
 from octoai.server.ledger.remaining import Remaining
-from octoai.server.limits import Standings, reserve
+from octoai.server.limits import NotCovered, Standings, reserve
 from octoai.server.store import reservations
 from octoai.server.store.database import StoreAway
 from octoai.server.store.reservations import Reservation
@@ -50,6 +50,9 @@ class Holding:
                 seconds=LIMIT_SECONDS,
                 is_durable=False,
             )
+        except NotCovered as refusal:
+            self.remaining.heard(caller, refusal.standings)
+            raise
         except StoreAway:  # it may come to be held there after all, as it should be where the request goes on
             self._hold_without(caller, wanted)
             return None

@@ -47,7 +47,7 @@ class Remaining:
         for payer in bounded:
             if payer not in self._left:
                 raise Unavailable("The database of accounts does not answer.", retry_after=5, code="database_away")
-            if self._left[payer] < wanted.nanos:
+            if max(0, self._left[payer]) < wanted.nanos:  # what costs nothing is not refused to who owes something
                 raise OutOfCredit("The database is away, and what was last known to be left does not cover this.")
         for payer in bounded:
             self._take(payer, wanted)
