@@ -211,6 +211,32 @@ def test_while_there_is_none_a_settlement_is_not_waited_for(tmp_path: Path, monk
     run(main())
 
 
+def test_a_settlement_is_waited_for_once_the_database_was_told_of_what_was_let_through_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks one after the other, and never two at once, was refused for the one before."""
+    place = Place(tmp_path)
+
+    async def main() -> None:
+        async with kept(place) as (books, journal):
+            begin = partial(begun, Ledger(journal, books.writer), limited(place, concurrent_requests=1))
+            await books.writer.reached(await journal.append(settlement(1)))
+            process_of(books).kill()
+            await until(lambda: books.writer.away_seconds is not None)
+            with monkeypatch.context() as away:
+                away.setattr(holding, "BEHIND_SECONDS", 0.0)
+                running, is_answered = await begin("1")
+            assert not is_answered
+            running.open()
+            await until(lambda: books.writer.away_seconds is None)
+            with pytest.raises(RateLimited, match="running 1"):  # which has told it of the first
+                await begin("2")
+            await running.settle("finished")
+            assert (await begin("3"))[1]
+
+    run(main())
+
+
 def test_what_was_used_without_the_database_is_not_promised_again_before_that_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

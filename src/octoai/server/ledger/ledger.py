@@ -114,8 +114,7 @@ class Tab:
             record, usage = self._record("settlement", settled_us := now_us()), self.usage()
             record |= {**_counts(usage), "outcome": outcome, "settled_us": settled_us, "answer": answer}
             held = self.reservation
-            # In vain while it cannot come in, and for nobody where the database knows nothing of it.
-            is_waited_for = held is not None and not self.is_unheard and self.ledger.writer.away_seconds is None
+            is_waited_for = held is not None and self.ledger.is_waited_for(held)
             self._settled = settled = self.ledger.settle(record, is_reserved=is_waited_for, is_first=not is_written)
             if held is not None:
                 self.ledger.release(held, self.price.charge(usage), is_heard=not self.is_unheard)
@@ -299,6 +298,11 @@ class Ledger:
         if written.done() and written.exception() is not None:
             return asyncio.ensure_future(self._recorded(record, written))
         return written
+
+    def is_waited_for(self, held: Reservation) -> bool:
+        """Whether the settlement is, of a request that held this: in vain while it cannot come in, and for nobody where
+        the database knows nothing of it."""
+        return self.writer.away_seconds is None and not self.holding.remaining.is_unheard(held)
 
     def release(self, held: Reservation, charged_nanos: int, *, is_heard: bool) -> None:
         """Of a request whose settlement was written last."""

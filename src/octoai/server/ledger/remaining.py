@@ -39,6 +39,10 @@ class Remaining:
         unheard, self._unheard = list(self._unheard), set()
         return unheard
 
+    def is_unheard(self, reservation: Reservation) -> bool:
+        """Whether the database was not even told of it."""
+        return reservation in self._unheard
+
     def hold(self, caller: Caller, wanted: Reservation) -> None:
         """Without the database. Raises OutOfCredit, and Unavailable where nothing was heard of the caller."""
         account, token = caller.account, caller.token
