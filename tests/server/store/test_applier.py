@@ -240,7 +240,7 @@ def test_a_settlement_is_waited_for_once_the_database_was_told_of_what_was_let_t
 def test_what_was_used_without_the_database_is_not_promised_again_before_that_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(applier_module, "RESTART_SECONDS", 1.7)
+    monkeypatch.setattr(applier_module, "RESTART_SECONDS", 1.0)
     place = Place(tmp_path)
 
     async def main() -> None:
