@@ -400,9 +400,12 @@ def test_with_no_time_at_all_everybody_is_refused_only_while_it_is_away(place: P
             await asyncio.sleep(0.4)
             with pytest.raises(Unavailable):
                 await entered(known, token.text)
+            with pytest.raises(Unavailable):
+                known.check()
             reader.is_away = False
             await asyncio.sleep(0.4)
             await entered(known, token.text)
+            known.check()
 
     asyncio.run(run())
 

@@ -97,6 +97,11 @@ class Directory:
         row = self.prices.of(model, at_us)
         return None if row is None else Price(row.input_nanos, row.cached_input_nanos, row.output_nanos)
 
+    def check(self) -> None:
+        """Raises Unavailable where what is known is too old to tell who is asking."""
+        if self._is_away and self._clock() - self._fresh_at > self.away_seconds:
+            raise Unavailable("The database of accounts does not answer.", retry_after=5, code="database_away")
+
     async def refresh(self, *, is_patient: bool = False) -> None:
         """Read what has changed until now; calls at the same time share one look. Raises StoreError, also where that
         takes longer."""
@@ -115,8 +120,7 @@ class Directory:
         key = digest(token)
         if key not in self._tokens and not is_well_formed(token):
             return None
-        if self._is_away and self._clock() - self._fresh_at > self.away_seconds:
-            raise Unavailable("The database of accounts does not answer.", retry_after=5, code="database_away")
+        self.check()
         row, is_away = self._tokens.get(key), self._is_away
         if row is None and key in self._unknown:
             return None

@@ -174,10 +174,11 @@ class Service:
         return deployment
 
     @property
-    def unrecorded(self) -> Unavailable | None:
-        """Why no request could be recorded now, where none could: all are refused with it."""
+    def refusal(self) -> Unavailable | None:
+        """What every request is refused with now, where none could be recorded or nobody can tell who is asking."""
         try:
             self.admission.ledger.check()
+            self.directory.check()
         except Unavailable as refusal:
             return refusal
         return None

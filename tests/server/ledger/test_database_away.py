@@ -182,6 +182,21 @@ def test_known_tokens_are_refused_as_well_where_the_operator_says_so(
     until(lambda: asked(crashes.service)[0] == 200, 10)
 
 
+@pytest.mark.parametrize("settings", [{"database_away_seconds": 0.5}, {"when_database_is_away": "refuse"}])
+def test_readiness_says_so_where_everybody_is_refused_because_nobody_can_tell_who_asks(
+    in_process: Callable[..., InProcess], postgres_server: PostgresServer, postgres_url: str, settings: dict[str, Any]
+) -> None:
+    service = in_process(ScriptedEngine(), url=postgres_url, ledger="off", **settings)
+    assert ask(service, "/health/ready")[0] == 200
+    with stopped(postgres_server):
+        until(lambda: ask(service, PATH, request(service))[0] == 503, 5)
+        status, _, text = ask(service, "/health/ready")
+        said = json.loads(text)
+        assert (status, said["status"], said["ledger"]) == (503, "not ready", "database_away")
+    until(lambda: ask(service, "/health/ready")[0] == 200, 10)
+    assert ask(service, PATH, request(service))[0] == 200
+
+
 @pytest.mark.slow
 def test_known_tokens_are_refused_after_the_time_that_was_configured(
     serving: Start, postgres_server: PostgresServer

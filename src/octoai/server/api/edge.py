@@ -131,7 +131,7 @@ class Edge:
             return error
         if isinstance(error, StoreAway):  # a full disk may be why, which somebody else has to see to
             away = Unavailable("The database does not answer.", retry_after=5, code="database_away")
-            return self.service.unrecorded or away
+            return self.service.refusal or away
         log.error("request %s failed", request_id, exc_info=error)
         return InternalError(request_id)
 

@@ -138,11 +138,11 @@ async def live(_: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Whether a request would be served now: 503 while an engine is away, nothing could be recorded, or the service is
-    stopping."""
+    """Whether a request would be served now: 503 while an engine is away, nothing could be recorded, nobody can tell
+    who is asking, or the service is stopping."""
     service: Service = request.state.service
     engines = {each.model.id: "ready" if each.engine.is_ready else "not ready" for each in service.router.deployments}
-    ledger = "ready" if (refusal := service.unrecorded) is None else refusal.code
+    ledger = "ready" if (refusal := service.refusal) is None else refusal.code
     is_ready = {ledger, *engines.values()} == {"ready"}
     status = "draining" if service.is_draining else "ready" if is_ready else "not ready"
     code, headers = (200, {}) if status == "ready" else (503, {"retry-after": "2"})
