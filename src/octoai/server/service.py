@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace, TracebackType
@@ -30,7 +30,7 @@ from octoai.server.metrics.families import Metrics
 from octoai.server.params.generations import TextRequest
 from octoai.server.parts import parts_of, renumbered
 from octoai.server.router import Deployment, Router
-from octoai.server.store.database import Connection
+from octoai.server.store.database import Connection, StoreError
 from octoai.server.times import now_us
 
 log = logging.getLogger("octoai.request")
@@ -151,9 +151,11 @@ class Service:
         return await self.read(lambda db: standings(db, caller, now_us()))
 
     async def write(self, action: Callable[[Connection], T]) -> T:
-        """Change the database; when this returns the change is on disk, and in force in this process."""
+        """Change the database; when this returns the change is on disk, and in force in this process as soon as it can
+        read that. Raises StoreAway, and what `action` raises."""
         result = await self.admission.books.write(action)
-        await self.directory.refresh()
+        with suppress(StoreError):  # it is done, and to say that it was not would have it done again
+            await self.directory.refresh()
         return result
 
     def may_use(self, caller: Caller, model: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from octoai.server import accounts, tokens
+from octoai.server import accounts, directory, tokens
 from octoai.server.accounts import PLANS
 from octoai.server.api import admin
 from octoai.server.api.admin.bodies import BODIES
@@ -153,6 +153,19 @@ def test_credit_is_granted_adjusted_and_listed_newest_first(service: InProcess) 
     others = call(service, "POST", "accounts/other/credit", {"amount": "1"})
     for after in ("x", "", "999999", "9" * 30, others["id"]):
         assert refused(service, "GET", f"accounts/acme/credit?after={after}", status=400)[0] == "after"
+
+
+def test_what_is_on_disk_is_not_said_to_have_failed_where_the_database_goes_away_after_it(
+    service: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(service, "POST", "accounts", {"id": "acme", "prepaid": True})
+    with monkeypatch.context() as away:
+        away.setattr(directory, "PATIENCE_SECONDS", 0.0)
+        given = call(service, "POST", "accounts/acme/credit", {"amount": "25"})
+        made = call(service, "POST", "tokens", {"name": "t", "account": "acme"})
+    assert given["balance"] == "25.00"
+    assert call(service, "GET", "accounts/acme")["balance"] == "25.00"
+    assert status_with(service, made["token"]) == 200
 
 
 def test_credit_with_an_idempotency_key_is_given_once(service: InProcess) -> None:
