@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 import signal
@@ -107,6 +108,36 @@ def test_a_search_too_short_to_compile_kernels_says_how_long_would_do(
     assert found.no_kernels == (
         "no kernels for this CPU are here, and only a search of 60 seconds or more compiles them"
     )
+
+
+@pytest.mark.parametrize("how", ["by another file", "in its place"])
+@pytest.mark.parametrize("best", [FOUND.best, first_guesses(num_cores())[0]])
+def test_nothing_is_kept_of_a_search_whose_model_was_replaced_by_one_of_the_same_size(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: Candidate, how: str
+) -> None:
+    """The hash is that of the first file; what was measured, and weights in other formats, may be of the second."""
+    outcome = Outcome(best, is_usable=True, start=best, pairs=compared(1.0))
+
+    class Replacing:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def run(self, *_: object) -> Outcome:
+            written = source if how == "in its place" else tmp_path / "new.gguf"
+            written.write_bytes(b"WEIGHTS")
+            written.replace(source)
+            return outcome
+
+    os.utime(source, ns=(1, 1))
+    monkeypatch.setattr(optimization, "Search", Replacing)
+    monkeypatch.setattr(optimization, "_kernels", lambda *_: (None, None))
+    said = f"{source} was replaced while it was optimized: optimize it again"
+    with pytest.raises(CannotOptimize, match=f"^{re.escape(said)}$"):
+        optimize(source, tmp_path / "cache", Wish(context_length=512))
+    source.write_bytes(b"weights")
+    profiles = Profiles(tmp_path / "cache")
+    assert profiles.find(source) is None
+    assert not profiles.is_searched_in_vain(source, kernels.RECIPE)
 
 
 @pytest.fixture

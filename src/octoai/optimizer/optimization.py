@@ -20,6 +20,7 @@ from octoai.optimizer.search import CLEARLY_FASTER, Search
 from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guesses, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
 from octoai.optimizer.weights import UnusableWeights
+from octoai.server.engines.llama.prefixes import parts
 from octoai.server.machine.cores import num_cores
 from octoai.server.machine.places import create
 
@@ -77,6 +78,7 @@ def optimize(
     num_threads = num_cores()
     profiles = Profiles(cache_dir)
     try:
+        given = _files(source)
         model_sha256 = sha256_of_model(source)
         with _interrupts() as ignore_them, _workplace(cache_dir, model_sha256) as directory:
             kernels_path, missing = _kernels(profiles, wish, num_threads, directory / "kernels", on_step)
@@ -100,13 +102,16 @@ def optimize(
                 )
                 outcome = search.run(wish.seconds - (time.monotonic() - began), time.monotonic)
                 ignore_them()
+                if _files(source) != given:  # part of what was measured and made may be the other model's
+                    raise CannotOptimize(f"{source} was replaced while it was optimized: optimize it again")
                 if not outcome.is_usable and not outcome.is_interrupted:
                     raise CannotOptimize(_why_not(source, outcome, is_late=time.monotonic() >= began + wish.seconds))
-                if not _is_gain(outcome, starts, wish):
+                if _is_gain(outcome, starts, wish):
+                    found = _stored(profiles, source, model_sha256, outcome, wish, bench)
+                else:
+                    found = Optimized(outcome)
                     if _is_in_vain(outcome, wish, missing):
                         profiles.note_in_vain(source, model_sha256, kernels.RECIPE)
-                    return Optimized(outcome, no_kernels=str(missing or ""), is_exact=bench.is_exact)
-                found = _stored(profiles, source, model_sha256, outcome, wish, bench)
                 return replace(found, no_kernels=str(missing or ""), is_exact=bench.is_exact)
     except KeyboardInterrupt:  # before the search began
         return Optimized(Outcome(best=first_guesses(num_threads)[0], is_interrupted=True))
@@ -114,6 +119,12 @@ def optimize(
         raise CannotOptimize(str(error)) from None
     except OSError as error:
         raise CannotOptimize(f"{error.filename or cache_dir}: {error.strerror or error}") from None
+
+
+def _files(source: Path) -> list[tuple[int, ...]]:
+    """What tells that the files of the model are others by now, or were written to."""
+    found = map(os.stat, parts(source))
+    return [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
 
 
 def _kernels(
