@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import fcntl
 import json
 import os
@@ -23,9 +24,13 @@ from octoai.optimizer.optimization import Optimized, Wish
 from octoai.optimizer.outcome import Outcome
 from octoai.optimizer.profile import Profile, Profiles, sha256
 from octoai.optimizer.space import AS_GIVEN, Candidate
+from octoai.server import app
+from octoai.server import run as run_module
 from octoai.server.catalogue import EMBEDDED_MODEL_ID
+from octoai.server.engines.llama.engine import LlamaEngine
 from octoai.server.machine import idle
-from octoai.server.settings import load
+from octoai.server.router import Router
+from octoai.server.settings import Settings, load
 from tests.running import Serve
 from tests.talking import until
 
@@ -414,6 +419,51 @@ def test_a_damaged_profile_is_one_line_and_the_defaults(cache: Path, embedded_mo
         assert f"octoai: {EMBEDDED_MODEL_ID} {said}" in service.lines
     finally:
         assert service.stop() == 0
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Settings, Router, LlamaEngine]:
+    """A service's engine of `m.gguf`, without a child."""
+
+    async def nothing(_: LlamaEngine) -> None:
+        pass
+
+    monkeypatch.setattr(LlamaEngine, "_spawn", nothing)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF of one")
+    settings = load(path=None, environ={"OCTOAI_CACHE_DIR": str(tmp_path)}, models=[str(tmp_path / "m.gguf")])
+    router = app.router(settings, app.catalogue(settings), {"m": tmp_path / "m.gguf"})
+    engine = router.deployments[0].engine
+    assert isinstance(engine, LlamaEngine)
+    return settings, router, engine
+
+
+@pytest.mark.parametrize("how", ["it stays", "another file", "written over"])
+def test_what_was_found_while_idle_is_used_only_where_the_file_is_the_one_that_is_served(
+    served: tuple[Settings, Router, LlamaEngine], tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """Otherwise it was found for the other one, which was put there for the next start."""
+    settings, router, engine = served
+    weights, made = tmp_path / "m.gguf", tmp_path / "made.gguf"
+    os.utime(weights, ns=(1, 1))
+    made.write_bytes(b"GGUF in another format")
+
+    async def main() -> None:
+        await engine.start()
+        try:
+            if how == "written over":
+                weights.write_bytes(b"GGUF of two")
+            elif how == "another file":
+                (tmp_path / "new.gguf").write_bytes(b"GGUF of two")
+                (tmp_path / "new.gguf").replace(weights)
+            found = (made, Candidate(num_slots=2).options)
+            await run_module._use(run_module.Search("m", [], lambda: found), settings, router)
+            assert engine.weights == (made if how == "it stays" else weights)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+    said = f"m: {weights} is another file by now, and what was found while idle is for that one: it is used from"
+    assert (said in caplog.text) == (how != "it stays")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])

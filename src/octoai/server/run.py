@@ -95,12 +95,17 @@ async def _use(search: Search, settings: Settings, router: Router) -> None:
     deployment = next(each for each in router.deployments if each.model.id == search.model)
     if found is None or not isinstance(deployment.engine, LlamaEngine):
         return
+    engine = deployment.engine
+    if not engine.files.is_there(engine.weights):
+        other = f"{engine.weights} is another file by now, and what was found while idle is for that one"
+        log.warning("%s: %s: it is used from the next start on", search.model, other)
+        return
     weights, tuned = found
     try:
-        await deployment.engine.change(weights, app.options(settings, chosen, deployment.model, weights, tuned))
+        await engine.change(weights, app.options(settings, chosen, deployment.model, weights, tuned))
     except Refusal as refusal:
         log.error("%s: what was found while idle is not used: %s", search.model, refusal.message)
-    deployment.queue.resize(deployment.engine.num_slots)
+    deployment.queue.resize(engine.num_slots)
 
 
 def _serve_alone(settings: Settings, router: Router, chores: Sequence[Chore]) -> None:

@@ -539,6 +539,27 @@ def link(descriptor: str) -> str:
         return ""
 
 
+def test_what_is_replaced_while_it_loads_is_held_as_it_was_when_that_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes minutes; after a crash it is the same again, not what was put there for the next start."""
+    (weights := tmp_path / "weights").write_text("first")
+    (links := tmp_path / "links").mkdir()
+
+    async def spawn(_: LlamaEngine) -> None:
+        (tmp_path / "other").write_text("other")
+        (tmp_path / "other").replace(weights)
+
+    async def main() -> None:
+        engine = LlamaEngine(weights, model="m", options=LlamaOptions(context_length=512, num_slots=1))
+        await engine.start()
+        assert engine.files.path(weights, links).read_text() == "first"
+        await engine.close()
+
+    monkeypatch.setattr(LlamaEngine, "_spawn", spawn)
+    asyncio.run(main())
+
+
 def test_files_that_are_held_can_be_read_as_they_were_and_others_are_let_go(tmp_path: Path) -> None:
     first, second, links = tmp_path / "first", tmp_path / "second", tmp_path / "links"
     links.mkdir()

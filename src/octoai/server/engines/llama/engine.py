@@ -63,7 +63,7 @@ class LlamaEngine:
     def __init__(self, weights: Path, *, model: str, options: LlamaOptions) -> None:
         self.model = model
         self._use(weights, options)
-        self._files = HeldFiles()
+        self.files = HeldFiles()
         self.num_restarts = 0
         self._num_vocabulary: int | None = None
         self._http: OpenAIEngine | None = None
@@ -126,10 +126,10 @@ class LlamaEngine:
 
     async def _first_spawn(self) -> None:
         try:
-            await self._spawn_with_any_kernels()
+            with self.files.instead(self.weights, self._wished.tuning.kernels):  # before they load, which takes long
+                await self._spawn_with_any_kernels()
         except (OSError, RuntimeError) as error:  # the second where there can be no further thread
             raise EngineFailed(f"could not load {self.weights}: {getattr(error, 'strerror', None) or error}") from None
-        self._files.hold(self.weights, self._wished.tuning.kernels)
 
     async def _spawn_with_any_kernels(self) -> None:
         """Kernels are only faster than those of the wheel: where they do not run, these do, until the next start.
@@ -152,7 +152,7 @@ class LlamaEngine:
     async def close(self) -> None:
         await self._end_supervision()
         await self._stop()
-        self._files.hold()
+        self.files.hold()
 
     async def _end_supervision(self) -> None:
         if self._supervision is not None:
@@ -287,7 +287,7 @@ class LlamaEngine:
             raise
 
     async def _spawn_in(self, place: SocketPlace) -> None:
-        weights, kernels = self._files.path(self.weights, place.directory), self.options.tuning.kernels
+        weights, kernels = self.files.path(self.weights, place.directory), self.options.tuning.kernels
         self._prefixes = self.options.prefixes(weights)
         self._prefixes.open()
         key = secrets.token_urlsafe(32)
@@ -304,7 +304,7 @@ class LlamaEngine:
             "num_threads": self.options.threads,
             "cache_ram_mib": self.options.cache_ram_mib,
             **asdict(self.options.tuning),
-            "kernels": str(self._files.path(kernels, place.directory) if kernels else ""),
+            "kernels": str(self.files.path(kernels, place.directory) if kernels else ""),
         }
         self._last_words.clear()
         self._process = await _child(environment(self.options.tuning))

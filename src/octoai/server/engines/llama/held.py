@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -37,6 +38,23 @@ class HeldFiles:
         for files in before.values():
             for each in files:
                 each.file.close()
+
+    @contextmanager
+    def instead(self, *paths: Path | None) -> Iterator[None]:
+        """These as well, and then no others any more; those from before where what is done meanwhile fails."""
+        before = list(self._held)
+        self.hold(*{*before, *paths})
+        try:
+            yield
+        except BaseException:
+            self.hold(*before)
+            raise
+        self.hold(*paths)
+
+    def is_there(self, path: Path) -> bool:
+        """Whether what is held is still what is in that place, as it was."""
+        files = self._held.get(path, [])
+        return bool(files) and all(_is_in_place(file) and _written(file) == written for file, written in files)
 
     def path(self, path: Path, directory: Path) -> Path:
         """Where it can be read: by links in that directory, if it is not in its place any more."""
