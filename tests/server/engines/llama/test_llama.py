@@ -302,6 +302,41 @@ def test_it_changes_when_nothing_runs_and_who_comes_meanwhile_waits(embedded_mod
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_change_that_nobody_asks_for_any_more_ends_for_those_who_wait_for_it(
+    embedded_model: Path, is_closed: bool
+) -> None:
+    """As where the service is to end, and drains: only the end of that ends a change."""
+    options = LlamaOptions(context_length=512, num_slots=1)
+
+    async def main() -> None:
+        engine = LlamaEngine(embedded_model, model="m", options=options)
+        await engine.start()
+        try:
+            pid = engine.pid
+            changing = asyncio.create_task(engine.change(embedded_model, options))
+            while engine.pid in (pid, None):
+                await asyncio.sleep(0)
+            process, waiting = engine._process, asyncio.create_task(told(engine))
+            await asyncio.sleep(0)
+            changing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await changing
+            if is_closed:
+                await engine.close()
+                with pytest.raises(Refusal, match="The engine is starting again"):
+                    await waiting
+                assert process is not None
+                assert (process.returncode, engine.pid, engine.is_ready) == (-9, None, False)
+            else:
+                assert await waiting
+                assert (engine._process, engine.num_restarts) == (process, 0)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
 @pytest.mark.model
 def test_who_stands_in_line_behind_slow_readers_waits_for_those(embedded_model: Path) -> None:
     async def main() -> None:

@@ -77,7 +77,7 @@ class LlamaEngine:
         self._patience: list[float] = []  # of each request that runs: until when it may be silent
         self._supervision: asyncio.Task[None] | None = None
         self._is_ready = False
-        self._changing: asyncio.Event | None = None
+        self._changing: asyncio.Task[None] | None = None
 
     def _use(self, weights: Path, options: LlamaOptions) -> None:
         self.weights = weights
@@ -102,14 +102,17 @@ class LlamaEngine:
 
     async def change(self, weights: Path, options: LlamaOptions) -> None:
         """Go on with these, from the next moment on in which no request runs; what comes meanwhile waits. Raises
-        EngineFailed where they cannot be loaded, and goes on as before."""
+        EngineFailed where they cannot be loaded, and goes on as before. Once it has begun, only `close` ends it."""
         while self._num_running:
             self._quiet.clear()
             await self._quiet.wait()
+        self._changing = asyncio.create_task(self._change(weights, options))
+        await asyncio.shield(self._changing)  # who waits for it is served, also where who asked for it is cancelled
+
+    async def _change(self, weights: Path, options: LlamaOptions) -> None:
         before = self.weights, self._wished
-        changed = self._changing = asyncio.Event()
         try:
-            await self._end_supervision()
+            await _ended(self._supervision)
             await self._stop()
             self._use(weights, options)
             try:
@@ -121,7 +124,6 @@ class LlamaEngine:
                 raise EngineFailed(f"could not change to {weights}: {error}") from error
         finally:
             self._changing = None
-            changed.set()
             self._supervision = asyncio.create_task(self._supervise())
 
     async def _first_spawn(self) -> None:
@@ -150,14 +152,11 @@ class LlamaEngine:
             raise
 
     async def close(self) -> None:
-        await self._end_supervision()
+        await _ended(self._changing)
+        self._changing = None
+        await _ended(self._supervision)
         await self._stop()
         self.files.hold()
-
-    async def _end_supervision(self) -> None:
-        if self._supervision is not None:
-            self._supervision.cancel()
-            await asyncio.gather(self._supervision, return_exceptions=True)
 
     def unsupported(self, generation: Generation) -> str | None:
         return DIALECTS["llama.cpp"].unsupported(generation)
@@ -185,7 +184,7 @@ class LlamaEngine:
     async def _running(self, generation: Generation) -> AsyncIterator[None]:
         """While it runs, the child is not changed for another one, and has to make progress where it is waited for."""
         while self._changing is not None:
-            await self._changing.wait()
+            await asyncio.wait({self._changing})
         seconds = generation.num_prompt_bytes / TOKENIZED_BYTES_PER_SECOND
         # Short ones have time enough, and are many: with each of them an engine that hangs would have more time.
         until = time.monotonic() + seconds if seconds > self.options.stall_seconds / 2 else 0.0
@@ -242,11 +241,8 @@ class LlamaEngine:
             log.error("engine of %s %s; starting it again in %.1f s", self.model, reason, delay)
             await self._stop()
             await asyncio.sleep(delay)
-            delay = (
-                FIRST_DELAY_SECONDS
-                if time.monotonic() - started > STEADY_SECONDS
-                else min(delay * 2, MAX_DELAY_SECONDS)
-            )
+            was_steady = time.monotonic() - started > STEADY_SECONDS
+            delay = FIRST_DELAY_SECONDS if was_steady else min(delay * 2, MAX_DELAY_SECONDS)
             self.num_restarts += 1
             try:
                 await self._spawn_with_any_kernels()
@@ -381,6 +377,12 @@ class LlamaEngine:
             await reading.close()
         if http is not None:
             await http.close()
+
+
+async def _ended(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _child(environ: Mapping[str, str]) -> asyncio.subprocess.Process:
