@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
@@ -15,15 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octoai.cli import signals
+from octoai.cli import quantities, signals
 from octoai.cli.messages import fail, tell
 
 if TYPE_CHECKING:
     from octoai.optimizer.optimization import Optimized
     from octoai.optimizer.outcome import Loss, Trial
     from octoai.server.settings import ModelSettings, Settings
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,19 +33,19 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=quantities.seconds,
         default=120.0,
         metavar="S",
         help="time to spend (default 120); what is being measured then may end a little later",
     )
     parser.add_argument(
         "--max-loss",
-        type=_nats,
+        type=quantities.nats,
         default=0.005,
         metavar="NATS",
         help="mean KL divergence from the file as given that its weights may have (default 0.005)",
     )
-    parser.add_argument("--max-memory", type=_bytes, metavar="SIZE", help="of the engine, as 900M or 4G")
+    parser.add_argument("--max-memory", type=quantities.num_bytes, metavar="SIZE", help="of the engine, as 900M or 4G")
     parser.add_argument("--json", action="store_true", help="for programs: the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="write the plot here too")
     parser.add_argument("--config", type=Path, metavar="FILE", help="octoai.toml (default: the one here, if any)")
@@ -266,33 +263,3 @@ def _losses(result: Optimized) -> dict[str, Loss]:
     """By what a reader calls them."""
     losses = result.outcome.losses.items()
     return {f"{weights}, compiled for this CPU" if kernels else weights: loss for (weights, kernels), loss in losses}
-
-
-def _seconds(text: str) -> float:
-    return _number(text, 1, 86_400, "seconds")
-
-
-def _nats(text: str) -> float:
-    return _number(text, 0, 100, "nats")
-
-
-def _number(text: str, least: float, most: float, unit: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"expected {least} to {most} {unit}, not {text!r:.20}")
-    return value
-
-
-def _bytes(text: str) -> int:
-    number = text.upper().removesuffix("B").removesuffix("I")
-    unit = number[-1:] if number[-1:] in _UNITS else ""
-    try:
-        value = float(number.removesuffix(unit)) * _UNITS[unit]
-    except ValueError:
-        value = 0.0
-    if not 1 << 20 <= value < 1 << 60:
-        raise argparse.ArgumentTypeError(f"expected a size as 900M or 4G, not {text!r:.20}")
-    return int(value)
