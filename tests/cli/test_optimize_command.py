@@ -176,6 +176,17 @@ def test_where_nothing_better_is_found_that_is_said(
     assert ran.stderr.splitlines()[-1] == f"octoai: {said}"
 
 
+def test_where_nothing_better_is_found_it_is_said_what_becomes_of_the_profile_there_was(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    program = _FINDS_NOTHING.replace("pairs=pairs)", "pairs=pairs), older='it stays'")
+    for arguments in ([], ["--json"]):
+        command = [sys.executable, "-c", program.replace('"model.gguf"]', f'"model.gguf", *{arguments}]'), "1"]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert ran.returncode == 1
+        assert ran.stderr.endswith(": nothing is stored\noctoai: it stays\n")
+    assert json.loads(ran.stdout)["older"] == "it stays"
+
+
 @pytest.mark.parametrize(
     ("num_pairs", "best", "status"),
     [(0, "kernels", idle.LATER), (1, "kernels", 0), (0, "no others", 0)],

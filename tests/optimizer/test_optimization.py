@@ -17,6 +17,7 @@ from octoai.optimizer import kernels, optimization
 from octoai.optimizer.optimization import CannotOptimize, IsOptimized, Optimized, Wish, optimize
 from octoai.optimizer.outcome import Bounds, Outcome, Trial
 from octoai.optimizer.profile import Profiles, sha256
+from octoai.optimizer.quality import Quality
 from octoai.optimizer.space import Candidate, first_guesses
 from octoai.optimizer.workload import Speed
 from octoai.server.machine.cores import num_cores
@@ -116,7 +117,8 @@ def test_nothing_is_kept_of_a_search_whose_model_was_replaced_by_one_of_the_same
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: Candidate, how: str
 ) -> None:
     """The hash is that of the first file; what was measured, and weights in other formats, may be of the second."""
-    outcome = Outcome(best, is_usable=True, start=best, pairs=compared(1.0))
+    trials = [Trial("start", best, 1 / 8, Speed(100, 10, 10))]
+    outcome = Outcome(best, is_usable=True, start=best, trials=trials, pairs=compared(1.0))
 
     class Replacing:
         def __init__(self, *_: object, **__: object) -> None:
@@ -172,7 +174,7 @@ def test_where_a_search_began_is_kept_only_with_kernels_that_are_no_slower(
 ) -> None:
     best = starts[0 if has_kernels else 1]
     trials = [Trial("start", best, 1 / 8, Speed(100, 10, 10))]
-    finds(Outcome(best, True, is_stopped, best, trials, pairs=compared(times)), monkeypatch)
+    finds(Outcome(best, True, best, is_stopped, trials, pairs=compared(times)), monkeypatch)
     found = optimize(source, tmp_path / "cache", Wish(context_length=512, seconds=30))
     assert (found.profile is not None) == is_kept
     assert (Profiles(tmp_path / "cache").find(source) is not None) == is_kept
@@ -229,6 +231,58 @@ def test_a_search_is_in_vain_where_that_of_a_service_would_find_nothing_either(
     optimize(source, tmp_path / "cache", wish)
     assert profiles.is_searched_in_vain(source, kernels.RECIPE) == is_in_vain
     assert not profiles.is_searched_in_vain(source, "another recipe")
+
+
+STRICT, SMALL = Wish(512, bounds=Bounds(max_loss=0.001)), Wish(512, bounds=Bounds(max_memory_bytes=200 << 20))
+REMOVED = "the profile that was stored before is removed: "
+
+
+@pytest.mark.parametrize(
+    ("wish", "times", "is_stopped", "said"),
+    [
+        (STRICT, 0.9, False, f"{REMOVED}it loses 0.0030 nats, more than 0.001 (--max-loss)"),
+        (SMALL, 0.9, False, f"{REMOVED}it takes 300 MiB, more than --max-memory allows"),
+        (Wish(512), 0.9, False, ""),
+        (STRICT, 0.9, True, ""),
+        (SMALL, None, False, ""),
+    ],
+)
+def test_a_profile_stays_where_no_other_is_found_unless_it_is_outside_the_bounds(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wish: Wish,
+    times: float | None,
+    is_stopped: bool,
+    said: str,
+) -> None:
+    """Who tightens a bound is told that nothing is stored, and would be served with what the bound forbids."""
+    best, start = replace(FOUND.best, num_threads=1), first_guesses(num_cores())[0]
+    trials = [Trial("slots", best, 1 / 8, Speed(100, 10, 10), memory_bytes=300 << 20)]
+    finds(Outcome(best, True, trials=trials, losses={best.arithmetic: Quality(0.003, 0.0, 0.99, 400)}), monkeypatch)
+    monkeypatch.setattr(optimization, "_kernels", lambda *_: (None, None))
+    first = optimize(source, tmp_path / "cache", Wish(512))
+    assert (first.profile is not None, first.older) == (True, "")
+    trials = [Trial("start", start, 1 / 8, Speed(100, 10, 10))]
+    finds(Outcome(start, True, start, is_stopped, trials, pairs=compared(times)), monkeypatch)
+    assert optimize(source, tmp_path / "cache", wish).older == (
+        said or f"the profile that was stored before stays: {first.place}"
+    )
+    assert (Profiles(tmp_path / "cache").find(source) is None) == bool(said)
+    assert not optimize(source, tmp_path / "elsewhere", wish).older
+
+
+def test_a_profile_that_cannot_be_used_does_not_outlive_a_search_that_finds_nothing_better(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or each start would say that it is damaged, and to optimize again."""
+    place, start = optimize(source, tmp_path / "cache", Wish(512, seconds=30)).place, first_guesses(num_cores())[0]
+    assert place is not None
+    (place / "profile.json").write_text("{")
+    trials = [Trial("start", start, 1 / 8, Speed(100, 10, 10))]
+    finds(Outcome(start, True, start=start, trials=trials, pairs=compared(0.9)), monkeypatch)
+    found = optimize(source, tmp_path / "cache", Wish(512, seconds=30))
+    assert (found.older, place.exists()) == (f"{REMOVED}it cannot be used", False)
 
 
 SLOW, LARGE, FAILED = (Speed(100, 10, 10), 100), (Speed(900, 10, 10), 900), (None, 0)

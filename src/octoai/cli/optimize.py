@@ -133,6 +133,8 @@ def _status(result: Optimized, *, is_chore: bool) -> int:
                 "what was found could not be compared with the defaults: nothing is stored; give it more --seconds"
             )
         tell(nothing)
+    if result.older:
+        tell(result.older)
     if outcome.is_interrupted:
         return 130
     if is_chore and result.profile is None and not outcome.pairs and outcome.best.tuning.kernels:
@@ -255,6 +257,7 @@ def _described(result: Optimized) -> dict[str, Any]:
         },
         "is_exact": result.is_exact,
         "no_kernels": result.no_kernels or None,
+        "older": result.older or None,
         "trials": [asdict(trial) for trial in outcome.trials],
     }
 

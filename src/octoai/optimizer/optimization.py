@@ -15,7 +15,7 @@ from pathlib import Path
 from octoai.optimizer import kernels
 from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed
 from octoai.optimizer.plot import plotted
-from octoai.optimizer.profile import OTHERS_CODE, Profile, Profiles, is_ours_alone, sha256, sha256_of_model
+from octoai.optimizer.profile import OTHERS_CODE, BadProfile, Profile, Profiles, is_ours_alone, sha256, sha256_of_model
 from octoai.optimizer.search import CLEARLY_FASTER, Search
 from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guesses, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
@@ -51,13 +51,15 @@ class Wish:
 class Optimized:
     """`profile` is None where nothing better was found than how a service runs without one, `place` is the directory
     it is in. `no_kernels` says why there were none for this CPU to try, "" where there were, `no_plot` why that is not
-    beside the profile. `is_exact`: as of `Bench`."""
+    beside the profile. `older` says what becomes of a profile that was stored before, where none is now. `is_exact`: as
+    of `Bench`."""
 
     outcome: Outcome
     profile: Profile | None = None
     place: Path | None = None
     no_kernels: str = ""
     no_plot: str = ""
+    older: str = ""
     is_exact: bool = False
 
     @property
@@ -109,7 +111,7 @@ def optimize(
                 if _is_gain(outcome, starts, wish):
                     found = _stored(profiles, source, model_sha256, outcome, wish, bench)
                 else:
-                    found = Optimized(outcome)
+                    found = Optimized(outcome, older=_older(profiles, source, model_sha256, outcome, wish.bounds))
                     if _is_in_vain(outcome, wish, missing):
                         profiles.note_in_vain(source, model_sha256, kernels.RECIPE)
                 return replace(found, no_kernels=str(missing or ""), is_exact=bench.is_exact)
@@ -172,6 +174,7 @@ def _stored(
         weights_sha256=weights_sha256,
         kernels_file=own.name if own else None,
         kernels_sha256=sha256(own) if own else None,
+        memory_bytes=max((each.memory_bytes for each in outcome.trials if each.candidate == best), default=0),
     )
     place = profiles.store(source, profile, made)
     found = Optimized(outcome, profile, place)
@@ -202,8 +205,36 @@ def _is_in_vain(outcome: Outcome, wish: Wish, missing: kernels.NoKernels | None)
     its end, with kernels for this CPU or without any hope of them."""
     usual = Wish(wish.context_length)
     is_usual = wish.seconds >= usual.seconds and replace(wish, seconds=usual.seconds) == usual
-    is_whole = bool(outcome.pairs) and not outcome.is_interrupted
-    return is_usual and is_whole and not isinstance(missing, kernels.NoKernelsNow)
+    return is_usual and _is_whole(outcome) and not isinstance(missing, kernels.NoKernelsNow)
+
+
+def _is_whole(outcome: Outcome) -> bool:
+    return bool(outcome.pairs) and not outcome.is_interrupted
+
+
+def _older(profiles: Profiles, source: Path, model_sha256: str, outcome: Outcome, bounds: Bounds) -> str:
+    """What becomes of the profile there was, where nothing is stored. A service goes on with it; not with one that is
+    damaged, or outside the bounds of a whole search that has found nothing else."""
+    place = profiles.place(source, model_sha256)
+    if not place.is_dir():
+        return ""
+    if not _is_whole(outcome) or not (why := _unfit(profiles, source, model_sha256, bounds)):
+        return f"the profile that was stored before stays: {place}"
+    shutil.rmtree(place)
+    return f"the profile that was stored before is removed: {why}"
+
+
+def _unfit(profiles: Profiles, source: Path, model_sha256: str, bounds: Bounds) -> str:
+    try:
+        found = profiles.find(source, model_sha256)
+    except BadProfile:
+        return "it cannot be used"
+    profile = found and found[0]
+    if profile and (profile.kl_nats or 0.0) > bounds.max_loss:
+        return f"it loses {profile.kl_nats:.4f} nats, more than {bounds.max_loss:g} (--max-loss)"
+    if profile and not bounds.allow(profile.memory_bytes):
+        return f"it takes {profile.memory_bytes >> 20} MiB, more than --max-memory allows"
+    return ""
 
 
 def _could_start(outcome: Outcome, starts: Sequence[Candidate], bounds: Bounds) -> bool:

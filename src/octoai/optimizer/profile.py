@@ -55,6 +55,8 @@ class Profile:
     weights_sha256: str | None = None
     kernels_file: str | None = None
     kernels_sha256: str | None = None
+    memory_bytes: int = 0
+    """The most that the engine took while it was measured."""
 
     def __str__(self) -> str:
         gain = f", {self.ratios[2]:.1f} x the engine's defaults" if self.ratios else ""
@@ -77,14 +79,15 @@ class Profiles:
         self.cpu = cpu or this_cpu()
         self.engine = engine or version("xllamacpp")
 
-    def find(self, source: Path) -> tuple[Profile, Path] | None:
-        """The profile for that file of weights, and the file to serve in its place. Raises BadProfile."""
+    def find(self, source: Path, model_sha256: str | None = None) -> tuple[Profile, Path] | None:
+        """The profile for that file of weights, whose hash may be known, and the file to serve in its place. Raises
+        BadProfile."""
         try:
             size = source.stat().st_size
             # The model is hashed only where a profile may be for it.
             if not any(self._directory.glob(f"{size}-*-{self._machine}")):
                 return None
-            place = self._directory / self._name(size, sha256_of_model(source))
+            place = self._directory / self._name(size, model_sha256 or sha256_of_model(source))
             if not place.is_dir():
                 return None
             profile = _PROFILE.validate_json((place / _FILENAME).read_bytes())
