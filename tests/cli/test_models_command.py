@@ -52,6 +52,12 @@ def test_a_large_file_of_ones_own_is_not_read_in_silence(
     assert first == f"octoai: reading {path} (0.0 GB) to verify its SHA-256"
 
 
+def test_pulling_needs_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with models._bar(Catalogue.load()[EMBEDDED_MODEL_ID]) as progress:
+        progress(1, 2)
+
+
 def test_pulling_what_is_there_says_so_and_prints_the_path(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = put_in_place(cache)
     assert run("pull", "SmolLM2") == 0

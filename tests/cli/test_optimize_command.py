@@ -91,6 +91,13 @@ def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
     assert "is not a GGUF file" in refused(tmp_path, "text.gguf", "--seconds", "5")
 
 
+def test_a_stand_in_that_the_environment_names_need_not_be_a_model_of_the_configuration(tmp_path: Path) -> None:
+    """It may be one of the command line of the service, which has this run as it is run itself."""
+    (tmp_path / "text.gguf").write_text("not a model")
+    ran = run(tmp_path, "text.gguf", "--seconds", "5", OCTOAI_STAND_IN="text")
+    assert "is not a GGUF file" in ran.stderr
+
+
 def test_a_plot_that_cannot_be_written_is_said_before_the_search(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text("not a model")
     for path in (tmp_path / "missing" / "x.svg", tmp_path):
@@ -227,6 +234,22 @@ def test_a_plot_that_is_asked_for_is_written_also_where_that_beside_the_profile_
     assert "\nstored in here\n" in ran.stdout
     assert ran.stderr.splitlines()[-1] == "octoai: no room for the plot"
     assert (tmp_path / "my.svg").read_text().startswith("<svg")
+
+
+WITHOUT_STDERR = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable]
+
+
+def test_without_standard_error_it_does_what_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    ran = subprocess.run([*WITHOUT_STDERR, "-c", _FINDS], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == 0
+    assert "\nstored in here\n" in ran.stdout
+
+
+def test_without_standard_error_nothing_but_the_result_is_on_standard_output(tmp_path: Path) -> None:
+    command = [*WITHOUT_STDERR, "-m", "octoai", "optimize", "missing.gguf", "--json"]
+    ran = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (1, "")
 
 
 _IS_INTERRUPTED_TWICE = """
@@ -430,6 +453,18 @@ def test_a_damaged_profile_is_one_line_and_the_defaults(cache: Path, embedded_mo
         assert f"octoai: {EMBEDDED_MODEL_ID} {said}" in service.lines
     finally:
         assert service.stop() == 0
+
+
+@pytest.mark.parametrize("is_in_vain", [False, True])
+def test_a_search_that_found_nothing_is_not_made_again_for_a_damaged_profile(tmp_path: Path, is_in_vain: bool) -> None:
+    (source := tmp_path / "m.gguf").write_bytes(b"GGUF")
+    profiles = Profiles(tmp_path)
+    place = profiles.store(source, profile_of(source, profiles, Candidate(num_threads=1)), None)
+    (place / "profile.json").write_text("{")
+    if is_in_vain:
+        profiles.note_in_vain(source, sha256(source), RECIPE)
+    settings = load(path=None, environ={"OCTOAI_CACHE_DIR": str(tmp_path)})
+    assert optimize._is_searched(settings, source) == is_in_vain
 
 
 @pytest.fixture

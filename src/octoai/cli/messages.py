@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def fail(message: str) -> int:
@@ -20,5 +20,14 @@ def output() -> TextIO:
 
 
 def tell(message: str) -> None:
-    """One line on standard error."""
-    print(f"octoai: {message}", file=sys.stderr)
+    """One line on standard error, unless whoever started us has closed it: `print` would take the other one then."""
+    if sys.stderr is not None:
+        print(f"octoai: {message}", file=sys.stderr)
+
+
+def shown() -> dict[str, Any]:
+    """How tqdm shows a bar on standard error: a log gets a line every ten seconds, a terminal ten a second, what is
+    closed nothing."""
+    if sys.stderr is None:
+        return {"disable": True}
+    return {"mininterval": 0.1 if sys.stderr.isatty() else 10.0}

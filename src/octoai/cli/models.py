@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octoai.cli.messages import fail, tell
+from octoai.cli.messages import fail, shown, tell
 
 if TYPE_CHECKING:
     from octoai.server.catalogue import Catalogue, Model
@@ -91,16 +90,13 @@ def pulled(store: WeightStore, model: Model) -> Path:
 def _bar(model: Model) -> Iterator[Progress]:
     from tqdm import tqdm
 
-    # A log gets a line every ten seconds, a terminal ten a second.
-    interval = 0.1 if sys.stderr.isatty() else 10.0
     with tqdm(
         desc=model.id,
         total=model.size_bytes,
         unit="B",
         unit_scale=True,
-        mininterval=interval,
         miniters=1,
-        file=sys.stderr,
+        **shown(),
     ) as bar:
 
         def progress(done_bytes: int, total_bytes: int | None) -> None:

@@ -6,16 +6,15 @@ import argparse
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octoai.cli import quantities, signals
-from octoai.cli.messages import fail, tell
+from octoai.cli.messages import fail, shown, tell
 
 if TYPE_CHECKING:
     from octoai.optimizer.optimization import Optimized
@@ -167,23 +166,24 @@ def _is_searched(settings: Settings, source: Path) -> bool:
     from octoai.optimizer.profile import BadProfile, Profiles
 
     profiles = Profiles(settings.cache)
-    try:
-        return profiles.find(source) is not None or profiles.is_searched_in_vain(source, RECIPE)
-    except BadProfile:
-        return False
+    with suppress(BadProfile):  # a search since then may have found nothing
+        if profiles.find(source) is not None:
+            return True
+    return profiles.is_searched_in_vain(source, RECIPE)
 
 
 def _chosen(name: str | None, config: Path | None) -> tuple[Settings, ModelSettings]:
     """A model of the configuration by its id or alias, or any other by its id or file."""
     from octoai.server.settings import load
 
-    settings = load(path=config, environ=os.environ)
+    anything = {"stand_in": ""}  # which may name a model that only the service's command line has
+    settings = load(path=config, environ=os.environ, overrides=anything)
     if name is None:
         return settings, settings.models[0]
     for model in settings.models:
         if name.lower() in map(str.lower, (model.id, *model.aliases)):
             return settings, model
-    settings = load(path=config, environ=os.environ, models=[name], overrides={"stand_in": ""})
+    settings = load(path=config, environ=os.environ, models=[name], overrides=anything)
     return settings, settings.models[0]
 
 
@@ -194,7 +194,7 @@ def _bar(name: str, seconds: float) -> Iterator[tuple[Callable[[Trial], None], C
 
     began = time.monotonic()
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
-    with tqdm(desc=name, total=seconds, bar_format=form, mininterval=0.1 if sys.stderr.isatty() else 10.0) as bar:
+    with tqdm(desc=name, total=seconds, bar_format=form, **shown()) as bar:
 
         def on_trial(trial: Trial) -> None:
             bar.set_postfix_str(f"{trial.stage}: {trial.candidate}"[:70], refresh=False)
