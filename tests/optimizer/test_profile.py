@@ -133,10 +133,11 @@ def test_a_damaged_profile_is_one_line(profiles: Profiles, source: Path, damage:
         *(("num_batch_threads", value) for value in (-1, 3)),
         *(("micro_batch_tokens", value) for value in (-1, 65)),
         *(("spin_count", value) for value in (-1, 10**9)),
+        ("cache_type", "q8_0"),
     ],
 )
 def test_what_no_search_can_choose_is_a_damaged_profile(
-    profiles: Profiles, source: Path, name: str, value: int
+    profiles: Profiles, source: Path, name: str, value: int | str
 ) -> None:
     """One bit may make a zero of an eight, which is JSON all the same."""
     _, place = stored(profiles, source)
@@ -254,6 +255,16 @@ def test_a_new_profile_takes_the_place_and_the_room_of_the_old_one(profiles: Pro
     profile, again = stored(profiles, source, b"yet other weights")
     assert again == place
     assert {path.name for path in place.iterdir()} == {"profile.json", profile.weights_file}
+
+
+def test_a_profile_is_on_the_disk_before_it_is_in_its_place(
+    profiles: Profiles, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it may be there after a power cut, and empty."""
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").read_bytes()))
+    _, place = stored(profiles, source)
+    assert synced[-1:] == [(place / "profile.json").read_bytes()]
 
 
 def test_a_newer_engine_takes_the_room_of_the_older(profiles: Profiles, source: Path, tmp_path: Path) -> None:

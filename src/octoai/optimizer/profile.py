@@ -134,7 +134,10 @@ class Profiles:
         part = place / f".{_FILENAME}.{os.getpid()}"
         # A cache may be moved: where it is, is said by who asks.
         kept = replace(profile, candidate=profile.candidate.tuned(kernels=None))
-        part.write_bytes(_PROFILE.dump_json(kept, indent=1))
+        with part.open("wb") as file:
+            file.write(_PROFILE.dump_json(kept, indent=1))
+            file.flush()
+            os.fsync(file.fileno())  # or it may be there after a power cut, and empty
         part.replace(place / _FILENAME)
         self._remove_replaced(place, {_FILENAME, profile.weights_file})
         return place

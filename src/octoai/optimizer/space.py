@@ -16,6 +16,8 @@ AS_GIVEN = "as given"
 SMALLEST_BATCH, LARGEST_BATCH = 64, 512
 MOST_SLOTS = 8
 MOST_SPINS = 1000
+CACHE_TYPES = ("f16", "f32")
+"""Those that round are not tried: what they lose is not measured."""
 WAITING: tuple[Mapping[str, Any], ...] = (
     {"spin_count": None, "gives_way": True},
     {"spin_count": MOST_SPINS, "gives_way": False},
@@ -79,6 +81,7 @@ class Candidate:
             and SMALLEST_BATCH <= self.batch_tokens <= LARGEST_BATCH
             and 0 <= tuning.micro_batch_tokens <= self.batch_tokens
             and 0 <= (tuning.spin_count or 0) <= MOST_SPINS
+            and tuning.cache_type in CACHE_TYPES
         )
 
     def tuned(self, **changes: Any) -> Candidate:
@@ -156,9 +159,8 @@ def _batches(best: Candidate) -> list[Candidate]:
 
 
 def _attention(best: Candidate) -> list[Candidate]:
-    """Types of the cache that round are not tried: what they lose is not measured."""
     other = "on" if best.tuning.flash_attention == "off" else "off"
-    return [best.tuned(flash_attention=other), best.tuned(cache_type="f32")]
+    return [best.tuned(flash_attention=other), *(best.tuned(cache_type=each) for each in CACHE_TYPES)]
 
 
 def _speculation(best: Candidate) -> list[Candidate]:
