@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -87,6 +90,40 @@ def test_weights_that_cannot_be_loaded_are_a_failed_candidate(bench: Bench, tmp_
     (tmp_path / "1.gguf").write_bytes(b"GGUF and nothing else")
     with pytest.raises(TrialFailed):
         bench.speed(candidate, SHARE, 1)
+
+
+LACKING = {
+    "Resource temporarily unavailable": BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+    "can't start new thread": RuntimeError("can't start new thread"),
+    "MemoryError": MemoryError(),
+}
+
+
+def test_no_process_thread_or_memory_for_a_moment_is_a_failed_trial_and_is_not_remembered(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a service under a limit; what was found by then would be lost."""
+    name, lacking = bench.recipe_names[1], list(LACKING.values())
+
+    def failing(*_: object, **__: object) -> None:
+        raise lacking[0]
+
+    monkeypatch.setattr(trial, "requantize", failing)
+    monkeypatch.setattr(trial, "exact", lambda *_, **__: None)
+    monkeypatch.setattr(subprocess, "run", failing)
+    monkeypatch.setattr(asyncio, "run", lambda measuring: failing(measuring.close()))
+    for said in LACKING:
+        for measure in (
+            lambda: bench.weights(name),
+            lambda: bench.loss(Candidate(AS_GIVEN)),
+            lambda: bench.speed(Candidate(AS_GIVEN), SHARE, 1),
+            lambda: bench.steadiness(Candidate(AS_GIVEN)),
+        ):
+            with pytest.raises(TrialFailed, match=f"^{said}$"):
+                measure()
+        del lacking[0]
+    monkeypatch.setattr(trial, "requantize", lambda _source, path, *_, **__: path.touch())
+    assert bench.weights(name).is_file()
 
 
 def test_a_candidate_that_takes_too_long_is_a_failed_one(embedded_model: Path, tmp_path: Path) -> None:

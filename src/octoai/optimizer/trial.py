@@ -33,6 +33,15 @@ _COLLAPSED = 4.0  # as long as alone: no need to wait for more
 _BUSY = "import select, sys\nwhile not select.select([sys.stdin], [], [], 0)[0]:\n    sum(range(100000))"
 
 
+@contextmanager
+def _for_this_time() -> Iterator[None]:
+    """No process, thread or memory, as beside a service under a limit, is a failed trial: there may be one again."""
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise TrialFailed(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
+
+
 class Bench:
     """Measures candidates for one file of weights. `directory` is empty and the search's own. Use it as a context
     manager: what quality is compared with lies on disk meanwhile. A trial may take `trial_seconds`, but not longer than
@@ -78,6 +87,7 @@ class Bench:
         """Whether losses were measured from what the weights as given say exactly."""
         return self._exact is not None
 
+    @_for_this_time()
     def weights(self, name: str) -> Path:
         """The file of the recipe of that name, made first if need be. Raises TrialFailed."""
         if name == AS_GIVEN:
@@ -93,6 +103,7 @@ class Bench:
                 raise TrialFailed(str(error)) from None
         return path
 
+    @_for_this_time()
     def speed(
         self, candidate: Candidate, share: float, turn: int, max_seconds: float | None = None
     ) -> tuple[Speed, int]:
@@ -100,6 +111,7 @@ class Bench:
         seconds = self._limit(max_seconds)
         return asyncio.run(self._measured(candidate, weights, share, turn, seconds))
 
+    @_for_this_time()
     def loss(self, candidate: Candidate, bound: float | None = None) -> Quality:
         path, kernels = self.weights(candidate.weights), candidate.tuning.kernels
         try:
@@ -138,6 +150,7 @@ class Bench:
             self._references[num_positions] = self._stack.enter_context(made)
         return self._references[num_positions]
 
+    @_for_this_time()
     def steadiness(self, candidate: Candidate, max_seconds: float | None = None) -> float:
         weights = self.weights(candidate.weights)
         seconds = self._limit(max_seconds)
