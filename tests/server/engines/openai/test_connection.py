@@ -95,6 +95,38 @@ def taken(gaps: Sequence[float], gather: float = GATHER, *, size: int = 3, ends:
     return came, went
 
 
+@pytest.mark.parametrize("is_fed", [False, True])
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_an_engine_that_was_stopped_together_with_us_has_its_time_again(is_fed: bool, is_stopped: bool) -> None:
+    """What it said before is not read yet then, and to say more takes it time. After that it is waited for no more."""
+    clock = Clock()
+    loop = asyncio.SelectorEventLoop(clock)
+    loop.time = lambda: clock.now  # type: ignore[method-assign]
+
+    async def main() -> float:
+        connection = Connection(loop)
+        connection.connection_made(Transport())
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(connection.ask(b"", STALL))
+        await asyncio.sleep(0)
+        if is_fed:
+            connection.data_received(HEAD)
+            await waiting
+            waiting = asyncio.ensure_future(connection.feed(lambda _: True, STALL, GATHER))
+        await asyncio.sleep(STALL / 2)
+        if is_stopped:
+            clock.now += 10 * STALL
+        began = clock.now
+        with pytest.raises(TimeoutError):
+            await waiting
+        connection.abort()
+        return clock.now - began
+
+    try:
+        assert loop.run_until_complete(main()) == pytest.approx(STALL if is_stopped else STALL / 2)
+    finally:
+        loop.close()
+
+
 def delays(came: Taken, went: Taken) -> list[float]:
     ends = list(itertools.accumulate(len(block) for _, block in went))
     starts = itertools.accumulate((len(block) for _, block in came), initial=0)

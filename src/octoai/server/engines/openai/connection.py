@@ -14,6 +14,9 @@ import httptools
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BUFFERED_BYTES = 256 * 1024
 MAX_GATHERED_BYTES = 64 * 1024
+LATE_SECONDS = (
+    1.0  # a timer that rings so late was stopped with us, as in a container: the engine may have been as well
+)
 RELEASE_SECONDS = 0.05  # what waits for more is looked at so often
 
 
@@ -76,7 +79,7 @@ class Connection(asyncio.Protocol):
             elif self._is_over:
                 return False
             else:
-                self._take, self._seconds = take, seconds
+                self._take = take
                 try:
                     if await self._more(seconds):
                         return True
@@ -115,6 +118,7 @@ class Connection(asyncio.Protocol):
         it would ring too early."""
         if self._failure is not None:
             raise self._failure
+        self._seconds = seconds
         self._due = self.now() + seconds
         if self._timer is None or self._timer.when() > self._due:
             self._set_timer()
@@ -127,9 +131,12 @@ class Connection(asyncio.Protocol):
         self._timer = self._loop.call_at(self._due, self._ring)
 
     def _ring(self) -> None:
-        self._timer = None
+        assert self._timer is not None
+        late, self._timer = self.now() - self._timer.when(), None
         if self._waiter is None or self._waiter.done():
             return
+        if late > LATE_SECONDS:  # what came before has not been read yet, and what is to come has its time again
+            self._due = self.now() + self._seconds
         if self.now() >= self._due:
             self._waiter.set_exception(TimeoutError())
         else:
