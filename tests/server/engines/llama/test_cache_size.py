@@ -72,13 +72,20 @@ def test_slots_that_were_found_to_be_fast_are_fewer_where_half_of_the_memory_is_
     assert slots_that_fit(tmp_path / "missing.gguf", 8192, 8, cache_type) == 8
 
 
-def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("limit", "none"), [("memory.max", "max"), ("memory/memory.limit_in_bytes", str(2**63 - 4096))]
+)
+def test_a_container_may_have_less_memory_than_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, none: str
+) -> None:
+    """As both versions of cgroups say it."""
     whole = cache_size.memory_bytes()
-    monkeypatch.setattr(cache_size, "_CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(cache_size, "_CGROUP", tmp_path)
     assert cache_size.memory_bytes() >= whole
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text(f"{none}\n")
     assert cache_size.memory_bytes() >= whole
-    (tmp_path / "memory.max").write_text("1048576\n")
+    (tmp_path / limit).write_text("1048576\n")
     assert cache_size.memory_bytes() == 1048576
 
 

@@ -6,6 +6,7 @@ A slot's KV cache takes memory from the start, whether it is used or not. How mu
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from octoai.server.engines.llama.header import metadata
@@ -14,7 +15,8 @@ MANY_SLOTS, FEW_SLOTS = 8, 4
 MEMORY_PARTS = 8  # of one of which the caches of many slots must not take more
 FOUND_MEMORY_PARTS = 2  # the same of as many slots as were found to be fast, and to fit, with some context
 _TYPE_BYTES = {"f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}  # of a number in a cache of that type
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # the second is of the first version of cgroups
 
 
 def num_slots(weights: Path, context_length: int) -> int:
@@ -55,7 +57,7 @@ def memory_bytes() -> int:
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 0
-    try:
-        return min(whole, int(_CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # "max": no limit
-        return whole
+    for limit in _LIMITS:
+        with suppress(OSError, ValueError):  # "max": no limit
+            return min(whole, int((_CGROUP / limit).read_text()))
+    return whole
