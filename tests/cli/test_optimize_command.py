@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -481,6 +482,30 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Settings, R
     engine = router.deployments[0].engine
     assert isinstance(engine, LlamaEngine)
     return settings, router, engine
+
+
+def test_an_end_does_not_wait_until_what_was_found_while_idle_is_hashed(
+    served: tuple[Settings, Router, LlamaEngine],
+) -> None:
+    """Files of tens of GB take minutes."""
+    hashing = threading.Event()
+
+    async def main() -> None:
+        search = run_module.Search("m", [], lambda: hashing.wait(10) and None)
+        using = asyncio.create_task(run_module._use(search, *served[:2]))
+        await asyncio.sleep(0.1)
+        assert not using.done()
+        using.cancel()
+
+    began = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - began < 5
+    hashing.set()
+
+
+def test_what_looks_up_what_was_found_may_fail(served: tuple[Settings, Router, LlamaEngine]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(run_module._use(run_module.Search("m", [], lambda: 1 // 0), *served[:2]))
 
 
 @pytest.mark.parametrize("how", ["it stays", "another file", "written over"])

@@ -7,12 +7,14 @@ nothing of requests.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import http.client
 import logging
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -90,7 +92,7 @@ def _say_ready(url: str) -> None:
 
 async def _use(search: Search, settings: Settings, router: Router) -> None:
     """From the next moment on in which nobody is served."""
-    found = await asyncio.to_thread(search.found)
+    found = await _found(search)
     chosen = next(each for each in settings.models if each.id == search.model)
     deployment = next(each for each in router.deployments if each.model.id == search.model)
     if found is None or not isinstance(deployment.engine, LlamaEngine):
@@ -106,6 +108,21 @@ async def _use(search: Search, settings: Settings, router: Router) -> None:
     except Refusal as refusal:
         log.error("%s: what was found while idle is not used: %s", search.model, refusal.message)
     deployment.queue.resize(engine.num_slots)
+
+
+async def _found(search: Search) -> tuple[Path, LlamaOptions] | None:
+    """In a thread that ends with us. It hashes files, which may be large: an executor's thread would be waited for."""
+    done: concurrent.futures.Future[tuple[Path, LlamaOptions] | None] = concurrent.futures.Future()
+
+    def run() -> None:
+        done.set_running_or_notify_cancel()
+        try:
+            done.set_result(search.found())
+        except Exception as error:  # noqa: BLE001  # it is raised where it is waited for
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(done)
 
 
 def _serve_alone(settings: Settings, router: Router, chores: Sequence[Chore]) -> None:
