@@ -26,6 +26,7 @@ A, B = "#/$defs/a", "#/$defs/b"
         {"type": "object", "patternProperties": {"^(.?){99}$": {}}},
         {"$defs": {"a": {"pattern": "^a{5,1}$"}, "b": {"enum": list(range(2000))}}, "type": "string"},
         {"properties": {f"p{number}": {} for number in range(900)}, "required": [f"p{n}" for n in range(500)]},
+        {"properties": {"n" * 256: {}}, "additionalProperties": True},
         {"properties": {"enum": {"type": "string"}, "pattern": {"type": "integer"}}},
         {"properties": {"const": {"type": "string"}, "minimum": {"type": "integer"}, "$ref": {"type": "string"}}},
         {"const": {"minItems": 3, "maxItems": 1}, "default": {"$ref": "#"}},
@@ -80,6 +81,10 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
         ({"type": "integer", "minimum": 2**63, "maximum": 2**64 - 1}, "minimum: for integers"),
         ({"type": "integer", "maximum": -1e20}, "maximum: for integers"),
         ({"type": "integer", "minimum": 5, "exclusiveMaximum": 5}, "no integer"),
+        (
+            {"properties": {"a" * 257: {}, "b": {}}, "additionalProperties": True},
+            "a name of 257 characters; at most 256",
+        ),
         ({"type": ["object", "object"]}, "each of them once"),
         ({"type": ["object", "string"], "allOf": [{}, {}]}, "allOf"),
         ({"items": [{"type": "string", "maxLength": 2000}] * 201}, "come to 402201 in all"),

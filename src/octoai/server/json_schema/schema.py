@@ -32,6 +32,7 @@ MAX_BYTES = 128 * 1024
 MAX_ALTERNATIVES = 1000
 MAX_OPTIONAL = 400  # an engine has a rule for each that can come after each: a second, and 4.6 of 900
 MAX_PATTERN_LENGTH = 2000
+MAX_NAME_LENGTH = 256  # beside additionalProperties llama.cpp descends a level for each character: 30,000 crashed it
 MAX_REPEATED = 400_000  # an engine makes a part of its grammar for each: of 1.8 million it took 4 s and gigabytes
 _TOO_MANY_PARTS = (
     f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for, in an allOf for each of them: "
@@ -151,6 +152,7 @@ class _Seen:
         self._num_alternatives += _num_read_again(part)
         self._num_repeated += num_repeated(part)
         _check_types(part)
+        _check_names(part)
         _check_optional(part)
         check_bounds(part)
         self._texts[id(part)] = _num_readings(part, self._patterns)
@@ -231,6 +233,15 @@ def _check_types(schema: Schema) -> None:
         raise Unbounded("a list of types has each of them once")
     if "allOf" in schema and "object" in types and "string" in types:
         raise Unbounded("allOf: not where both 'object' and 'string' are allowed; use anyOf for them")
+
+
+def _check_names(schema: Schema) -> None:
+    properties = schema.get("properties")
+    longest = max(properties, key=len, default="") if isinstance(properties, dict) else ""
+    if len(longest) > MAX_NAME_LENGTH:
+        raise Unbounded(
+            f"the property {longest[:20]}… has a name of {len(longest)} characters; at most {MAX_NAME_LENGTH} are accepted"
+        )
 
 
 def _check_optional(schema: Schema) -> None:
