@@ -85,7 +85,9 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
             {"properties": {"a" * 257: {}, "b": {}}, "additionalProperties": True},
             "a name of 257 characters; at most 256",
         ),
+        ({"$ref": "#" + "/a" * 500}, r"a \$ref has 1001 characters; at most 1000"),
         ({"type": ["object", "object"]}, "each of them once"),
+        *(({"type": wrong, "allOf": [{}, {}]}, "neither a name") for wrong in ({}, [{}], [["object"]], 5)),
         ({"type": ["object", "string"], "allOf": [{}, {}]}, "allOf"),
         ({"items": [{"type": "string", "maxLength": 2000}] * 201}, "come to 402201 in all"),
         ({"items": [{"type": "string", "pattern": "^[a-z]{0,1999}$"}] * 201}, "come to 402000 in all"),
@@ -216,7 +218,10 @@ def test_schemas_are_looked_through_in_a_moment() -> None:
     patterns = [{"pattern": f"^a{{{number}}}[^a].{{0,1900}}$"} for number in range(900)]
     links = {"$defs": {f"n{number}": {"$ref": f"#/$defs/n{number + 1}"} for number in range(900)}}
     tagged = [{"properties": {"kind": {"const": number}}, "required": ["kind"]} for number in range(490)]
+    nowhere = {"allOf": [{"anyOf": [{"$ref": "#" + "/a" * 52_000}]}, {"properties": {}}]}
+    often = {"x": {"allOf": [{"$ref": "#/$defs/y"}] * 300}, "y": nowhere}
     for schema in (
+        {"$defs": often, "allOf": [{"$ref": "#/$defs/x"}] * 100},
         *({"anyOf": patterns}, links, {"items": [{}] * 30_000}, {"enum": [[0] * 40_000]}),
         *({"anyOf": tagged}, {"anyOf": [{"const": number} for number in range(990)]}, {"anyOf": [{}] * 990}),
     ):

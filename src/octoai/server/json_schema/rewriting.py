@@ -84,6 +84,8 @@ def target(schema: Schema, reference: str) -> Schema | None:
     refuses it."""
     found: Any = schema
     for name in () if reference == "#" else reference.removeprefix("#/").split("/"):
+        if found is None:
+            break
         if isinstance(found, dict):
             found = found.get(name, found.get(name.replace("~1", "/").replace("~0", "~")))
         elif isinstance(found, list):

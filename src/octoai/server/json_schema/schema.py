@@ -32,6 +32,7 @@ MAX_BYTES = 128 * 1024
 MAX_ALTERNATIVES = 1000
 MAX_OPTIONAL = 400  # an engine has a rule for each that can come after each: a second, and 4.6 of 900
 MAX_PATTERN_LENGTH = 2000
+MAX_REFERENCE_LENGTH = 1000  # it is followed anew for each part that it stands for
 MAX_NAME_LENGTH = 256  # beside additionalProperties llama.cpp descends a level for each character: 30,000 crashed it
 MAX_REPEATED = 400_000  # an engine makes a part of its grammar for each: of 1.8 million it took 4 s and gigabytes
 _TOO_MANY_PARTS = (
@@ -153,6 +154,7 @@ class _Seen:
         self._num_repeated += num_repeated(part)
         _check_types(part)
         _check_names(part)
+        _check_reference(part)
         _check_optional(part)
         check_bounds(part)
         self._texts[id(part)] = _num_readings(part, self._patterns)
@@ -227,8 +229,10 @@ def _parts(schema: Schema) -> Iterator[Schema]:
 def _check_types(schema: Schema) -> None:
     """A schema of several types is read as one of each, whatever is in it."""
     types = schema.get("type")
-    if not isinstance(types, list):
+    if types is None or isinstance(types, str):
         return
+    if not isinstance(types, list) or not all(isinstance(each, str) for each in types):
+        raise Unbounded("type is neither a name, as 'object', nor a list of names")
     if any(types.count(each) > 1 for each in types[:10]) or len(types) > 10:
         raise Unbounded("a list of types has each of them once")
     if "allOf" in schema and "object" in types and "string" in types:
@@ -242,6 +246,12 @@ def _check_names(schema: Schema) -> None:
         raise Unbounded(
             f"the property {longest[:20]}… has a name of {len(longest)} characters; at most {MAX_NAME_LENGTH} are accepted"
         )
+
+
+def _check_reference(schema: Schema) -> None:
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and len(reference) > MAX_REFERENCE_LENGTH:
+        raise Unbounded(f"a $ref has {len(reference)} characters; at most {MAX_REFERENCE_LENGTH} are accepted")
 
 
 def _check_optional(schema: Schema) -> None:
