@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from tests.asking import CHAT, Client
 from tests.running import Serve
@@ -169,6 +170,21 @@ def test_definitions_whose_names_llama_cpp_cannot_tell_apart_are_each_followed(c
     assert said == {"p0": "here", "p1": 7, "p2": "a", "p3": "b"}
 
 
+def test_what_llama_cpp_looks_past_is_followed_in_other_words(client: Client) -> None:
+    patterns = (r"^\d{3}-\d{2}$", '^"[a-z]"$', r"^a\\b$", r"^[0-9]\t[0-9]$", "^[^@]{2}@[^@]{2}$", "^.{1,4}$", "^a$|^b$")
+    base = {"type": "object", "properties": {"base": {"enum": ["x", 1, "long"], "maxLength": 2}}, "required": ["base"]}
+    fields: dict[str, Any] = {f"p{number}": {"type": "string", "pattern": each} for number, each in enumerate(patterns)}
+    fields["short"] = {"$ref": "#/$defs/text", "maxLength": 3}
+    fields["bound"] = {"type": "integer", "minimum": 0, "exclusiveMinimum": 50, "maximum": 60}
+    fields["inner"] = {"allOf": [{"allOf": [{"$ref": "#/$defs/base"}]}, {"anyOf": [{"required": ["base"]}]}]}
+    schema = {
+        "$defs": {"base": base, "text": {"type": "string"}},
+        **{"type": "object", "properties": fields, "required": list(fields), "allOf": [{"$ref": "#/$defs/base"}]},
+    }
+    answer = client.chat(response_format={"type": "json_object", "schema": schema}, max_tokens=250)
+    Draft202012Validator(schema).validate(json.loads(answer["choices"][0]["message"]["content"]))
+
+
 def test_a_schema_that_cannot_be_followed_is_refused_by_name(client: Client) -> None:
     wrong = {"type": "json_object", "schema": {"type": "no-such-type"}}
     status, answer = client.refused({**CHAT, "response_format": wrong})
@@ -182,7 +198,6 @@ ARRAY = {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 2}
     "schema",
     [
         {"$defs": {"a": {"$ref": "#/$defs/a"}}, "allOf": [{"$ref": "#/$defs/a"}]},
-        {"$defs": {"a": {"properties": {"x": {"allOf": [{"$ref": "#/$defs/a"}, {}]}}}}, "$ref": "#/$defs/a"},
         {"type": "string", "pattern": "^a{5,1}$"},
         {"type": "integer", "minimum": 2**63 - 1, "maximum": 2**63 - 1},
         {"$defs": {"a": {"anyOf": [ARRAY, {**ARRAY, "title": "x"}]}}, **ARRAY},

@@ -26,9 +26,8 @@ from octoai.server.json_schema.patterns import Readings, Unreadable
         r"^[^\x00-\x1f\]\\-]+$",
         r"^.{0,1900}$",
         r"^(?=.*[0-9])[\p{L}\w]{8,}$",
-        *(f"^{unknown}([a-z]+ ?)+(a?){{100}}$" for unknown in (r"\w", r"\s", r"\d?", r"\b", r"(x)\1", r"\/", r"\p")),
-        *(f"^{unknown}(a?){{100}}$" for unknown in ("(?=a)", "(?!a)", "(?<!a)", "(?<n>a)", "(?i)", r"[\w]", r"[a-\d]")),
-        *(f"^{unknown}(a?){{100}}$" for unknown in (r"[\.]", r"[\^]", r"[\/]", r"\x4", r"[\u123]")),
+        *(f"^{unknown}(a?){{100}}$" for unknown in (r"(x)\1", r"\p{L}", "(?i)", r"[a-\d]", "[]", "a{1}{2}", "(", "a^")),
+        *(f"^{unknown}(a?){{100}}$" for unknown in (r"\x4", r"[\u123]", r"\ud800", "a{,2}", "*", ")", "[a", "(?")),
         "^" + "|".join(f"word{number}" for number in range(200)) + "$",
     ],
 )
@@ -40,14 +39,16 @@ def test_patterns_that_people_write_are_taken(pattern: str) -> None:
     ("pattern", "words"),
     [
         (r"^a{5,1}$", r"\{5,1\} has its larger bound first"),
-        (r"^[A-Z]{ 3, 2}$", "larger bound first"),
         (r"^[z-a]$", r"no character can stand for \[z-a\]"),
-        (r"^[\x00]$", "no character can stand for"),
         (r"^[^\x00-\U0010FFFF]$", "no character can stand for"),
         (r"^(a?){100}$", "ways"),
         (r"^(a?){1900}$", "ways"),
         *((f"^{known}(a?){{100}}$", "ways") for known in ("(?:a)", r"\.\^\$\|\*\+\?\(\)\{\}", r"\[\]\-\"\\\t\n\r")),
-        *((f"^{known}(a?){{100}}$", "ways") for known in (r"[\[\]\-\"\\\t\n\r]", r"\x41\u0041\U00000041", r"b{2\w}")),
+        *((f"^{known}(a?){{100}}$", "ways") for known in (r"[\[\]\-\"\\\t\n\r]", r"\x41\u0041\U00000041", r"\w")),
+        *(
+            (f"^{known}(a?){{100}}$", "ways")
+            for known in (r"\s", r"\D", r"\b", r"\/", "(?=a$)", "(?!^a)", "(?<!a)", "(?<n>a)")
+        ),
         (r"^([+]?[0-9]?[ -]?){20}$", "ways"),
         (r"^(.?.?.?.?){400}$", "ways|too much"),
         ("^(" + "|".join([".*"] * 400) + ")*$", "ways|too much"),
@@ -56,8 +57,6 @@ def test_patterns_that_people_write_are_taken(pattern: str) -> None:
         (r"^(((a?){50}){50}){50}$", "too much is repeated"),
         (r"^((([a-z]{9},){9};){9}:){900}$", "too much is repeated"),
         ("(" * 50 + ")" + "{9})" * 49, "too much is repeated"),
-        ("(" * 990 + "a" + ")" * 990, "nested too deeply"),
-        ("a" + "{1}" * 600, "nested too deeply"),
     ],
 )
 def test_patterns_that_hold_an_engine_up_are_refused(pattern: str, words: str) -> None:
@@ -76,7 +75,7 @@ def test_each_pattern_has_readings_of_its_own_and_all_of_them_the_room() -> None
     for number in range(100):
         assert readings.add(f"^[a-z]{{{number},200}}$") < 10
         assert readings.add("^(.?){12}$") == 4096  # the same takes no more room
-        assert readings.add(r"^\w(.?){13}$") == 1
+        assert readings.add(r"^\p{L}(.?){13}$") == 1
     assert readings.add("^([a-z]+ ?)+$") > 1000
     assert readings.add("^[0-9]{5}$") == 1
     with pytest.raises(Unreadable, match="too much is repeated"):

@@ -8,24 +8,20 @@ from __future__ import annotations
 import math
 import re
 
-from octoai.server.json_schema.rewriting import MAX_COUNT, MAX_INTEGER, Schema
+from octoai.server.json_schema.keywords import MAX_INTEGER, REPEATED_AT_MOST, Schema, Unbounded, number
 
+_MAX_COUNT = 2**31 - 1
 LEAST_INTEGER = -(2**63)  # with MAX_INTEGER to llama.cpp the same as no bound
 MAX_LONE_BOUND = 10**15 - 1  # llama.cpp has no more digits where there is but one bound
 _COUNTED = (("minLength", "maxLength"), ("minItems", "maxItems"), ("minProperties", "maxProperties"))
-REPEATED_AT_MOST = 2000  # more llama.cpp refuses, or takes for no bound
 _REPETITION = re.compile(r"[{,]\s*\+?([0-9]{1,9})")
-
-
-class Unbounded(ValueError):
-    """The text says why."""
 
 
 def check_bounds(schema: Schema) -> None:
     for least_name, most_name in _COUNTED:
-        least, most = _given(schema, least_name), _given(schema, most_name)
-        if least is not None and least > MAX_COUNT:
-            raise Unbounded(f"{least_name}: at most {MAX_COUNT} is accepted")
+        least, most = number(schema, least_name), number(schema, most_name)
+        if least is not None and least > _MAX_COUNT:
+            raise Unbounded(f"{least_name}: at most {_MAX_COUNT} is accepted")
         if least is not None and most is not None and least > most:
             raise Unbounded(f"{least_name} is more than {most_name}")
     types = schema.get("type")
@@ -34,10 +30,9 @@ def check_bounds(schema: Schema) -> None:
 
 
 def _check_integer(schema: Schema) -> None:
-    """As llama.cpp reads them: where there is a minimum it does not look at an exclusive one."""
     least, most = LEAST_INTEGER, MAX_INTEGER
     for name in ("exclusiveMinimum", "minimum", "exclusiveMaximum", "maximum"):
-        bound = _given(schema, name)
+        bound = number(schema, name)
         if bound is None:
             continue
         if not LEAST_INTEGER <= bound <= MAX_INTEGER:
@@ -56,23 +51,12 @@ def _check_integer(schema: Schema) -> None:
         )
 
 
-def _given(schema: Schema, name: str) -> int | float | None:
-    value = schema.get(name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number else None
-
-
 def num_repeated(schema: Schema) -> int:
     """How often parts of it are, at most: what is bounded is written out. A list of items is as many."""
     items, pattern = schema.get("items"), schema.get("pattern")
     num = len(items) if isinstance(items, list) else 0
     for names in (("minLength", "maxLength"), ("minItems", "maxItems")):
-        num += max([0, *[int(min(REPEATED_AT_MOST, _given(schema, name) or 0)) for name in names]])
-    if isinstance(pattern, str) and is_of_whole_text(pattern):
+        num += max([0, *[int(min(REPEATED_AT_MOST, number(schema, name) or 0)) for name in names]])
+    if isinstance(pattern, str):
         num += sum(min(int(each), REPEATED_AT_MOST) for each in _REPETITION.findall(pattern))
     return num
-
-
-def is_of_whole_text(pattern: str) -> bool:
-    """llama.cpp reads no others."""
-    return pattern.startswith("^") and pattern.endswith("$")

@@ -1,82 +1,253 @@
 """Schemas in other words that mean the same, where llama.cpp reads the usual ones as something else.
 
-It makes one grammar of a schema, whose rules have the names of what they were made for, but for what is neither a Latin
-letter nor a digit: `$defs` whose names are Chinese are all one rule to it, as are `Item_` and `Item__`, and a property
-that is called like one of them. So what is referred to gets names of ours, which nobody else knows.
+It looks at a `$ref`, then at alternatives, and at nothing that stands beside them; of an `allOf` it makes one object,
+of the properties that it finds. So what is said of one value is said in one part. And it makes one grammar of a schema,
+whose rules have the names of what they were made for, but for what is neither a Latin letter nor a digit: `$defs` whose
+names are Chinese are all one rule to it, as are `Item_` and `Item__`, and a property that is called like one of them.
+So what is referred to gets names of ours, which nobody else knows.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
+from itertools import product
+from math import prod
 from typing import Any
 
-MAX_PARTS = 20_000  # with what $refs stand for, in an allOf each time: 240,000 took llama.cpp 8 s
-MAX_COUNT = 2**31 - 1
-MAX_INTEGER = 2**63 - 1
-DEFINITIONS = frozenset({"$defs", "definitions"})
-NAMED = DEFINITIONS | {"properties", "patternProperties", "dependentSchemas"}
-VALUES = frozenset({"const", "enum", "default", "examples"})  # not schemas
-# More than that limits nothing, and is what tools write for no limit: llama.cpp cannot read it.
-_MOST = dict.fromkeys(("maxLength", "maxItems", "maxProperties"), MAX_COUNT)
-_MOST |= {"maximum": MAX_INTEGER, "exclusiveMaximum": MAX_INTEGER}
-# What llama.cpp looks at. All else says something to people, or nothing.
-_READ = NAMED | {
-    *("$ref", "additionalProperties", "allOf", "anyOf", "const", "enum", "format", "items", "oneOf", "pattern"),
-    *("prefixItems", "required", "type", "minItems", "maxItems", "minLength", "maxLength", "minimum", "maximum"),
-    *("exclusiveMinimum", "exclusiveMaximum"),
-}
+from octoai.server.json_schema.keywords import (
+    CHOICES,
+    COMBINING,
+    DEFINITIONS,
+    NAMED,
+    READ,
+    VALUES,
+    Schema,
+    Unbounded,
+    limits_nothing,
+    named,
+    place_of,
+)
+from octoai.server.json_schema.plain import Impossible, Unfollowed, both, put_right
+
+MAX_PARTS = 20_000  # with what $refs stand for, in an allOf each time
+MAX_REFERENCE_LENGTH = 1000
 _DIGITS = re.compile(r"\s*\+?([0-9]{1,4000})")
 _UNKNOWN_NAME = secrets.token_hex(4)
-Schema = Mapping[str, Any]
+_BESIDE = READ - COMBINING
+TOO_MANY_PARTS = (
+    f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for, in an allOf for each of them: "
+    "refer to what is large without allOf, and to fewer alternatives"
+)
 
 
-class TooLarge(ValueError):
-    """There are more than MAX_PARTS."""
-
-
-def limits_nothing(name: str, limit: Any) -> bool:
-    return name in _MOST and isinstance(limit, (int, float)) and limit > _MOST[name]
-
-
-def rewritten(schema: Schema) -> Schema:
-    """As llama.cpp reads it rightly. Raises TooLarge."""
-    return _Rewriting(schema).done()
-
-
-class _Rewriting:
-    """Each part that is referred to stands once among the definitions, and no other does."""
+class Rewriting:
+    """Each part that is referred to stands once among the definitions, and no other does; nor does anything stand
+    beside a reference or alternatives. `unfollowed`: what of it llama.cpp cannot be told, and what to write instead."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
         self._num_parts = 0
-        self._names: dict[int, str] = {}  # by the id of what is referred to
-        self._waiting: list[tuple[str, Schema]] = []
+        self._targets: dict[str, Schema | None] = {}
+        self._names: dict[tuple[int, ...], str] = {}  # by the ids of all that is said of what is referred to
+        self._waiting: list[tuple[str, Sequence[Schema]]] = []
+        self.unfollowed = ""
 
     def done(self) -> Schema:
-        whole = _rewritten(self._schema, self._part)
-        definitions = {}
-        while self._waiting:
-            name, part = self._waiting.pop()
-            definitions[name] = _rewritten(part, self._part)
+        """Raises Unbounded."""
+        try:
+            whole = self._definition([self._schema])
+            definitions = {}
+            while self._waiting:
+                name, parts = self._waiting.pop()
+                definitions[name] = self._definition(parts)
+        except RecursionError:
+            raise Unbounded("its parts are nested too deeply") from None
         return {**whole, "$defs": definitions} if definitions else whole
 
-    def _part(self, part: Schema) -> Schema:
-        self._num_parts += 1
+    def _take(self, num_parts: int) -> None:
+        self._num_parts += num_parts
         if self._num_parts > MAX_PARTS:
-            raise TooLarge
-        part = _of_its_only_one(part)
-        part = {key: value for key, value in part.items() if key not in DEFINITIONS and not limits_nothing(key, value)}
-        found = target(self._schema, part["$ref"]) if isinstance(part.get("$ref"), str) else None
-        return part if found is None else part | {"$ref": f"#/$defs/{self._name(found)}"}
+            raise Unbounded(TOO_MANY_PARTS)
 
-    def _name(self, found: Schema) -> str:
-        if id(found) not in self._names:
+    def _definition(self, parts: Sequence[Schema]) -> dict[str, Any]:
+        """What is said of one value by each of the parts."""
+        if not parts:
+            return {}
+        if len(parts) == 1 and not _says_more_than_one(parts[0]):
+            return self._written(parts[0])
+        said = self._said(parts)
+        if len(said) == 1 and not _says_more_than_one(said[0]):
+            return _notes(parts[0]) | (self._reference(said) if said[0] is not parts[0] else self._written(said[0]))
+        try:
+            return _notes(parts[0]) | self._combined(said, parts[0])
+        except Impossible:
+            return self._impossible(parts[0])
+
+    def _leave_out(self, part: Schema, words: str) -> None:
+        if not self.unfollowed:
+            place = place_of(part, self._schema)
+            self.unfollowed = f"{place}: {words}" if place else words
+
+    def _impossible(self, part: Schema) -> dict[str, Any]:
+        """What is left of it to be counted: other engines are given it as it came."""
+        self._leave_out(part, "no value is all that it says")
+        return {"enum": part["enum"]} if "enum" in part else {}
+
+    def _written(self, part: Schema) -> dict[str, Any]:
+        self._take(1)
+        if _says_more_than_one(part):
+            return _notes(part) | self._reference(self._said([part]))
+        try:
+            return self._plain(part, part)
+        except Impossible:
+            return self._impossible(part)
+
+    def _plain(self, part: Schema, place: Schema) -> dict[str, Any]:
+        """Raises Impossible."""
+        kept = {key: value for key, value in part.items() if key not in DEFINITIONS and not limits_nothing(key, value)}
+        if isinstance(kept.get("$ref"), str):
+            found = self._target(kept["$ref"])
+            return kept if found is None else kept | self._reference([found])
+        try:
+            kept = put_right(kept)
+        except Unfollowed as error:
+            self._leave_out(place, str(error))
+        for key, value in kept.items():
+            if isinstance(value, list) and key not in VALUES:
+                kept[key] = [self._written(each) if isinstance(each, dict) else each for each in value]
+            elif isinstance(value, dict) and key in NAMED:
+                kept[key] = {
+                    name: self._written(each) if isinstance(each, dict) else each for name, each in value.items()
+                }
+            elif isinstance(value, dict) and key not in VALUES:
+                kept[key] = self._written(value)
+        return kept
+
+    def _said(self, parts: Sequence[Schema]) -> list[Schema]:
+        """All that say something of the value that the parts are of: they, what they refer to, and what is in their
+        allOf."""
+        found: dict[int, Schema] = {}
+        for part in parts:
+            self._add_said(part, found, set())
+        return [part for part in found.values() if not (READ - {"$ref", "allOf"}).isdisjoint(part)]
+
+    def _add_said(self, part: Schema, found: dict[int, Schema], path: set[int]) -> None:
+        if id(part) in path:
+            raise Unbounded("a $ref leads to itself: let properties or items be between")
+        if id(part) in found:
+            return
+        self._take(1)
+        found[id(part)] = part
+        path.add(id(part))
+        if "$ref" in part:
+            target = self._target(part["$ref"]) if isinstance(part["$ref"], str) else None
+            if target is None:
+                self._leave_out(part, "$ref: it leads nowhere in the schema; refer to one of its $defs")
+            else:
+                self._add_said(target, found, path)
+        for each in self._members(part, "allOf") if "allOf" in part else ():
+            self._add_said(each, found, path)
+        path.remove(id(part))
+
+    def _members(self, part: Schema, key: str) -> list[Schema]:
+        members = part[key] if isinstance(part[key], list) else []
+        schemas: list[Schema] = [each for each in members if isinstance(each, dict)]
+        if not schemas or len(schemas) < len(members):
+            self._leave_out(part, f"{key}: a list of objects that are schemas is wanted")
+        return schemas
+
+    def _combined(self, said: Sequence[Schema], place: Schema) -> dict[str, Any]:
+        """Raises Impossible."""
+        plain = [{key: value for key, value in part.items() if key not in COMBINING} for part in said]
+        choices = [self._members(part, key) for part in said for key in CHOICES if key in part]
+        self._take(sum(map(_size, plain)) // 8)
+        if not choices:
+            return self._plain(self._merged(plain, place), place)
+        self._take(prod(map(len, choices)))
+        alternatives = []
+        for chosen in product(*choices):
+            try:
+                alternatives.append(self._combined([*plain, *self._said(chosen)], place))
+            except Impossible:
+                continue
+        if not alternatives:
+            raise Impossible
+        return {"anyOf": alternatives} if len(alternatives) > 1 else alternatives[0]
+
+    def _merged(self, parts: Sequence[Schema], place: Schema) -> dict[str, Any]:
+        """Raises Impossible."""
+        said: dict[str, list[Any]] = {}
+        for part in parts:
+            for key, value in part.items():
+                said.setdefault(key, []).append(value)
+        whole = {key: values[0] for key, values in said.items()}
+        num_arrays = sum(not {"items", "prefixItems"}.isdisjoint(part) for part in parts)
+        if num_arrays > 1 and ("prefixItems" in whole or isinstance(whole["items"], list)):
+            self._leave_out(place, "items: of a list of them and of another schema; write one that says both")
+        for key, values in said.items():
+            if key in ("items", "additionalProperties"):
+                whole[key] = self._together(values)
+            elif len(values) > 1:
+                try:
+                    whole[key] = both(key, values)
+                except Unfollowed as error:
+                    self._leave_out(place, str(error))
+        if "properties" in whole and len(parts) > 1:
+            whole["properties"] = self._properties(parts)
+        return whole
+
+    def _properties(self, parts: Sequence[Schema]) -> dict[str, Any]:
+        """One that a part does not name is what that part says all others are."""
+        names = dict.fromkeys(name for part in parts for name in named(part, "properties"))
+        self._take(len(names) * len(parts))
+        found = {}
+        for name in names:
+            said = [named(part, "properties").get(name, part.get("additionalProperties", True)) for part in parts]
+            found[name] = self._together(said)
+        return {name: value for name, value in found.items() if value is not False}
+
+    def _together(self, said: Sequence[Any]) -> Any:
+        """One schema for all of them."""
+        if any(each is False for each in said):
+            return False
+        schemas = [each for each in said if isinstance(each, dict) and not READ.isdisjoint(each)]
+        if len(schemas) > 1:
+            return self._reference(self._said(schemas))
+        return schemas[0] if schemas else said[0]
+
+    def _reference(self, parts: Sequence[Schema]) -> dict[str, Any]:
+        key = tuple(map(id, parts))
+        if key not in self._names:
             # It ends in a letter: llama.cpp counts up rules of one name by digits behind it.
-            self._names[id(found)] = f"r{_UNKNOWN_NAME}n{len(self._names)}x"
-            self._waiting.append((self._names[id(found)], found))
-        return self._names[id(found)]
+            self._names[key] = f"r{_UNKNOWN_NAME}n{len(self._names)}x"
+            self._waiting.append((self._names[key], parts))
+        return {"$ref": f"#/$defs/{self._names[key]}"}
+
+    def _target(self, reference: str) -> Schema | None:
+        if len(reference) > MAX_REFERENCE_LENGTH:
+            raise Unbounded(f"a $ref has {len(reference)} characters; at most {MAX_REFERENCE_LENGTH} are accepted")
+        if reference not in self._targets:
+            self._targets[reference] = target(self._schema, reference)
+        return self._targets[reference]
+
+
+def _says_more_than_one(part: Schema) -> bool:
+    """Of what llama.cpp looks at one after the other."""
+    if COMBINING.isdisjoint(part):
+        return False
+    return "allOf" in part or len(COMBINING.intersection(part)) > 1 or not _BESIDE.isdisjoint(part)
+
+
+def _size(part: Schema) -> int:
+    """How much there is in it to be looked at for each alternative that it stands beside."""
+    values = [part.get(key) for key in ("enum", "pattern", "properties", "required")]
+    return sum(len(value) for value in values if isinstance(value, (str, list, dict)))
+
+
+def _notes(part: Schema) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in READ and key not in DEFINITIONS}
 
 
 def target(schema: Schema, reference: str) -> Schema | None:
@@ -98,28 +269,3 @@ def _number(text: str) -> int | None:
     """As C reads it: up to what is no digit."""
     digits = _DIGITS.match(text)
     return int(digits[1]) if digits else None
-
-
-def _of_its_only_one(schema: Schema) -> Schema:
-    """An `allOf` of one schema is that schema: tools write it to say something about what they refer to. llama.cpp
-    makes an object of every `allOf`, also of one of a text."""
-    members = schema.get("allOf")
-    if not isinstance(members, list) or len(members) != 1 or not isinstance(members[0], dict):
-        return schema
-    notes = {key: value for key, value in schema.items() if key != "allOf"}
-    return schema if _READ & notes.keys() - DEFINITIONS else _of_its_only_one({**members[0], **notes})
-
-
-def _rewritten(schema: Schema, change: Callable[[Schema], Schema]) -> dict[str, Any]:
-    """With the change made to it, and to each schema within."""
-    kept = dict(change(schema))
-    for key, value in kept.items():
-        if isinstance(value, list) and key not in VALUES:
-            kept[key] = [_rewritten(each, change) if isinstance(each, dict) else each for each in value]
-        elif isinstance(value, dict) and key in NAMED:
-            kept[key] = {
-                name: _rewritten(each, change) if isinstance(each, dict) else each for name, each in value.items()
-            }
-        elif isinstance(value, dict) and key not in VALUES:
-            kept[key] = _rewritten(value, change)
-    return kept

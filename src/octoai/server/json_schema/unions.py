@@ -85,7 +85,7 @@ class Unions:
             return [self._targets[reference]]
         items = schema.get("items")
         found = [*_properties(schema).values(), *(items if isinstance(items, list) else [items])]
-        found += [schema.get("additionalProperties"), *_listed(schema, "oneOf", "anyOf", "allOf", "prefixItems")]
+        found += [schema.get("additionalProperties"), *_listed(schema, "oneOf", "anyOf", "prefixItems")]
         return [each for each in found if isinstance(each, dict)]
 
     def _num_readings(self, group: Sequence[_Schema]) -> int:
@@ -134,8 +134,7 @@ class Unions:
     def _same_value(self, schema: _Schema) -> list[_Schema]:
         if isinstance(schema.get("$ref"), str):
             return self._within(schema)
-        alternatives, all_of = _listed(schema, "oneOf", "anyOf"), _listed(schema, "allOf")
-        return alternatives or (all_of if len(all_of) == 1 and "properties" not in schema else [])
+        return _listed(schema, "oneOf", "anyOf")
 
     def _names(self, schema: _Schema) -> _Path:
         """Those of its required properties, each with its value, up to one in which there can be more alternatives."""

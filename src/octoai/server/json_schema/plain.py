@@ -1,0 +1,184 @@
+"""A part of a schema by itself, and several that are said of one value: in words that llama.cpp follows.
+
+It looks at the values of an `enum` and at nothing beside them, at one of two minima, at an expression as if it were of
+the JSON that is written, at required names among the properties only; and takes a tuple for all of an array.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from octoai.server.json_schema.expressions import Unknown, Unreadable
+from octoai.server.json_schema.keywords import (
+    LEAST,
+    MOST,
+    READ,
+    REPEATED_AT_MOST,
+    Schema,
+    Unbounded,
+    listed,
+    named,
+    number,
+    types_of,
+)
+from octoai.server.json_schema.written import written
+
+MAX_PATTERN_LENGTH = 2000
+_ESCAPED = re.compile(r'["\\\x00-\x1f]')  # in JSON
+_BOUNDS = frozenset({"minItems", "minLength", "exclusiveMinimum", "exclusiveMaximum"})
+_PUT_RIGHT = _BOUNDS | {"const", "enum", "pattern", "required", "additionalProperties", "prefixItems", "items"}
+_KINDS = {str: "string", bool: "boolean", dict: "object", list: "array", int: "integer", type(None): "null"}
+_BOUNDS_OF = {"string": "Length", "array": "Items", "object": "Properties"}
+
+
+class Impossible(Exception):
+    """No value is all that is said."""
+
+
+class Unfollowed(Exception):
+    """llama.cpp would leave out what is said here. The text says what to write instead."""
+
+
+def put_right(part: dict[str, Any]) -> dict[str, Any]:
+    """Raises Impossible, Unfollowed and Unbounded."""
+    if _PUT_RIGHT.isdisjoint(part):
+        return part
+    if "const" in part or "enum" in part:
+        return _with_values(part)
+    if isinstance(part.get("pattern"), str):
+        _put_pattern_right(part)
+    if not _BOUNDS.isdisjoint(part):
+        _put_bounds_right(part)
+    if "required" in part:
+        _put_required_right(part)
+    if part.get("additionalProperties") not in (None, False) and any(map(_ESCAPED.search, named(part, "properties"))):
+        part["additionalProperties"] = False  # it would begin other names with what is no JSON
+    if isinstance(part.get("prefixItems"), list) or isinstance(part.get("items"), list):
+        _put_tuple_right(part)
+    return part
+
+
+def _with_values(part: dict[str, Any]) -> dict[str, Any]:
+    said = READ.intersection(part)
+    values = listed(part, "enum")
+    if len(said) == 1 or ("enum" in part and not values):
+        return part
+    if "const" in part:
+        values = [part["const"]] if not values or _text(part["const"]) in map(_text, values) else []
+    fitting = [value for value in values if _fits(value, part)]
+    if not fitting:
+        raise Impossible
+    return {key: value for key, value in part.items() if key not in READ} | {"enum": fitting}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _fits(value: Any, part: Schema) -> bool:
+    kind, types = _KINDS.get(type(value), "number"), types_of(part)
+    is_integer = kind == "integer" or (isinstance(value, float) and value.is_integer())
+    if types and kind not in types and not (is_integer and not {"integer", "number"}.isdisjoint(types)):
+        return False
+    if kind == "object" and not {each for each in listed(part, "required") if isinstance(each, str)} <= value.keys():
+        return False
+    if kind in ("integer", "number"):
+        least, most = number(part, "exclusiveMinimum"), number(part, "exclusiveMaximum")
+        if (least is not None and value <= least) or (most is not None and value >= most):
+            return False
+        size, names = value, ("minimum", "maximum")
+    elif kind in _BOUNDS_OF:
+        size, names = len(value), (f"min{_BOUNDS_OF[kind]}", f"max{_BOUNDS_OF[kind]}")
+    else:
+        return True
+    least, most = number(part, names[0]), number(part, names[1])
+    return (least is None or size >= least) and (most is None or size <= most)
+
+
+def _put_pattern_right(part: dict[str, Any]) -> None:
+    pattern = part["pattern"]
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise Unbounded(f"a pattern has more than {MAX_PATTERN_LENGTH} characters")
+    try:
+        part["pattern"] = written(pattern)
+    except Unreadable as error:
+        raise Unbounded(f"pattern {pattern[:100]}: {error}") from None
+    except Unknown:  # any text is taken, of the length that is said
+        del part["pattern"]
+        part.setdefault("minLength", 0)
+
+
+def _put_bounds_right(part: dict[str, Any]) -> None:
+    for name in ("minItems", "minLength"):
+        if (number(part, name) or 0) > REPEATED_AT_MOST - (name == "minItems"):
+            raise Unfollowed(f"{name}: at most {REPEATED_AT_MOST - (name == 'minItems')} can be followed")
+    for end, weaker in (("inimum", min), ("aximum", max)):
+        name, exclusive = f"m{end}", f"exclusiveM{end}"
+        bound, other = number(part, name), number(part, exclusive)
+        if bound is not None and other is not None:  # where they are equal the exclusive one says more
+            del part[name if bound == weaker(bound, other) else exclusive]
+
+
+def _put_required_right(part: dict[str, Any]) -> None:
+    properties, others = named(part, "properties"), part.get("additionalProperties", True)
+    missing = [each for each in listed(part, "required") if isinstance(each, str) and each not in properties]
+    if not missing:
+        return
+    if others is False:
+        raise Unfollowed(f"required: `{missing[0][:100]}` is not among the properties, and no others are allowed")
+    if "properties" not in part:
+        part["additionalProperties"] = others
+    part["properties"] = {**properties, **dict.fromkeys(missing, others if isinstance(others, dict) else {})}
+
+
+def _put_tuple_right(part: dict[str, Any]) -> None:
+    """An array of just as many items as it must have, where all that may come after those can be left out."""
+    name = "prefixItems" if isinstance(part.get("prefixItems"), list) else "items"
+    items = list(part[name])
+    rest = part.pop("items", True) if name == "prefixItems" else part.get("additionalItems", True)
+    num_more = int(number(part, "minItems") or 0) - len(items)
+    if num_more > 0 and rest is False:
+        raise Impossible
+    if num_more > 0:
+        items += [rest if isinstance(rest, dict) else {}] * num_more
+    most = number(part, "maxItems")
+    part[name] = items if most is None else items[: max(0, int(most))]
+
+
+def both(key: str, said: Sequence[Any]) -> Any:
+    """What several say under a keyword of one value, but for their schemas. Raises Impossible and Unfollowed."""
+    if key == "type":
+        return _types(said)
+    if key == "enum":
+        texts = [set(map(_text, values)) for values in said if isinstance(values, list)]
+        return [value for value in said[0] if all(_text(value) in each for each in texts)] or _raise_impossible()
+    if key == "required":
+        return [each for names in said if isinstance(names, list) for each in names]
+    if key in LEAST | MOST:
+        numbers = [each for each in said if isinstance(each, (int, float)) and not isinstance(each, bool)]
+        return (max if key in LEAST else min)(numbers) if numbers else said[0]
+    if key in ("const", "pattern") and any(_text(each) != _text(said[0]) for each in said):
+        if key == "const":
+            raise Impossible
+        raise Unfollowed(f"{key}: two of them are of one value; write one that says both")
+    return said[0]
+
+
+def _raise_impossible() -> Any:
+    raise Impossible
+
+
+def _types(said: Sequence[Any]) -> list[str] | str:
+    together = types_of({"type": said[0]})
+    for each in said[1:]:
+        others = types_of({"type": each})
+        together = [
+            *(one for one in together if one in others or (one == "integer" and "number" in others)),
+            *(one for one in others if one == "integer" and "number" in together and one not in together),
+        ]
+    if not together:
+        raise Impossible
+    return together if len(together) > 1 else together[0]
