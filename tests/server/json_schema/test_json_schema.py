@@ -253,6 +253,10 @@ def test_notes_beside_what_is_referred_to_change_nothing() -> None:
         ({"allOf": []}, "allOf: a list of objects that are schemas"),
         ({"anyOf": [True], "type": "string"}, "anyOf: a list of objects that are schemas"),
         ({"allOf": [{"items": [{}]}, {"items": {"type": "null"}}]}, "items: of a list of them and of another schema"),
+        (
+            {"properties": {letter * 126: {} for letter in "abcdefgh"}, "additionalProperties": True},
+            r"additionalProperties: the names .* \(2010 rules; 2000 can be followed\); set it to false",
+        ),
         ({"minItems": 2000}, "minItems: at most 1999 can be followed"),
         ({"minLength": 2001}, "minLength: at most 2000 can be followed"),
     ],
@@ -264,6 +268,15 @@ def test_what_llama_cpp_would_leave_out_is_refused_for_it(schema: dict[str, Any]
         for_llama_cpp(whole)
     assert refused.value.param == "response_format"
     assert str(refused.value).startswith("response_format: properties.deep.items")
+
+
+def test_letters_that_names_share_count_once_where_others_are_allowed_beside_them() -> None:
+    numbered: dict[str, Any] = {f"property_number_{number}": {} for number in range(399)}
+    assert for_llama_cpp({"properties": numbered, "additionalProperties": True})
+    lengths = [125] * 7 + [128]  # the most that llama.cpp took: two rules for a letter, one for the last
+    longest = {letter * length: {} for letter, length in zip("abcdefgh", lengths, strict=True)}
+    beginnings: dict[str, Any] = {"a" * length: {} for length in range(1, 125)}
+    assert for_llama_cpp({"properties": longest | beginnings, "additionalProperties": {"type": "null"}})
 
 
 def test_what_is_rewritten_does_not_grow_without_bound() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
+from os.path import commonprefix
 from typing import Any
 
 from octoai.server.json_schema.expressions import Unknown, Unreadable
@@ -54,8 +56,8 @@ def put_right(part: dict[str, Any]) -> dict[str, Any]:
         _put_bounds_right(part)
     if "required" in part:
         _put_required_right(part)
-    if part.get("additionalProperties") not in (None, False) and any(map(_ESCAPED.search, named(part, "properties"))):
-        part["additionalProperties"] = False  # it would begin other names with what is no JSON
+    if part.get("additionalProperties") not in (None, False) and named(part, "properties"):
+        _put_others_right(part)
     if isinstance(part.get("prefixItems"), list) or isinstance(part.get("items"), list):
         _put_tuple_right(part)
     return part
@@ -132,6 +134,23 @@ def _put_required_right(part: dict[str, Any]) -> None:
     if "properties" not in part:
         part["additionalProperties"] = others
     part["properties"] = {**properties, **dict.fromkeys(missing, others if isinstance(others, dict) else {})}
+
+
+def _put_others_right(part: dict[str, Any]) -> None:
+    """llama.cpp takes names that are none of the properties' by the letters in which they may differ from those."""
+    names = sorted(part["properties"])
+    if any(map(_ESCAPED.search, names)):
+        part["additionalProperties"] = False  # it would begin other names with what is no JSON
+        return
+    num_rules = 2
+    for name, following in pairwise([*names, ""]):
+        num_shared = len(commonprefix([name, following]))  # noqa: RUF071 letters are what is meant
+        num_rules += 2 * (len(name) - num_shared) - (not following.startswith(name))
+    if num_rules > REPEATED_AT_MOST:
+        raise Unfollowed(
+            "additionalProperties: the names of the properties have too many letters for others beside them "
+            f"({num_rules} rules; {REPEATED_AT_MOST} can be followed); set it to false, or give shorter names or fewer"
+        )
 
 
 def _put_tuple_right(part: dict[str, Any]) -> None:
