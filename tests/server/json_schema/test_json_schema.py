@@ -21,6 +21,9 @@ A, B = "#/$defs/a", "#/$defs/b"
         {},
         {"type": "object", "properties": {"a": {"enum": list(range(900))}}},
         {"type": ["integer", "null"], "enum": [*range(400), None]},
+        {"enum": [f"https://example.com/{number}" for number in range(999)]},
+        {"enum": [f"{number:03}{'x' * 100}{letter}" for number in range(400) for letter in "ab"]},
+        {"items": [{"enum": [f"{'x' * 100}{number}" for number in range(200)]}] * 5},
         {"type": "string", "pattern": "^" + "a" * 1998 + "$"},
         {"type": "string", "pattern": "(.?){99}"},
         {"type": "object", "patternProperties": {"^(.?){99}$": {}}},
@@ -63,6 +66,12 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
     ("schema", "words"),
     [
         ({"enum": list(range(MAX_ALTERNATIVES + 1))}, "enum values"),
+        ({"enum": ["a" * 95 + f"{number:08}" for number in range(999)]}, "begin alike in [0-9]+ letters"),
+        ({"anyOf": [{"const": "a" * 95 + f"{number:08}"} for number in range(400)]}, "begin alike"),
+        (
+            {"properties": {"a" * 95 + f"{number:08}": {} for number in range(400)}},
+            "names of .* begin alike",
+        ),
         ({"type": "string", "enum": list(range(MAX_ALTERNATIVES + 1))}, "enum values"),
         ({"anyOf": [{"const": number} for number in range(MAX_ALTERNATIVES + 1)]}, "branches"),
         ({"allOf": [{"properties": {f"{n}{m}": {} for m in range(100)}} for n in range(11)]}, "properties"),

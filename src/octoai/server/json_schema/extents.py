@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
+from itertools import groupby, pairwise
+from os.path import commonprefix
 
 from octoai.server.json_schema.keywords import MAX_INTEGER, REPEATED_AT_MOST, Schema, Unbounded, number
 
@@ -59,4 +62,15 @@ def num_repeated(schema: Schema) -> int:
         num += max([0, *[int(min(REPEATED_AT_MOST, number(schema, name) or 0)) for name in names]])
     if isinstance(pattern, str):
         num += sum(min(int(each), REPEATED_AT_MOST) for each in _REPETITION.findall(pattern))
+    return num
+
+
+def num_alike(texts: Collection[str]) -> int:
+    """How many of the texts are still possible at each letter that they share, summed over the letters, at most."""
+    shared = [len(commonprefix(pair)) for pair in pairwise(sorted(texts))]  # noqa: RUF071 letters are what is meant
+    num = before = 0
+    for length in sorted(set(shared) - {0}):
+        runs = [len(list(run)) for is_longer, run in groupby(shared, length.__le__) if is_longer]
+        num += (length - before) * (max(runs) + 1)
+        before = length
     return num

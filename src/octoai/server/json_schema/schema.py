@@ -16,8 +16,8 @@ from typing import Any
 
 from octoai.server.errors import BadRequest
 from octoai.server.json_schema.expressions import Unreadable
-from octoai.server.json_schema.extents import check_bounds, num_repeated
-from octoai.server.json_schema.keywords import NAMED, REPEATED_AT_MOST, VALUES, Schema, Unbounded
+from octoai.server.json_schema.extents import check_bounds, num_alike, num_repeated
+from octoai.server.json_schema.keywords import NAMED, REPEATED_AT_MOST, VALUES, Schema, Unbounded, listed, named
 from octoai.server.json_schema.patterns import Readings
 from octoai.server.json_schema.rewriting import MAX_PARTS, TOO_MANY_PARTS, Rewriting, target
 from octoai.server.json_schema.unions import Ambiguous, Unions
@@ -26,6 +26,7 @@ MAX_BYTES = 128 * 1024
 MAX_ALTERNATIVES = 1000
 MAX_OPTIONAL = 400  # an engine has a rule for each that can come after each: a second, and 4.6 of 900
 MAX_NAME_LENGTH = 256  # beside additionalProperties llama.cpp descends a level for each character: 30,000 crashed it
+MAX_ALIKE = 30_000  # letters of all values that begin alike, each of which an engine follows: two or three seconds
 MAX_REPEATED = 400_000  # an engine makes a part of its grammar for each: of 1.8 million it took 4 s and gigabytes
 _BRANCHES = (
     "anyOf",
@@ -77,6 +78,7 @@ class _Seen:
         self._num_parts = self._num_alternatives = self._num_repeated = 0
         self._patterns = Readings()
         self._texts: dict[int, int] = {}
+        self._literals: set[str] = set()
 
     def add(self, schema: Schema) -> None:
         """Raises Unbounded."""
@@ -117,6 +119,11 @@ class _Seen:
         if self._num_alternatives > MAX_ALTERNATIVES:
             counted = f"{self._num_alternatives} properties, branches and enum values"
             raise Unbounded(f"the schema has {counted}; at most {MAX_ALTERNATIVES} are accepted")
+        if sum(map(len, self._literals)) > MAX_ALIKE and (num := num_alike(self._literals)) > MAX_ALIKE:
+            raise Unbounded(
+                f"values of enum and const, or names of properties that may be left out, begin alike in {num} letters, "
+                f"summed over them; at most {MAX_ALIKE} are accepted: leave out what all begin with, or offer fewer"
+            )
 
     def _add_part(self, part: Schema) -> None:
         self._num_parts += 1
@@ -126,7 +133,15 @@ class _Seen:
         self._num_repeated += num_repeated(part)
         _check_types(part)
         _check_names(part)
-        _check_optional(part)
+        optional = named(part, "properties").keys() - {
+            each for each in listed(part, "required") if isinstance(each, str)
+        }
+        if len(optional) > MAX_OPTIONAL:
+            raise Unbounded(
+                f"an object has {len(optional)} properties that may be left out; at most {MAX_OPTIONAL} are accepted"
+            )
+        values = [part["const"]] if "const" in part else listed(part, "enum")
+        self._literals.update(optional, map(json.dumps, values))
         check_bounds(part)
         self._texts[id(part)] = _num_readings(part, self._patterns)
 
@@ -168,16 +183,6 @@ def _check_names(schema: Schema) -> None:
         raise Unbounded(
             f"the property {longest[:20]}… has a name of {len(longest)} characters; at most {MAX_NAME_LENGTH} are taken"
         )
-
-
-def _check_optional(schema: Schema) -> None:
-    properties, required = schema.get("properties"), schema.get("required")
-    if not isinstance(properties, dict) or len(properties) <= MAX_OPTIONAL:
-        return
-    named = {each for each in required if isinstance(each, str)} if isinstance(required, list) else set()
-    num = len(properties.keys() - named)
-    if num > MAX_OPTIONAL:
-        raise Unbounded(f"an object has {num} properties that may be left out; at most {MAX_OPTIONAL} are accepted")
 
 
 def _num_readings(schema: Schema, patterns: Readings) -> int:
