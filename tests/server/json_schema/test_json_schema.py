@@ -120,6 +120,9 @@ def test_schemas_beyond_the_bounds_are_refused_by_name(schema: dict[str, Any], w
         {"$defs": {"a": {"oneOf": [{"type": "string"}, {"$ref": A}]}}, "$ref": A},
         {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/b/00"}]}, "b": [{"$ref": A}]}, "$ref": A},
         {"anyOf": [{"type": "null"}, {"$ref": "#"}]},
+        {"type": "object", "anyOf": [{"$ref": "#"}]},
+        {"anyOf": [{"$ref": "#", "minimum": 3}, {"type": "null"}]},
+        {"$defs": {"a": {"type": "null", "oneOf": [{"$ref": B}]}, "b": {"allOf": [{"$ref": A}, {}]}}, "$ref": B},
     ],
 )
 def test_references_that_lead_to_themselves_are_refused(schema: dict[str, Any]) -> None:
@@ -259,6 +262,7 @@ def test_notes_beside_what_is_referred_to_change_nothing() -> None:
         ({"required": ["z"], "additionalProperties": False}, "required: `z` is not among the properties"),
         ({"allOf": [{"properties": {"a": {}}, "additionalProperties": False}, {"required": ["b"]}]}, "required: `b`"),
         ({"$ref": "#/nowhere", "maxLength": 3}, r"\$ref: it leads nowhere in the schema"),
+        ({"enum": True, "allOf": [{"enum": ["a"]}, {"enum": 5}, {"pattern": 5}, {}, 7]}, "allOf: a list"),
         ({"allOf": []}, "allOf: a list of objects that are schemas"),
         ({"anyOf": [True], "type": "string"}, "anyOf: a list of objects that are schemas"),
         ({"allOf": [{"items": [{}]}, {"items": {"type": "null"}}]}, "items: of a list of them and of another schema"),

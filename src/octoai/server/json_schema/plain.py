@@ -172,8 +172,8 @@ def both(key: str, said: Sequence[Any]) -> Any:
     if key == "type":
         return _types(said)
     if key == "enum":
-        texts = [set(map(_text, values)) for values in said if isinstance(values, list)]
-        return [value for value in said[0] if all(_text(value) in each for each in texts)] or _raise_impossible()
+        wrong = [each for each in said if not isinstance(each, list)]
+        return wrong[0] if wrong else _in_all(said)
     if key == "required":
         return [each for names in said if isinstance(names, list) for each in names]
     if key in LEAST | MOST:
@@ -186,8 +186,12 @@ def both(key: str, said: Sequence[Any]) -> Any:
     return said[0]
 
 
-def _raise_impossible() -> Any:
-    raise Impossible
+def _in_all(said: Sequence[list[Any]]) -> list[Any]:
+    texts = [set(map(_text, values)) for values in said]
+    common = [value for value in said[0] if all(_text(value) in each for each in texts)]
+    if not common:
+        raise Impossible
+    return common
 
 
 def _types(said: Sequence[Any]) -> list[str] | str:

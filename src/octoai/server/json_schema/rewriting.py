@@ -36,6 +36,8 @@ MAX_REFERENCE_LENGTH = 1000
 _DIGITS = re.compile(r"\s*\+?([0-9]{1,4000})")
 _UNKNOWN_NAME = secrets.token_hex(4)
 _BESIDE = READ - COMBINING
+_CHOICES = frozenset(CHOICES)
+LEADS_TO_ITSELF = "a $ref leads to itself: let properties or items be between"
 TOO_MANY_PARTS = (
     f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for, in an allOf for each of them: "
     "refer to what is large without allOf, and to fewer alternatives"
@@ -135,7 +137,7 @@ class Rewriting:
 
     def _add_said(self, part: Schema, found: dict[int, Schema], path: set[int]) -> None:
         if id(part) in path:
-            raise Unbounded("a $ref leads to itself: let properties or items be between")
+            raise Unbounded(LEADS_TO_ITSELF)
         if id(part) in found:
             return
         self._take(1)
@@ -158,8 +160,13 @@ class Rewriting:
             self._leave_out(part, f"{key}: a list of objects that are schemas is wanted")
         return schemas
 
-    def _combined(self, said: Sequence[Schema], place: Schema) -> dict[str, Any]:
-        """Raises Impossible."""
+    def _combined(
+        self, said: Sequence[Schema], place: Schema, chosen_from: frozenset[int] = frozenset()
+    ) -> dict[str, Any]:
+        """`chosen_from`: the parts of whose alternatives some are among what is said. Raises Impossible."""
+        choosing = {id(part) for part in said if not _CHOICES.isdisjoint(part)}
+        if choosing & chosen_from:
+            raise Unbounded(LEADS_TO_ITSELF)
         plain = [{key: value for key, value in part.items() if key not in COMBINING} for part in said]
         choices = [self._members(part, key) for part in said for key in CHOICES if key in part]
         self._take(sum(map(_size, plain)) // 8)
@@ -169,7 +176,7 @@ class Rewriting:
         alternatives = []
         for chosen in product(*choices):
             try:
-                alternatives.append(self._combined([*plain, *self._said(chosen)], place))
+                alternatives.append(self._combined([*plain, *self._said(chosen)], place, chosen_from | choosing))
             except Impossible:
                 continue
         if not alternatives:

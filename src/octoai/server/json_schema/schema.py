@@ -19,7 +19,7 @@ from octoai.server.json_schema.expressions import Unreadable
 from octoai.server.json_schema.extents import check_bounds, num_alike, num_repeated
 from octoai.server.json_schema.keywords import NAMED, REPEATED_AT_MOST, VALUES, Schema, Unbounded, listed, named
 from octoai.server.json_schema.patterns import Readings
-from octoai.server.json_schema.rewriting import MAX_PARTS, TOO_MANY_PARTS, Rewriting, target
+from octoai.server.json_schema.rewriting import LEADS_TO_ITSELF, MAX_PARTS, TOO_MANY_PARTS, Rewriting, target
 from octoai.server.json_schema.unions import Ambiguous, Unions
 
 MAX_BYTES = 128 * 1024
@@ -101,7 +101,7 @@ class _Seen:
         try:
             TopologicalSorter(same_value).prepare()
         except CycleError:
-            raise Unbounded("a $ref leads to itself: let properties or items be between") from None
+            raise Unbounded(LEADS_TO_ITSELF) from None
         self._refuse_too_many()
         try:
             Unions(targets, self._texts).check(schema)
