@@ -78,7 +78,7 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
         ({"properties": {f"p{number}": {} for number in range(401)}}, "401 properties that may be left out"),
         ({"type": "string", "pattern": "^" + "a|" * 1000 + "$"}, "pattern"),
         ({"description": "x" * 200_000}, "bytes"),
-        ({"type": "string", "pattern": "^(a?){300}$"}, "ways"),
+        ({"type": "string", "pattern": r"^(\d?){300}$"}, r"pattern \^\(\\d\?\)\{300\}\$: .* ways"),
         ({"type": "string", "pattern": "^[A-Z]{3,2}$"}, "larger bound first"),
         ({"type": "array", "minItems": 3, "maxItems": 1}, "minItems is more than maxItems"),
         ({"minLength": 6, "maxLength": 5}, "minLength is more than maxLength"),

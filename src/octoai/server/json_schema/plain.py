@@ -105,7 +105,7 @@ def _put_pattern_right(part: dict[str, Any]) -> None:
     if len(pattern) > MAX_PATTERN_LENGTH:
         raise Unbounded(f"a pattern has more than {MAX_PATTERN_LENGTH} characters")
     try:
-        part["pattern"] = written(pattern)
+        part |= {"pattern": written(pattern), "$comment": pattern}  # a refusal shows what was given
     except Unreadable as error:
         raise Unbounded(f"pattern {pattern[:100]}: {error}") from None
     except Unknown:  # any text is taken, of the length that is said

@@ -193,4 +193,5 @@ def _num_readings(schema: Schema, patterns: Readings) -> int:
     try:
         return patterns.add(pattern)
     except Unreadable as error:
-        raise Unbounded(f"pattern {pattern[:100]}: {error}") from None
+        given = schema.get("$comment", pattern)
+        raise Unbounded(f"pattern {given[:100]}: {error}") from None
