@@ -533,7 +533,7 @@ def test_what_was_found_while_idle_is_used_only_where_the_file_is_the_one_that_i
             await engine.close()
 
     asyncio.run(main())
-    said = f"m: {weights} is another file by now, and what was found while idle is for that one: it is used from"
+    said = f"m: {weights} may be another file than the one that was loaded: what was found while idle is used from"
     assert (said in caplog.text) == (how != "it stays")
 
 

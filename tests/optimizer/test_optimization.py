@@ -285,6 +285,31 @@ def test_a_profile_that_cannot_be_used_does_not_outlive_a_search_that_finds_noth
     assert (found.older, place.exists()) == (f"{REMOVED}it cannot be used", False)
 
 
+def test_a_profile_that_cannot_be_read_for_now_stays(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, start = optimize(source, tmp_path / "cache", Wish(512, seconds=30)).place, first_guesses(num_cores())[0]
+    assert place is not None
+    profile = place / "profile.json"
+    profile.rename(place / "kept")
+    profile.mkdir()  # as a disk or a table of files that is full, it is an OSError
+    trials = [Trial("start", start, 1 / 8, Speed(100, 10, 10))]
+    finds(Outcome(start, True, start=start, trials=trials, pairs=compared(0.9)), monkeypatch)
+    assert optimize(source, tmp_path / "cache", Wish(512, seconds=30)).older.endswith(f"stays: {place}")
+    assert (place / "kept").exists()
+
+
+def test_a_profile_keeps_the_memory_of_the_trials_that_its_bound_allowed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = first_guesses(num_cores())[0].tuned(flash_attention="on")
+    trials = [Trial("attention", best, 1 / 8, Speed(100, 10, 10), memory_bytes=size) for size in (80, 100, 120)]
+    finds(Outcome(best, True, trials=trials), monkeypatch)
+    profile = optimize(source, tmp_path / "cache", Wish(512, bounds=Bounds(max_memory_bytes=110))).profile
+    assert profile is not None
+    assert profile.memory_bytes == 100
+
+
 SLOW, LARGE, FAILED = (Speed(100, 10, 10), 100), (Speed(900, 10, 10), 900), (None, 0)
 
 

@@ -15,7 +15,16 @@ from pathlib import Path
 from octoai.optimizer import kernels
 from octoai.optimizer.outcome import Bounds, Goal, Outcome, Trial, TrialFailed
 from octoai.optimizer.plot import plotted
-from octoai.optimizer.profile import OTHERS_CODE, BadProfile, Profile, Profiles, is_ours_alone, sha256, sha256_of_model
+from octoai.optimizer.profile import (
+    OTHERS_CODE,
+    BadProfile,
+    DamagedProfile,
+    Profile,
+    Profiles,
+    is_ours_alone,
+    sha256,
+    sha256_of_model,
+)
 from octoai.optimizer.search import CLEARLY_FASTER, Search
 from octoai.optimizer.space import AS_GIVEN, Candidate, engine_defaults, first_guesses, stages
 from octoai.optimizer.trial import TRIAL_SECONDS, Bench
@@ -174,7 +183,7 @@ def _stored(
         weights_sha256=weights_sha256,
         kernels_file=own.name if own else None,
         kernels_sha256=sha256(own) if own else None,
-        memory_bytes=max((each.memory_bytes for each in outcome.trials if each.candidate == best), default=0),
+        memory_bytes=_memory_bytes(outcome, wish.bounds),
     )
     place = profiles.store(source, profile, made)
     found = Optimized(outcome, profile, place)
@@ -183,6 +192,12 @@ def _stored(
     except OSError as error:  # a service does without it
         return replace(found, no_plot=f"the plot could not be written: {error.filename}: {error.strerror or error}")
     return found
+
+
+def _memory_bytes(outcome: Outcome, bounds: Bounds) -> int:
+    """The most that the best took in a trial that counted."""
+    taken = [each.memory_bytes for each in outcome.trials if each.candidate == outcome.best]
+    return max(filter(bounds.allow, taken), default=0)
 
 
 def _is_gain(outcome: Outcome, starts: Sequence[Candidate], wish: Wish) -> bool:
@@ -227,8 +242,10 @@ def _older(profiles: Profiles, source: Path, model_sha256: str, outcome: Outcome
 def _unfit(profiles: Profiles, source: Path, model_sha256: str, bounds: Bounds) -> str:
     try:
         found = profiles.find(source, model_sha256)
-    except BadProfile:
+    except DamagedProfile:
         return "it cannot be used"
+    except BadProfile:  # it may be as soon as somebody has done what it says
+        return ""
     profile = found and found[0]
     if profile and (profile.kl_nats or 0.0) > bounds.max_loss:
         return f"it loses {profile.kl_nats:.4f} nats, more than {bounds.max_loss:g} (--max-loss)"

@@ -34,6 +34,10 @@ class BadProfile(Exception):
     """A profile that cannot be used; the text is one line that says why and what to do next."""
 
 
+class DamagedProfile(BadProfile):
+    """One that never can be, whatever is done."""
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """`weights_file` is beside it, None where the file as given is the best; `kernels_file` is among the kernels of
@@ -66,8 +70,8 @@ class Profile:
 _PROFILE = TypeAdapter(Profile)
 
 
-def _damaged(source: Path) -> BadProfile:
-    return BadProfile(f"the profile of {source.name} is damaged; {_AGAIN}")
+def _damaged(source: Path) -> DamagedProfile:
+    return DamagedProfile(f"the profile of {source.name} is damaged; {_AGAIN}")
 
 
 class Profiles:
@@ -164,7 +168,7 @@ class Profiles:
         if path.is_file() and not is_ours_alone(path):
             raise BadProfile(f"{path} {OTHERS_CODE}; {_AGAIN}")
         if not path.is_file() or sha256(path) != profile.kernels_sha256:
-            raise BadProfile(f"the kernels in {path} are not the ones the profile was made with; {_AGAIN}")
+            raise DamagedProfile(f"the kernels in {path} are not the ones the profile was made with; {_AGAIN}")
         return path
 
     @property
@@ -220,5 +224,5 @@ def _weights(profile: Profile, place: Path) -> Path | None:
         return None
     path = place / Path(profile.weights_file).name
     if not path.is_file() or path.stat().st_size != profile.weights_bytes or sha256(path) != profile.weights_sha256:
-        raise BadProfile(f"the weights of the profile in {place} are not the ones it was made with; {_AGAIN}")
+        raise DamagedProfile(f"the weights of the profile in {place} are not the ones it was made with; {_AGAIN}")
     return path

@@ -99,8 +99,8 @@ async def _use(search: Search, settings: Settings, router: Router) -> None:
         return
     engine = deployment.engine
     if not engine.files.is_there(engine.weights):
-        other = f"{engine.weights} is another file by now, and what was found while idle is for that one"
-        log.warning("%s: %s: it is used from the next start on", search.model, other)
+        other = f"{engine.weights} may be another file than the one that was loaded"
+        log.warning("%s: %s: what was found while idle is used from the next start on", search.model, other)
         return
     weights, tuned = found
     try:

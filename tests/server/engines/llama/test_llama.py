@@ -304,7 +304,7 @@ def test_it_changes_when_nothing_runs_and_who_comes_meanwhile_waits(embedded_mod
 
 @pytest.mark.parametrize("is_closed", [False, True])
 def test_a_change_that_nobody_asks_for_any_more_ends_for_those_who_wait_for_it(
-    embedded_model: Path, is_closed: bool
+    embedded_model: Path, is_closed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As where the service is to end, and drains: only the end of that ends a change."""
     options = LlamaOptions(context_length=512, num_slots=1)
@@ -328,6 +328,8 @@ def test_a_change_that_nobody_asks_for_any_more_ends_for_those_who_wait_for_it(
                     await waiting
                 assert process is not None
                 assert (process.returncode, engine.pid, engine.is_ready) == (-9, None, False)
+                assert not engine._place.directory.exists()
+                assert "did not start" not in caplog.text
             else:
                 assert await waiting
                 assert (engine._process, engine.num_restarts) == (process, 0)

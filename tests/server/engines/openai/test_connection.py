@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,6 +94,29 @@ def taken(gaps: Sequence[float], gather: float = GATHER, *, size: int = 3, ends:
     finally:
         loop.close()
     return came, went
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.0001, 0.0004, 0.0006, 0.01])
+def test_who_is_silent_is_given_up_however_short_the_time_is(seconds: float) -> None:
+    """By uvloop's clock of whole milliseconds, for which less than half of one is at once."""
+
+    async def main() -> None:
+        connection = Connection(asyncio.get_running_loop())
+        connection.connection_made(Transport())
+        asked = asyncio.ensure_future(connection.ask(b"", STALL))
+        await asyncio.sleep(0)
+        connection.data_received(HEAD)
+        await asked
+        for _ in range(20):
+            for waiting in (connection.block(seconds), connection.feed(lambda _: True, seconds, GATHER)):
+                given_up = asyncio.ensure_future(waiting)
+                assert (await asyncio.wait({given_up}, timeout=5))[0] == {given_up}
+                assert isinstance(given_up.exception(), TimeoutError)
+        connection.data_received(chunk(b"x"))
+        assert await connection.block(seconds) == b"x"
+        connection.abort()
+
+    uvloop.run(main())
 
 
 @pytest.mark.parametrize("is_fed", [False, True])

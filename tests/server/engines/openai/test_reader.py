@@ -174,6 +174,13 @@ def test_calls_without_a_number_are_told_apart_by_their_ids() -> None:
     assert [number for number, *_ in calls(calling(a), calling(a), calling(a, choice=1), calling(more))] == [0, 0, 0, 0]
 
 
+def test_calls_without_a_number_may_take_turns_and_say_their_ids_late() -> None:
+    begun = [{"id": id_, "function": {"name": "f"}} for id_ in "ab"]
+    more = [{"id": id_, "function": {"arguments": "{}"}} for id_ in "ab"]
+    assert [number for number, *_ in calls(*map(calling, begun + more))] == [0, 1, 0, 1]
+    assert [number for number, *_ in calls(calling({"function": {"name": "f"}}), calling({"id": "a"}))] == [0, 0]
+
+
 def test_calls_without_numbers_and_ids_are_told_apart_by_their_names() -> None:
     f, g, more = ({"function": each} for each in ({"name": "f"}, {"name": "g", "arguments": "{"}, {"arguments": "}"}))
     assert [number for number, *_ in calls(calling(f, g), calling(more), calling(f))] == [0, 1, 1, 2]

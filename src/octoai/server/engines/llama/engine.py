@@ -107,23 +107,25 @@ class LlamaEngine:
             self._quiet.clear()
             await self._quiet.wait()
         self._changing = asyncio.create_task(self._change(weights, options))
+        self._changing.add_done_callback(self._go_on)
         await asyncio.shield(self._changing)  # who waits for it is served, also where who asked for it is cancelled
 
     async def _change(self, weights: Path, options: LlamaOptions) -> None:
         before = self.weights, self._wished
+        await _ended(self._supervision)
+        await self._stop()
+        self._use(weights, options)
         try:
-            await _ended(self._supervision)
-            await self._stop()
-            self._use(weights, options)
-            try:
+            await self._first_spawn()
+        except (EngineFailed, OSError) as error:
+            self._use(*before)
+            with suppress(EngineFailed, OSError):  # or it is tried again, as after a crash
                 await self._first_spawn()
-            except (EngineFailed, OSError) as error:
-                self._use(*before)
-                with suppress(EngineFailed, OSError):  # or it is tried again, as after a crash
-                    await self._first_spawn()
-                raise EngineFailed(f"could not change to {weights}: {error}") from error
-        finally:
-            self._changing = None
+            raise EngineFailed(f"could not change to {weights}: {error}") from error
+
+    def _go_on(self, changing: asyncio.Task[None]) -> None:
+        self._changing = None
+        if not changing.cancelled():  # by `close`
             self._supervision = asyncio.create_task(self._supervise())
 
     async def _first_spawn(self) -> None:
@@ -153,7 +155,6 @@ class LlamaEngine:
 
     async def close(self) -> None:
         await _ended(self._changing)
-        self._changing = None
         await _ended(self._supervision)
         await self._stop()
         self.files.hold()
@@ -368,11 +369,13 @@ class LlamaEngine:
         if process is not None:
             with suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
-            await asyncio.gather(self._listener, return_exceptions=True)
-            assert process.stdin is not None
-            process.stdin.close()
-            self._place.remove()
+            try:  # who waits for it may be cancelled
+                await process.wait()
+                await asyncio.gather(self._listener, return_exceptions=True)
+                assert process.stdin is not None
+                process.stdin.close()
+            finally:
+                self._place.remove()
         if reading is not None:
             await reading.close()
         if http is not None:

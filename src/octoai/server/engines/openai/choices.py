@@ -170,9 +170,12 @@ class _Numbers:
         return number
 
     def _unsaid(self, id_: str, name: str) -> int:
-        """Another id begins another call, and without ids another name."""
+        """What has the id of a call goes on with it; otherwise another id begins another call, and another name."""
+        for number, call in enumerate(self.known if id_ else ()):
+            if call.id == id_:
+                return number
         last = self.known[self._last] if self.known else _Known()
-        begins = id_ != last.id if id_ else name and last.name
+        begins = (id_ and last.id) or (name and last.name)
         return len(self.known) if begins else self._last
 
     def _number(self, said: int, id_: str, name: str, arguments: str) -> int:

@@ -15,7 +15,7 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_BUFFERED_BYTES = 256 * 1024
 MAX_GATHERED_BYTES = 64 * 1024
 LATE_SECONDS = (
-    1.0  # a timer that rings so late was stopped with us, as in a container: the engine may have been as well
+    1.0  # a timer that rings so late was stopped with us, as in a container; the engine may have been as well
 )
 RELEASE_SECONDS = 0.05  # what waits for more is looked at so often
 
@@ -37,8 +37,8 @@ class Connection(asyncio.Protocol):
         self._failure: OSError | None = None
         self._waiter: asyncio.Future[bool] | None = None
         self._take: Callable[[bytes], bool] | None = None
-        self._seconds = self._due = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._seconds = self._due = self._rings_at = 0.0
+        self._timer: asyncio.Handle | None = None  # of uvloop, which does not say when: at once is no timer there
         self._gather = self._came = self._gap = self._fed = 0.0
         self._releasing: asyncio.TimerHandle | None = None
 
@@ -120,7 +120,7 @@ class Connection(asyncio.Protocol):
             raise self._failure
         self._seconds = seconds
         self._due = self.now() + seconds
-        if self._timer is None or self._timer.when() > self._due:
+        if self._timer is None or self._rings_at > self._due:
             self._set_timer()
         self._waiter = waiter = self._loop.create_future()
         return waiter
@@ -128,14 +128,16 @@ class Connection(asyncio.Protocol):
     def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._rings_at = self._due
         self._timer = self._loop.call_at(self._due, self._ring)
 
     def _ring(self) -> None:
-        assert self._timer is not None
-        late, self._timer = self.now() - self._timer.when(), None
+        self._timer = None
         if self._waiter is None or self._waiter.done():
             return
-        if late > LATE_SECONDS:  # what came before has not been read yet, and what is to come has its time again
+        if (
+            self.now() - self._rings_at > LATE_SECONDS
+        ):  # what came before has not been read yet, and what is to come has its time again
             self._due = self.now() + self._seconds
         if self.now() >= self._due:
             self._waiter.set_exception(TimeoutError())
