@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import socket
 import sqlite3
 import threading
@@ -13,11 +15,12 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
-from octoai.server import accounts, admission, tokens
+from octoai.server import accounts, admission, app, tokens
 from octoai.server.accounts import Caller
 from octoai.server.billing.money import Price, nanos
 from octoai.server.engines.base import Event, Generation
@@ -30,6 +33,7 @@ from octoai.server.params import generations
 from octoai.server.store import Connection, Place, connect, entries, rates, reservations, sqlite, writer
 from octoai.server.store.reservations import Reservation, Standing
 from tests.running import InProcess, Start
+from tests.server.settling import process_of
 from tests.talking import MESSAGES, Talk, ask, is_idle, request, until
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -360,6 +364,34 @@ def test_a_database_that_is_known_to_hang_is_not_waited_for(in_process: Start, m
             assert ask(client.service, PATH, body, idempotency_key=f"k{number}", **client.headers)[0] == 200
         assert time.monotonic() - began < 2
     until(lambda: client.balance() == 10 * ONE - 5 * 7 * PRICE, 5)
+
+
+HELD_ALONE = [{"limits": {"concurrent_requests": 1}}, {"credit": 2 * ONE - 1}]  # what one more has no room beside
+
+
+@pytest.mark.parametrize("budget", HELD_ALONE, ids=["a place", "credit"])
+@pytest.mark.parametrize("is_noticed", [True, False], ids=["noticed", "not yet noticed"])
+def test_what_ended_while_the_database_hung_is_not_held_against_the_next(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch, budget: Mapping[str, Any], is_noticed: bool
+) -> None:
+    monkeypatch.setattr(app, "over", partial(app.over, is_beside=True))
+    monkeypatch.setattr(writer, "HANG_SECONDS", 0.3)
+    monkeypatch.setattr(ledger, "LIMIT_SECONDS", 0.2)
+    service = in_process(ScriptedEngine(SLOW))
+    client, admitting = Client(service, **budget), service.service.admission
+    began = client.stream()
+    until(lambda: client.held()[0] == 1, 5)
+    with away(service):
+        admitting.ledger.writer.later(lambda _: None)
+        if is_noticed:
+            until(lambda: admitting.ledger.writer.away_seconds is not None, 2)
+        began.close()
+        until(lambda: is_idle(service), 2)
+        applier = process_of(admitting.books).pid
+        os.kill(applier, signal.SIGSTOP)  # it has much to bring in before that
+    threading.Timer(0.3, os.kill, (applier, signal.SIGCONT)).start()
+    assert client.ask()[0] == 200
+    assert client.held() == (0, 0)
 
 
 def test_what_the_database_has_refused_is_not_served_once_that_is_away(

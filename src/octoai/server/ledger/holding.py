@@ -6,10 +6,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 from octoai.server.accounts import Caller
-from octoai.server.errors import OutOfCredit, Unavailable
-from octoai.server.journal import Position
+from octoai.server.errors import OutOfCredit, RateLimited, Unavailable
+from octoai.server.journal import START, Position
 from octoai.server.ledger.remaining import Remaining
 from octoai.server.limits import NotCovered, Standings, reserve
 from octoai.server.store import reservations
@@ -31,6 +32,8 @@ class Holding:
         self.remaining = Remaining(num_processes)
         self._writer = writer
         self._check = check
+        # By account: where in the journal the last settlement is that was not in the database when its request ended.
+        self._ended: dict[str, Position] = {}
 
     async def reserve(self, caller: Caller, wanted: Reservation, refunds: str | None) -> Standings | None:
         """Hold what a request may need; what the one that it `refunds` was charged is there for it. Raises OutOfCredit,
@@ -44,12 +47,7 @@ class Holding:
             return None
         self._tell()  # first: what was let through while it was away is held there before it answers this one
         try:
-            held = await self._writer.run(
-                # On disk or not: a reservation does not outlive what it is for.
-                lambda db: reserve(db, caller, wanted, refunds),
-                seconds=LIMIT_SECONDS,
-                is_durable=False,
-            )
+            held = await self._asked(caller, wanted, refunds)
         except NotCovered as refusal:
             self.remaining.heard(caller, refusal.standings)
             raise
@@ -61,6 +59,24 @@ class Holding:
             raise
         self.remaining.heard(caller, held)
         return held
+
+    async def _asked(self, caller: Caller, wanted: Reservation, refunds: str | None) -> Standings:
+        """By the database. A refusal stands once it has what has ended here: until then it counts that as running."""
+        ask = partial(
+            self._writer.run,
+            # On disk or not: a reservation does not outlive what it is for.
+            lambda db: reserve(db, caller, wanted, refunds),
+            seconds=LIMIT_SECONDS,
+            is_durable=False,
+        )
+        try:
+            return await ask()
+        except (OutOfCredit, RateLimited):
+            ended = self._ended.get(caller.account.id, START)
+            if ended <= self._writer.applied:
+                raise
+        await self._writer.reached(ended, seconds=LIMIT_SECONDS)
+        return await ask()
 
     async def _is_held_here(self, caller: Caller, wanted: Reservation, used: Position) -> bool:
         """From what remains: the database would promise again what was used without it, until it has that. Where the
@@ -79,6 +95,10 @@ class Holding:
     def _tell(self) -> None:
         if unheard := self.remaining.told():
             self._writer.later(lambda db: reservations.hold_unknown(db, unheard, now_us()), is_kept=True)
+
+    def ended(self, account: str, settled: Position) -> None:
+        """One of its requests, whose settlement is in the journal up to there and not waited for any longer."""
+        self._ended[account] = max(settled, self._ended.get(account, START))
 
     async def give_back(self, held: Reservation, *, is_heard: bool) -> None:
         """Of a request that never ran. `is_heard`: the database has said that it holds it; until it does not is waited

@@ -8,7 +8,6 @@ away. Only limits are asked of it beforehand: they must hold for every process t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -117,7 +116,8 @@ class Tab:
             is_waited_for = held is not None and self.ledger.is_waited_for(held)
             self._settled = settled = self.ledger.settle(record, is_reserved=is_waited_for, is_first=not is_written)
             if held is not None:
-                self.ledger.release(held, self.price.charge(usage), is_heard=not self.is_unheard)
+                charged = self.price.charge(usage)
+                self.ledger.release(held, charged, is_heard=not self.is_unheard, is_waited_for=is_waited_for)
         if isinstance(settled, asyncio.Task):
             await asyncio.shield(settled)
         elif is_written and self._opened is not None:
@@ -304,10 +304,12 @@ class Ledger:
         the database knows nothing of it."""
         return self.writer.away_seconds is None and not self.holding.remaining.is_unheard(held)
 
-    def release(self, held: Reservation, charged_nanos: int, *, is_heard: bool) -> None:
+    def release(self, held: Reservation, charged_nanos: int, *, is_heard: bool, is_waited_for: bool) -> None:
         """Of a request whose settlement was written last."""
-        settled = START if is_heard or self.journal is None else self.journal.written
-        self.holding.remaining.release(held, charged_nanos, settled)
+        settled = START if self.journal is None else self.journal.written
+        if not is_waited_for:
+            self.holding.ended(held.account, settled)
+        self.holding.remaining.release(held, charged_nanos, START if is_heard else settled)
 
     def _sync_settled(self) -> None:
         self._sync_at = None
@@ -316,9 +318,11 @@ class Ledger:
 
     async def _settled(self, record: dict[str, Any], written: asyncio.Future[Position]) -> None:
         position = await self._recorded(record, written)
-        with contextlib.suppress(StoreError):  # the journal has it
+        try:
             # The next request of the same caller must find what this one no longer holds.
             await self.writer.reached(position, seconds=LIMIT_SECONDS)
+        except StoreError:  # the journal has it
+            self.holding.ended(record["account"], position)
 
     def _record_again(self, record: dict[str, Any], refused: JournalError) -> None:
         """What was written could not be made durable: it is written again until it is."""
