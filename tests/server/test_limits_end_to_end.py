@@ -30,7 +30,7 @@ from octoai.server.ledger import holding, ledger
 from octoai.server.ledger.remaining import Remaining
 from octoai.server.limits import Standings
 from octoai.server.params import generations
-from octoai.server.store import Connection, Place, connect, entries, rates, reservations, sqlite, writer
+from octoai.server.store import Connection, Place, connect, entries, keys, rates, reservations, sqlite, writer
 from octoai.server.store.reservations import Reservation, Standing
 from tests.running import InProcess, Start
 from tests.server.settling import process_of
@@ -364,6 +364,29 @@ def test_a_database_that_is_known_to_hang_is_not_waited_for(in_process: Start, m
             assert ask(client.service, PATH, body, idempotency_key=f"k{number}", **client.headers)[0] == 200
         assert time.monotonic() - began < 2
     until(lambda: client.balance() == 10 * ONE - 5 * 7 * PRICE, 5)
+
+
+def test_who_is_refused_while_the_database_hangs_leaves_nothing_to_be_done_when_it_is_back(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "HANG_SECONDS", 0.3)
+    client, release, released = Client(in_process(ScriptedEngine()), credit=ONE // 2), keys.release, list[str]()
+
+    def noted(db: Connection, account: str, key: str, request: str) -> None:
+        released.append(key)
+        release(db, account, key, request)
+
+    monkeypatch.setattr(keys, "release", noted)
+    books, asked = client.service.service.admission.ledger.writer, request(client.service, max_tokens=50)
+    keyed = [{"idempotency_key": f"k{number}", **client.headers} for number in range(4)]
+    assert ask(client.service, PATH, asked, **keyed[0])[0] == 402
+    with away(client.service):
+        books.later(lambda _: None)
+        until(lambda: books.away_seconds is not None, 2)
+        assert [ask(client.service, PATH, asked, **each)[0] for each in keyed[1:]] == [402] * 3
+    assert ask(client.service, PATH, asked, **keyed[0])[0] == 402
+    client.service.read(lambda db: None)
+    assert released == ["k0", "k0"]  # it was claimed
 
 
 HELD_ALONE = [{"limits": {"concurrent_requests": 1}}, {"credit": 2 * ONE - 1}]  # what one more has no room beside

@@ -29,7 +29,7 @@ from octoai.server.limits import Standings
 from octoai.server.params.generations import TextRequest
 from octoai.server.router import Deployment
 from octoai.server.store import keys, requests
-from octoai.server.store.database import Connection, StoreAway, StoreError
+from octoai.server.store.database import Connection, NotAsked, StoreAway, StoreError
 from octoai.server.store.keys import KeyRow
 from octoai.server.store.reservations import Reservation
 from octoai.server.times import now_us
@@ -166,11 +166,12 @@ class Admission:
         process is giving it, until `wait_on` raises something."""
         if self.ledger.journal is None:
             return None  # no request has a row, and no answer is kept
-        tab.key = (key.value, key.body_hash.hex())  # at once: what is given up here may come to be claimed
+        tab.key = (key.value, key.body_hash.hex())
         until, is_elsewhere = time.monotonic() + ELSEWHERE_SECONDS, False
         while True:
             claimed = KeyRow(key.body_hash, tab.id, tab.request_id, self.ledger.instance, now_us())
             claim = partial(keys.claim, account=account, key=key.value, claimed=claimed)
+            was_claimed, tab.is_claimed = tab.is_claimed, True  # at once: what is given up here may come to be claimed
             try:
                 # Not waited for until it is on disk: what is settled under a key says so again.
                 before = await self.books.writer.run(claim, is_durable=False)
@@ -184,7 +185,8 @@ class Admission:
                 is_elsewhere, taken = before.journal != self.ledger.instance, None
                 await self.books.writer.caught_up()
                 taken = await self.books.write(partial(_take_over, account=account, key=key, claimed=claimed))
-            except StoreAway:
+            except StoreAway as away:
+                tab.is_claimed = was_claimed or not isinstance(away, NotAsked)
                 self.ledger.check(has_answered=False)
                 if not is_elsewhere:
                     return None  # what is known of the key is in this process then

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,35 @@ def test_what_nobody_waits_for_any_more_is_not_done_and_what_is_kept_is(place: P
         assert did == ["kept", "asked"]
 
     run(main())
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["it hangs", "it hangs and then fails"])
+def test_what_is_kept_is_bounded_and_what_came_last_is_let_be_first_what_is_cheap(
+    place: Place, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setattr(writer_module, "MAX_KEPT", 20)
+    monkeypatch.setattr(writer_module, "MAX_CHEAP", 10)
+    monkeypatch.setattr(writer_module, "BATCH", 8)
+    did, failures = list[int](), [StoreAway("locked")] * fails
+
+    def do(number: int, _: Connection) -> None:
+        if number == 6 and failures:  # in the middle of the first portion, of which nothing is done then
+            raise failures.pop()
+        did.append(number)
+
+    async def main() -> None:
+        async with begun(place) as (writer, first, ends):
+            for number in range(40):
+                writer.later(partial(do, number), is_kept=True, is_cheap=number < 15)
+            ends.set()
+            await first
+            await until(lambda: 24 in did)
+            writer.later(partial(do, 40), is_kept=True, is_cheap=True)  # there is room again
+            await writer.run(lambda _: None)
+
+    run(main())
+    kept = [*range(10), *range(15, 25), 40]
+    assert did == [*range(6), *kept] if fails else did == kept
 
 
 def test_what_has_piled_up_is_done_in_portions_that_let_others_write_in_between(

@@ -57,6 +57,7 @@ class Tab:
     reservation: Reservation | None = None
     is_unheard: bool = False  # the database has not said that it holds the reservation
     key: tuple[str, str] | None = None  # an Idempotency-Key and the hash, in hexadecimal, of what came with it
+    is_claimed: bool = False  # the database was asked to have that for it
     refunds: str | None = None  # whose charge is given back when this runs: of the request before under that key
     opened_us: int = field(default=0, init=False)
     _opened: asyncio.Future[Position] | None = field(default=None, init=False)
@@ -341,9 +342,9 @@ class Ledger:
 
     def release_key(self, tab: Tab) -> None:
         """Of a request that never ran: its Idempotency-Key is as it was before."""
-        if tab.key is not None and self.journal is not None:
-            account, key = tab.caller.account.id, tab.key[0]
-            self.writer.later(lambda db: keys.release(db, account, key, tab.id), is_kept=True)
+        if tab.key is not None and tab.is_claimed:
+            account, key, id_ = tab.caller.account.id, tab.key[0], tab.id  # the tab itself is not to be kept so long
+            self.writer.later(lambda db: keys.release(db, account, key, id_), is_kept=True, is_cheap=True)
 
     async def _recorded(self, record: dict[str, Any], written: asyncio.Future[Position]) -> Position:
         """Nothing that was used goes unrecorded: what cannot be written now is tried until it can."""

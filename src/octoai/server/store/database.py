@@ -28,6 +28,7 @@ class StoreError(Exception):
 
     StoreError
     ├── StoreAway   it does not answer, or is locked: the same may work later
+    │   └── NotAsked    and it will not do later what it was to do now
     ├── StoreFull   it has no room for more
     │   └── Undone      and nothing is left of the transaction, whoever else is in it
     └── Conflict    a row with that key is there already
@@ -35,6 +36,10 @@ class StoreError(Exception):
 
 
 class StoreAway(StoreError):
+    pass
+
+
+class NotAsked(StoreAway):
     pass
 
 

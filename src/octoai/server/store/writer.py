@@ -21,7 +21,7 @@ import orjson
 from octoai.server.journal import START, Followed, Journal, JournalError, Position, gap
 from octoai.server.store import Place, clocks, connect
 from octoai.server.store.applier import Applier, News
-from octoai.server.store.database import Connection, StoreAway, StoreError, StoreFull
+from octoai.server.store.database import Connection, NotAsked, StoreAway, StoreError, StoreFull
 from octoai.server.store.journals import keep_position, position_of
 from octoai.server.store.requests import WAIVED, Record, apply_in_portions
 from octoai.server.store.work import Action, T, Work, done, resolve
@@ -37,7 +37,7 @@ INTERVAL_SECONDS = 0.125
 RETRY_SECONDS = 0.25
 HANG_SECONDS = 3.0  # for one transaction: from then on the database counts as away, though nothing has failed
 AWAY_SECONDS = 1.0  # for one of a database that is away: whether it is back shows by then
-MAX_KEPT = 10_000  # things to do when the database is back
+MAX_KEPT, MAX_CHEAP = 10_000, 5_000  # things to do when the database is back; cheap ones while there are fewer
 
 
 class Writer:
@@ -70,6 +70,7 @@ class Writer:
         self._tail = None if journal is None or applier is not None else journal.tail(start)
         self._db: Connection | None = None
         self._work: deque[Work] = deque()
+        self._num_kept = self._num_kept_done = 0  # each is changed by one thread alone
         self._waiting: deque[tuple[Position, Future[None]]] = deque()
         self._wake = threading.Event()
         self._hurry = threading.Event()  # somebody waits for the next transaction
@@ -97,18 +98,24 @@ class Writer:
         raises is raised here.
 
         Raises StoreAway where the database did not do it in time: then it may still come to be done, if it has begun.
+        NotAsked where it will not.
         """
         if self._hangs:  # who came before has waited for it
-            raise StoreAway("the database does not answer")
+            raise NotAsked("the database does not answer")
         work = Work(action, is_durable)
         self._work.append(work)
         self._now()
         return await self._in_time(work.done, seconds if self.away_since is None else min(seconds, AWAY_SECONDS))
 
-    def later(self, action: Action, *, is_kept: bool = False) -> None:
+    def later(self, action: Action, *, is_kept: bool = False, is_cheap: bool = False) -> None:
         """Do something after all that was asked for before, without waiting; where it fails, it is let be. `is_kept`:
         not where the database is away; it is done when that is back, if this process lives to see it. What it raises
-        then is in the log."""
+        then is in the log. Of what is kept there is not room for any number: what comes last is let be, first what
+        `is_cheap` to lose. For one thread."""
+        if is_kept:
+            if self._num_kept - self._num_kept_done >= (MAX_CHEAP if is_cheap else MAX_KEPT):
+                return
+            self._num_kept += 1
         self._work.append(Work(action, is_durable=False, is_kept=is_kept))
         self._now()
 
@@ -215,6 +222,7 @@ class Writer:
             return False
         self._succeeded(payloads[-1][1] if payloads else None)
         for each, (result, raised) in zip(work, results, strict=True):
+            self._num_kept_done += each.is_kept
             if each.is_kept and raised is not None:  # nobody waits for it
                 log.error("what was kept until the database is there cannot be done: %s", raised, exc_info=raised)
             resolve(each.done, result, raised)
@@ -304,8 +312,7 @@ class Writer:
             self.away_since = began or time.monotonic()
         if self._journal is not None and self._applier is None:
             self._tail = self._journal.tail(self.applied)
-        room = max(0, MAX_KEPT - len(self._work))
-        self._work.extendleft([each for each in reversed(work) if each.is_kept][:room])
+        self._work.extendleft([each for each in reversed(work) if each.is_kept])
         for each in work:
             if not each.is_kept:
                 resolve(each.done, None, StoreAway(str(error)))
