@@ -519,6 +519,49 @@ def test_a_request_does_not_take_its_key_back_from_the_one_that_took_it_over(pla
         assert (row.status, balance_nanos(db, "default")) == ("settled", -COST)
 
 
+def test_those_that_took_a_key_over_and_never_ran_are_no_attempts(place: Place) -> None:
+    with closing(connect(place)) as db:
+        with db.transaction():
+            accounts.ensure_default(db)
+        key, lost_us = Key("k1", bytes.fromhex("ab")), now_us() - 700_000_000
+        first = settlement(1) | {"key": key.value, "key_body": "ab"}
+        apply(db, first)
+        for number in range(keys.MAX_REFUNDS + 2):  # each is lost with its machine before its turn comes
+            claimed = KeyRow(key.body_hash, f"taker {number}", f"req_{number}", f"machine {number}", lost_us)
+            with db.transaction():
+                taken = admission._take_over(db, "default", key, claimed)
+            assert taken is not None
+            assert (taken.request, taken.num_attempts, taken.refunds) == (claimed.request, 2, first["id"])
+        with db.transaction():
+            keys.release(db, "default", key.value, claimed.request)
+        row = keys.find(db, "default", key.value)
+        assert row is not None
+        assert (row.request, row.num_attempts, row.replaces) == (first["id"], 1, None)
+
+
+@pytest.mark.parametrize("has_ended", [False, True], ids=["it runs", "it has ended"])
+def test_a_request_that_did_not_wait_for_its_key_is_not_given_back_for_itself(place: Place, has_ended: bool) -> None:
+    """It was to take the key over, and that was done only when it ran already."""
+    with closing(connect(place)) as db:
+        with db.transaction():
+            accounts.ensure_default(db)
+        key = Key("k1", bytes.fromhex("ab"))
+        record = settlement(1) | {"key": key.value, "key_body": "ab"}
+        apply(db, record | {"kind": "intent"})
+        if has_ended:
+            apply(db, record)
+        claimed = KeyRow(key.body_hash, record["id"], record["request_id"], record["journal"], record["opened_us"])
+        later_us = record["lease_us"] + 1
+        with db.transaction(), pytest.MonkeyPatch.context() as clock:
+            clock.setattr(admission, "now_us", lambda: later_us)
+            assert admission._take_over(db, "default", key, claimed) is None
+        apply(db, record)
+        apply(db, record)
+        row = requests.of_id(db, record["id"])
+        assert row is not None
+        assert (row.status, balance_nanos(db, "default")) == ("settled", -COST)
+
+
 def test_a_key_that_was_waited_for_is_claimed_when_it_is_free(slow: InProcess, begin: Any) -> None:
     leave(slow, begin, "k0")
     running = KeyRow(key_of(slow, "k0").body_hash, "id-elsewhere", "req-elsewhere", "journal-elsewhere", now_us())

@@ -225,9 +225,9 @@ _PER_MESSAGE, _OF_TOOLS = 16, 512
 
 def _take_over(db: Connection, account: str, key: Key, claimed: KeyRow) -> KeyRow | None:
     """Make the key this request's where the one before has ended without an answer, and return it. None while that runs
-    elsewhere."""
+    elsewhere, and where this request has begun without waiting for the key: it would be given back for itself."""
     before = keys.find(db, account, key.value)
-    if before is None or before.answer is not None:
+    if before is None or before.answer is not None or requests.of_id(db, claimed.request) is not None:
         return None
     row = requests.of_id(db, before.request)
     if row is None and now_us() - before.claimed_us < ELSEWHERE_SECONDS * 1_000_000:

@@ -65,14 +65,14 @@ def claim(db: Connection, account: str, key: str, claimed: KeyRow) -> KeyRow | N
 
 
 def claim_again(db: Connection, account: str, key: str, before: KeyRow, claimed: KeyRow, replaces: str | None) -> bool:
-    """Take over a key whose request has no answer; it is one attempt more where it `replaces` one. False where another
-    was quicker."""
+    """Take over a key whose request has no answer; it is one attempt more where it `replaces` one that the other did
+    not. False where another was quicker."""
     changed = db.execute(
         "UPDATE keys SET request = ?, request_id = ?, journal = ?, claimed_us = ?, replaces = ?, "
         "num_attempts = num_attempts + ? WHERE account = ? AND key = ? AND request = ? AND answer IS NULL",
         (
             *(claimed.request, claimed.request_id, claimed.journal, claimed.claimed_us, replaces),
-            0 if replaces is None else 1,
+            0 if replaces in (None, before.replaces) else 1,
             *(account, key, before.request),
         ),
     )
