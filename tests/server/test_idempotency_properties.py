@@ -1,5 +1,6 @@
 """Whatever is made of one request under one key, by whom and with the database there or away, and in whatever order the
-database hears of it: one attempt is billed, and beside it only what is too much to be given back."""
+database hears of it: one attempt is billed, and beside it only what is too much to be given back, and what a process
+that died had used."""
 
 from __future__ import annotations
 
@@ -30,6 +31,8 @@ STEPS = (
     "bring in one",
     "bring in all",
     "read again",
+    "die",
+    "find what the dead left",
 )
 HISTORIES = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(STEPS)), max_size=30)
 NUMBERS = count(1)
@@ -56,6 +59,8 @@ class History:
         self.key = Key(f"k{next(NUMBERS)}", b"hash")
         self.processes = [Process(name) for name in "ABC"]
         self.ended: list[dict[str, Any]] = []
+        self.dead: list[Process] = []
+        self.died = set[str]()  # what ran in them
 
     def step(self, process: Process, step: str) -> None:
         if step.startswith("begin"):
@@ -66,6 +71,10 @@ class History:
             process.num_read = 0
         elif step == "never run":
             self.never_run(process)
+        elif step == "die":
+            self.die(process)
+        elif step == "find what the dead left":
+            self.recover()
         else:
             self.end(process, is_answered=step == "answer")
 
@@ -117,19 +126,40 @@ class History:
             requests.apply(self.db, process.journal[process.num_read : until], now_us())
         process.num_read = min(until, len(process.journal))
 
+    def die(self, process: Process) -> None:
+        """In the middle of an answer, if it runs one. Another takes its place."""
+        if process.running is not None:
+            self.ended.append(process.running | {"answer": None})
+            self.died.add(process.running["id"])
+            process.journal.append(process.running | {"kind": "checkpoint"})
+        self.dead.append(process)
+        self.processes[self.processes.index(process)] = Process(f"{process.name}'")
+
+    def recover(self) -> None:
+        """As `books` does it."""
+        for process in self.dead:
+            self.bring_in(process)
+            with self.db.transaction():
+                requests.interrupt(self.db, requests.open_of_journal(self.db, process.name), now_us())
+                keys.release_of_journal(self.db, process.name)
+        self.dead.clear()
+
     def close(self) -> None:
         for process in self.processes:
             self.never_run(process)
             self.end(process, is_answered=False)
         for process in self.processes:
             self.bring_in(process)
+        self.recover()
 
     def check(self) -> None:
         found = {each["id"]: requests.of_id(self.db, each["id"]) for each in self.ended}
         billed = [each for each in self.ended if (row := found[each["id"]]) is not None and row.cost_nanos > 0]
         answered = [each["id"] for each in self.ended if each["answer"] is not None]
         num_replaced = len(self.ended) - max(1, len(answered))
-        assert len(billed) == bool(self.ended) + max(0, num_replaced - MAX_REFUNDS)
+        num_billed = bool(self.ended) + max(0, num_replaced - MAX_REFUNDS)
+        assert len(billed) >= num_billed
+        assert len([each for each in billed if each["id"] not in self.died]) <= num_billed
         row = keys.find(self.db, "default", self.key.value)
         assert (row is None) == (not self.ended)
         if answered:

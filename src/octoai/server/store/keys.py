@@ -118,7 +118,8 @@ def note(db: Connection, record: dict[str, Any]) -> str | None:
 
     Of those that were made of one request, one stands under the key and is billed: one that was answered, or else one
     that runs, or waits for its turn, or else one that ended; of two alike the one that we heard of first. Each other is
-    given back when it has ended. So it does not matter in which order we hear of those that began without the database.
+    given back when it has ended. So it does not matter in which order we hear of those that began without the database,
+    but for one that never ends, because its process died: it is given back only where we hear of it before the other.
     """
     account, key, request = record["account"], record["key"], record["id"]
     claimed = KeyRow(
