@@ -179,7 +179,7 @@ def test_while_there_is_none_for_long_what_has_ended_keeps_no_place_from_others(
             await ask("2")
             with pytest.raises(RateLimited):
                 await ask("3")
-            await asyncio.sleep(3.5)
+            await until(lambda: (books.writer.away_seconds or 0) > holding.BEHIND_SECONDS)
             await ask("4")
             await ask("5")
             assert books.writer.away_seconds is not None

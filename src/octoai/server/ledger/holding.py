@@ -71,11 +71,16 @@ class Holding:
         )
         try:
             return await ask()
-        except (OutOfCredit, RateLimited):
+        except (OutOfCredit, RateLimited) as refusal:
             ended = self._ended.get(caller.account.id, START)
             if ended <= self._writer.applied:
                 raise
-        await self._writer.reached(ended, seconds=LIMIT_SECONDS)
+            try:
+                await self._writer.reached(ended, seconds=LIMIT_SECONDS)
+            except StoreAway:
+                if isinstance(refusal, RateLimited):  # rates cannot be counted here, as money can
+                    raise refusal from None
+                raise
         return await ask()
 
     async def _is_held_here(self, caller: Caller, wanted: Reservation, used: Position) -> bool:
