@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from octoai.server.errors import BadRequest
+from octoai.server.json_schema.keywords import place_of
 from octoai.server.json_schema.rewriting import Rewriting
 from octoai.server.json_schema.schema import MAX_ALTERNATIVES, bounded, for_llama_cpp
 
@@ -159,6 +161,13 @@ def test_what_is_referred_to_has_a_name_that_nothing_else_has() -> None:
     assert len(read["$defs"]) == len(names) + 1
 
 
+@pytest.mark.parametrize("name", ["R<a~1b~0>", "R%3Ca~1b~0%3E"])
+def test_what_is_referred_to_is_found_however_its_name_is_escaped(name: str) -> None:
+    """As in a URI by some tools, and by others not."""
+    told = for_llama_cpp(bounded({"$ref": f"#/$defs/{name}", "$defs": {"R<a/b~>": {"type": "integer"}}}))
+    assert list(told["$defs"].values()) == [{"type": "integer"}]
+
+
 def test_patterns_are_summed_where_an_answer_can_begin_with_several_of_them() -> None:
     texts = [{"type": "string", "pattern": rf"^x{{{number}}}([a-z]+ ?)+$"} for number in range(9)]
     objects = [{"type": "object", "properties": {"a": text}, "required": ["a"]} for text in texts]
@@ -180,7 +189,7 @@ def test_limits_that_limit_nothing_can_be_left_out() -> None:
     values = {"default": idle, "examples": [idle]}
 
     def schema(part: dict[str, Any]) -> dict[str, Any]:
-        named = {"maxLength": part, "const": part, "other": True}
+        named = {"maxLength": part, "const": part, "other": {}}
         return {**part, **values, "items": {**part, **values}, "properties": named}
 
     given = schema(idle | rest)
@@ -213,17 +222,36 @@ def test_schemas_are_looked_through_in_a_moment() -> None:
     tagged = [{"properties": {"kind": {"const": number}}, "required": ["kind"]} for number in range(490)]
     least = [{"minimum": number} for number in range(3000)]
     nowhere = {"allOf": [{"anyOf": [{"$ref": "#" + "/a" * 52_000}]}, {"properties": {}}]}
+    names, unread = [f"type {number}" for number in range(4000)], {f"x-{number}": number for number in range(5000)}
     often = {"x": {"allOf": [{"$ref": "#/$defs/y"}] * 300}, "y": nowhere}
     for schema in (
         {"$defs": often, "allOf": [{"$ref": "#/$defs/x"}] * 100},
         *({"enum": list(range(9000)), "anyOf": least}, {"pattern": r"^(\w\W){500}$" * 100, "anyOf": least}),
         *({"anyOf": patterns}, links, {"items": [{}] * 30_000}, {"enum": [[0] * 40_000]}),
+        {"type": names, "$defs": {"a": {"type": names[::-1]}}, "anyOf": [{"$ref": A}] * 500},
+        {"enum": [{f"k{number}": [number, "x"]} for number in range(4000)], "anyOf": least},
+        *({"const": "x" * 60_000, "anyOf": least}, {"x": 1, "anyOf": least, **unread}, {"allOf": [unread] * 500}),
+        {"$defs": {"a": unread}, "allOf": [{"anyOf": [{"$ref": A}] * 500}, {"properties": {}}]},
         *({"anyOf": tagged}, {"anyOf": [{"const": number} for number in range(990)]}, {"anyOf": [{}] * 990}),
     ):
         started = time.process_time()
         with suppress(BadRequest):
             bounded(schema)
         assert time.process_time() - started < 2
+
+
+def test_where_a_part_stands_is_found_in_little_memory() -> None:
+    deep: Any = {"pattern": "^a$"}
+    for _ in range(100):
+        deep = {"properties": {"x" * 200: deep}}
+    whole = {"wide": [{}] * 1000, **deep, "allOf": [{"pattern": "^a$"}, {"pattern": "^b$"}]}
+    tracemalloc.start()
+    try:
+        assert place_of(whole["allOf"][1], whole) == "allOf.1"
+        assert place_of({}, whole) == ""
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_notes_beside_what_is_referred_to_change_nothing() -> None:
@@ -264,7 +292,7 @@ def test_notes_beside_what_is_referred_to_change_nothing() -> None:
         ({"$ref": "#/nowhere", "maxLength": 3}, r"\$ref: it leads nowhere in the schema"),
         ({"enum": True, "allOf": [{"enum": ["a"]}, {"enum": 5}, {"pattern": 5}, {}, 7]}, "allOf: a list"),
         ({"allOf": []}, "allOf: a list of objects that are schemas"),
-        ({"anyOf": [True], "type": "string"}, "anyOf: a list of objects that are schemas"),
+        ({"anyOf": [7], "type": "string"}, "anyOf: a list of objects that are schemas"),
         ({"allOf": [{"items": [{}]}, {"items": {"type": "null"}}]}, "items: of a list of them and of another schema"),
         (
             {"properties": {letter * 126: {} for letter in "abcdefgh"}, "additionalProperties": True},

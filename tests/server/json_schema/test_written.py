@@ -52,6 +52,8 @@ def test_what_it_takes_is_json_and_the_given_pattern_takes_it(inner: str) -> Non
         (r"^a\.+$", "a...", "a.a."),
         (r"^é+$", "éé", "a"),
         (r"^a$|^b$", "b", "ab"),
+        (r"^[\w-\.]+@([\w-]+\.)+[\w-]{2,4}$", "a-b.c@d-e.org", "a+b@c.org"),
+        (r"^[a-\d]$", "-", "b"),
         (r"^foo|bar$", "foobarx", "xfoo"),
         (r"[0-9]{2}", "in 42 days", "in 4 days"),
         (r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$", "-12.50", "something"),
@@ -73,12 +75,11 @@ def test_what_is_told_is_as_short_as_what_is_given() -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        *(r"^\p{L}$", r"^(a)\1$", "^(a^b)$", "^a{1}{2}$", "^(a$", "^a)$", "^[a", "^*a$", "^a{,3}$", "^[]$", r"^\u12$"),
+        *(r"^\p{L}$", r"^(a)\1$", "^(a^b)$", "^a{1}{2}$", "^a)$", "^[a", "^*a$", "^a{,3}$", "^[]$", r"^\u12$"),
         *(
             "(a|b)",
             "[a-z]+@[a-z]+[.][a-z]+[.][a-z]+",
             r"\ud800",
-            "^[a-\\d]$",
             "^(?i)a$",
             "^" + "(" * 91 + ")" * 91 + "$",
         ),

@@ -19,6 +19,7 @@ _GROUP = re.compile(r"\?(?::|<[A-Za-z_]\w*>|(<?[=!]))")
 _HEX = re.compile(r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})")
 _CONTROLS = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13}
 Ranges = tuple[tuple[int, int], ...]
+_HYPHEN = (45, 45)
 _DIGITS: Ranges = ((48, 57),)
 _WORDS: Ranges = ((48, 57), (65, 90), (95, 95), (97, 122))
 _SPACES: Ranges = (
@@ -139,7 +140,7 @@ class Expression:
         while self._takes("|"):
             branches.append(self._branch())
         if not self._takes(")"):
-            raise Unknown
+            raise Unknown if ")" in self._pattern[self._at :] else Unreadable("a group in it has no end")
         self._depth -= 1
         self._num_ahead -= is_ahead
         return _NOTHING if is_ahead else Choice(branches)
@@ -162,9 +163,10 @@ class Expression:
             if self._pattern.startswith("-", self._at) and not self._pattern.startswith("-]", self._at):
                 self._at += 1
                 last = self._ranges(self._next(), in_class=True)
-                if len(found) > 1 or len(last) > 1 or last[0][0] != last[0][1]:
-                    raise Unknown
-                found = ((found[0][0], last[0][1]),)
+                if _is_one(found) and _is_one(last):
+                    found = ((found[0][0], last[0][1]),)
+                else:  # beside a class it stands for itself
+                    found += (_HYPHEN, *last)
             ranges += found
         taken = tuple(each for each in ranges if each[0] <= each[1])
         if not (taken := others(taken) if is_negated else taken):
@@ -191,6 +193,10 @@ class Expression:
         if code not in range(_LARGEST + 1) or code in _SURROGATES:
             raise Unknown
         return ((code, code),)
+
+
+def _is_one(ranges: Ranges) -> bool:
+    return len(ranges) == 1 and ranges[0][0] == ranges[0][1]
 
 
 def _times(times: re.Match[str]) -> tuple[int, int | None]:

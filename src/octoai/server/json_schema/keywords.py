@@ -58,13 +58,30 @@ def types_of(schema: Schema) -> list[str]:
 
 def place_of(part: Schema, whole: Any) -> str:
     """Where it stands, in words for people: `properties.a.items`."""
-    waiting: list[tuple[str, Any]] = [("", whole)]
+    waiting: list[tuple[Any, Any]] = [(whole, None)]  # with the one that each stands in, and its name there
     while waiting:
-        place, found = waiting.pop()
+        found, outer = waiting.pop()
         if found is part:
-            return place[1:]
-        waiting.extend((f"{place}.{name}", each) for name, each in _inner(found))
+            return ".".join(reversed([str(name)[:100] for name in _names(outer)]))
+        waiting.extend((each, (outer, name)) for name, each in _inner(found))
     return ""
+
+
+def _names(outer: Any) -> Iterator[Any]:
+    while outer is not None:
+        outer, name = outer
+        yield name
+
+
+def check_types(schema: Schema) -> None:
+    """A schema of several types is read as one of each, whatever is in it. Raises Unbounded."""
+    types = schema.get("type")
+    if types is None or isinstance(types, str):
+        return
+    if not isinstance(types, list) or not all(isinstance(each, str) for each in types):
+        raise Unbounded("type is neither a name, as 'object', nor a list of names")
+    if any(types.count(each) > 1 for each in types[:10]) or len(types) > 10:
+        raise Unbounded("a list of types has each of them once")
 
 
 def _inner(found: Any) -> Iterator[tuple[Any, Any]]:

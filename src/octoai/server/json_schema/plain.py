@@ -31,7 +31,10 @@ from octoai.server.json_schema.written import written
 MAX_PATTERN_LENGTH = 2000
 _ESCAPED = re.compile(r'["\\\x00-\x1f]')  # in JSON
 _BOUNDS = frozenset({"minItems", "minLength", "exclusiveMinimum", "exclusiveMaximum"})
-_PUT_RIGHT = _BOUNDS | {"const", "enum", "pattern", "required", "additionalProperties", "prefixItems", "items"}
+_COUNTS = frozenset({"minItems", "maxItems", "minLength", "maxLength"})
+_PUT_RIGHT = (
+    _BOUNDS | _COUNTS | {"const", "enum", "pattern", "required", "additionalProperties", "prefixItems", "items"}
+)
 _KINDS = {str: "string", bool: "boolean", dict: "object", list: "array", int: "integer", type(None): "null"}
 _BOUNDS_OF = {"string": "Length", "array": "Items", "object": "Properties"}
 
@@ -52,6 +55,8 @@ def put_right(part: dict[str, Any]) -> dict[str, Any]:
         return _with_values(part)
     if isinstance(part.get("pattern"), str):
         _put_pattern_right(part)
+    if not _COUNTS.isdisjoint(part):
+        _put_counts_right(part)
     if not _BOUNDS.isdisjoint(part):
         _put_bounds_right(part)
     if "required" in part:
@@ -113,12 +118,25 @@ def _put_pattern_right(part: dict[str, Any]) -> None:
         part.setdefault("minLength", 0)
 
 
+def _put_counts_right(part: dict[str, Any]) -> None:
+    """2.0 is a whole number to JSON Schema."""
+    for name in _COUNTS.intersection(part):
+        if isinstance(part[name], float) and part[name].is_integer():
+            part[name] = int(part[name])
+
+
 def _put_bounds_right(part: dict[str, Any]) -> None:
     for name in ("minItems", "minLength"):
         if (number(part, name) or 0) > REPEATED_AT_MOST - (name == "minItems"):
             raise Unfollowed(f"{name}: at most {REPEATED_AT_MOST - (name == 'minItems')} can be followed")
     for end, weaker in (("inimum", min), ("aximum", max)):
         name, exclusive = f"m{end}", f"exclusiveM{end}"
+        if isinstance(
+            part.get(exclusive), bool
+        ):  # as JSON Schema had it until its fourth draft, and OpenAPI 3.0 has it
+            is_exclusive = part.pop(exclusive)
+            if is_exclusive and name in part:
+                part[exclusive] = part.pop(name)
         bound, other = number(part, name), number(part, exclusive)
         if bound is not None and other is not None:  # where they are equal the exclusive one says more
             del part[name if bound == weaker(bound, other) else exclusive]

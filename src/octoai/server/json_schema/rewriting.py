@@ -9,12 +9,14 @@ So what is referred to gets names of ours, which nobody else knows.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Sequence
 from itertools import product
 from math import prod
 from typing import Any
+from urllib.parse import unquote
 
 from octoai.server.json_schema.keywords import (
     CHOICES,
@@ -25,7 +27,9 @@ from octoai.server.json_schema.keywords import (
     VALUES,
     Schema,
     Unbounded,
+    check_types,
     limits_nothing,
+    listed,
     named,
     place_of,
 )
@@ -36,6 +40,8 @@ MAX_REFERENCE_LENGTH = 1000
 _DIGITS = re.compile(r"\s*\+?([0-9]{1,4000})")
 _UNKNOWN_NAME = secrets.token_hex(4)
 _BESIDE = READ - COMBINING
+_SAID = _BESIDE | {"additionalItems"}
+_ANYTHING: Schema = {}  # what `true` says as well
 _CHOICES = frozenset(CHOICES)
 LEADS_TO_ITSELF = "a $ref leads to itself: let properties or items be between"
 TOO_MANY_PARTS = (
@@ -68,6 +74,9 @@ class Rewriting:
             raise Unbounded("its parts are nested too deeply") from None
         return {**whole, "$defs": definitions} if definitions else whole
 
+    def _take_part(self, part: Schema) -> None:
+        self._take(1 + len(part) // 64)  # of what nobody reads there may be much
+
     def _take(self, num_parts: int) -> None:
         self._num_parts += num_parts
         if self._num_parts > MAX_PARTS:
@@ -98,7 +107,7 @@ class Rewriting:
         return {"enum": part["enum"]} if "enum" in part else {}
 
     def _written(self, part: Schema) -> dict[str, Any]:
-        self._take(1)
+        self._take_part(part)
         if _says_more_than_one(part):
             return _notes(part) | self._reference(self._said([part]))
         try:
@@ -117,15 +126,19 @@ class Rewriting:
         except Unfollowed as error:
             self._leave_out(place, str(error))
         for key, value in kept.items():
-            if isinstance(value, list) and key not in VALUES:
-                kept[key] = [self._written(each) if isinstance(each, dict) else each for each in value]
+            if key in VALUES:
+                continue
+            if isinstance(value, list):
+                kept[key] = [self._any_written(each) for each in value]
             elif isinstance(value, dict) and key in NAMED:
-                kept[key] = {
-                    name: self._written(each) if isinstance(each, dict) else each for name, each in value.items()
-                }
-            elif isinstance(value, dict) and key not in VALUES:
-                kept[key] = self._written(value)
+                kept[key] = {name: self._any_written(each) for name, each in value.items() if each is not False}
+            elif isinstance(value, dict) or key == "items":
+                kept[key] = self._any_written(value)
         return kept
+
+    def _any_written(self, said: Any) -> Any:
+        schema = _ANYTHING if said is True else said
+        return self._written(schema) if isinstance(schema, dict) else schema
 
     def _said(self, parts: Sequence[Schema]) -> list[Schema]:
         """All that say something of the value that the parts are of: they, what they refer to, and what is in their
@@ -140,7 +153,8 @@ class Rewriting:
             raise Unbounded(LEADS_TO_ITSELF)
         if id(part) in found:
             return
-        self._take(1)
+        self._take_part(part)
+        check_types(part)
         found[id(part)] = part
         path.add(id(part))
         if "$ref" in part:
@@ -155,6 +169,7 @@ class Rewriting:
 
     def _members(self, part: Schema, key: str) -> list[Schema]:
         members = part[key] if isinstance(part[key], list) else []
+        members = [_ANYTHING if each is True else each for each in members]
         schemas: list[Schema] = [each for each in members if isinstance(each, dict)]
         if not schemas or len(schemas) < len(members):
             self._leave_out(part, f"{key}: a list of objects that are schemas is wanted")
@@ -167,9 +182,9 @@ class Rewriting:
         choosing = {id(part) for part in said if not _CHOICES.isdisjoint(part)}
         if choosing & chosen_from:
             raise Unbounded(LEADS_TO_ITSELF)
-        plain = [{key: value for key, value in part.items() if key not in COMBINING} for part in said]
+        self._take(sum(map(_size, said)) // 8)
+        plain = [{key: value for key, value in part.items() if key in _SAID} for part in said]
         choices = [self._members(part, key) for part in said for key in CHOICES if key in part]
-        self._take(sum(map(_size, plain)) // 8)
         if not choices:
             return self._plain(self._merged(plain, place), place)
         self._take(prod(map(len, choices)))
@@ -248,9 +263,10 @@ def _says_more_than_one(part: Schema) -> bool:
 
 
 def _size(part: Schema) -> int:
-    """How much there is in it to be looked at for each alternative that it stands beside."""
-    values = [part.get(key) for key in ("enum", "pattern", "properties", "required")]
-    return sum(len(value) for value in values if isinstance(value, (str, list, dict)))
+    """How much there is in it to be looked at for each alternative that it stands beside: values, and their letters."""
+    values = [listed(part, "enum"), listed(part, "required"), list(named(part, "properties"))]
+    letters = json.dumps([*values, part.get("const"), part.get("pattern")])
+    return len(part) + sum(map(len, values)) + len(letters) // 32
 
 
 def _notes(part: Schema) -> dict[str, Any]:
@@ -265,11 +281,12 @@ def target(schema: Schema, reference: str) -> Schema | None:
         if found is None:
             break
         if isinstance(found, dict):
-            found = found.get(name, found.get(name.replace("~1", "/").replace("~0", "~")))
+            plain = name.replace("~1", "/").replace("~0", "~")
+            found = next((found[each] for each in (name, plain, unquote(plain)) if each in found), None)
         elif isinstance(found, list):
             number = _number(name)
             found = found[number] if number is not None and number < len(found) else None
-    return found if isinstance(found, dict) else None
+    return _ANYTHING if found is True else found if isinstance(found, dict) else None
 
 
 def _number(text: str) -> int | None:

@@ -17,7 +17,16 @@ from typing import Any
 from octoai.server.errors import BadRequest
 from octoai.server.json_schema.expressions import Unreadable
 from octoai.server.json_schema.extents import check_bounds, num_alike, num_repeated
-from octoai.server.json_schema.keywords import NAMED, REPEATED_AT_MOST, VALUES, Schema, Unbounded, listed, named
+from octoai.server.json_schema.keywords import (
+    NAMED,
+    REPEATED_AT_MOST,
+    VALUES,
+    Schema,
+    Unbounded,
+    check_types,
+    listed,
+    named,
+)
 from octoai.server.json_schema.patterns import Readings
 from octoai.server.json_schema.rewriting import LEADS_TO_ITSELF, MAX_PARTS, TOO_MANY_PARTS, Rewriting, target
 from octoai.server.json_schema.unions import Ambiguous, Unions
@@ -131,7 +140,7 @@ class _Seen:
             return
         self._num_alternatives += sum(len(part[key]) for key in _BRANCHES if isinstance(part.get(key), (dict, list)))
         self._num_repeated += num_repeated(part)
-        _check_types(part)
+        check_types(part)
         _check_names(part)
         optional = named(part, "properties").keys() - {
             each for each in listed(part, "required") if isinstance(each, str)
@@ -163,17 +172,6 @@ def _parts(schema: Schema) -> Iterator[Schema]:
             yield from _schemas(list(value.values()))
         else:
             yield value
-
-
-def _check_types(schema: Schema) -> None:
-    """A schema of several types is read as one of each, whatever is in it."""
-    types = schema.get("type")
-    if types is None or isinstance(types, str):
-        return
-    if not isinstance(types, list) or not all(isinstance(each, str) for each in types):
-        raise Unbounded("type is neither a name, as 'object', nor a list of names")
-    if any(types.count(each) > 1 for each in types[:10]) or len(types) > 10:
-        raise Unbounded("a list of types has each of them once")
 
 
 def _check_names(schema: Schema) -> None:
