@@ -225,7 +225,7 @@ def test_two_processes_download_once(index: Index, tiny: Model, tmp_path: Path) 
     assert len(leftovers(cache)) == 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_pull_that_is_stopped_leaves_nothing_in_place(
     index: Index, tiny: Model, tmp_path: Path, how: signal.Signals
 ) -> None:

@@ -100,7 +100,7 @@ def test_one_after_the_other_killed_under_all_kinds_of_requests(
     [
         (signal.SIGTERM,),
         pytest.param((signal.SIGHUP, signal.SIGHUP), marks=pytest.mark.slow),
-        (signal.SIGHUP, signal.SIGTERM),
+        pytest.param((signal.SIGHUP, signal.SIGTERM), marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_drains_all_even_where_all_are_sent_it(

@@ -77,6 +77,7 @@ def test_a_worker_that_meets_what_nobody_thought_of_says_so_and_ends(tmp_path: P
     assert "Traceback" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_they_serve_what_lies_in_a_directory_whose_name_is_not_unicode(tmp_path: Path, upstream: Upstream) -> None:
     data_dir = tmp_path / os.fsdecode(b"data\xff")
     service = serve(tmp_path, upstream, "--workers", "2", "--data-dir", str(data_dir))

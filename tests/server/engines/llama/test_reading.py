@@ -86,6 +86,7 @@ def test_a_beginning_outlives_a_restart_and_only_its_owner_can_read_the_file(
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_conversation_finds_its_own_slot_among_others(embedded_model: Path, tmp_path: Path) -> None:
     async def main() -> None:
         async with running(embedded_model, tmp_path, prefix_bytes=0) as engine:
@@ -142,6 +143,7 @@ def test_who_leaves_while_reading_is_counted_what_was_read_and_the_next_goes_on(
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_written_costs_nothing_but_the_saving(
     embedded_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
