@@ -44,6 +44,7 @@ def test_a_small_context_is_measured_by_what_fits_in_it(embedded_model: Path, tm
     assert min(speed.prompt_rate, speed.stream_rate, speed.joint_rate) > 0
 
 
+@pytest.mark.slow
 def test_a_model_that_learned_less_context_than_is_asked_for_is_measured_by_what_fits(
     embedded_model: Path, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ def test_reports_of_one_account_keep_nobody_else_from_the_database(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 64 at once by one token, every other question waited for seconds."""
-    monkeypatch.setattr(books_module, "TURN_SECONDS", 1.5)
+    monkeypatch.setattr(books_module, "TURN_SECONDS", 0.8)
     ends, num = threading.Event(), 0
     most = 0
 

@@ -300,6 +300,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_real_disk_that_is_full(small_disk: Path, upstream: Upstream, in_process: Start) -> None:
     service = InProcess(OpenAIEngine(upstream.url, model=MODEL, dialect="vllm"), small_disk)
     target = Target(service.url, service.token, service.model)

@@ -151,6 +151,7 @@ def test_a_hundred_that_were_left_of_the_real_engine(served: Serve) -> None:
     left_of_the_real_engine(served, rounds=25)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(300)
 def test_requests_whose_engine_was_killed_are_billed_by_what_it_had_generated(

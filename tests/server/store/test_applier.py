@@ -469,6 +469,7 @@ def test_a_journal_stays_whose_database_went_back_before_the_end(
     assert list(journal_dir(place).iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_of_what_was_given_up_before_a_database_went_back_a_person_is_told(
     postgres_server: PostgresServer,

@@ -164,6 +164,7 @@ def test_who_stops_it_at_once_finds_what_was_generated_in_the_ledger(
     assert all(status == "settled" and num_tokens > 0 for status, num_tokens in rows), rows
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_is_no_matter_where_that_signal_is_ignored(tmp_path: Path, upstream: Upstream) -> None:
     """As `nohup` has it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -179,6 +180,7 @@ def test_a_terminal_that_closes_is_no_matter_where_that_signal_is_ignored(tmp_pa
     assert service.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_signal_drains_where_nobody_reads_what_is_said(tmp_path: Path, upstream: Upstream) -> None:
     (tmp_path / "log").symlink_to("/dev/full")
     service = serve(tmp_path, upstream)

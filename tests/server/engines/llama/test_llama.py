@@ -456,6 +456,7 @@ def test_a_place_too_deep_for_a_socket_is_said_and_left_empty(monkeypatch: pytes
         shutil.rmtree(deep)
 
 
+@pytest.mark.slow
 def test_who_comes_and_leaves_gives_an_engine_that_hangs_no_more_time(embedded_model: Path) -> None:
     async def main() -> None:
         options = LlamaOptions(context_length=512, num_slots=4, stall_seconds=1.0)
