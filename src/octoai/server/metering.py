@@ -63,12 +63,14 @@ class Meter:
             self.turn = self.clock()
 
     def passed(self, batch: Sequence[Event]) -> float:
-        """A batch of a part went by; returns when."""
+        """A batch of a part went by; returns when. Of an answer that came in one nobody knows when its first token was
+        there."""
         self.last_token = now = self.clock()
-        if self.first_token is None:
+        last = batch[-1]
+        if self.first_token is None and not (isinstance(last, Finished) and last.usage.completion_tokens > 1):
             self.first_token = now
-        if isinstance(batch[-1], Finished):
-            self.reasons.update(batch[-1].reasons)
+        if isinstance(last, Finished):
+            self.reasons.update(last.reasons)
         return now
 
     @property

@@ -242,6 +242,13 @@ class Job:
         """What it costs by the tokens counted so far."""
         return self.tab.price.charge(self.meter.usage)
 
+    @property
+    def runs_on(self) -> bool:
+        """Whether it is to go on without its client. Its engine has it, would compute it to its end, and say only then
+        what it came to."""
+        is_brief = self.request.generations[0].is_brief and self.deployment.engine.gives_whole
+        return is_brief and self.meter.turn is not None
+
     async def finish(self, answer: str | None = None) -> None:
         """Settle, with the whole answer where it is to be kept. What leaves afterwards is in the ledger."""
         await self.tab.settle("finished", answer)
@@ -291,7 +298,7 @@ class Job:
     def _observe(self, batch: Batch, num_tokens: int, metrics: SimpleNamespace) -> None:
         before = self.meter.last_token
         now = self.meter.passed(batch)
-        if num_tokens:
+        if num_tokens and self.meter.first_token is not None:
             metrics.iteration_tokens.observe(num_tokens)
             if before is not None:
                 metrics.inter_token.observe((now - before) / num_tokens)

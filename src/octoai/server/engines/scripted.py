@@ -24,6 +24,7 @@ class ScriptedEngine:
     """
 
     max_choices = 1
+    gives_whole = False
 
     def __init__(
         self,

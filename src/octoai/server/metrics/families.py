@@ -309,8 +309,8 @@ def _count_jobs(of: SimpleNamespace, ended: Sequence[_Ended]) -> None:
 
 def _count_times(of: SimpleNamespace, times: Sequence[tuple[Any, ...]]) -> None:
     """When each was received, had its turn, its first token and its last, and ended; and its tokens."""
-    begun = [each for each in times if each[3] is not None]
-    others = [each for each in times if each[3] is None]
+    begun = [each for each in times if each[2] is not None]
+    others = [each for each in times if each[2] is None]
     for received, turn, _, _, now, _ in others:
         of.queued.observe((now if turn is None else turn) - received)
         if turn is not None:

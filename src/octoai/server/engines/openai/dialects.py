@@ -40,18 +40,19 @@ _PENALTY_WINDOW = 32_768  # tokens; llama.cpp reserves four bytes for each
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """`renamed` maps our parameter names to the server's; those in `refused` it has no equivalent of.
-
-    `keeps_alive`: whether a connection can carry another request after a stream.
+    """`renamed` maps our parameter names to the server's; those in `refused` it has no equivalent of. `of_streams` is
+    said beside them for a stream. `keeps_alive`: whether a connection can carry another request after one.
+    `gives_whole`: whether a brief answer is asked for as a whole.
     """
 
     name: str
     renamed: Mapping[str, str] = field(default_factory=dict)
     refused: frozenset[str] = frozenset()
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    of_streams: Mapping[str, Any] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=lambda: {"developer": "system"})
     max_choices: int = 128
     keeps_alive: bool = True
+    gives_whole: bool = False
 
     def unsupported(self, generation: Generation) -> str | None:
         """The first parameter given that this server cannot honour."""
@@ -63,10 +64,12 @@ class Dialect:
     def path(self, generation: Generation) -> str:
         return "/completions" if generation.messages is None else "/chat/completions"
 
-    def body(self, generation: Generation, model: str) -> bytes:
+    def body(self, generation: Generation, model: str, *, is_stream: bool = True) -> bytes:
         body = self._sampling(generation)
-        body |= {"model": model, "stream": True, "max_tokens": generation.max_tokens, "n": generation.n}
-        body |= {**self._prompt(generation), **self.extra}
+        body |= {"model": model, "stream": is_stream, "max_tokens": generation.max_tokens, "n": generation.n}
+        body |= self._prompt(generation)
+        if is_stream:
+            body |= self.of_streams
         if generation.logprobs is not None:
             body |= self._logprobs(generation.logprobs, is_chat=generation.messages is not None)
         if generation.schema is not None:
@@ -269,26 +272,28 @@ DIALECTS: Mapping[str, Dialect] = {
             # Tool calls are not parsed for templates that know no tools, so a forced call would be silently ignored.
             refused=frozenset({"min_tokens", "tools"}),
             # timings: tokens generated so far on every event. return_progress: signs of life while a prompt is read.
-            extra={"timings_per_token": True, "return_progress": True, "cache_prompt": True},
+            of_streams={"timings_per_token": True, "return_progress": True, "cache_prompt": True},
             max_choices=1,
             keeps_alive=False,  # it closes the connection after every stream, without saying so beforehand
         ),
         VllmDialect(
             "vllm",
-            extra={"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+            of_streams={"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
             max_choices=1,  # it makes a request of each choice itself, but refuses several at temperature 0
+            gives_whole=True,
         ),
         Dialect(
             "ollama",
             refused=NOT_OF_OPENAI | {"logit_bias", "parallel_tool_calls", "prompt", "tool_choice"},
-            extra={"stream_options": {"include_usage": True}},
+            of_streams={"stream_options": {"include_usage": True}},
             max_choices=1,
         ),
         Dialect(
             "openai",
             refused=NOT_OF_OPENAI,
-            extra={"stream_options": {"include_usage": True}},
+            of_streams={"stream_options": {"include_usage": True}},
             roles={},
+            gives_whole=True,
         ),
     )
 }

@@ -1,8 +1,9 @@
 """Any OpenAI-shaped server as an engine: vLLM, llama-server, Ollama, over TCP or a unix socket.
 
-Requests are always streamed, whatever our client asked for: only then does leaving free the server's slot (a
-non-streaming request to llama.cpp that is left keeps its slot to the end), and only then are tokens counted as they
-come. Only the paths below and those of its dialect are used, never anything a client could choose.
+Requests are streamed, whatever our client asked for: only then does leaving free the server's slot (a non-streaming
+request to llama.cpp that is left keeps its slot to the end), and only then are tokens counted as they come. But for
+brief ones, where the server makes events and we take them apart for nobody, and which may as well run to their end.
+Only the paths below and those of its dialect are used, never anything a client could choose.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import aclosing, closing, suppress
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import orjson
 
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
-from octoai.server.engines.openai.answer import Answer
+from octoai.server.engines.openai.answer import Answer, whole
 from octoai.server.engines.openai.arrivals import Arrivals
 from octoai.server.engines.openai.dialects import DIALECTS
 from octoai.server.engines.openai.exchange import CannotConnect, Exchange, Pool
@@ -63,6 +64,7 @@ class OpenAIEngine:
         self.dialect = DIALECTS[dialect]
         self.num_slots = num_slots
         self.max_choices = self.dialect.max_choices
+        self.gives_whole = self.dialect.gives_whole  # until it turns out that it does not say what it has counted
         self.context_length = context_length
         self._pool = Pool(url, key=key, keeps_alive=self.dialect.keeps_alive)
         # Where the server's paths begin, and where those of OpenAI's API do.
@@ -162,12 +164,28 @@ class OpenAIEngine:
             return None
         raise refusal(status, said, generation, self.context_length, retry_after)
 
-    async def generate(
+    def generate(
         self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
     ) -> AsyncGenerator[Sequence[Event]]:
-        generation = self._within(generation)
+        is_whole = generation.is_brief and self.gives_whole
+        return (self._brief if is_whole else self._streamed)(self._within(generation), on_left, on_text)
+
+    async def _brief(
+        self, generation: Generation, on_left: OnLeft | None, on_text: OnText | None
+    ) -> AsyncGenerator[Sequence[Event]]:
+        if events := await self._whole(generation, on_left):
+            yield events
+            return
+        self.gives_whole = False
+        async with aclosing(self._streamed(generation, on_left, on_text)) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def _streamed(
+        self, generation: Generation, on_left: OnLeft | None, on_text: OnText | None
+    ) -> AsyncGenerator[Sequence[Event]]:
         body = self.dialect.body(generation, self.model)
-        exchange = self._pool.exchange("POST", self._base + self.dialect.path(generation), body)
+        exchange = self._pool.exchange("POST", self._path(generation), body)
         answer, is_told = Answer(generation, self._habits), False
         arrivals = Arrivals(answer, on_progress=self._on_progress, on_text=on_text)
         gather = 0.0  # what comes first goes on at once
@@ -200,6 +218,26 @@ class OpenAIEngine:
             if on_left is not None and not is_told and (counted := answer.so_far()):
                 on_left(counted)
 
+    async def _whole(self, generation: Generation, on_left: OnLeft | None) -> Sequence[Event]:
+        """All events of an answer that is asked for in one; none where the server does not say how many tokens it has.
+        Cancelled, it waits a moment for the answer, which is counted then."""
+        body = self.dialect.body(generation, self.model, is_stream=False)
+        blocks: list[bytes] = []
+        with self._failures, closing(self._pool.exchange("POST", self._path(generation), body)) as exchange:
+            try:
+                await self._accepted(exchange, generation)
+                said = await exchange.body(MAX_SAID_BYTES, self._stall_seconds, blocks)
+            except asyncio.CancelledError:
+                await exchange.leave(blocks.append, hangs_up=False)
+                if exchange.is_over and on_left is not None:
+                    with suppress(Refusal):  # there is nobody left to tell
+                        on_left(whole(b"".join(blocks), generation))
+                raise
+            if not exchange.is_over:
+                raise EngineFailed("The engine broke off in the middle of its answer.")
+        self._on_progress()
+        return whole(said, generation)
+
     async def _accepted(self, exchange: Exchange, generation: Generation) -> None:
         """Return when the engine has begun its answer. Raises what it says where it refuses."""
         try:
@@ -209,6 +247,9 @@ class OpenAIEngine:
         if status != 200:
             said = await exchange.body(MAX_ERROR_BYTES, self._stall_seconds)
             raise refusal(status, said, generation, self.context_length, exchange.retry_after)
+
+    def _path(self, generation: Generation) -> str:
+        return self._base + self.dialect.path(generation)
 
     def _failed(self, error: OSError) -> Refusal:
         """What can become of a connection, as a refusal."""

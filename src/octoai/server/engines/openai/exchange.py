@@ -152,22 +152,22 @@ class Exchange:
         assert self._connection is not None
         return self._connection.feed(take, seconds, gather)
 
-    async def body(self, limit: int, seconds: float) -> bytes:
-        """The rest of the body, at most about `limit` bytes of it."""
-        blocks, size = [], 0
+    async def body(self, limit: int, seconds: float, blocks: list[bytes] | None = None) -> bytes:
+        """The rest of the body, at most about `limit` bytes of it; also in `blocks`, as far as it has come."""
+        blocks, size = [] if blocks is None else blocks, 0
         while size < limit and (block := await self.block(seconds)):
             blocks.append(block)
             size += len(block)
         return b"".join(blocks)
 
-    async def leave(self, read: Callable[[bytes], object]) -> None:
+    async def leave(self, read: Callable[[bytes], object], *, hangs_up: bool = True) -> None:
         """Hang up, and pass what still comes of a good answer to `read`, at most LEAVE_SECONDS long, also where we are
-        cancelled. What `read` raises ends it."""
+        cancelled. What `read` raises ends it. `hangs_up` False: without telling the engine."""
         connection = self._connection
         if connection is None:
             return  # a request that is not out yet never will be
         # An engine that cannot be told is not waited for: what is here already is read.
-        until = connection.now() + (LEAVE_SECONDS if connection.hang_up() else 0)
+        until = connection.now() + (LEAVE_SECONDS if not hangs_up or connection.hang_up() else 0)
         num_bytes = 0
         with anyio.CancelScope(shield=True), suppress(OSError, TimeoutError):
             while num_bytes < MAX_LEFT_BYTES and (block := await connection.block(max(0.0, until - connection.now()))):

@@ -18,6 +18,7 @@ from octoai.server.engines.openai.choices import (
     number_of,
     reason_of,
     reasoning_of,
+    said_of,
     text_of,
     thought_of,
     tokens_of,
@@ -75,6 +76,15 @@ class Reader:
                 number += 1
         self._check_length()
 
+    def whole(self, answer: Mapping[str, Any]) -> list[Event]:
+        """Of an answer that came in one, as the only event of a stream; none where it does not say what it counted."""
+        events: list[Event] = []
+        had_text = self._read_event(answer, events)
+        if not self._completion_tokens and (had_text or self._completion_tokens is None):
+            return []
+        self._end(events)
+        return events
+
     def _check_length(self) -> None:
         """An engine that does not stop is left, since nobody has asked for more; what came until then is counted."""
         told, counted = self._completion_tokens or 0, sum(self._counted.values())
@@ -123,7 +133,10 @@ class Reader:
             self._end(events)
             return
         num_before = len(events)
-        chunk = self._read_data(text, event.data, events)
+        chunk = decoded(event.data)
+        had_text = self._read_event(chunk, events)
+        if self._may_be_plain and not had_text:
+            self._habits.odd.learn(text, chunk)
         if self._may_be_plain and not self._reasons:
             self._expect_after(text, chunk, events[-1] if len(events) > num_before else None)
 
@@ -131,16 +144,11 @@ class Reader:
         self.is_done = True
         events.append(self._finished())
 
-    def _read_data(self, text: bytes, data: bytes, events: list[Event]) -> Mapping[str, Any]:
-        """Returns what is in it."""
-        chunk, had_text = decoded(data), False
+    def _read_event(self, chunk: Mapping[str, Any], events: list[Event]) -> bool:
         try:
-            had_text = self._read(chunk, events)
+            return self._read(chunk, events)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise EngineFailed("The engine sent an event of a shape that is not the protocol's.") from None
-        if self._may_be_plain and not had_text:
-            self._habits.odd.learn(text, chunk)
-        return chunk
 
     def _take(self, said: Said, events: list[Event]) -> None:
         """What an event without text says."""
@@ -261,7 +269,7 @@ class Reader:
     def _delta(self, number: int, choice: Mapping[str, Any], *, is_told: bool, is_only: bool) -> Delta | None:
         """Counts what it says. `is_told`, `is_only`: as below."""
         text, reasoning, calls = text_of(choice), reasoning_of(choice), None
-        if choice.get("delta") and (said := choice["delta"].get("tool_calls")):
+        if (message := said_of(choice)) and (said := message.get("tool_calls")):
             self._calls = self._calls or Calls()
             calls = self._calls.numbered(number, said)
         has_text = bool(text or reasoning or calls)

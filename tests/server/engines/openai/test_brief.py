@@ -1,0 +1,242 @@
+"""Brief answers are asked for as a whole, and mean what their events would have meant."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.openai.answer import Answer, whole
+from octoai.server.engines.openai.engine import OpenAIEngine
+from octoai.server.errors import BadRequest, EngineFailed, Refusal
+from tests.server.misbehaving import GENERATION, Reply, Upstream, answers, generated, raw, run, soon, up
+from tests.server.singly import singly
+
+BRIEF = replace(GENERATION, is_stream=False, is_brief=True)
+TEXT = Generation(max_tokens=9, text="Say", is_stream=False, is_brief=True)
+USAGE = {"prompt_tokens": 30, "completion_tokens": 5, "total_tokens": 35}
+
+
+def answer(message: dict[str, Any] | None = None, reason: str | None = "stop", **more: Any) -> dict[str, Any]:
+    """As vLLM gives one, with what it has nothing to say of."""
+    message = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": []} | (message or {})
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason, "stop_reason": None}
+    return {"object": "chat.completion", "choices": [choice], "usage": {**USAGE, "prompt_tokens_details": None}} | more
+
+
+def gives(said: Any) -> Reply:
+    return answers(200, said if isinstance(said, bytes) else json.dumps(said).encode())
+
+
+def asked(upstream: Upstream) -> list[dict[str, Any]]:
+    return [json.loads(body) for line, _, body in upstream.requests if line.startswith("POST")]
+
+
+class Kept(Upstream):
+    """Its connections go on after an answer."""
+
+    def is_last(self, line: str) -> bool:
+        return False
+
+
+def read(said: dict[str, Any], generation: Generation = BRIEF) -> list[Event]:
+    return whole(json.dumps(said).encode(), generation)
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "openai"])
+def test_it_is_asked_for_as_a_whole_and_says_what_it_counted(dialect: str) -> None:
+    async def main() -> None:
+        upstream = Upstream(gives(answer()))
+        async with up(upstream, dialect=dialect) as engine:
+            events = await generated(engine, BRIEF)
+            assert events == [Started(30), Delta(0, "Hello", 5), Finished({0: "stop"}, Usage(30, 0, 5))]
+            upstream.reply = gives({"choices": [{"index": 0, "text": "Hi", "finish_reason": "length"}], "usage": USAGE})
+            events = await generated(engine, TEXT)
+            assert events == [Started(30), Delta(0, "Hi", 5), Finished({0: "length"}, Usage(30, 0, 5))]
+        for body in asked(upstream):
+            assert body["stream"] is False
+            assert "stream_options" not in body
+
+    run(main())
+
+
+@pytest.mark.parametrize("dialect", ["llama.cpp", "ollama"])
+def test_servers_on_the_same_machine_are_asked_to_stream(dialect: str) -> None:
+    """They are slow, and llama.cpp's keeps computing a whole answer that is left."""
+
+    async def main() -> None:
+        upstream = Upstream()
+        async with up(upstream, dialect=dialect) as engine:
+            assert not engine.gives_whole
+            await generated(engine, BRIEF)
+        assert [body["stream"] for body in asked(upstream)] == [True]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"<html>hello</html>",
+        b"[]",
+        answer(usage=None),
+        answer(usage={"prompt_tokens": 3}),
+        answer(usage={**USAGE, "completion_tokens": 0}),
+    ],
+    ids=["a page", "a list", "no usage", "half of it", "none, where there was text"],
+)
+def test_what_is_not_counted_is_streamed_then_and_from_then_on(said: Any) -> None:
+    async def main() -> None:
+        upstream = Upstream()
+        streamed = upstream.reply
+
+        async def reply(up: Upstream, writer: asyncio.StreamWriter) -> None:
+            await (streamed if json.loads(up.requests[-1][2])["stream"] else gives(said))(up, writer)
+
+        upstream.reply = reply
+        async with up(upstream) as engine:
+            for _ in range(2):
+                events = await generated(engine, BRIEF)
+                assert events[-1] == Finished({0: "stop"}, Usage(4, 0, 2))
+        assert [body["stream"] for body in asked(upstream)] == [False, True, True]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (answers(400, b'{"error": {"message": "no"}}'), BadRequest),
+        (answers(500, b"{}"), EngineFailed),
+        (gives({"object": "error", "message": "CUDA out of memory"}), EngineFailed),
+        (gives(answer(reason=None)), EngineFailed),
+        (gives(answer({"content": 5})), EngineFailed),
+        (gives({"choices": [5], "usage": USAGE}), EngineFailed),
+        (gives({"choices": 5, "usage": USAGE}), EngineFailed),
+        (gives(answer(usage={**USAGE, "completion_tokens": -1})), EngineFailed),
+        (gives({"choices": [], "usage": USAGE}), EngineFailed),
+        (raw(b"HTTP/1.1 200 OK\r\ncontent-length: 900\r\n\r\n{", 0.01), EngineFailed),
+        (raw(b"", 0.0), EngineFailed),
+    ],
+)
+def test_what_is_no_answer_is_refused_as_a_streams_is(reply: Reply, kind: type[Refusal]) -> None:
+    async def main() -> None:
+        async with up(Upstream(reply)) as engine:
+            with pytest.raises(kind):
+                await generated(engine, BRIEF)
+
+    run(main())
+
+
+PIECES = st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@given(
+    text=PIECES,
+    thought=st.lists(st.text(min_size=1, max_size=4), max_size=2),
+    reason=st.sampled_from(["stop", "length"]),
+)
+def test_an_answer_means_the_same_streamed_or_whole(text: list[str], thought: list[str], reason: str) -> None:
+    """Also as who reads it would put it together."""
+    num_tokens = len(text) + len(thought)
+    usage = {"prompt_tokens": 30, "completion_tokens": num_tokens, "prompt_tokens_details": {"cached_tokens": 16}}
+    message = {"content": "".join(text), "reasoning_content": "".join(thought) or None}
+    choices = [{"delta": {"reasoning_content": piece}} for piece in thought]
+    choices += [{"delta": {"content": piece}} for piece in text]
+    chunks = [{"choices": [{"index": 0, **choice, "finish_reason": None}]} for choice in choices]
+    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}, {"choices": [], "usage": usage}]
+    lines = b"".join(b"data: " + json.dumps(each).encode() + b"\n\n" for each in chunks) + b"data: [DONE]\n\n"
+    streamed = Answer(replace(BRIEF, is_brief=False)).events(lines)
+    at_once = read(answer(message, reason, usage=usage))
+    assert _together(streamed) == _together(at_once)
+    reasons = [event.reasons for events in (streamed, at_once) for event in events if isinstance(event, Finished)]
+    assert reasons[0] == reasons[1]
+    assert isinstance(at_once[-1], Finished)
+    assert at_once[-1].usage.completion_tokens == num_tokens
+
+
+def _together(events: Sequence[Event]) -> tuple[str, str, int]:
+    deltas = [event for event in singly(events) if isinstance(event, Delta)]
+    text, reasoning = ("".join(getattr(delta, name) for delta in deltas) for name in ("text", "reasoning"))
+    return text, reasoning, deltas[-1].completion_tokens
+
+
+def test_calls_of_tools_and_logprobs_are_those_of_a_stream() -> None:
+    calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}, {"id": "b", "function": {}}]
+    message = {"content": None, "tool_calls": calls}
+    _, said, end = read(answer(message, "tool_calls"))
+    assert isinstance(said, Delta)
+    assert said.tool_calls is not None
+    assert [call["index"] for call in said.tool_calls] == [0, 1]
+    assert said.tool_calls[0] == {**calls[0], "index": 0}
+    assert isinstance(end, Finished)
+    assert end.reasons == {0: "tool_calls"}
+
+    logprobs = {"content": [{"token": "Hello", "logprob": -0.5, "bytes": None, "top_logprobs": []}]}
+    choice = {**answer()["choices"][0], "logprobs": logprobs}
+    _, said, _ = read(answer(choices=[choice]), replace(BRIEF, logprobs=0))
+    assert isinstance(said, Delta)
+    assert said.logprobs is not None
+    assert said.logprobs[0]["logprob"] == -0.5
+
+
+def test_one_that_is_cancelled_is_counted_where_it_comes_in_a_moment() -> None:
+    counted: list[Sequence[Event]] = []
+
+    async def main() -> None:
+        said = json.dumps(answer()).encode()
+
+        async def slowly(_: Upstream, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(said) + said[:40])
+            await asyncio.sleep(0.2)
+            writer.write(said[40:])
+
+        upstream = Kept(slowly)
+        async with up(upstream) as engine:
+            await _cancelled(engine, upstream, counted)
+            assert counted == [[Started(30), Delta(0, "Hello", 5), Finished({0: "stop"}, Usage(30, 0, 5))]]
+            await generated(engine, BRIEF)
+        assert len(asked(upstream)) == 2
+
+    run(main())
+
+
+def test_one_that_is_cancelled_is_not_waited_for_long() -> None:
+    counted: list[Sequence[Event]] = []
+
+    async def main() -> None:
+        async def never(_: Upstream, writer: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(60)
+
+        upstream = Upstream(never)
+        async with up(upstream) as engine:
+            began = time.monotonic()
+            await _cancelled(engine, upstream, counted)
+            assert 0.5 < time.monotonic() - began < 1.5
+            await soon(lambda: upstream.num_generating == 0)
+        assert counted == []
+
+    run(main())
+
+
+async def _cancelled(engine: OpenAIEngine, upstream: Upstream, counted: list[Sequence[Event]]) -> None:
+    async def ask() -> None:
+        async with aclosing(engine.generate(BRIEF, counted.append)) as batches:
+            async for _ in batches:
+                pass
+
+    asking = asyncio.create_task(ask())
+    await soon(lambda: upstream.num_generating == 1)
+    await asyncio.sleep(0.05)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
