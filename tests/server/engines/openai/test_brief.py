@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
-from octoai.server.engines.openai.answer import Answer, whole
+from octoai.server.engines.openai.answer import Answer
 from octoai.server.engines.openai.engine import OpenAIEngine
+from octoai.server.engines.openai.whole import whole
 from octoai.server.errors import BadRequest, EngineFailed, Refusal
 from tests.server.misbehaving import GENERATION, Reply, Upstream, answers, generated, raw, run, soon, up
 from tests.server.singly import singly
@@ -48,7 +49,7 @@ class Kept(Upstream):
         return False
 
 
-def read(said: dict[str, Any], generation: Generation = BRIEF) -> list[Event]:
+def read(said: dict[str, Any], generation: Generation = BRIEF) -> Sequence[Event]:
     return whole(json.dumps(said).encode(), generation)
 
 
@@ -149,6 +150,7 @@ def test_an_answer_means_the_same_streamed_or_whole(text: list[str], thought: li
     """Also as who reads it would put it together."""
     num_tokens = len(text) + len(thought)
     usage = {"prompt_tokens": 30, "completion_tokens": num_tokens, "prompt_tokens_details": {"cached_tokens": 16}}
+    usage |= {"completion_tokens_details": {"reasoning_tokens": len(thought)}}
     message = {"content": "".join(text), "reasoning_content": "".join(thought) or None}
     choices = [{"delta": {"reasoning_content": piece}} for piece in thought]
     choices += [{"delta": {"content": piece}} for piece in text]
@@ -158,16 +160,19 @@ def test_an_answer_means_the_same_streamed_or_whole(text: list[str], thought: li
     streamed = Answer(replace(BRIEF, is_brief=False)).events(lines)
     at_once = read(answer(message, reason, usage=usage))
     assert _together(streamed) == _together(at_once)
-    reasons = [event.reasons for events in (streamed, at_once) for event in events if isinstance(event, Finished)]
-    assert reasons[0] == reasons[1]
-    assert isinstance(at_once[-1], Finished)
-    assert at_once[-1].usage.completion_tokens == num_tokens
+    assert streamed[-1] == at_once[-1] == Finished({0: reason}, Usage(30, 16, num_tokens, len(thought)))
 
 
 def _together(events: Sequence[Event]) -> tuple[str, str, int]:
     deltas = [event for event in singly(events) if isinstance(event, Delta)]
     text, reasoning = ("".join(getattr(delta, name) for delta in deltas) for name in ("text", "reasoning"))
     return text, reasoning, deltas[-1].completion_tokens
+
+
+def test_how_much_of_it_was_thought_is_not_guessed() -> None:
+    thought = read(answer({"content": None, "reasoning": "Hm"}, "length"))
+    assert thought[-1] == Finished({0: "length"}, Usage(30, 0, 5, 5))
+    assert not read(answer({"reasoning": "Hm"}))
 
 
 def test_calls_of_tools_and_logprobs_are_those_of_a_stream() -> None:
@@ -203,7 +208,7 @@ def test_one_that_is_cancelled_is_counted_where_it_comes_in_a_moment() -> None:
         upstream = Kept(slowly)
         async with up(upstream) as engine:
             await _cancelled(engine, upstream, counted)
-            assert counted == [[Started(30), Delta(0, "Hello", 5), Finished({0: "stop"}, Usage(30, 0, 5))]]
+            assert counted == [(Started(30), Delta(0, "Hello", 5), Finished({0: "stop"}, Usage(30, 0, 5)))]
             await generated(engine, BRIEF)
         assert len(asked(upstream)) == 2
 

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import orjson
-
 from octoai.server.engines.base import Event, Generation
 from octoai.server.engines.openai.plain import Habits
 from octoai.server.engines.openai.reader import Reader
 from octoai.server.errors import EngineFailed
 from octoai.sse import EventDecoder, EventTooLargeError
-
-
-def whole(body: bytes, generation: Generation) -> list[Event]:
-    """What an answer means that was not streamed; nothing where it is none, or does not say how many tokens it has:
-    streamed, they are counted. Raises EngineFailed."""
-    try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return []
-    return Reader(generation).whole(answer) if isinstance(answer, dict) else []
 
 
 class Answer:

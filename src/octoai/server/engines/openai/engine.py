@@ -18,12 +18,13 @@ from urllib.parse import urlsplit
 import orjson
 
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
-from octoai.server.engines.openai.answer import Answer, whole
+from octoai.server.engines.openai.answer import Answer
 from octoai.server.engines.openai.arrivals import Arrivals
 from octoai.server.engines.openai.dialects import DIALECTS
 from octoai.server.engines.openai.exchange import CannotConnect, Exchange, Pool
 from octoai.server.engines.openai.plain import MAX_TOKENS, Habits
 from octoai.server.engines.openai.refusals import refusal
+from octoai.server.engines.openai.whole import whole
 from octoai.server.errors import EngineFailed, Refusal, Unavailable
 from octoai.server.logs import without_password
 from octoai.server.machine import descriptors
@@ -173,7 +174,23 @@ class OpenAIEngine:
     async def _brief(
         self, generation: Generation, on_left: OnLeft | None, on_text: OnText | None
     ) -> AsyncGenerator[Sequence[Event]]:
-        if events := await self._whole(generation, on_left):
+        """An answer that is asked for as a whole, or, where the server does not say how many tokens it has, streamed.
+        Cancelled, it waits a moment for the answer, which is counted then."""
+        body, blocks = self.dialect.body(generation, self.model, is_stream=False), list[bytes]()
+        with self._failures, closing(self._pool.exchange("POST", self._path(generation), body)) as exchange:
+            try:
+                await self._accepted(exchange, generation)
+                said = await exchange.body(MAX_SAID_BYTES, self._stall_seconds, blocks)
+            except asyncio.CancelledError:
+                await exchange.leave(blocks.append, hangs_up=False)
+                if on_left is not None and exchange.is_over:
+                    with suppress(Refusal):  # there is nobody left to tell
+                        on_left(whole(b"".join(blocks), generation))
+                raise
+            if not exchange.is_over:
+                raise EngineFailed("The engine broke off in the middle of its answer.")
+        self._on_progress()
+        if events := whole(said, generation):
             yield events
             return
         self.gives_whole = False
@@ -217,26 +234,6 @@ class OpenAIEngine:
             exchange.close()
             if on_left is not None and not is_told and (counted := answer.so_far()):
                 on_left(counted)
-
-    async def _whole(self, generation: Generation, on_left: OnLeft | None) -> Sequence[Event]:
-        """All events of an answer that is asked for in one; none where the server does not say how many tokens it has.
-        Cancelled, it waits a moment for the answer, which is counted then."""
-        body = self.dialect.body(generation, self.model, is_stream=False)
-        blocks: list[bytes] = []
-        with self._failures, closing(self._pool.exchange("POST", self._path(generation), body)) as exchange:
-            try:
-                await self._accepted(exchange, generation)
-                said = await exchange.body(MAX_SAID_BYTES, self._stall_seconds, blocks)
-            except asyncio.CancelledError:
-                await exchange.leave(blocks.append, hangs_up=False)
-                if exchange.is_over and on_left is not None:
-                    with suppress(Refusal):  # there is nobody left to tell
-                        on_left(whole(b"".join(blocks), generation))
-                raise
-            if not exchange.is_over:
-                raise EngineFailed("The engine broke off in the middle of its answer.")
-        self._on_progress()
-        return whole(said, generation)
 
     async def _accepted(self, exchange: Exchange, generation: Generation) -> None:
         """Return when the engine has begun its answer. Raises what it says where it refuses."""

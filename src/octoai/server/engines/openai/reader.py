@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-import orjson
-
 from octoai.server.engines.base import Delta, Deltas, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.openai.choices import (
     Calls,
@@ -26,9 +24,9 @@ from octoai.server.engines.openai.choices import (
 from octoai.server.engines.openai.logprobs import entries
 from octoai.server.engines.openai.odd import Said
 from octoai.server.engines.openai.plain import MAX_TOKENS, Habits, Plain
-from octoai.server.engines.openai.refusals import message_of, refusal
+from octoai.server.engines.openai.refusals import broken
 from octoai.server.engines.openai.timed import Timed, learnt
-from octoai.server.errors import EngineFailed, Refusal
+from octoai.server.errors import EngineFailed
 from octoai.sse import parsed
 
 DONE = b"[DONE]"
@@ -75,15 +73,6 @@ class Reader:
                 self._read_text(texts[number], events)
                 number += 1
         self._check_length()
-
-    def whole(self, answer: Mapping[str, Any]) -> list[Event]:
-        """Of an answer that came in one, as the only event of a stream; none where it does not say what it counted."""
-        events: list[Event] = []
-        had_text = self._read_event(answer, events)
-        if not self._completion_tokens and (had_text or self._completion_tokens is None):
-            return []
-        self._end(events)
-        return events
 
     def _check_length(self) -> None:
         """An engine that does not stop is left, since nobody has asked for more; what came until then is counted."""
@@ -133,10 +122,7 @@ class Reader:
             self._end(events)
             return
         num_before = len(events)
-        chunk = decoded(event.data)
-        had_text = self._read_event(chunk, events)
-        if self._may_be_plain and not had_text:
-            self._habits.odd.learn(text, chunk)
+        chunk = self._read_data(text, event.data, events)
         if self._may_be_plain and not self._reasons:
             self._expect_after(text, chunk, events[-1] if len(events) > num_before else None)
 
@@ -144,11 +130,16 @@ class Reader:
         self.is_done = True
         events.append(self._finished())
 
-    def _read_event(self, chunk: Mapping[str, Any], events: list[Event]) -> bool:
+    def _read_data(self, text: bytes, data: bytes, events: list[Event]) -> Mapping[str, Any]:
+        """Returns what is in it."""
+        chunk, had_text = decoded(data), False
         try:
-            return self._read(chunk, events)
+            had_text = self._read(chunk, events)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise EngineFailed("The engine sent an event of a shape that is not the protocol's.") from None
+        if self._may_be_plain and not had_text:
+            self._habits.odd.learn(text, chunk)
+        return chunk
 
     def _take(self, said: Said, events: list[Event]) -> None:
         """What an event without text says."""
@@ -213,7 +204,7 @@ class Reader:
     def _read(self, chunk: Mapping[str, Any], events: list[Event]) -> bool:
         """Whether it had any text, or what counts as such."""
         if chunk.get("error") or chunk.get("object") == "error":
-            raise self._broken(chunk)
+            raise broken(chunk, None if self._started else self._generation)
         choices = chunk.get("choices") or ()
         if usage := chunk.get("usage"):
             self._read_usage(usage)
@@ -235,14 +226,6 @@ class Reader:
                 self._start(events)
                 self._reasons[number] = reason
         return had_text
-
-    def _broken(self, chunk: Mapping[str, Any]) -> Refusal:
-        """vLLM checks some parameters only after its 200, and then says which status it meant."""
-        error = chunk.get("error")
-        status = error.get("code") if isinstance(error, dict) else chunk.get("code")
-        if self._generation is not None and not self._started and status in (400, 422):
-            return refusal(status, orjson.dumps(chunk), self._generation)
-        return EngineFailed(f"The engine broke off: {message_of(chunk)}")
 
     def _start(self, events: list[Event]) -> None:
         if not self._started:

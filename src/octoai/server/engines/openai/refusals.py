@@ -60,6 +60,16 @@ def refusal(
     return EngineFailed(f"The engine answered {status}.")
 
 
+def broken(said: Mapping[str, Any], generation: Generation | None) -> Refusal:
+    """What is said instead of the rest of an answer. vLLM checks some parameters only after its 200, and then says
+    which status it meant: of a `generation` of which nothing has come yet."""
+    error = said.get("error")
+    status = error.get("code") if isinstance(error, dict) else said.get("code")
+    if generation is not None and status in (400, 422):
+        return refusal(status, orjson.dumps(said), generation)
+    return EngineFailed(f"The engine broke off: {message_of(said)}")
+
+
 def prompt_param(generation: Generation) -> str:
     """Where its prompt stands in the body."""
     return "prompt" if generation.messages is None else "messages"

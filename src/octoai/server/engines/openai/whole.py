@@ -1,0 +1,80 @@
+"""An answer that was not streamed becomes the events that it would have been. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.openai.choices import (
+    Calls,
+    Choice,
+    reason_of,
+    reasoning_of,
+    said_of,
+    text_of,
+    thought_of,
+    tokens_of,
+)
+from octoai.server.engines.openai.logprobs import entries
+from octoai.server.engines.openai.refusals import broken
+from octoai.server.errors import EngineFailed
+
+
+def whole(body: bytes, generation: Generation) -> Sequence[Event]:
+    """All of an answer of one choice; nothing where it is none, or does not say how many tokens it has: streamed, they
+    are counted. Raises EngineFailed, and what an error means that the engine says after its 200."""
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return ()
+    if not isinstance(answer, dict):
+        return ()
+    if answer.get("error") or answer.get("object") == "error":
+        raise broken(answer, generation)
+    try:
+        return _events(answer, generation)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise EngineFailed("The engine's answer has a shape that is not the protocol's.") from None
+
+
+def _events(answer: Mapping[str, Any], generation: Generation) -> Sequence[Event]:
+    (choice,), usage = answer["choices"], answer.get("usage") or {}
+    num_tokens = tokens_of(usage.get("completion_tokens"))
+    if num_tokens is None:
+        return ()
+    delta, reason = _delta(choice, num_tokens, generation), reason_of(choice)
+    if not reason:
+        raise EngineFailed("The engine ended its answer without saying why.")
+    prompt_tokens, cached_tokens = tokens_of(usage.get("prompt_tokens")) or 0, 0
+    if details := usage.get("prompt_tokens_details"):
+        cached_tokens = min(tokens_of(details.get("cached_tokens")) or 0, prompt_tokens)
+    started, num_thought = Started(prompt_tokens, cached_tokens), min(thought_of(usage), num_tokens)
+    if delta is None:
+        return started, Finished({0: reason}, Usage(prompt_tokens, cached_tokens, num_tokens, num_thought))
+    if delta.reasoning and not num_thought:
+        if delta.text:
+            return ()  # which of its tokens it thought is said by a stream alone
+        num_thought = num_tokens
+    if num_tokens == 0:
+        return ()
+    return started, delta, Finished({0: reason}, Usage(prompt_tokens, cached_tokens, num_tokens, num_thought))
+
+
+def _delta(choice: Choice, num_tokens: int, generation: Generation) -> Delta | None:
+    """All that is said, if anything is."""
+    message = said_of(choice)
+    calls = message.get("tool_calls") if message else None
+    text, reasoning, logprobs = text_of(choice), reasoning_of(choice), choice.get("logprobs")
+    if not (text or reasoning or calls or logprobs):
+        return None
+    return Delta(
+        0,
+        text,
+        num_tokens,
+        entries(logprobs, has_others=generation.logprobs != 0) if logprobs else None,
+        Calls().numbered(0, calls) if calls else None,
+        reasoning,
+    )
