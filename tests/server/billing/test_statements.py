@@ -6,7 +6,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,7 @@ def test_a_refund_names_the_request_and_is_of_the_month_when_it_was_made(db: Con
     )
     with db.transaction():
         requests._write(db, [row])
-        post(db, [replace(charge(OCTOBER[0], 10), request="job_1")])
+        post(db, [charge(OCTOBER[0], 10)._replace(request="job_1")])
         requests.refund(db, row, "was slow", NOVEMBER[0] + 5)
     october, november = (statements.statement(db, "acme", month, LATER) for month in (OCTOBER, NOVEMBER))
     assert (october.closing_nanos, october.corrected) == (-10, ())

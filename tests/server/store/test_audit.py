@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +236,7 @@ def test_a_row_that_was_taken_away_or_put_in_is_found(db: Connection, statement:
 
 def test_a_chain_made_anew_over_a_changed_entry_does_not_add_up(db: Connection) -> None:
     """Who can compute hashes can forge the chain; what follows from the entries gives it away all the same."""
-    forge(db, lambda entry: replace(entry, amount_nanos=entry.amount_nanos - 1) if entry.seq == 4 else entry)
+    forge(db, lambda entry: entry._replace(amount_nanos=entry.amount_nanos - 1) if entry.seq == 4 else entry)
     with pytest.raises(BrokenBooks, match=r"^balance of account acme"):
         verify(db)
 
@@ -252,7 +251,7 @@ def test_a_chain_made_anew_over_a_changed_entry_does_not_add_up(db: Connection) 
     ],
 )
 def test_an_entry_that_cannot_be_is_found(db: Connection, change: dict[str, Any], said: str) -> None:
-    forge(db, lambda entry: replace(entry, **change) if entry.seq == 5 else entry)
+    forge(db, lambda entry: entry._replace(**change) if entry.seq == 5 else entry)
     with pytest.raises(BrokenBooks, match=said):
         verify(db)
 

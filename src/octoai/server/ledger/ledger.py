@@ -21,6 +21,7 @@ from octoai.server.engines.base import NOTHING, Usage
 from octoai.server.errors import Unavailable
 from octoai.server.journal import START, Journal, JournalError, JournalFailed, JournalFull, Position
 from octoai.server.ledger.holding import LIMIT_SECONDS, Holding
+from octoai.server.ledger.intents import Intents
 from octoai.server.limits import Standings
 from octoai.server.store import keys, reservations
 from octoai.server.store.database import Connection, StoreError
@@ -35,7 +36,6 @@ RENEW_SECONDS = 15.0
 LEASE_SECONDS = 60.0
 LEASE_US = int(LEASE_SECONDS * 1_000_000)
 RETRY_SECONDS = 0.2
-OPEN_SECONDS = 0.02  # until an intent is written: many requests to a quick engine are settled before
 CROWD = 4  # requests at once, from which on what is to be on disk waits for others that will be in a moment
 GATHER_SECONDS = 0.002
 SETTLE_SECONDS = 0.005  # until a settlement is brought to the disk, where the request is there already
@@ -83,7 +83,7 @@ class Tab:
     async def durable(self) -> None:
         """Return when the intent is on disk. Raises Unavailable where it cannot be: then nothing may be sent."""
         if self._opened is None:  # the engine was quicker
-            self.ledger.write_intents()
+            self.ledger.intents.write()
         assert self._opened is not None
         await self.ledger.on_disk(self._opened)
 
@@ -178,8 +178,7 @@ class Ledger:
         self._away_seconds = away_seconds
         self._checkpoints: asyncio.Task[None] | None = None
         self._again: set[asyncio.Future[Position]] = set()
-        self._unwritten: dict[Tab, None] = {}
-        self._write_at: asyncio.TimerHandle | None = None
+        self.intents = Intents(self.sync)
         self._sync_at: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -234,29 +233,14 @@ class Ledger:
             self._waiting.add(tab)
 
     def opened(self, tab: Tab) -> None:
-        """Its intent is written soon: as soon as its engine has been asked where it is alone, so that it is on disk
-        when that answers; in a moment, unless it is settled before, where each record is work for many."""
         self._waiting.discard(tab)
         self.tabs.add(tab)
-        self._unwritten[tab] = None
-        if self._write_at is None:
-            seconds = 0.0 if len(self.tabs) == 1 else OPEN_SECONDS
-            self._write_at = asyncio.get_running_loop().call_later(seconds, self.write_intents)
-
-    def write_intents(self) -> None:
-        if self._write_at is not None:
-            self._write_at.cancel()
-            self._write_at = None
-        unwritten, self._unwritten = self._unwritten, {}
-        for tab in unwritten:
-            tab.write_intent()
-        if unwritten:
-            self.sync()
+        self.intents.add(tab, is_alone=len(self.tabs) == 1)
 
     def closed(self, tab: Tab) -> None:
-        """It is about to be settled. A settlement says all that the intent would, so that need not be written now."""
+        """It is about to be settled."""
         self.tabs.discard(tab)
-        self._unwritten.pop(tab, None)
+        self.intents.discard(tab)
 
     def sync(self) -> None:
         """Somebody waits for what was written."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from operator import attrgetter
+from operator import add, attrgetter
+from typing import NamedTuple
 
 import orjson
 
@@ -23,8 +23,7 @@ from octoai.server.times import DAY_US, MINUTE_US
 OF_REQUESTS = frozenset({"charge", "correction", "refund"})
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """`amount_nanos` is what it adds to the account's balance: charges are negative. `seq` 0: not posted yet."""
 
     at_us: int
@@ -176,7 +175,7 @@ def _add_to_usage(db: Connection, posted: Sequence[Entry]) -> None:
         if entry.kind in OF_REQUESTS:
             key, values = usage_key(entry), usage_values(entry)
             before = sums.get(key)
-            sums[key] = values if before is None else tuple(a + b for a, b in zip(before, values, strict=True))
+            sums[key] = values if before is None else tuple(map(add, before, values))
     db.execute_many(
         """
         INSERT INTO usage (minute_at, account, token_id, model,
