@@ -1,6 +1,6 @@
 """Any OpenAI-shaped server as an engine: vLLM, llama-server, Ollama, over TCP or a unix socket.
 
-Requests are streamed, whatever our client asked for, but for brief ones (decision 0014): only then does leaving free the
+Requests are streamed, whatever our client asked, but for brief ones (decision 0014): only then does leaving free the
 server's slot (a non-streaming request to llama.cpp that is left keeps its slot to the end), and only then are tokens
 counted as they come. Only the paths below and those of its dialect are used, never anything a client could choose.
 """
