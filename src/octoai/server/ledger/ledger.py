@@ -60,6 +60,7 @@ class Tab:
     is_claimed: bool = False  # the database was asked to have that for it
     refunds: str | None = None  # whose charge is given back when this runs: of the request before under that key
     opened_us: int = field(default=0, init=False)
+    _is_over: bool = field(default=False, init=False)
     _opened: asyncio.Future[Position] | None = field(default=None, init=False)
     _settled: asyncio.Future[Any] | None = field(default=None, init=False)
     _checkpoint = NOTHING
@@ -125,13 +126,14 @@ class Tab:
             await self.ledger.on_disk(self._opened)
         elif not settled.cancelled():  # by somebody who did not want to wait: the record is on its way all the same
             await settled
+        self._is_over = True
 
     async def close(self, outcome: str) -> None:
         """However it ended: settled when it was opened, given back when it was not."""
-        if self.opened_us:
+        if not self.opened_us:
+            await self.ledger.give_back(self)
+        elif not self._is_over:
             await self.settle(outcome)
-            return
-        await self.ledger.give_back(self)
 
     def _record(self, kind: str, at_us: int) -> dict[str, Any]:
         key, key_body = self.key or (None, None)

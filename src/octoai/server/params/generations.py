@@ -144,7 +144,7 @@ class TextRequest:
 
     @property
     def num_choices(self) -> int:
-        return sum(generation.n for generation in self.generations)
+        return self.generations[0].n if len(self.generations) == 1 else sum([each.n for each in self.generations])
 
 
 def chat(body: bytes) -> TextRequest:

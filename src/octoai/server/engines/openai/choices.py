@@ -38,22 +38,15 @@ def number_of(choice: Choice, num_choices: int) -> int:
     return number
 
 
-def said_of(choice: Choice) -> Mapping[str, Any] | None:
-    """Of a chat: a piece of a message in a stream, all of it in a whole answer."""
-    said: Mapping[str, Any] | None = choice["delta"] if "delta" in choice else choice.get("message")
-    return said
-
-
 def text_of(choice: Choice) -> str:
     """Where the model declines to answer, and its server says that apart from the text, it is the text."""
-    said = said_of(choice)
-    return _string(choice.get("text") if said is None else said.get("content") or said.get("refusal"))
+    delta = choice.get("delta")
+    return _string(choice.get("text") if delta is None else delta.get("content") or delta.get("refusal"))
 
 
 def reasoning_of(choice: Choice) -> str:
     """Some servers say it under both names."""
-    said = said_of(choice)
-    said = choice if said is None else said
+    said = choice if choice.get("delta") is None else choice["delta"]
     return _string(said.get("reasoning_content") or said.get("reasoning"))
 
 

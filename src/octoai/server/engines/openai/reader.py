@@ -16,7 +16,6 @@ from octoai.server.engines.openai.choices import (
     number_of,
     reason_of,
     reasoning_of,
-    said_of,
     text_of,
     thought_of,
     tokens_of,
@@ -252,7 +251,7 @@ class Reader:
     def _delta(self, number: int, choice: Mapping[str, Any], *, is_told: bool, is_only: bool) -> Delta | None:
         """Counts what it says. `is_told`, `is_only`: as below."""
         text, reasoning, calls = text_of(choice), reasoning_of(choice), None
-        if (message := said_of(choice)) and (said := message.get("tool_calls")):
+        if choice.get("delta") and (said := choice["delta"].get("tool_calls")):
             self._calls = self._calls or Calls()
             calls = self._calls.numbered(number, said)
         has_text = bool(text or reasoning or calls)

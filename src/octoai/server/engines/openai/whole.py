@@ -8,16 +8,7 @@ from typing import Any
 import orjson
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
-from octoai.server.engines.openai.choices import (
-    Calls,
-    Choice,
-    reason_of,
-    reasoning_of,
-    said_of,
-    text_of,
-    thought_of,
-    tokens_of,
-)
+from octoai.server.engines.openai.choices import Calls, reason_of, reasoning_of, text_of, thought_of, tokens_of
 from octoai.server.engines.openai.logprobs import entries
 from octoai.server.engines.openai.refusals import broken
 from octoai.server.errors import EngineFailed
@@ -63,18 +54,14 @@ def _events(answer: Mapping[str, Any], generation: Generation) -> Sequence[Event
     return started, delta, Finished({0: reason}, Usage(prompt_tokens, cached_tokens, num_tokens, num_thought))
 
 
-def _delta(choice: Choice, num_tokens: int, generation: Generation) -> Delta | None:
+def _delta(choice: dict[str, Any], num_tokens: int, generation: Generation) -> Delta | None:
     """All that is said, if anything is."""
-    message = said_of(choice)
-    calls = message.get("tool_calls") if message else None
+    calls = None
+    if "message" in choice:
+        choice["delta"] = message = choice["message"]  # the only piece of it
+        calls = message.get("tool_calls")
     text, reasoning, logprobs = text_of(choice), reasoning_of(choice), choice.get("logprobs")
     if not (text or reasoning or calls or logprobs):
         return None
-    return Delta(
-        0,
-        text,
-        num_tokens,
-        entries(logprobs, has_others=generation.logprobs != 0) if logprobs else None,
-        Calls().numbered(0, calls) if calls else None,
-        reasoning,
-    )
+    told = entries(logprobs, has_others=generation.logprobs != 0) if logprobs else None
+    return Delta(0, text, num_tokens, told, Calls().numbered(0, calls) if calls else None, reasoning)
