@@ -242,13 +242,6 @@ class Job:
         """What it costs by the tokens counted so far."""
         return self.tab.price.charge(self.meter.usage)
 
-    @property
-    def runs_on(self) -> bool:
-        """Whether it is to go on without its client. Its engine has it, would compute it to its end, and say only then
-        what it came to."""
-        is_brief = self.request.generations[0].is_brief and self.deployment.engine.gives_whole
-        return is_brief and self.meter.turn is not None
-
     async def finish(self, answer: str | None = None) -> None:
         """Settle, with the whole answer where it is to be kept. What leaves afterwards is in the ledger."""
         await self.tab.settle("finished", answer)

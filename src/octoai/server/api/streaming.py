@@ -1,7 +1,7 @@
 """Answers that take time: an event stream, or one whole body.
 
-A client that goes away ends its job at once, whether it streams or not, queued or not; but for a brief one that its
-engine has, which has a moment to come to its end. Nothing is decided here; settling is the job's.
+A client that goes away ends its job at once, whether it streams or not, queued or not. Nothing is decided here;
+settling is the job's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ log = logging.getLogger("octoai.http")
 
 Encoder = ChatEncoder | CompletionEncoder
 SLOW_READER_SECONDS = 120.0
-RUN_ON_SECONDS = 10.0  # of a job without its client
 _STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -42,7 +41,7 @@ class BrokenOff(Exception):
 
 async def answer(job: Job, encoder: Encoder, incoming: Incoming) -> None:
     """Run the job, and send what comes of it."""
-    watched = _Watched(incoming, job.recording, job)
+    watched = _Watched(incoming, job.recording)
     try:
         async with job:  # outside, so that a client that leaves now does not disturb how it is settled
             with watched:
@@ -196,13 +195,11 @@ class _Recorded:
 
 class _Watched:
     """Cancels what is inside when the client leaves. Others may have joined a recording: then that goes on as long as
-    one of them is there. So does a job that runs on, for a while."""
+    one of them is there."""
 
-    def __init__(self, incoming: Incoming, recording: Recording | None = None, job: Job | None = None) -> None:
+    def __init__(self, incoming: Incoming, recording: Recording | None = None) -> None:
         self._incoming = incoming
         self._recording = recording
-        self._job = job
-        self._timer: asyncio.TimerHandle | None = None
         self.has_cancelled = self._is_over = False
 
     def __enter__(self) -> None:
@@ -217,22 +214,14 @@ class _Watched:
     ) -> None:
         self._is_over = True
         self._incoming.on_left = None
-        if self._timer is not None:
-            self._timer.cancel()
         if self.has_cancelled:
             self._task.uncancel()
 
     def _left(self) -> None:
         if self._recording is None:
-            self._nobody_reads()
-        else:
-            self._recording.leave(self._nobody_reads)
-
-    def _nobody_reads(self) -> None:
-        if self._job is not None and self._job.runs_on:
-            self._timer = asyncio.get_running_loop().call_later(RUN_ON_SECONDS, self._cancel)
-        else:
             self._cancel()
+        else:
+            self._recording.leave(self._cancel)
 
     def _cancel(self) -> None:
         if not self._is_over:

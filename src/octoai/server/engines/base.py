@@ -32,7 +32,7 @@ class Generation:
     whether the answer is to go on where the last message, which is the assistant's, ends; None where nobody has said.
     `template_kwargs` are for the template that makes a prompt of messages. `slot` is for llama.cpp alone: which of its
     slots is to read it. `is_stream`: somebody reads the answer as it comes; otherwise events may come in larger
-    batches, after the first. `is_brief`: its request asks for nothing else, for little, and for all of it at once.
+    batches, after the first.
     """
 
     max_tokens: int
@@ -61,7 +61,6 @@ class Generation:
     parallel_tool_calls: bool = True
     slot: int | None = None
     is_stream: bool = True
-    is_brief: bool = False
     prompt_bytes: int | None = field(default=None, repr=False, compare=False)  # once somebody has asked
 
     def with_at_most(self, max_tokens: int, why: str) -> Generation:
@@ -200,13 +199,11 @@ OnText = Callable[[Sequence[Event]], bool]
 class Engine(Protocol):
     """What generates. `num_slots` requests run at once; more would wait inside, where nobody sees them.
 
-    `max_choices` is how many choices (`n`) one request may ask for; more become several requests. `gives_whole`: the
-    answer to a brief request comes in one, and what there is of one that is left is known to nobody.
+    `max_choices` is how many choices (`n`) one request may ask for; more become several requests.
     """
 
     num_slots: int
     max_choices: int
-    gives_whole: bool
     context_length: int | None
 
     @property

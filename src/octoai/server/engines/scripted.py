@@ -24,7 +24,6 @@ class ScriptedEngine:
     """
 
     max_choices = 1
-    gives_whole = False
 
     def __init__(
         self,

@@ -22,7 +22,6 @@ from octoai.wire.params import MAX_CHOICES, ChatParams, CompletionParams, Messag
 
 DEFAULT_MAX_TOKENS = 512
 MAX_PROMPTS = 128
-MAX_BRIEF_TOKENS, MAX_BRIEF_PROMPT_BYTES = 32, 16 * 1024  # what a GPU does in about a second
 
 # Parameters of today's clients, OpenAI's, vLLM's and llama.cpp's, that would change the answer in a way nothing here
 # can do. The harmless rest (metadata, store, service_tier, prompt_cache_key, reasoning_effort, …) changes nothing.
@@ -187,8 +186,6 @@ def completion(body: bytes) -> TextRequest:
 
 def _request(params: Mapping[str, Any], generations: tuple[Generation, ...], *, echo: bool = False) -> TextRequest:
     options = params.get("stream_options") or {}
-    if len(generations) == 1:
-        generations[0].is_brief = _is_brief(generations[0])
     return TextRequest(
         model=params["model"],
         generations=generations,
@@ -197,11 +194,6 @@ def _request(params: Mapping[str, Any], generations: tuple[Generation, ...], *, 
         echo=echo,
         has_max_tokens=params.get("max_completion_tokens") is not None or params.get("max_tokens") is not None,
     )
-
-
-def _is_brief(generation: Generation) -> bool:
-    is_short = generation.n == 1 and generation.max_tokens <= MAX_BRIEF_TOKENS and not generation.is_stream
-    return is_short and generation.num_prompt_bytes <= MAX_BRIEF_PROMPT_BYTES
 
 
 def _is_chat(params: Mapping[str, Any]) -> bool:

@@ -1,12 +1,12 @@
-"""Brief answers are asked for as a whole, and mean what their events would have meant."""
+"""Brief answers of a quick engine are asked for as a whole, and mean what their events would have meant."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.openai.answer import Answer
+from octoai.server.engines.openai.briefly import Briefly
 from octoai.server.engines.openai.engine import OpenAIEngine
 from octoai.server.engines.openai.whole import whole
 from octoai.server.errors import BadRequest, EngineFailed, Refusal
-from tests.server.misbehaving import GENERATION, Reply, Upstream, answers, generated, raw, run, soon, up
+from tests.server.misbehaving import GENERATION, WHOLE, Reply, Upstream, answers, generated, raw, run, says, soon, up
 from tests.server.singly import singly
 
-BRIEF = replace(GENERATION, is_stream=False, is_brief=True)
-TEXT = Generation(max_tokens=9, text="Say", is_stream=False, is_brief=True)
+BRIEF = replace(GENERATION, is_stream=False)
+TEXT = Generation(max_tokens=9, text="Say", is_stream=False)
 USAGE = {"prompt_tokens": 30, "completion_tokens": 5, "total_tokens": 35}
 
 
@@ -36,6 +37,17 @@ def answer(message: dict[str, Any] | None = None, reason: str | None = "stop", *
 
 def gives(said: Any) -> Reply:
     return answers(200, said if isinstance(said, bytes) else json.dumps(said).encode())
+
+
+@asynccontextmanager
+async def quick(upstream: Upstream, **options: Any) -> AsyncIterator[OpenAIEngine]:
+    """An engine that has answered quickly before: it streamed."""
+    reply, upstream.reply = upstream.reply, says(*WHOLE)
+    async with up(upstream, **options) as engine:
+        await generated(engine, BRIEF)
+        upstream.reply = reply
+        upstream.requests.clear()
+        yield engine
 
 
 def asked(upstream: Upstream) -> list[dict[str, Any]]:
@@ -57,7 +69,7 @@ def read(said: dict[str, Any], generation: Generation = BRIEF) -> Sequence[Event
 def test_it_is_asked_for_as_a_whole_and_says_what_it_counted(dialect: str) -> None:
     async def main() -> None:
         upstream = Upstream(gives(answer()))
-        async with up(upstream, dialect=dialect) as engine:
+        async with quick(upstream, dialect=dialect) as engine:
             events = await generated(engine, BRIEF)
             assert events == [Started(30), Delta(0, "Hello", 5), Finished({0: "stop"}, Usage(30, 0, 5))]
             upstream.reply = gives({"choices": [{"index": 0, "text": "Hi", "finish_reason": "length"}], "usage": USAGE})
@@ -76,8 +88,7 @@ def test_servers_on_the_same_machine_are_asked_to_stream(dialect: str) -> None:
 
     async def main() -> None:
         upstream = Upstream()
-        async with up(upstream, dialect=dialect) as engine:
-            assert not engine.gives_whole
+        async with quick(upstream, dialect=dialect) as engine:
             await generated(engine, BRIEF)
         assert [body["stream"] for body in asked(upstream)] == [True]
 
@@ -104,7 +115,7 @@ def test_what_is_not_counted_is_streamed_then_and_from_then_on(said: Any) -> Non
             await (streamed if json.loads(up.requests[-1][2])["stream"] else gives(said))(up, writer)
 
         upstream.reply = reply
-        async with up(upstream) as engine:
+        async with quick(upstream) as engine:
             for _ in range(2):
                 events = await generated(engine, BRIEF)
                 assert events[-1] == Finished({0: "stop"}, Usage(4, 0, 2))
@@ -131,7 +142,7 @@ def test_what_is_not_counted_is_streamed_then_and_from_then_on(said: Any) -> Non
 )
 def test_what_is_no_answer_is_refused_as_a_streams_is(reply: Reply, kind: type[Refusal]) -> None:
     async def main() -> None:
-        async with up(Upstream(reply)) as engine:
+        async with quick(Upstream(reply)) as engine:
             with pytest.raises(kind):
                 await generated(engine, BRIEF)
 
@@ -157,7 +168,7 @@ def test_an_answer_means_the_same_streamed_or_whole(text: list[str], thought: li
     chunks = [{"choices": [{"index": 0, **choice, "finish_reason": None}]} for choice in choices]
     chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}, {"choices": [], "usage": usage}]
     lines = b"".join(b"data: " + json.dumps(each).encode() + b"\n\n" for each in chunks) + b"data: [DONE]\n\n"
-    streamed = Answer(replace(BRIEF, is_brief=False)).events(lines)
+    streamed = Answer(BRIEF).events(lines)
     at_once = read(answer(message, reason, usage=usage))
     assert _together(streamed) == _together(at_once)
     assert streamed[-1] == at_once[-1] == Finished({0: reason}, Usage(30, 16, num_tokens, len(thought)))
@@ -206,7 +217,7 @@ def test_one_that_is_cancelled_is_counted_where_it_comes_in_a_moment() -> None:
             writer.write(said[40:])
 
         upstream = Kept(slowly)
-        async with up(upstream) as engine:
+        async with quick(upstream) as engine:
             await _cancelled(engine, upstream, counted)
             assert counted == [(Started(30), Delta(0, "Hello", 5), Finished({0: "stop"}, Usage(30, 0, 5)))]
             await generated(engine, BRIEF)
@@ -223,12 +234,64 @@ def test_one_that_is_cancelled_is_not_waited_for_long() -> None:
             await asyncio.sleep(60)
 
         upstream = Upstream(never)
-        async with up(upstream) as engine:
+        async with quick(upstream) as engine:
             began = time.monotonic()
             await _cancelled(engine, upstream, counted)
             assert 0.5 < time.monotonic() - began < 1.5
             await soon(lambda: upstream.num_generating == 0)
+            upstream.reply = says(*WHOLE)
+            await generated(engine, BRIEF)
         assert counted == []
+        assert [body["stream"] for body in asked(upstream)] == [False, True]  # it is not quick any more
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        replace(BRIEF, max_tokens=33),
+        replace(BRIEF, n=2),
+        replace(BRIEF, is_stream=True),
+        replace(BRIEF, messages=[{"role": "user", "content": "x" * 17_000}]),
+    ],
+    ids=["long", "several", "a stream", "a long prompt"],
+)
+def test_others_are_streamed(generation: Generation) -> None:
+    async def main() -> None:
+        upstream = Upstream()
+        async with quick(upstream) as engine:
+            await generated(engine, generation)
+        assert [body["stream"] for body in asked(upstream)] == [True]
+
+    run(main())
+
+
+def test_a_slow_engine_is_asked_to_stream_until_it_has_been_quick_for_a_while() -> None:
+    briefly = Briefly(gives_whole=True)
+    assert not briefly.is_quick  # nobody knows yet
+    briefly.takes_longer(0.1)
+    assert not briefly.is_quick
+    briefly.took(0.1)
+    assert briefly.is_quick
+    briefly.took(1.0)
+    num_streamed = 0
+    while not briefly.is_quick:
+        briefly.took(0.1)
+        num_streamed += 1
+    assert 5 < num_streamed < 20
+    briefly.takes_longer(0.5)
+    assert not briefly.is_quick
+
+
+def test_one_that_fails_at_once_is_not_quick() -> None:
+    async def main() -> None:
+        upstream = Upstream(answers(500, b"{}"))
+        async with up(upstream) as engine:
+            for _ in range(2):
+                with pytest.raises(EngineFailed):
+                    await generated(engine, BRIEF)
+        assert [body["stream"] for body in asked(upstream)] == [True, True]
 
     run(main())
 

@@ -58,7 +58,7 @@ class _NotStarted(EngineFailed):
 class LlamaEngine:
     """`model` is the name the child serves the weights under; it is never shown to a client."""
 
-    max_choices, gives_whole = 1, False
+    max_choices = 1
 
     def __init__(self, weights: Path, *, model: str, options: LlamaOptions) -> None:
         self.model = model

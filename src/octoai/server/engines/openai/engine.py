@@ -19,8 +19,9 @@ import orjson
 from octoai.server.engines.base import Event, Generation, OnLeft, OnText
 from octoai.server.engines.openai.answer import Answer
 from octoai.server.engines.openai.arrivals import Arrivals
+from octoai.server.engines.openai.briefly import Briefly
 from octoai.server.engines.openai.dialects import DIALECTS
-from octoai.server.engines.openai.exchange import CannotConnect, Exchange, Pool
+from octoai.server.engines.openai.exchange import CannotConnect, Exchange, Failures, Pool
 from octoai.server.engines.openai.plain import MAX_TOKENS, Habits
 from octoai.server.engines.openai.refusals import refusal
 from octoai.server.engines.openai.whole import whole
@@ -64,7 +65,7 @@ class OpenAIEngine:
         self.dialect = DIALECTS[dialect]
         self.num_slots = num_slots
         self.max_choices = self.dialect.max_choices
-        self.gives_whole = self.dialect.gives_whole  # until it turns out that it does not say what it has counted
+        self._briefly = Briefly(gives_whole=self.dialect.gives_whole)
         self.context_length = context_length
         self._pool = Pool(url, key=key, keeps_alive=self.dialect.keeps_alive)
         # Where the server's paths begin, and where those of OpenAI's API do.
@@ -73,7 +74,7 @@ class OpenAIEngine:
         self._stall_seconds = stall_seconds
         self._on_progress = on_progress or self._heard
         self._habits = Habits()
-        self._failures = _Failures(self._failed)
+        self._failures = Failures(self._failed)
         self._no_descriptors = descriptors.Complaint(log, " for a connection to an engine")
         self._is_ready = self._was_heard = False
         self._probe: asyncio.Task[None] | None = None
@@ -167,13 +168,27 @@ class OpenAIEngine:
     def generate(
         self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
     ) -> AsyncGenerator[Sequence[Event]]:
-        is_whole = generation.is_brief and self.gives_whole
-        return (self._brief if is_whole else self._streamed)(self._within(generation), on_left, on_text)
+        return (self._brief if self._briefly.may_be(generation) else self._streamed)(
+            self._within(generation), on_left, on_text
+        )
 
     async def _brief(
         self, generation: Generation, on_left: OnLeft | None, on_text: OnText | None
     ) -> AsyncGenerator[Sequence[Event]]:
-        """An answer that is asked for as a whole, or, where the server does not say how many tokens it has, streamed.
+        if self._briefly.is_quick:
+            with self._briefly.timed():
+                events = await self._whole(generation, on_left)
+            if events:
+                yield events
+                return
+            self._briefly.gives_whole = False
+        with self._briefly.timed():
+            async with aclosing(self._streamed(generation, on_left, on_text)) as batches:
+                async for batch in batches:
+                    yield batch
+
+    async def _whole(self, generation: Generation, on_left: OnLeft | None) -> Sequence[Event]:
+        """An answer that is asked for as a whole; nothing where the server does not say how many tokens it has.
         Cancelled, it waits a moment for the answer, which is counted then."""
         body, blocks = self.dialect.body(generation, self.model, is_stream=False), list[bytes]()
         with self._failures, closing(self._pool.exchange("POST", self._path(generation), body)) as exchange:
@@ -189,13 +204,7 @@ class OpenAIEngine:
             if not exchange.is_over:
                 raise EngineFailed("The engine broke off in the middle of its answer.")
         self._on_progress()
-        if events := whole(said, generation):
-            yield events
-            return
-        self.gives_whole = False
-        async with aclosing(self._streamed(generation, on_left, on_text)) as batches:
-            async for batch in batches:
-                yield batch
+        return whole(said, generation)
 
     async def _streamed(
         self, generation: Generation, on_left: OnLeft | None, on_text: OnText | None
@@ -268,20 +277,6 @@ class OpenAIEngine:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             await self.connect()
-
-
-class _Failures:
-    """To be entered where a connection may fail. It keeps nothing: one is enough for all requests."""
-
-    def __init__(self, named: Callable[[OSError], Refusal]) -> None:
-        self._named = named
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):  # TimeoutError is one
-            raise self._named(error) from error
 
 
 async def _end(exchange: Exchange) -> None:

@@ -29,6 +29,20 @@ class CannotConnect(OSError):
     """There is nobody there."""
 
 
+class Failures:
+    """To be entered where a connection may fail. It keeps nothing: one is enough for all requests."""
+
+    def __init__(self, named: Callable[[OSError], Exception]) -> None:
+        self._named = named
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):  # TimeoutError is one
+            raise self._named(error) from error
+
+
 class Pool:
     """Connections to `http://host:port`, `https://host:port` or `unix:/path/to/socket`; `key` goes as bearer token.
 
