@@ -62,12 +62,12 @@ class Meter:
         if self.turn is None:
             self.turn = self.clock()
 
-    def passed(self, batch: Sequence[Event]) -> float:
-        """A batch of a part went by; returns when. Of an answer that came in one nobody knows when its first token was
-        there."""
+    def passed(self, batch: Sequence[Event], *, is_stream: bool) -> float:
+        """A batch of a part went by; returns when. Of a whole answer that came in one nobody knows when its first token
+        was there."""
         self.last_token = now = self.clock()
         last = batch[-1]
-        if self.first_token is None and not (isinstance(last, Finished) and last.usage.completion_tokens > 1):
+        if self.first_token is None and (is_stream or not _is_several(last)):
             self.first_token = now
         if isinstance(last, Finished):
             self.reasons.update(last.reasons)
@@ -92,3 +92,8 @@ class Meter:
             completion_tokens=sum(part.completion_tokens for part in self.parts),
             reasoning_tokens=sum(part.usage.reasoning_tokens for part in self.parts),
         )
+
+
+def _is_several(event: Event) -> bool:
+    """Whether it ends an answer of more than a token."""
+    return isinstance(event, Finished) and event.usage.completion_tokens > 1

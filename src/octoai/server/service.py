@@ -290,9 +290,10 @@ class Job:
 
     def _observe(self, batch: Batch, num_tokens: int, metrics: SimpleNamespace) -> None:
         before = self.meter.last_token
-        now = self.meter.passed(batch)
-        if num_tokens and self.meter.first_token is not None:
-            metrics.iteration_tokens.observe(num_tokens)
+        now = self.meter.passed(batch, is_stream=self.request.stream)
+        if num_tokens:
+            came_in_one = self.meter.first_token is None
+            metrics.iteration_tokens.observe(self.meter.usage.completion_tokens if came_in_one else num_tokens)
             if before is not None:
                 metrics.inter_token.observe((now - before) / num_tokens)
 

@@ -6,9 +6,12 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import anyio
 import pytest
 
+from octoai.server.admission import Admission
 from octoai.server.engines.openai.engine import OpenAIEngine
 from octoai.server.store.requests import RequestRow
 from tests.running import InProcess
@@ -118,3 +121,35 @@ def test_when_its_first_token_was_there_is_not_said(service: InProcess, held: In
     until(lambda: metric(service, "vllm:e2e_request_latency_seconds_count") == 2, 3)
     assert metric(service, "vllm:request_inference_time_seconds_count") == 2
     assert counts() == before
+
+
+def test_a_client_that_left_before_it_was_admitted_has_nothing_asked_for(
+    service: InProcess, held: InThread, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admit = Admission.admit
+
+    async def slowly(*given: Any, **named: Any) -> Any:
+        with anyio.CancelScope(shield=True):
+            await asyncio.sleep(0.3)
+        return await admit(*given, **named)
+
+    monkeypatch.setattr(Admission, "admit", slowly)
+    client = ask(service)
+    time.sleep(0.1)
+    num_asked = len(held.upstream.requests)
+    client.close()
+    until(lambda: metric(service, "octoai_requests_aborted_total") == 1, 3)
+    assert len(held.upstream.requests) == num_asked
+
+
+def test_tokens_are_counted_by_iteration_however_they_come(service: InProcess, held: InThread, ask: Ask) -> None:
+    release(held)
+    assert ask(service).answer()[0] == 200
+    name = "vllm:time_to_first_token_seconds_count"
+    until(lambda: metric(service, "vllm:e2e_request_latency_seconds_count") == 2, 3)
+    before = metric(service, name)
+    held.upstream.reply = says(b"".join(WHOLE))
+    ask(service, stream=True).until(b"[DONE]")
+    until(lambda: metric(service, "vllm:e2e_request_latency_seconds_count") == 3, 3)
+    assert metric(service, "vllm:iteration_tokens_total_sum") == 2 + 3 + 2
+    assert metric(service, name) == before + 1  # somebody saw it, also where it came with all others

@@ -45,6 +45,8 @@ async def answer(job: Job, encoder: Encoder, incoming: Incoming) -> None:
     try:
         async with job:  # outside, so that a client that leaves now does not disturb how it is settled
             with watched:
+                if watched.has_cancelled:
+                    await asyncio.sleep(0)  # it ends here, before its engine is asked
                 out = incoming if job.recording is None else _Recorded(incoming, job.recording)
                 await (_stream if job.request.stream else _whole)(job, encoder, out)
     except asyncio.CancelledError:

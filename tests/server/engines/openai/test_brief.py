@@ -98,13 +98,12 @@ def test_servers_on_the_same_machine_are_asked_to_stream(dialect: str) -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        b"<html>hello</html>",
-        b"[]",
         answer(usage=None),
         answer(usage={"prompt_tokens": 3}),
         answer(usage={**USAGE, "completion_tokens": 0}),
+        answer({"reasoning": "Hm"}),
     ],
-    ids=["a page", "a list", "no usage", "half of it", "none, where there was text"],
+    ids=["no usage", "half of it", "none, where there was text", "how many are reasoning"],
 )
 def test_what_is_not_counted_is_streamed_then_and_from_then_on(said: Any) -> None:
     async def main() -> None:
@@ -129,6 +128,10 @@ def test_what_is_not_counted_is_streamed_then_and_from_then_on(said: Any) -> Non
     [
         (answers(400, b'{"error": {"message": "no"}}'), BadRequest),
         (answers(500, b"{}"), EngineFailed),
+        (gives(b"<html>hello</html>"), EngineFailed),
+        (gives(b"[]"), EngineFailed),
+        (gives(answer({"tool_calls": 5})), EngineFailed),
+        (gives(answer({"tool_calls": ["f"]})), EngineFailed),
         (gives({"object": "error", "message": "CUDA out of memory"}), EngineFailed),
         (gives(answer(reason=None)), EngineFailed),
         (gives(answer({"content": 5})), EngineFailed),
@@ -184,6 +187,7 @@ def test_how_much_of_it_was_thought_is_not_guessed() -> None:
     thought = read(answer({"content": None, "reasoning": "Hm"}, "length"))
     assert thought[-1] == Finished({0: "length"}, Usage(30, 0, 5, 5))
     assert not read(answer({"reasoning": "Hm"}))
+    assert not read(answer({"content": None, "reasoning": "Hm", "tool_calls": [{"id": "a", "function": {}}]}))
 
 
 def test_calls_of_tools_and_logprobs_are_those_of_a_stream() -> None:
@@ -194,6 +198,14 @@ def test_calls_of_tools_and_logprobs_are_those_of_a_stream() -> None:
     assert said.tool_calls is not None
     assert [call["index"] for call in said.tool_calls] == [0, 1]
     assert said.tool_calls[0] == {**calls[0], "index": 0}
+    odd = [{"id": "a", "index": index, "function": {"name": "f", "arguments": "{}"}} for index in (-1, -1, 0)]
+    _, said, _ = read(answer({"tool_calls": odd}, "tool_calls"))  # SGLang says -1 of each
+    assert isinstance(said, Delta)
+    assert [(call["index"], call["function"]["arguments"]) for call in said.tool_calls or ()] == [
+        (0, "{}"),
+        (1, "{}"),
+        (2, "{}"),
+    ]
     assert isinstance(end, Finished)
     assert end.reasons == {0: "tool_calls"}
 
@@ -254,8 +266,12 @@ def test_one_that_is_cancelled_is_not_waited_for_long() -> None:
         replace(BRIEF, n=2),
         replace(BRIEF, is_stream=True),
         replace(BRIEF, messages=[{"role": "user", "content": "x" * 17_000}]),
+        replace(BRIEF, messages=[{"role": "assistant", "reasoning_content": "é" * 9_000, "content": "x"}]),
+        replace(
+            BRIEF, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]
+        ),
     ],
-    ids=["long", "several", "a stream", "a long prompt"],
+    ids=["long", "several", "a stream", "a long prompt", "long in another place", "an image"],
 )
 def test_others_are_streamed(generation: Generation) -> None:
     async def main() -> None:
@@ -269,19 +285,38 @@ def test_others_are_streamed(generation: Generation) -> None:
 
 def test_a_slow_engine_is_asked_to_stream_until_it_has_been_quick_for_a_while() -> None:
     briefly = Briefly(gives_whole=True)
-    assert not briefly.is_quick  # nobody knows yet
+    assert not briefly.may_be_whole(b"{}")  # nobody knows yet
     briefly.takes_longer(0.1)
-    assert not briefly.is_quick
+    assert not briefly.may_be_whole(b"{}")
     briefly.took(0.1)
-    assert briefly.is_quick
+    assert briefly.may_be_whole(b"{}")
     briefly.took(1.0)
     num_streamed = 0
-    while not briefly.is_quick:
+    while not briefly.may_be_whole(b"{}"):
         briefly.took(0.1)
         num_streamed += 1
     assert 5 < num_streamed < 20
     briefly.takes_longer(0.5)
-    assert not briefly.is_quick
+    assert not briefly.may_be_whole(b"{}")
+
+
+def test_one_whose_connection_breaks_while_it_is_computed_is_not_asked_for_again() -> None:
+    """Of a kept connection that was closed before, that is seen at once."""
+
+    async def main() -> None:
+        async def breaks(_: Upstream, writer: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(0.7)
+            writer.transport.abort()
+
+        upstream = Kept(gives(answer()))
+        async with quick(upstream) as engine:
+            await generated(engine, BRIEF)
+            upstream.reply = breaks
+            with pytest.raises(EngineFailed):
+                await generated(engine, BRIEF)
+        assert len(asked(upstream)) == 2
+
+    run(main())
 
 
 def test_one_that_fails_at_once_is_not_quick() -> None:

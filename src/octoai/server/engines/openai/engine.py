@@ -168,29 +168,31 @@ class OpenAIEngine:
     def generate(
         self, generation: Generation, on_left: OnLeft | None = None, on_text: OnText | None = None
     ) -> AsyncGenerator[Sequence[Event]]:
-        return (self._brief if self._briefly.may_be(generation) else self._streamed)(
+        return (self._brief if self._briefly.is_brief(generation) else self._streamed)(
             self._within(generation), on_left, on_text
         )
 
     async def _brief(
         self, generation: Generation, on_left: OnLeft | None, on_text: OnText | None
     ) -> AsyncGenerator[Sequence[Event]]:
-        if self._briefly.is_quick:
+        body = self.dialect.body(generation, self.model, is_stream=False)
+        if self._briefly.may_be_whole(body):
             with self._briefly.timed():
-                events = await self._whole(generation, on_left)
+                events = await self._whole(body, generation, on_left)
             if events:
                 yield events
                 return
             self._briefly.gives_whole = False
+            log.info("engine %s does not count the tokens of whole answers: they are streamed", self.model)
         with self._briefly.timed():
             async with aclosing(self._streamed(generation, on_left, on_text)) as batches:
                 async for batch in batches:
                     yield batch
 
-    async def _whole(self, generation: Generation, on_left: OnLeft | None) -> Sequence[Event]:
+    async def _whole(self, body: bytes, generation: Generation, on_left: OnLeft | None) -> Sequence[Event]:
         """An answer that is asked for as a whole; nothing where the server does not say how many tokens it has.
         Cancelled, it waits a moment for the answer, which is counted then."""
-        body, blocks = self.dialect.body(generation, self.model, is_stream=False), list[bytes]()
+        blocks: list[bytes] = []
         with self._failures, closing(self._pool.exchange("POST", self._path(generation), body)) as exchange:
             try:
                 await self._accepted(exchange, generation)

@@ -20,6 +20,7 @@ import anyio
 from octoai.server.engines.openai.connection import Connection
 
 CONNECT_SECONDS = 5.0
+CLOSED_SECONDS = 0.5  # until it is seen that a kept connection was closed, also over a long way
 LEAVE_SECONDS = 0.9  # in all, with the slot still held: an engine that does not stop by itself is cut off then
 MAX_LEFT_BYTES = 64 * 1024 * 1024
 MAX_IDLE = 256
@@ -138,16 +139,17 @@ class Exchange:
         """The answer's status, once its head is here, each part of that in so many seconds.
 
         A kept connection may have been closed under the request, unanswered: then it goes out once more, on a fresh
-        one. Raises CannotConnect.
+        one. That is seen in a moment; later it is the answer that broke off. Raises CannotConnect.
         """
         kept = self._connection = self._pool._kept()
         if kept is not None:
+            until = kept.now() + CLOSED_SECONDS
             try:
                 return await kept.ask(self._message, seconds)
             except TimeoutError:
                 raise
             except OSError:
-                if kept.status:
+                if kept.status or kept.now() > until:
                     raise
                 kept.abort()
                 self._connection = None

@@ -15,14 +15,14 @@ from octoai.server.errors import EngineFailed
 
 
 def whole(body: bytes, generation: Generation) -> Sequence[Event]:
-    """All of an answer of one choice; nothing where it is none, or does not say how many tokens it has: streamed, they
-    are counted. Raises EngineFailed, and what an error means that the engine says after its 200."""
+    """All of an answer of one choice; nothing where it does not say how many tokens it has: streamed, they are counted.
+    Raises EngineFailed, and what an error means that the engine says after its 200."""
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
-        return ()
+        raise EngineFailed("The engine's answer is not JSON.") from None
     if not isinstance(answer, dict):
-        return ()
+        raise EngineFailed("The engine's answer is not an object.")
     if answer.get("error") or answer.get("object") == "error":
         raise broken(answer, generation)
     try:
@@ -46,7 +46,7 @@ def _events(answer: Mapping[str, Any], generation: Generation) -> Sequence[Event
     if delta is None:
         return started, Finished({0: reason}, Usage(prompt_tokens, cached_tokens, num_tokens, num_thought))
     if delta.reasoning and not num_thought:
-        if delta.text:
+        if delta.text or delta.tool_calls:
             return ()  # which of its tokens it thought is said by a stream alone
         num_thought = num_tokens
     if num_tokens == 0:
@@ -59,9 +59,15 @@ def _delta(choice: dict[str, Any], num_tokens: int, generation: Generation) -> D
     calls = None
     if "message" in choice:
         choice["delta"] = message = choice["message"]  # the only piece of it
-        calls = message.get("tool_calls")
+        calls = [_call(number, call) for number, call in enumerate(message.get("tool_calls") or ())] or None
     text, reasoning, logprobs = text_of(choice), reasoning_of(choice), choice.get("logprobs")
     if not (text or reasoning or calls or logprobs):
         return None
     told = entries(logprobs, has_others=generation.logprobs != 0) if logprobs else None
-    return Delta(0, text, num_tokens, told, Calls().numbered(0, calls) if calls else None, reasoning)
+    return Delta(0, text, num_tokens, told, calls, reasoning)
+
+
+def _call(number: int, call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """By its place, whatever its server calls it: SGLang says -1 of each."""
+    (said,) = Calls().numbered(0, [{**call, "index": 0}])
+    return {**said, "index": number}
