@@ -229,8 +229,8 @@ class Engine(Protocol):
 
         What the engine had written by then is read all the same, and `on_left` is called once, before that returns:
         with how far everything had come, in `Started` (of a prompt still being read: with as much as was read) and one
-        `Delta` without text a choice, or in `Finished`. So it is when the engine breaks off. Of an answer that it gives as
-        a whole nothing is known before that.
+        `Delta` without text a choice, or in `Finished`. So it is when the engine breaks off. Of an answer that it gives
+        as a whole nothing is known before that.
 
         While the next batch is waited for, an engine may offer it to `on_text` instead: what that takes is not given
         here. It is not called before the first batch was given, and what it raises is raised here.
