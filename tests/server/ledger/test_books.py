@@ -20,17 +20,19 @@ from octoai.server.accounts import Caller
 from octoai.server.billing.money import Price
 from octoai.server.engines.base import Usage
 from octoai.server.errors import RateLimited, Unavailable
-from octoai.server.journal import Journal, JournalDamaged, Orphan, is_alive
+from octoai.server.journal import Journal, JournalDamaged, Orphan, instances, orphans
 from octoai.server.ledger import books as books_module
 from octoai.server.ledger.books import Books, journal_dir, recover
 from octoai.server.ledger.ledger import Ledger, Tab
 from octoai.server.settings import Settings
-from octoai.server.store import Connection, Place, connect, keys, usage
+from octoai.server.store import Connection, Place, connect, keys, requests, usage
 from octoai.server.store.audit import verify
 from octoai.server.store.entries import Entry, balance_nanos, post
+from octoai.server.store.journals import keep_position
 from octoai.server.store.keys import KeyRow
 from octoai.server.store.reservations import Reservation
 from octoai.server.store.usage import Filters
+from octoai.server.times import now_us
 from tests.server.settling import COST, balance, kept, num_steps, process_of, run, settlement, until
 
 SEGMENT_BYTES = 64 * 1024
@@ -192,7 +194,8 @@ def test_a_damaged_journal_does_not_keep_others_from_being_brought_in(place: Pla
     with pytest.raises(JournalDamaged):
         recover(place)
     assert list(journal_dir(place).glob(f"{good}*")) == []
-    assert not is_alive(journal_dir(place), bad)  # it is tried again, and so it is when somebody has seen to it
+    (left,) = orphans(journal_dir(place))  # it is tried again, and so it is when somebody has seen to it
+    left.close()
     path.write_bytes(whole)
     assert recover(place) == 0
     assert balance(place) == -12 * COST
@@ -405,6 +408,69 @@ def test_what_a_backup_lacks_is_charged_though_it_lacks_the_credit_too(tmp_path:
             give(db)
         assert balance_nanos(db, "acme") == credit - 5 * most
         verify(db)
+
+
+async def abandoned(place: Place, *, is_lease_over: bool) -> str:
+    """The id of a request whose intent the database has, in the journal of a process that died with it under way, and a
+    checkpoint in there that the database lacks."""
+    journal, intent = opened(place), settlement(1) | {"kind": "intent"}
+    intent |= {"journal": journal.instance, "lease_us": intent["opened_us"] + (-1 if is_lease_over else 60_000_000)}
+    checkpoint = settlement(1) | {"kind": "checkpoint", "id": intent["id"]}
+    with closing(connect(place)) as db, db.transaction():
+        requests.apply(db, [intent], intent["opened_us"])
+        keep_position(db, journal.instance, await journal.append(intent, soon=True))
+    await journal.append(checkpoint, soon=True)
+    journal.close()
+    return str(intent["id"])
+
+
+@pytest.mark.parametrize("is_lease_over", [False, True])
+def test_what_died_while_the_database_was_away_is_billed_by_its_journal_though_its_lease_is_over(
+    place: Place, monkeypatch: pytest.MonkeyPatch, is_lease_over: bool
+) -> None:
+    monkeypatch.setattr(books_module, "KEEP_ORDER_SECONDS", 0.05)
+
+    async def main() -> None:
+        id_ = await abandoned(place, is_lease_over=is_lease_over)
+        async with kept(place, is_beside=False) as (books, journal):
+            await until(lambda: instances(journal.directory) == [journal.instance])
+            found = await books.read(lambda db: requests.of_id(db, id_))
+            assert found is not None
+            assert (found.status, found.cost_nanos) == ("interrupted", COST)
+
+    run(main())
+    assert balance(place) == -COST
+
+
+def test_what_another_machine_settled_before_its_journal_came_in_is_billed_by_that(place: Place) -> None:
+    id_ = asyncio.run(abandoned(place, is_lease_over=True))
+    with closing(connect(place)) as db, db.transaction():
+        requests.interrupt(db, requests.expired(db, now_us()), now_us())
+    assert balance(place) == 0
+    assert recover(place) == 0
+    assert balance(place) == -COST
+    with closing(connect(place)) as db:
+        found = requests.of_id(db, id_)
+    assert found is not None
+    assert (found.status, found.completion_tokens, found.waived_nanos) == ("interrupted", 16, 0)
+
+
+def test_what_a_process_left_whose_journal_is_nowhere_is_settled_when_its_lease_is_over(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(books_module, "KEEP_ORDER_SECONDS", 0.05)
+
+    async def main() -> None:
+        id_ = await abandoned(place, is_lease_over=True)
+        for path in journal_dir(place).iterdir():
+            path.unlink()
+        async with kept(place, is_beside=False) as (books, _):
+            while (found := await books.read(lambda db: requests.of_id(db, id_))) and found.status == "open":
+                await asyncio.sleep(0.02)
+            assert found is not None
+            assert (found.status, found.cost_nanos) == ("interrupted", 0)
+
+    run(main())
 
 
 def test_an_end_in_order_leaves_no_key_to_a_request_that_never_ran(place: Place) -> None:

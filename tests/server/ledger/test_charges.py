@@ -173,6 +173,27 @@ def test_a_correction_to_less_takes_from_what_was_waived_first(table: Callable[.
     assert books.row("one") == ("settled", 300, 100)
 
 
+def test_a_dead_process_is_billed_by_its_last_checkpoint_though_its_lease_ran_out_before(
+    table: Callable[..., Table],
+) -> None:
+    books = table()
+    one = books.begin("one", START, 20)
+    books.write(one, "checkpoint", START, 10)
+    books.begin("two", LATER, 30)  # takes what was held
+    books.expire(LATER)
+    assert books.row("one") == ("interrupted", 100, 0)
+    late = list[dict[str, Any]]()
+    for completion_tokens in (5, 50, 70):
+        one.completion_tokens = completion_tokens
+        late.append(one.record("checkpoint", START))
+    for records in (late[:2], late[:2], late, late[:1]):  # read again, it changes nothing
+        with books.db.transaction():
+            requests.correct(books.db, records, LATER)
+    assert books.row("one") == ("interrupted", 600, 100)  # all that two does not hold
+    books.write(one, "settlement", LATER, 40)
+    assert books.row("one") == ("settled", 400, 0)
+
+
 def test_a_corrected_request_is_refunded_whole(table: Callable[..., Table]) -> None:
     books = table()
     one = books.begin("one", START)

@@ -22,6 +22,7 @@ For local file systems: processes tell that others live by `flock`.
 
 from __future__ import annotations
 
+from octoai.server.journal.files import instances
 from octoai.server.journal.followed import Followed
 from octoai.server.journal.lines import (
     START,
@@ -32,7 +33,7 @@ from octoai.server.journal.lines import (
     JournalGap,
     Position,
 )
-from octoai.server.journal.orphans import Orphan, is_alive, orphans
+from octoai.server.journal.orphans import Orphan, orphans
 from octoai.server.journal.tail import Tail, gap
 from octoai.server.journal.writer import SEGMENT_BYTES, Journal
 
@@ -50,6 +51,6 @@ __all__ = [
     "Position",
     "Tail",
     "gap",
-    "is_alive",
+    "instances",
     "orphans",
 ]

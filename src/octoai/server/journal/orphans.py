@@ -50,12 +50,3 @@ def orphans(directory: Path) -> list[Orphan]:
     """Every journal there whose process is dead, held for the caller, who removes or closes each."""
     locks = [(instance, files.take_lock(directory, instance)) for instance in files.instances(directory)]
     return [Orphan(directory, instance, lock) for instance, lock in locks if lock is not None]
-
-
-def is_alive(directory: Path, instance: str) -> bool:
-    """Whether the process of that journal lives on this machine, or another brings it in."""
-    lock = files.take_lock(directory, instance)
-    if lock is None:
-        return instance in files.instances(directory)
-    os.close(lock)
-    return False

@@ -20,7 +20,7 @@ import orjson
 
 from octoai.server.errors import RateLimited, Unavailable
 from octoai.server.idempotency import KEEP_SECONDS
-from octoai.server.journal import Journal, JournalError, Orphan, Position, is_alive, orphans
+from octoai.server.journal import Journal, JournalError, Orphan, Position, instances, orphans
 from octoai.server.store import Place, clocks, connect, keys, requests, reservations
 from octoai.server.store.applier import END_SECONDS, Applier
 from octoai.server.store.database import Connection, StoreError
@@ -178,10 +178,10 @@ class Books:
 
     def _order(self, db: Connection) -> None:
         now = now_us()
-        expired, directory = requests.expired(db, now), journal_dir(self.place)
-        # Those of a process that lives are not, however long the database was away: ours, and others' on this machine.
-        alive = {each for each in {row.journal for row in expired} if is_alive(directory, each)}
-        lost = [row for row in expired if row.journal not in alive]
+        # However long the database was away: what a process on this machine used is in its journal, whether it lives
+        # or is dead and that is still to be brought in.
+        here = set(instances(journal_dir(self.place)))
+        lost = [row for row in requests.expired(db, now) if row.journal not in here]
         if lost:
             log.warning("%d requests of a process that was not heard of are settled by their checkpoints", len(lost))
         if waived_nanos := requests.interrupt(db, lost, now):
@@ -244,7 +244,8 @@ def _recovered(db: Connection, orphan: Orphan) -> int:
     while batch := tail.records(BATCH):
         with db.transaction():
             expect(db, orphan.instance, position)
-            waived_nanos += requests.apply(db, [orjson.loads(payload) for payload, _ in batch], now_us())
+            records = [orjson.loads(payload) for payload, _ in batch]
+            waived_nanos += requests.apply(db, records, now_us()) + requests.correct(db, records, now_us())
             keep_position(db, orphan.instance, batch[-1][1])
         position = batch[-1][1]
     with db.transaction():

@@ -123,11 +123,26 @@ def _note_keys(db: Connection, records: Sequence[Record], now_us: int) -> None:
 
 def interrupt(db: Connection, rows: Sequence[RequestRow], now_us: int) -> int:
     """Settle requests that nobody will settle any more, by their last checkpoints. Returns as `apply`."""
+    return _bill(db, [(row, row._replace(status="interrupted", settled_us=now_us)) for row in rows], now_us)
+
+
+def correct(db: Connection, records: Iterable[Record], now_us: int) -> int:
+    """Bill what a dead process's checkpoints say beyond what its requests were interrupted by: their leases had run out
+    before it came in, and no settlement will come. Returns as `apply`."""
+    last = {record["id"]: record for record in records if record["kind"] == "checkpoint"}
+    found = _found(db, set(last)).values()
+    after = [(row, row._replace(**_counts(last[row.id]), settled_us=now_us)) for row in found]
+    more = [(row, late) for row, late in after if late.completion_tokens > row.completion_tokens]
+    return _bill(db, [(row, late) for row, late in more if row.status == "interrupted"], now_us)
+
+
+def _bill(db: Connection, interrupted: Sequence[tuple[RequestRow, RequestRow]], now_us: int) -> int:
+    """Rows as they were and as they are to be, but for what they are charged."""
     due: list[Entry] = []
-    ended = [_settled(db, row, row._replace(status="interrupted", settled_us=now_us), due, now_us) for row in rows]
+    ended = [_settled(db, before, after, due, now_us) for before, after in interrupted]
     _write(db, ended)
     post(db, due)
-    return sum(row.waived_nanos for row in ended)
+    return sum(row.waived_nanos for row in ended) - sum(before.waived_nanos for before, _ in interrupted)
 
 
 def open_of_journal(db: Connection, journal: str) -> list[RequestRow]:
