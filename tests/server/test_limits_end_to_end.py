@@ -32,6 +32,7 @@ from octoai.server.limits import Standings
 from octoai.server.params import generations
 from octoai.server.store import Connection, Place, connect, entries, keys, rates, reservations, sqlite, writer
 from octoai.server.store.reservations import Reservation, Standing
+from octoai.server.times import now_us
 from tests.running import InProcess, Start
 from tests.server.settling import process_of
 from tests.talking import MESSAGES, Talk, ask, is_idle, request, until
@@ -415,6 +416,57 @@ def test_what_ended_while_the_database_hung_is_not_held_against_the_next(
     threading.Timer(0.3, os.kill, (applier, signal.SIGCONT)).start()
     assert client.ask()[0] == 200
     assert client.held() == (0, 0)
+
+
+@contextmanager
+def unheard_of(client: Client, began: Talk) -> Iterator[None]:
+    """It ends while the database hangs, and that is not brought in before the end."""
+    service, admitting = client.service, client.service.service.admission
+    until(lambda: client.held()[0] == 1, 5)
+    with away(service):
+        admitting.ledger.writer.later(lambda _: None)
+        until(lambda: admitting.ledger.writer.away_seconds is not None, 2)
+        began.close()
+        until(lambda: is_idle(service), 2)
+        applier = process_of(admitting.books).pid
+        os.kill(applier, signal.SIGSTOP)
+    yield
+    os.kill(applier, signal.SIGCONT)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An applier in a process of its own, that is not waited for for long, as the database is not."""
+    monkeypatch.setattr(app, "over", partial(app.over, is_beside=True))
+    monkeypatch.setattr(writer, "HANG_SECONDS", 0.3)
+    for each in (holding, ledger):
+        monkeypatch.setattr(each, "LIMIT_SECONDS", 0.3)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("is_token", [False, True], ids=["credit", "a budget of the token"])
+def test_money_that_the_database_says_is_gone_is_not_spent_though_it_does_not_have_all_that_ended(
+    in_process: Start, is_token: bool
+) -> None:
+    service, budget = in_process(ScriptedEngine(SLOW)), 100 * ONE
+    client = Client(service, token_limits={"hard_budget_nanos": budget}) if is_token else Client(service, credit=budget)
+
+    def spent_elsewhere(db: Connection) -> None:
+        entries.post(db, [entries.Entry(now_us(), "acme", "charge", ONE - 1 - budget, client.minted.id)])
+
+    with unheard_of(client, client.stream()):
+        service.books(spent_elsewhere)
+        assert codes([client.ask() for _ in range(2)]) == {402: 2}
+        assert client.ask(1)[0] == 200  # there is as much, where what ended came to little
+    assert client.ask()[0] == 402
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_rate_holds_where_money_would_have_to_be_counted_without_the_database(in_process: Start) -> None:
+    client = Client(in_process(ScriptedEngine(SLOW)), credit=2 * ONE - 1, limits={"requests_per_minute": 1})
+    with unheard_of(client, client.stream()):
+        assert codes([client.ask() for _ in range(2)]) == {429: 2}
+    assert len(client.service.engine.seen) == 1
 
 
 def test_what_the_database_has_refused_is_not_served_once_that_is_away(

@@ -56,11 +56,12 @@ class Standings:
 
 
 class NotCovered(OutOfCredit):
-    """By the database, which has these `standings` of the caller, nothing being held for the request."""
+    """By the database, which has these `standings` of the caller, nothing being held for the request; `limited` is what
+    else it would be refused for."""
 
-    def __init__(self, message: str, standings: Standings) -> None:
+    def __init__(self, message: str, standings: Standings, limited: RateLimited | None) -> None:
         super().__init__(message)
-        self.standings = standings
+        self.standings, self.limited = standings, limited
 
 
 def standings(db: Connection, caller: Caller, now_us: int) -> Standings:
@@ -78,19 +79,25 @@ def reserve(db: Connection, caller: Caller, wanted: Reservation, refunds: str | 
         ("account", "account", caller.account.id, before.account),
         ("token", "token_id", caller.token.id, before.token),
     )
-    row = requests.charged(db, refunds)
-    for name, column, payer, standing in both:
-        returning_nanos = row.cost_nanos if row and getattr(row, column) == payer else 0
-        if uncovered := _uncovered(name, standing, wanted, returning_nanos):
-            raise NotCovered(uncovered, before)
+    row, uncovered = requests.charged(db, refunds), None
     refusals: list[RateLimited] = []
     for name, column, payer, standing in both:
+        returning_nanos = row.cost_nanos if row and getattr(row, column) == payer else 0
+        uncovered = uncovered or _uncovered(name, standing, wanted, returning_nanos)
         refusals += _running_refusals(name, standing)
         refusals += _rate_refusals(name, standing, wanted, partial(rates.past, db, column, payer, now_us))
-    if refusals:  # the one that takes longest: when that one is over, the request is let through
-        raise max(refusals, key=lambda refusal: math.inf if refusal.retry_after is None else refusal.retry_after)
+    # The one that takes longest: when that one is over, the request is let through.
+    limited = max(refusals, key=_seconds, default=None)
+    if uncovered is not None:
+        raise NotCovered(uncovered, before, limited)
+    if limited is not None:
+        raise limited
     reservations.hold(db, wanted)
     return Standings(before.account.with_one_more(wanted), before.token.with_one_more(wanted), now_us)
+
+
+def _seconds(refusal: RateLimited) -> float:
+    return math.inf if refusal.retry_after is None else refusal.retry_after
 
 
 def _uncovered(name: str, standing: Standing, wanted: Reservation, returning_nanos: int) -> str | None:

@@ -71,15 +71,18 @@ class Holding:
         )
         try:
             return await ask()
-        except (OutOfCredit, RateLimited) as refusal:
+        except (NotCovered, RateLimited) as refusal:
             ended = self._ended.get(caller.account.id, START)
             if ended <= self._writer.applied:
                 raise
             try:
                 await self._writer.reached(ended, seconds=LIMIT_SECONDS)
             except StoreAway:
-                if isinstance(refusal, RateLimited):  # rates cannot be counted here, as money can
-                    raise refusal from None
+                limited = refusal if isinstance(refusal, RateLimited) else refusal.limited
+                if isinstance(refusal, NotCovered):
+                    self.remaining.at_most(caller, refusal.standings)
+                if limited is not None:  # rates cannot be counted here, as money can
+                    raise limited from None
                 raise
         return await ask()
 

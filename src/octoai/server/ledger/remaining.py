@@ -34,6 +34,14 @@ class Remaining:
                 if payer in (each.account, each.token_id):
                     self._take(payer, each)
 
+    def at_most(self, caller: Caller, standings: Standings) -> None:
+        """From the database, which takes for running what has ended here: there is no more than what is left without
+        anything being held, since what has ended can but lessen that."""
+        for payer, standing in ((caller.account.id, standings.account), (caller.token.id, standings.token)):
+            if standing.left_nanos is not None and payer in self._left:
+                most = (standing.left_nanos + standing.held_nanos) // self._num_processes
+                self._left[payer] = min(self._left[payer], most)
+
     def told(self) -> list[Reservation]:
         """What the database does not know of, which it is told now: what is heard next is less for it."""
         unheard, self._unheard = list(self._unheard), set()
