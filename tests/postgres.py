@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -88,6 +89,17 @@ class PostgresServer:
         """From now on `other` is found where that database was, which is gone: as in a failover."""
         self.drop_database(url)
         self._administrate(f"ALTER DATABASE {other.rpartition('/')[2]} RENAME TO {url.rpartition('/')[2]}")
+
+    @contextlib.contextmanager
+    def without(self, url: str, pid: int) -> Iterator[None]:
+        """That connection is ended, and there is no room for another in its place; those of others stay."""
+        name = url.rpartition("/")[2]
+        self._administrate(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        try:
+            self._administrate(f"SELECT pg_terminate_backend({pid}, 5000)")
+            yield
+        finally:
+            self._administrate(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
     def start(self) -> None:
         self._run("pg_ctl", "start", "-w", "-D", str(self._data), "-l", str(self._directory / "log"))

@@ -271,6 +271,29 @@ def test_what_was_used_without_the_database_is_not_promised_again_before_that_ha
     run(main())
 
 
+def test_what_it_brings_in_says_nothing_of_the_connection_of_the_service(
+    postgres_server: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    """Where there is no room for one more on the server, its own stays."""
+
+    async def main() -> None:
+        async with kept(Place(tmp_path, postgres_url)) as (books, journal):
+            await books.writer.reached(await appended(journal, range(1)))
+            (own,) = await books.writer.run(lambda db: db.row("SELECT pg_backend_pid()")) or (0,)
+            with postgres_server.without(postgres_url, own):
+                with pytest.raises(StoreAway):
+                    await books.writer.run(lambda _: None)
+                away_at = time.monotonic()
+                for number in range(1, 6):
+                    await books.writer.reached(await appended(journal, range(number, number + 1)))
+                    with pytest.raises(StoreAway):
+                        await books.writer.run(lambda _: None)
+                assert (books.writer.away_since or time.monotonic()) <= away_at
+            await until(lambda: books.writer.away_seconds is None, 3)
+
+    run(main())
+
+
 def test_one_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: Any, **__: Any) -> None:
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")

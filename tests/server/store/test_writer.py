@@ -76,6 +76,22 @@ def test_a_transaction_that_takes_its_time_is_no_database_that_is_away(place: Pl
     run(main())
 
 
+def test_a_database_that_is_back_is_noticed_though_nobody_asks(place: Place) -> None:
+    async def main() -> None:
+        def fail(_: Connection) -> None:
+            raise StoreAway("restarted")
+
+        writer = Writer(place)
+        writer.start()
+        with pytest.raises(StoreAway):
+            await writer.run(fail)
+        assert writer.away_seconds is not None
+        await until(lambda: writer.away_seconds is None, 3)
+        await asyncio.to_thread(writer.close)
+
+    run(main())
+
+
 def test_what_nobody_waits_for_any_more_is_not_done_and_what_is_kept_is(place: Place) -> None:
     async def main() -> None:
         did: list[str] = []

@@ -161,8 +161,8 @@ class Writer:
     def _hear(self, news: News) -> None:
         """From the applier, in the loop."""
         self.applied, self.is_full = news.applied, news.is_full
-        if news.failure is None:
-            self._behind_since = self.away_since = None
+        if news.failure is None:  # which says nothing of the connection that this process has
+            self._behind_since = None
         elif self._behind_since is None:
             self._behind_since = time.monotonic()
         self._tell_waiting(None if news.failure is None else StoreAway(news.failure))
@@ -212,7 +212,7 @@ class Writer:
         work = self._wanted()
         try:
             payloads = [] if self._tail is None else self._tail.records(BATCH)
-            if not work and not payloads:
+            if not work and not payloads and not self._looks:
                 self._tell_who_waits_here()
                 return False
             num_read, self._began = len(payloads), time.monotonic()
@@ -227,6 +227,12 @@ class Writer:
                 log.error("what was kept until the database is there cannot be done: %s", raised, exc_info=raised)
             resolve(each.done, result, raised)
         return bool(self._work or num_read)  # what was read may have ended with its segment
+
+    @property
+    def _looks(self) -> bool:
+        """Whether the database is asked though there is nothing to do: nobody may be let through to ask whether it is
+        back. Not one that is full, where a transaction without anything in it is no proof."""
+        return self.away_since is not None and not self.is_full and not self._is_closing
 
     def _wanted(self) -> list[Work]:
         """What is to be done next, without what nobody waits for any more. Not more than a batch: all others that write
