@@ -350,6 +350,44 @@ def test_a_database_that_does_not_answer_in_time_is_away_where_nobody_is_served_
     assert client.ask()[0] == 200
 
 
+class Counting(ScriptedEngine):
+    """Takes its time to count a prompt's tokens, once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+
+    async def count_tokens(self, generation: Generation) -> int | None:
+        while not self.goes_on.is_set():
+            await asyncio.sleep(0.01)
+        return await super().count_tokens(generation)
+
+
+@pytest.mark.parametrize("serves", [False, True], ids=["refuse", "serve"])
+def test_what_is_being_admitted_when_the_database_goes_away_is_refused_where_nothing_is_spent_without_it(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch, serves: bool
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
+    engine = Counting()
+    service = in_process(engine, when_database_is_away="serve" if serves else "refuse")
+    client = Client(service, limits={"prompt_tokens_per_minute": 1000})
+    assert client.ask()[0] == 200
+    books, answers = service.service.admission.ledger.writer, list[Answer]()
+    engine.goes_on.clear()
+    asking = threading.Thread(target=lambda: answers.append(client.ask()))
+    asking.start()
+    time.sleep(0.2)  # it is past the first look
+    with away(service):
+        books.later(lambda _: None)
+        until(lambda: books.away_since is not None, 2)
+        engine.goes_on.set()
+        asking.join()
+    assert codes(answers) == ({200: 1} if serves else {503: 1})
+    assert len(engine.seen) == 1 + serves
+    assert client.ask()[0] == 200
+
+
 def test_a_database_that_is_known_to_hang_is_not_waited_for(in_process: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holding, "LIMIT_SECONDS", 0.3)
     monkeypatch.setattr(writer, "HANG_SECONDS", 0.5)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from octoai.server import accounts, tokens
 from octoai.server.accounts import Caller
 from octoai.server.billing.money import Price
 from octoai.server.engines.base import Usage
-from octoai.server.errors import OutOfCredit, RateLimited
+from octoai.server.errors import OutOfCredit, RateLimited, Unavailable
 from octoai.server.journal import Journal, JournalGap, Position
 from octoai.server.ledger import holding
 from octoai.server.ledger.books import Books, journal_dir, recover
@@ -144,6 +144,49 @@ def test_while_there_is_none_limits_are_the_databases_to_tell_for_a_while(
                 with pytest.raises(RateLimited):
                     await reserve("2")
             assert books.writer.away_seconds is not None
+
+    run(main())
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_while_there_is_none_nobody_is_refused_for_a_while_where_nothing_is_spent_without_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_long: bool
+) -> None:
+    monkeypatch.setattr(applier_module, "RESTART_SECONDS", 3.0)
+    monkeypatch.setattr(holding, "BEHIND_SECONDS", 0.5 if is_long else 3.0)
+
+    async def main() -> None:
+        async with kept(Place(tmp_path)) as (books, journal):
+            ledger = Ledger(journal, books.writer, away_seconds=0.0)
+            await books.writer.reached(await appended(journal, range(1)))
+            process_of(books).kill()
+            await until(lambda: books.writer.away_seconds is not None)
+            ledger.check()
+            await asyncio.sleep(0.6)
+            with pytest.raises(Unavailable) if is_long else nullcontext():
+                ledger.check()
+
+    run(main())
+
+
+def test_a_database_of_which_only_this_one_notices_that_it_is_away_is_away(
+    postgres_server: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with kept(Place(tmp_path, postgres_url)) as (books, journal):
+            ledger = Ledger(journal, books.writer, away_seconds=0.0)
+            await books.writer.reached(await appended(journal, range(1)))
+            postgres_server.stop()
+            try:
+                ledger.check()
+                await journal.append(settlement(1), soon=True)
+                await until(lambda: books.writer.away_since is not None, 2)
+                with pytest.raises(Unavailable):
+                    ledger.check()
+            finally:
+                postgres_server.start()
+            await until(lambda: books.writer.away_seconds is None, 5)
+            ledger.check()
 
     run(main())
 

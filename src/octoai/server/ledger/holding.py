@@ -39,7 +39,8 @@ class Holding:
         """Hold what a request may need; what the one that it `refunds` was charged is there for it. Raises OutOfCredit,
         RateLimited; None while the database is away, or does not know yet what was used meanwhile: then money is
         counted from what remains and rates are not."""
-        if not self._can_ask:
+        if not self.can_ask:
+            self._check()
             self.remaining.hold(caller, wanted)
             return None
         used = self.remaining.uncharged(caller.account.id, self._writer.applied)
@@ -118,7 +119,7 @@ class Holding:
                 await self._writer.run(lambda _: None, seconds=LIMIT_SECONDS, is_durable=False)
 
     @property
-    def _can_ask(self) -> bool:
+    def can_ask(self) -> bool:
         """A database that is there is asked also while it lacks a little of the journal: what is in there holds
         its room until it comes in."""
         writer = self._writer

@@ -199,8 +199,10 @@ class Ledger:
         if not self.journal.has_room or self.writer.is_full:
             raise _no_room()
         away = self.writer.away_seconds
-        if away is None and not has_answered:
-            away = 0.0
+        if not has_answered:
+            away = away or 0.0
+        elif away is not None and self.holding.can_ask:  # only the applier is not there: what it lacks is a little
+            return
         if away is not None and away >= self._away_seconds:
             raise Unavailable("The ledger's database does not answer.", retry_after=5, code="database_away")
 

@@ -165,6 +165,7 @@ class Writer:
             self._behind_since = None
         elif self._behind_since is None:
             self._behind_since = time.monotonic()
+            self.later(lambda _: None)  # is it the database, or the applier alone?
         self._tell_waiting(None if news.failure is None else StoreAway(news.failure))
         if self._waiting and isinstance(self._journal, Journal) and self._journal.durable >= self._waiting[0][0]:
             assert self._applier is not None
