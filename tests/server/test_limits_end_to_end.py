@@ -293,6 +293,25 @@ def test_what_began_while_the_database_was_away_is_held_when_it_is_back(
     assert client.ask(1)[0] == 200
 
 
+def test_what_waits_for_its_turn_is_held_when_the_database_is_back_though_nobody_asks(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others, that share it, would be promised the same."""
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
+    service = in_process(ScriptedEngine(("word ", 0.5) * 40, num_slots=1))
+    client, other = Client(service, credit=2 * ONE - 1), Talk(service)
+    assert client.ask(1)[0] == 200
+    other.send(PATH, request(service, stream=True))
+    until(lambda: service.queue.num_running == 1, 2)
+    with away(service):
+        waiting = client.stream()
+        until(lambda: service.queue.num_waiting == 1, 5)
+    until(lambda: client.held() == (1, ONE), 2)
+    waiting.close()
+    other.close()
+    until(lambda: client.held() == (0, 0), 5)
+
+
 def test_what_is_held_without_an_answer_of_the_database_is_given_back_by_who_is_refused_or_stopped(
     in_process: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ class Holding:
         used = self.remaining.uncharged(caller.account.id, self._writer.applied)
         if used is not None and await self._is_held_here(caller, wanted, used):
             return None
-        self._tell()  # first: what was let through while it was away is held there before it answers this one
+        self.tell()  # first: what was let through while it was away is held there before it answers this one
         try:
             held = await self._asked(caller, wanted, refunds)
         except NotCovered as refusal:
@@ -98,10 +98,11 @@ class Holding:
             except StoreAway:
                 raise refusal from None
             return False
-        self._tell()
+        self.tell()
         return True
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """The database, of what was let through without it: until then it promises that to others."""
         if unheard := self.remaining.told():
             self._writer.later(lambda db: reservations.hold_unknown(db, unheard, now_us()), is_kept=True)
 

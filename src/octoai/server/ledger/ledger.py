@@ -352,6 +352,8 @@ class Ledger:
             await asyncio.sleep(CHECKPOINT_SECONDS)
             for tab in tuple(self.tabs):
                 tab.checkpoint()
+            if self.holding.can_ask:
+                self.holding.tell()
             self._renew_waiting()
 
     def _renew_waiting(self) -> None:
