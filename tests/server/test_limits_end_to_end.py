@@ -240,6 +240,31 @@ def test_what_waits_longer_than_a_lease_for_its_turn_holds_what_it_reserved(
     until(lambda: client.held() == (0, 0), 3)
 
 
+def test_what_runs_while_the_database_hangs_for_longer_than_a_lease_holds_what_it_reserved(
+    in_process: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its signs of life are in the journal, and come in only after others have asked for what it holds."""
+    monkeypatch.setattr(app, "over", partial(app.over, is_beside=True))
+    monkeypatch.setattr(writer, "HANG_SECONDS", 0.3)
+    monkeypatch.setattr(admission, "LEASE_US", 1_000_000)
+    monkeypatch.setattr(ledger, "LEASE_US", 1_000_000)
+    monkeypatch.setattr(ledger, "RENEW_SECONDS", 0.1)
+    service = in_process(ScriptedEngine(("word ", 0.5) * 40))
+    client, books = Client(service, limits={"concurrent_requests": 1}), service.service.admission.books
+    began = client.stream()
+    until(lambda: client.held()[0] == 1, 5)
+    applier = process_of(books).pid
+    os.kill(applier, signal.SIGSTOP)
+    with away(service):
+        books.writer.later(lambda _: None)
+        time.sleep(1.5)
+    assert client.ask(1)[0] == 429
+    os.kill(applier, signal.SIGCONT)
+    assert client.held()[0] == 1
+    began.close()
+    until(lambda: client.held() == (0, 0), 5)
+
+
 def test_what_is_not_used_while_the_database_is_away_can_be_used_again(
     in_process: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -354,21 +354,23 @@ class Ledger:
                 tab.checkpoint()
             if self.holding.can_ask:
                 self.holding.tell()
-            self._renew_waiting()
+            if time.monotonic() >= self._renew_at:
+                self._renew_at = time.monotonic() + RENEW_SECONDS
+                self._renew(now_us())
 
-    def _renew_waiting(self) -> None:
-        """Also where the database is away now: when that is back, before others are given what these hold."""
-        if not self._waiting or time.monotonic() < self._renew_at:
-            return
-        self._renew_at, at_us = time.monotonic() + RENEW_SECONDS, now_us()
-        leases = [(at_us + LEASE_US, tab.id) for tab in self._waiting if tab.reservation is not None]
+    def _renew(self, at_us: int) -> None:
+        """What waits, and what runs for long: its checkpoints say so too, but may come in late. Also where the database
+        is away now: when that is back, before others are given what these hold."""
+        running = [tab for tab in self.tabs if tab.opened_us < at_us - RENEW_SECONDS * 1_000_000]
+        leases = [(at_us + LEASE_US, tab.id) for tab in (*self._waiting, *running) if tab.reservation is not None]
         claims = [(at_us, tab.caller.account.id, tab.key[0], tab.id) for tab in self._waiting if tab.key is not None]
 
         def renew(db: Connection) -> None:
             reservations.renew(db, leases)
             keys.renew(db, claims)
 
-        self.writer.later(renew, is_kept=True)
+        if leases or claims:
+            self.writer.later(renew, is_kept=True)
 
 
 def _counts(usage: Usage) -> dict[str, int]:
