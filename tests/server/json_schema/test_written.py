@@ -54,6 +54,7 @@ def test_what_it_takes_is_json_and_the_given_pattern_takes_it(inner: str) -> Non
         (r"^a$|^b$", "b", "ab"),
         (r"^[\w-\.]+@([\w-]+\.)+[\w-]{2,4}$", "a-b.c@d-e.org", "a+b@c.org"),
         (r"^[a-\d]$", "-", "b"),
+        (r"^(?P<year>\d{4})$", "2020", "year"),
         (r"^foo|bar$", "foobarx", "xfoo"),
         (r"[0-9]{2}", "in 42 days", "in 4 days"),
         (r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$", "-12.50", "something"),

@@ -15,7 +15,7 @@ _LARGEST = 0x10FFFF
 _SURROGATES = range(0xD800, 0xE000)
 _REPEATED = re.compile(r"(?:([*+?])|\{([0-9]{1,9})(?:(,)([0-9]{1,9})?)?\})\??")
 TIMES: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-_GROUP = re.compile(r"\?(?::|<[A-Za-z_]\w*>|(<?[=!]))")
+_GROUP = re.compile(r"\?(?::|P?<[A-Za-z_]\w*>|(<?[=!]))")
 _HEX = re.compile(r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})")
 _CONTROLS = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13}
 Ranges = tuple[tuple[int, int], ...]
