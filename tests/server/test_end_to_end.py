@@ -194,6 +194,13 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(client: Client) -> 
 ARRAY = {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 2}
 
 
+def nested(name: str, depth: int, properties: dict[str, Any]) -> dict[str, Any]:
+    """An object that has just one of that name, and so on; the inmost has those properties."""
+    if depth == 0:
+        return {"type": "object", "properties": properties}
+    return {"type": "object", "properties": {name: nested(name, depth - 1, properties)}, "required": [name]}
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -226,6 +233,7 @@ def test_a_schema_that_would_take_the_engine_from_everybody_is_refused_by_name(
         {"type": "array", "maxItems": 2**32, "items": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}},
         {"anyOf": [{"type": "array", "items": {"type": "integer"}, "minItems": 1}] * 128},
         {"$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}, "allOf": [{"$ref": "#/$defs/a"}]},
+        nested("n" * 256, 93, {f"p{number}": {} for number in range(380)}),
     ],
 )
 def test_the_most_that_is_accepted_of_a_schema_does_not_hold_the_engine_up(

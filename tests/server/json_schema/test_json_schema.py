@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 from contextlib import suppress
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -185,12 +186,10 @@ def test_patterns_are_summed_where_an_answer_can_begin_with_several_of_them() ->
 
 def test_limits_that_limit_nothing_can_be_left_out() -> None:
     idle = {"maxLength": 2001, "maxItems": 2**53 - 1, "maximum": 2**63, "exclusiveMaximum": 1e20}
-    rest = {"minimum": -5, "maxLength": 2000, "maxItems": "9" * 20, "maximum": 2**63 - 1, "title": "x"}
-    values = {"default": idle, "examples": [idle]}
+    rest = {"minimum": -5, "maxLength": 2000, "maxItems": "9" * 20, "maximum": 2**63 - 1}
 
     def schema(part: dict[str, Any]) -> dict[str, Any]:
-        named = {"maxLength": part, "const": part, "other": {}}
-        return {**part, **values, "items": {**part, **values}, "properties": named}
+        return {**part, "items": part, "properties": {"maxLength": part, "const": part, "other": {}}}
 
     given = schema(idle | rest)
     before = repr(given)
@@ -227,6 +226,7 @@ def test_schemas_are_looked_through_in_a_moment() -> None:
     for schema in (
         {"$defs": often, "allOf": [{"$ref": "#/$defs/x"}] * 100},
         *({"enum": list(range(9000)), "anyOf": least}, {"pattern": r"^(\w\W){500}$" * 100, "anyOf": least}),
+        *({"pattern": f"^{'.' * 1900}{end}$", "anyOf": [{"minLength": 0}] * 1500} for end in ("", r"\p{L}")),
         *({"anyOf": patterns}, links, {"items": [{}] * 30_000}, {"enum": [[0] * 40_000]}),
         {"type": names, "$defs": {"a": {"type": names[::-1]}}, "anyOf": [{"$ref": A}] * 500},
         {"enum": [{f"k{number}": [number, "x"]} for number in range(4000)], "anyOf": least},
@@ -254,7 +254,7 @@ def test_where_a_part_stands_is_found_in_little_memory() -> None:
         tracemalloc.stop()
 
 
-def test_notes_beside_what_is_referred_to_change_nothing() -> None:
+def test_notes_are_not_told() -> None:
     """As pydantic 1 writes what has a description, and tools for .NET what may be null."""
     given = {
         "properties": {
@@ -268,14 +268,63 @@ def test_notes_beside_what_is_referred_to_change_nothing() -> None:
     assert bounded(given) is given
     read = for_llama_cpp(given)
     twice, color = read["$defs"]
-    assert read["$defs"] == {color: {"type": "string"}, twice: {"type": "integer", "title": "inner"}}
+    assert read["$defs"] == {color: {"type": "string"}, twice: {"type": "integer"}}
     assert read["properties"] == {
-        "color": {"description": "c", "nullable": True, "x-order": 1, "$ref": f"#/$defs/{color}"},
-        "twice": {"title": "outer", "$ref": f"#/$defs/{twice}"},
+        "color": {"$ref": f"#/$defs/{color}"},
+        "twice": {"$ref": f"#/$defs/{twice}"},
         "allOf": {"const": {"allOf": [{"type": "string"}]}},
-        "part": {"$ref": f"#/$defs/{color}", "title": "t"},
+        "part": {"$ref": f"#/$defs/{color}"},
     }
     assert repr(given) == before
+
+
+@pytest.mark.parametrize(
+    "unread",
+    [
+        {
+            "if": {"allOf": [{"pattern": "^a"}, {"pattern": "b$"}]},
+            "then": {"minLength": 3},
+            "else": {"minLength": 5000},
+        },
+        {"not": {"required": ["a", "b"], "additionalProperties": False}},
+        {"not": {"enum": list(range(1200))}},
+        {"contains": {"minLength": 5000}, "propertyNames": {"pattern": "^(a+ ?)+$"}, "default": {"$ref": "#"}},
+        {"dependentSchemas": {"a": {"pattern": "^a{5,1}$"}}, "examples": [{"type": 5}]},
+    ],
+)
+def test_what_llama_cpp_does_not_read_is_neither_told_nor_counted(unread: dict[str, Any]) -> None:
+    text = {"type": "string", "maxLength": 5}
+    schema = {"type": "object", "properties": {"a": {**text, **unread}}, **unread}
+    assert for_llama_cpp(bounded(schema)) == {"type": "object", "properties": {"a": text}}
+
+
+def test_a_long_pattern_is_told_a_few_times() -> None:
+    """To llama.cpp `\\S` is 134 letters."""
+    names = [f"p{number}" for number in range(850)]
+    for pattern, num_names in ((r"\S" * 990, 5), (r"\S" * 100, 50), ("a" * 1998, 200)):
+        others = {"additionalProperties": {"pattern": f"^{pattern}$"}}
+
+        def merged(names: list[str], others: dict[str, Any] = others) -> dict[str, Any]:
+            return {"allOf": [{"properties": {name: {"minLength": 0} for name in names}, "required": names}, others]}
+
+        assert len(str(for_llama_cpp(bounded(merged(names[:num_names]))))) < 3_000_000
+        with pytest.raises(BadRequest, match="shorter patterns"):
+            bounded(merged(names))
+
+
+def test_objects_deep_within_names_are_told_as_definitions() -> None:
+    """llama.cpp makes hundreds of rules for an object of which much can be left out, each with all names in its own."""
+    leaf = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(200)}}
+
+    def within(name: str, depth: int) -> dict[str, Any]:
+        levels = range(depth)
+        return reduce(lambda held, _: {"type": "object", "properties": {name: held}, "required": [name]}, levels, leaf)
+
+    for name, depth, num_definitions in (("n" * 256, 90, 90), ("\u5e74", 3, 3), ("n", 99, 0), ("n" * 10, 19, 1)):
+        told = for_llama_cpp(bounded(within(name, depth)))
+        definitions = told.get("$defs", {}).values()
+        assert len(definitions) == num_definitions
+        assert (leaf in definitions) == (num_definitions == depth)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from itertools import groupby, pairwise
 from os.path import commonprefix
 
-from octoai.server.json_schema.keywords import MAX_INTEGER, REPEATED_AT_MOST, Schema, Unbounded, number
+from octoai.server.json_schema.keywords import MAX_INTEGER, REPEATED_AT_MOST, Schema, Unbounded, number, types_of
 
 _MAX_COUNT = 2**31 - 1
 LEAST_INTEGER = -(2**63)  # with MAX_INTEGER to llama.cpp the same as no bound
@@ -27,8 +27,7 @@ def check_bounds(schema: Schema) -> None:
             raise Unbounded(f"{least_name}: at most {_MAX_COUNT} is accepted")
         if least is not None and most is not None and least > most:
             raise Unbounded(f"{least_name} is more than {most_name}")
-    types = schema.get("type")
-    if types == "integer" or (isinstance(types, list) and "integer" in types):
+    if "integer" in types_of(schema):
         _check_integer(schema)
 
 

@@ -1,18 +1,19 @@
-"""The keywords of a schema, by what they are about: which of them llama.cpp looks at, and which hold schemas."""
+"""The keywords of a schema, by what they are about: which llama.cpp looks at, which hold schemas, and where one is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 Schema = Mapping[str, Any]
+ANYTHING: Schema = {}  # what `true` says as well
 MAX_INTEGER = 2**63 - 1
 REPEATED_AT_MOST = 2000  # of more llama.cpp makes no grammar, or no bound
-DEFINITIONS = frozenset({"$defs", "definitions"})
-NAMED = DEFINITIONS | {"properties", "patternProperties", "dependentSchemas"}
-VALUES = frozenset({"const", "enum", "default", "examples"})  # not schemas
 CHOICES = ("oneOf", "anyOf")
 COMBINING = frozenset({"$ref", "allOf", *CHOICES})
+OF_SCHEMAS = ("additionalProperties", "items", "prefixItems", *CHOICES)
 # What llama.cpp looks at. All else says something to people, or nothing.
 READ = COMBINING | {
     *("properties", "additionalProperties", "const", "enum", "format", "items", "pattern", "prefixItems", "required"),
@@ -24,6 +25,7 @@ MOST = frozenset({"maxItems", "maxLength", "maxProperties", "maximum", "exclusiv
 # More than that limits nothing, as far as llama.cpp can tell, or is what tools write for no limit.
 _NO_LIMIT = {"maxLength": REPEATED_AT_MOST, "maxItems": REPEATED_AT_MOST - 1, "maxProperties": 2**31 - 1}
 _NO_LIMIT |= {"maximum": MAX_INTEGER, "exclusiveMaximum": MAX_INTEGER}
+_DIGITS = re.compile(r"\s*\+?([0-9]{1,4000})")
 
 
 class Unbounded(ValueError):
@@ -50,6 +52,19 @@ def listed(schema: Schema, name: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def alternatives(schema: Schema) -> list[Schema]:
+    return [each for key in CHOICES if key in schema for each in listed(schema, key) if isinstance(each, dict)]
+
+
+def within(schema: Schema) -> list[Schema]:
+    """The schemas in it that llama.cpp looks at, but for what a $ref refers to."""
+    found = list(named(schema, "properties").values())
+    for key in OF_SCHEMAS:
+        if key in schema:
+            found += schema[key] if isinstance(schema[key], list) else [schema[key]]
+    return [each for each in found if isinstance(each, dict)]
+
+
 def types_of(schema: Schema) -> list[str]:
     """Those that are named; none where it may be any."""
     types = schema.get("type")
@@ -62,15 +77,30 @@ def place_of(part: Schema, whole: Any) -> str:
     while waiting:
         found, outer = waiting.pop()
         if found is part:
-            return ".".join(reversed([str(name)[:100] for name in _names(outer)]))
-        waiting.extend((each, (outer, name)) for name, each in _inner(found))
+            names: list[str] = []
+            while outer is not None:
+                outer, name = outer
+                names.insert(0, str(name)[:100])
+            return ".".join(names)
+        inner = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+        waiting.extend((each, (outer, name)) for name, each in inner)
     return ""
 
 
-def _names(outer: Any) -> Iterator[Any]:
-    while outer is not None:
-        outer, name = outer
-        yield name
+def target(schema: Schema, reference: str) -> Schema | None:
+    """What a reference within the whole schema refers to, as llama.cpp finds it; None where it finds nothing, and
+    refuses it."""
+    found: Any = schema
+    for name in () if reference == "#" else reference.removeprefix("#/").split("/"):
+        if found is None:
+            break
+        if isinstance(found, dict):
+            plain = name.replace("~1", "/").replace("~0", "~")
+            found = next((found[each] for each in (name, plain, unquote(plain)) if each in found), None)
+        elif isinstance(found, list):  # a number as C reads it: up to what is no digit
+            digits = _DIGITS.match(name)
+            found = found[int(digits[1])] if digits and int(digits[1]) < len(found) else None
+    return ANYTHING if found is True else found if isinstance(found, dict) else None
 
 
 def check_types(schema: Schema) -> None:
@@ -82,10 +112,3 @@ def check_types(schema: Schema) -> None:
         raise Unbounded("type is neither a name, as 'object', nor a list of names")
     if any(types.count(each) > 1 for each in types[:10]) or len(types) > 10:
         raise Unbounded("a list of types has each of them once")
-
-
-def _inner(found: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(found, dict):
-        yield from found.items()
-    elif isinstance(found, list):
-        yield from enumerate(found)

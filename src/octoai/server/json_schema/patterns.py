@@ -8,7 +8,8 @@ any text, in one way. Knows nothing of schemas.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import compress
+from functools import reduce
+from operator import or_
 
 from octoai.server.json_schema.expressions import (
     Characters,
@@ -131,10 +132,11 @@ def _bits(part: Characters) -> int:
 
 
 def _kinds(characters: list[int]) -> list[int]:
-    """A character of each kind: those of a kind can stand in the same places."""
-    distinct = list(dict.fromkeys(characters))
-    kinds = {tuple(bits >> number & 1 for bits in distinct): 1 << number for number in range(1, _OTHER + 1)}
-    return list(compress(kinds.values(), map(any, kinds)))
+    """The characters of each kind: those of a kind can stand in the same places."""
+    kinds = [reduce(or_, characters)]
+    for bits in set(characters):
+        kinds = [part for kind in kinds for part in (kind & bits, kind & ~bits) if part]
+    return kinds
 
 
 class Readings:

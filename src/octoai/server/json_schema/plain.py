@@ -21,6 +21,7 @@ from octoai.server.json_schema.keywords import (
     REPEATED_AT_MOST,
     Schema,
     Unbounded,
+    limits_nothing,
     listed,
     named,
     number,
@@ -30,11 +31,9 @@ from octoai.server.json_schema.written import written
 
 MAX_PATTERN_LENGTH = 2000
 _ESCAPED = re.compile(r'["\\\x00-\x1f]')  # in JSON
-_BOUNDS = frozenset({"minItems", "minLength", "exclusiveMinimum", "exclusiveMaximum"})
 _COUNTS = frozenset({"minItems", "maxItems", "minLength", "maxLength"})
-_PUT_RIGHT = (
-    _BOUNDS | _COUNTS | {"const", "enum", "pattern", "required", "additionalProperties", "prefixItems", "items"}
-)
+_PUT_RIGHT = READ - {"type", "properties", "format", "pattern", "minimum", "maximum", "anyOf", "oneOf"}
+_HEEDED = READ | LEAST | MOST | {"additionalItems", "nullable"}
 _KINDS = {str: "string", bool: "boolean", dict: "object", list: "array", int: "integer", type(None): "null"}
 _BOUNDS_OF = {"string": "Length", "array": "Items", "object": "Properties"}
 
@@ -47,38 +46,52 @@ class Unfollowed(Exception):
     """llama.cpp would leave out what is said here. The text says what to write instead."""
 
 
+def heeded(part: Schema) -> dict[str, Any]:
+    """What is looked at of it, by llama.cpp or here: of names with patterns only what is said of their values."""
+    found = {key: value for key, value in part.items() if key in _HEEDED and not limits_nothing(key, value)}
+    if part.get("additionalProperties") is False and (patterns := named(part, "patternProperties")):
+        found["additionalProperties"] = next(iter(patterns.values())) if len(patterns) == 1 else True
+    return found
+
+
+def possible(alternatives: Sequence[Any]) -> list[Any]:
+    """Without those that no value is. Raises Impossible."""
+    found = [each for each in alternatives if each is not False]
+    if alternatives and not found:
+        raise Impossible
+    return found
+
+
 def put_right(part: dict[str, Any]) -> dict[str, Any]:
-    """Raises Impossible, Unfollowed and Unbounded."""
+    """Raises Impossible and Unfollowed."""
     if _PUT_RIGHT.isdisjoint(part):
         return part
     if "const" in part or "enum" in part:
         return _with_values(part)
-    if isinstance(part.get("pattern"), str):
-        _put_pattern_right(part)
-    if not _COUNTS.isdisjoint(part):
-        _put_counts_right(part)
-    if not _BOUNDS.isdisjoint(part):
-        _put_bounds_right(part)
-    if "required" in part:
-        _put_required_right(part)
+    _put_counts_right(part)
+    _put_bounds_right(part)
+    _put_required_right(part)
     if part.get("additionalProperties") not in (None, False) and named(part, "properties"):
         _put_others_right(part)
     if isinstance(part.get("prefixItems"), list) or isinstance(part.get("items"), list):
         _put_tuple_right(part)
+    elif part.get("items") is False:
+        if (number(part, "minItems") or 0) > 0:
+            raise Impossible
+        part |= {"items": {}, "maxItems": 0}
     return part
 
 
 def _with_values(part: dict[str, Any]) -> dict[str, Any]:
-    said = READ.intersection(part)
     values = listed(part, "enum")
-    if len(said) == 1 or ("enum" in part and not values):
+    if len(READ.intersection(part)) == 1 or ("enum" in part and not values):
         return part
     if "const" in part:
         values = [part["const"]] if not values or _text(part["const"]) in map(_text, values) else []
     fitting = [value for value in values if _fits(value, part)]
     if not fitting:
         raise Impossible
-    return {key: value for key, value in part.items() if key not in READ} | {"enum": fitting}
+    return {"enum": fitting}
 
 
 def _text(value: Any) -> str:
@@ -87,11 +100,16 @@ def _text(value: Any) -> str:
 
 def _fits(value: Any, part: Schema) -> bool:
     kind, types = _KINDS.get(type(value), "number"), types_of(part)
+    if value is None and part.get("nullable") is True:  # as OpenAPI 3.0 has it
+        return True
     is_integer = kind == "integer" or (isinstance(value, float) and value.is_integer())
     if types and kind not in types and not (is_integer and not {"integer", "number"}.isdisjoint(types)):
         return False
-    if kind == "object" and not {each for each in listed(part, "required") if isinstance(each, str)} <= value.keys():
-        return False
+    if kind == "object":
+        is_closed = part.get("additionalProperties") is False
+        required = {each for each in listed(part, "required") if isinstance(each, str)}
+        if not required <= value.keys() or (is_closed and not value.keys() <= named(part, "properties").keys()):
+            return False
     if kind in ("integer", "number"):
         least, most = number(part, "exclusiveMinimum"), number(part, "exclusiveMaximum")
         if (least is not None and value <= least) or (most is not None and value >= most):
@@ -105,35 +123,33 @@ def _fits(value: Any, part: Schema) -> bool:
     return (least is None or size >= least) and (most is None or size <= most)
 
 
-def _put_pattern_right(part: dict[str, Any]) -> None:
-    pattern = part["pattern"]
+def told_pattern(pattern: str) -> str | None:
+    """As llama.cpp follows it; None where it does not. Raises Unbounded."""
     if len(pattern) > MAX_PATTERN_LENGTH:
         raise Unbounded(f"a pattern has more than {MAX_PATTERN_LENGTH} characters")
     try:
-        part |= {"pattern": written(pattern), "$comment": pattern}  # a refusal shows what was given
+        return written(pattern)
     except Unreadable as error:
         raise Unbounded(f"pattern {pattern[:100]}: {error}") from None
-    except Unknown:  # any text is taken, of the length that is said
-        del part["pattern"]
-        part.setdefault("minLength", 0)
+    except Unknown:
+        return None
 
 
 def _put_counts_right(part: dict[str, Any]) -> None:
-    """2.0 is a whole number to JSON Schema."""
     for name in _COUNTS.intersection(part):
-        if isinstance(part[name], float) and part[name].is_integer():
+        if isinstance(part[name], float) and part[name].is_integer():  # to JSON Schema 2.0 is a whole number
             part[name] = int(part[name])
+        most = REPEATED_AT_MOST - (name == "minItems")
+        if name.startswith("min") and (number(part, name) or 0) > most:
+            raise Unfollowed(f"{name}: at most {most} can be followed")
 
 
 def _put_bounds_right(part: dict[str, Any]) -> None:
-    for name in ("minItems", "minLength"):
-        if (number(part, name) or 0) > REPEATED_AT_MOST - (name == "minItems"):
-            raise Unfollowed(f"{name}: at most {REPEATED_AT_MOST - (name == 'minItems')} can be followed")
     for end, weaker in (("inimum", min), ("aximum", max)):
         name, exclusive = f"m{end}", f"exclusiveM{end}"
-        if isinstance(
-            part.get(exclusive), bool
-        ):  # as JSON Schema had it until its fourth draft, and OpenAPI 3.0 has it
+        if exclusive not in part:
+            continue
+        if isinstance(part.get(exclusive), bool):  # as JSON Schema had it until its fourth draft, and OpenAPI 3.0 has
             is_exclusive = part.pop(exclusive)
             if is_exclusive and name in part:
                 part[exclusive] = part.pop(name)

@@ -10,43 +10,41 @@ So what is referred to gets names of ours, which nobody else knows.
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 from math import prod
 from typing import Any
-from urllib.parse import unquote
 
 from octoai.server.json_schema.keywords import (
+    ANYTHING,
     CHOICES,
     COMBINING,
-    DEFINITIONS,
-    NAMED,
+    OF_SCHEMAS,
     READ,
-    VALUES,
     Schema,
     Unbounded,
     check_types,
-    limits_nothing,
     listed,
     named,
     place_of,
+    target,
+    within,
 )
-from octoai.server.json_schema.plain import Impossible, Unfollowed, both, put_right
+from octoai.server.json_schema.plain import Impossible, Unfollowed, both, heeded, possible, put_right, told_pattern
 
 MAX_PARTS = 20_000  # with what $refs stand for, in an allOf each time
 MAX_REFERENCE_LENGTH = 1000
-_DIGITS = re.compile(r"\s*\+?([0-9]{1,4000})")
 _UNKNOWN_NAME = secrets.token_hex(4)
 _BESIDE = READ - COMBINING
-_SAID = _BESIDE | {"additionalItems"}
-_ANYTHING: Schema = {}  # what `true` says as well
 _CHOICES = frozenset(CHOICES)
+_HOLDING = {"properties", *OF_SCHEMAS}
+_STEP, _MANY = 17, 100  # letters in the name of a rule; a property's whose name may be like others' has many
 LEADS_TO_ITSELF = "a $ref leads to itself: let properties or items be between"
 TOO_MANY_PARTS = (
     f"the schema has more than {MAX_PARTS} parts, with those that its $refs stand for, in an allOf for each of them: "
-    "refer to what is large without allOf, and to fewer alternatives"
+    "refer to what is large without allOf, to fewer alternatives, and give shorter patterns"
 )
 
 
@@ -60,6 +58,7 @@ class Rewriting:
         self._targets: dict[str, Schema | None] = {}
         self._names: dict[tuple[int, ...], str] = {}  # by the ids of all that is said of what is referred to
         self._waiting: list[tuple[str, Sequence[Schema]]] = []
+        self._told_pattern = cache(told_pattern)
         self.unfollowed = ""
 
     def done(self) -> Schema:
@@ -76,6 +75,7 @@ class Rewriting:
 
     def _take_part(self, part: Schema) -> None:
         self._take(1 + len(part) // 64)  # of what nobody reads there may be much
+        check_types(part)
 
     def _take(self, num_parts: int) -> None:
         self._num_parts += num_parts
@@ -90,9 +90,9 @@ class Rewriting:
             return self._written(parts[0])
         said = self._said(parts)
         if len(said) == 1 and not _says_more_than_one(said[0]):
-            return _notes(parts[0]) | (self._reference(said) if said[0] is not parts[0] else self._written(said[0]))
+            return self._reference(said)
         try:
-            return _notes(parts[0]) | self._combined(said, parts[0])
+            return self._combined(said, parts[0])
         except Impossible:
             return self._impossible(parts[0])
 
@@ -106,39 +106,64 @@ class Rewriting:
         self._leave_out(part, "no value is all that it says")
         return {"enum": part["enum"]} if "enum" in part else {}
 
-    def _written(self, part: Schema) -> dict[str, Any]:
+    def _written(self, part: Schema, num_letters: int = 0) -> dict[str, Any]:
+        """`num_letters`: of the name that llama.cpp gives a rule for it."""
         self._take_part(part)
         if _says_more_than_one(part):
-            return _notes(part) | self._reference(self._said([part]))
+            return self._reference(self._said([part]))
         try:
-            return self._plain(part, part)
+            return self._plain(part, part, num_letters)
         except Impossible:
             return self._impossible(part)
 
-    def _plain(self, part: Schema, place: Schema) -> dict[str, Any]:
+    def _plain(self, part: Schema, place: Schema, num_letters: int = 0) -> dict[str, Any]:
         """Raises Impossible."""
-        kept = {key: value for key, value in part.items() if key not in DEFINITIONS and not limits_nothing(key, value)}
-        if isinstance(kept.get("$ref"), str):
-            found = self._target(kept["$ref"])
-            return kept if found is None else kept | self._reference([found])
+        if isinstance(part.get("$ref"), str):
+            found = self._target(part["$ref"])
+            return {"$ref": part["$ref"]} if found is None else self._reference([found])
+        kept = heeded(part)
         try:
             kept = put_right(kept)
         except Unfollowed as error:
             self._leave_out(place, str(error))
-        for key, value in kept.items():
-            if key in VALUES:
-                continue
-            if isinstance(value, list):
-                kept[key] = [self._any_written(each) for each in value]
-            elif isinstance(value, dict) and key in NAMED:
-                kept[key] = {name: self._any_written(each) for name, each in value.items() if each is not False}
-            elif isinstance(value, dict) or key == "items":
-                kept[key] = self._any_written(value)
-        return kept
+        if isinstance(kept.get("pattern"), str):
+            self._put_pattern_right(kept)
+        return {
+            key: self._value_written(key, value, num_letters) if key in _HOLDING else value
+            for key, value in kept.items()
+            if key in READ or key == "$comment"
+        }
 
-    def _any_written(self, said: Any) -> Any:
-        schema = _ANYTHING if said is True else said
-        return self._written(schema) if isinstance(schema, dict) else schema
+    def _put_pattern_right(self, part: dict[str, Any]) -> None:
+        given = part["pattern"]
+        told = self._told_pattern(given)
+        if told is None:  # any text is taken, of the length that is said
+            del part["pattern"]
+            part.setdefault("minLength", 0)
+        else:
+            self._take(len(told) // 64)  # it may be much longer
+            part |= {"pattern": told, "$comment": given}  # a refusal shows what was given
+
+    def _value_written(self, key: str, value: Any, num_letters: int) -> Any:
+        if key == "properties" and isinstance(value, dict):
+            letters = {name: len(name) if name.isascii() and name.isalnum() else _MANY for name in value}
+            return {
+                name: self._any_written(each, num_letters + letters[name])
+                for name, each in value.items()
+                if each is not False
+            }
+        if isinstance(value, list):
+            value = possible(value) if key in _CHOICES else value
+            return [self._any_written(each, num_letters + _STEP) for each in value]
+        return self._any_written(value, num_letters + _STEP) if isinstance(value, dict) or key == "items" else value
+
+    def _any_written(self, said: Any, num_letters: int) -> Any:
+        """What has a long name, and more in it, is told as a definition: it takes llama.cpp a while to make a rule of
+        such a name, and an object has many."""
+        if not isinstance(said, dict):
+            return {} if said is True else said
+        is_long = num_letters >= _MANY and within(said)
+        return self._reference([said]) if is_long else self._written(said, num_letters)
 
     def _said(self, parts: Sequence[Schema]) -> list[Schema]:
         """All that say something of the value that the parts are of: they, what they refer to, and what is in their
@@ -154,7 +179,6 @@ class Rewriting:
         if id(part) in found:
             return
         self._take_part(part)
-        check_types(part)
         found[id(part)] = part
         path.add(id(part))
         if "$ref" in part:
@@ -168,8 +192,8 @@ class Rewriting:
         path.remove(id(part))
 
     def _members(self, part: Schema, key: str) -> list[Schema]:
-        members = part[key] if isinstance(part[key], list) else []
-        members = [_ANYTHING if each is True else each for each in members]
+        members = listed(part, key) if key == "allOf" else possible(listed(part, key))
+        members = [ANYTHING if each is True else each for each in members]
         schemas: list[Schema] = [each for each in members if isinstance(each, dict)]
         if not schemas or len(schemas) < len(members):
             self._leave_out(part, f"{key}: a list of objects that are schemas is wanted")
@@ -183,7 +207,7 @@ class Rewriting:
         if choosing & chosen_from:
             raise Unbounded(LEADS_TO_ITSELF)
         self._take(sum(map(_size, said)) // 8)
-        plain = [{key: value for key, value in part.items() if key in _SAID} for part in said]
+        plain = [{key: value for key, value in heeded(part).items() if key not in COMBINING} for part in said]
         choices = [self._members(part, key) for part in said for key in CHOICES if key in part]
         if not choices:
             return self._plain(self._merged(plain, place), place)
@@ -257,9 +281,8 @@ class Rewriting:
 
 def _says_more_than_one(part: Schema) -> bool:
     """Of what llama.cpp looks at one after the other."""
-    if COMBINING.isdisjoint(part):
-        return False
-    return "allOf" in part or len(COMBINING.intersection(part)) > 1 or not _BESIDE.isdisjoint(part)
+    combining = COMBINING.intersection(part)
+    return "allOf" in combining or len(combining) > 1 or (bool(combining) and not _BESIDE.isdisjoint(part))
 
 
 def _size(part: Schema) -> int:
@@ -267,29 +290,3 @@ def _size(part: Schema) -> int:
     values = [listed(part, "enum"), listed(part, "required"), list(named(part, "properties"))]
     letters = json.dumps([*values, part.get("const"), part.get("pattern")])
     return len(part) + sum(map(len, values)) + len(letters) // 32
-
-
-def _notes(part: Schema) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if key not in READ and key not in DEFINITIONS}
-
-
-def target(schema: Schema, reference: str) -> Schema | None:
-    """What a reference within the whole schema refers to, as llama.cpp finds it; None where it finds nothing, and
-    refuses it."""
-    found: Any = schema
-    for name in () if reference == "#" else reference.removeprefix("#/").split("/"):
-        if found is None:
-            break
-        if isinstance(found, dict):
-            plain = name.replace("~1", "/").replace("~0", "~")
-            found = next((found[each] for each in (name, plain, unquote(plain)) if each in found), None)
-        elif isinstance(found, list):
-            number = _number(name)
-            found = found[number] if number is not None and number < len(found) else None
-    return _ANYTHING if found is True else found if isinstance(found, dict) else None
-
-
-def _number(text: str) -> int | None:
-    """As C reads it: up to what is no digit."""
-    digits = _DIGITS.match(text)
-    return int(digits[1]) if digits else None

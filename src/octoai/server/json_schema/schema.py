@@ -10,25 +10,24 @@ are followed together: `unions`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
 
 from octoai.server.errors import BadRequest
 from octoai.server.json_schema.expressions import Unreadable
 from octoai.server.json_schema.extents import check_bounds, num_alike, num_repeated
 from octoai.server.json_schema.keywords import (
-    NAMED,
+    CHOICES,
     REPEATED_AT_MOST,
-    VALUES,
     Schema,
     Unbounded,
-    check_types,
     listed,
     named,
+    target,
+    within,
 )
 from octoai.server.json_schema.patterns import Readings
-from octoai.server.json_schema.rewriting import LEADS_TO_ITSELF, MAX_PARTS, TOO_MANY_PARTS, Rewriting, target
+from octoai.server.json_schema.rewriting import LEADS_TO_ITSELF, MAX_PARTS, TOO_MANY_PARTS, Rewriting
 from octoai.server.json_schema.unions import Ambiguous, Unions
 
 MAX_BYTES = 128 * 1024
@@ -37,15 +36,7 @@ MAX_OPTIONAL = 400  # an engine has a rule for each that can come after each: a 
 MAX_NAME_LENGTH = 256  # beside additionalProperties llama.cpp descends a level for each character: 30,000 crashed it
 MAX_ALIKE = 30_000  # letters of all values that begin alike, each of which an engine follows: two or three seconds
 MAX_REPEATED = 400_000  # an engine makes a part of its grammar for each: of 1.8 million it took 4 s and gigabytes
-_BRANCHES = (
-    "anyOf",
-    "oneOf",
-    "enum",
-    "prefixItems",
-    "properties",
-    "patternProperties",
-)
-_SAME_VALUE = ("anyOf", "oneOf")  # whose schemas are of the value that the schema itself is of
+_BRANCHES = (*CHOICES, "enum", "prefixItems", "properties")
 
 
 def bounded(schema: Schema) -> Schema:
@@ -92,34 +83,27 @@ class _Seen:
     def add(self, schema: Schema) -> None:
         """Raises Unbounded."""
         targets: dict[str, Schema] = {}
-        same_value: dict[int, list[int]] = {}
-        waiting = [schema]
-        while waiting and self._num_parts <= MAX_PARTS:
-            part = waiting.pop()
+        parts = [schema]
+        for part in parts:  # which there are more of with each
             self._add_part(part)
-            of_same_value = [each for key in _SAME_VALUE for each in _schemas(part.get(key))]
             reference = part.get("$ref")
-            if isinstance(reference, str):
-                if reference not in targets:
-                    targets[reference] = target(schema, reference) or {}
-                    waiting.append(targets[reference])
-                of_same_value.append(targets[reference])
-            if of_same_value:
-                same_value[id(part)] = [id(each) for each in of_same_value]
-            waiting.extend(_parts(part))
+            if isinstance(reference, str) and reference not in targets:
+                targets[reference] = target(schema, reference) or {}
+                parts.append(targets[reference])
+            parts.extend(within(part))
+        unions = Unions(targets, self._texts)
         try:
+            same_value = {id(part): map(id, same) for part in parts if (same := unions.same_value(part))}
             TopologicalSorter(same_value).prepare()
         except CycleError:
             raise Unbounded(LEADS_TO_ITSELF) from None
         self._refuse_too_many()
         try:
-            Unions(targets, self._texts).check(schema)
+            unions.check(schema)
         except Ambiguous as error:
             raise Unbounded(str(error)) from None
 
     def _refuse_too_many(self) -> None:
-        if self._num_parts > MAX_PARTS:
-            raise Unbounded(TOO_MANY_PARTS)
         if self._num_repeated > MAX_REPEATED:
             raise Unbounded(
                 f"minLength, maxLength, minItems, maxItems and the bounds of patterns come to {self._num_repeated} in "
@@ -136,51 +120,27 @@ class _Seen:
 
     def _add_part(self, part: Schema) -> None:
         self._num_parts += 1
-        if id(part) in self._texts:
-            return
+        if self._num_parts > MAX_PARTS:
+            raise Unbounded(TOO_MANY_PARTS)
         self._num_alternatives += sum(len(part[key]) for key in _BRANCHES if isinstance(part.get(key), (dict, list)))
         self._num_repeated += num_repeated(part)
-        check_types(part)
-        _check_names(part)
-        optional = named(part, "properties").keys() - {
-            each for each in listed(part, "required") if isinstance(each, str)
-        }
-        if len(optional) > MAX_OPTIONAL:
-            raise Unbounded(
-                f"an object has {len(optional)} properties that may be left out; at most {MAX_OPTIONAL} are accepted"
-            )
+        properties = named(part, "properties")
+        if len(longest := max(properties, key=len, default="")) > MAX_NAME_LENGTH:
+            named_so = f"the property {longest[:20]}… has a name of {len(longest)} characters"
+            raise Unbounded(f"{named_so}; at most {MAX_NAME_LENGTH} are taken")
+        optional = properties.keys() - {each for each in listed(part, "required") if isinstance(each, str)}
+        if optional:
+            self._add_optional(optional)
         values = [part["const"]] if "const" in part else listed(part, "enum")
         self._literals.update(optional, map(json.dumps, values))
         check_bounds(part)
         self._texts[id(part)] = _num_readings(part, self._patterns)
 
-
-def _schemas(values: Any) -> Iterator[Schema]:
-    """Those among the values that are schemas."""
-    if isinstance(values, list):
-        yield from (each for each in values if isinstance(each, dict))
-
-
-def _parts(schema: Schema) -> Iterator[Schema]:
-    """What an engine reads of it as it stands there; of definitions only those that something refers to."""
-    for key, value in schema.items():
-        if key in VALUES or key == "$defs":
-            continue
-        if not isinstance(value, dict):
-            yield from _schemas(value)
-        elif key in NAMED:
-            yield from _schemas(list(value.values()))
-        else:
-            yield value
-
-
-def _check_names(schema: Schema) -> None:
-    properties = schema.get("properties")
-    longest = max(properties, key=len, default="") if isinstance(properties, dict) else ""
-    if len(longest) > MAX_NAME_LENGTH:
-        raise Unbounded(
-            f"the property {longest[:20]}… has a name of {len(longest)} characters; at most {MAX_NAME_LENGTH} are taken"
-        )
+    def _add_optional(self, names: Collection[str]) -> None:
+        if len(names) > MAX_OPTIONAL:
+            raise Unbounded(
+                f"an object has {len(names)} properties that may be left out; at most {MAX_OPTIONAL} are accepted"
+            )
 
 
 def _num_readings(schema: Schema, patterns: Readings) -> int:

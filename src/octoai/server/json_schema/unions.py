@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from octoai.server.json_schema.keywords import Schema, alternatives, named, types_of, within
+
 MAX_READINGS = 128  # about a second for a short answer; 900 took eleven
 _LITERALS = 8  # count as one other reading, with which an enum may have as many as are accepted of alternatives
 _TEXTS = 40  # readings of a text count as one other: there may be plain ones beside any pattern that is accepted
@@ -23,7 +25,6 @@ _PLAIN = _ALL - {"object", "array"}
 _DONE = 2**62  # more than there are parts
 _ADVICE = "give each, as its first required property, one with a const of its own"
 _SIMPLER = f"{_ADVICE}, or patterns that are read in fewer"
-_Schema = Mapping[str, Any]
 _Path = Sequence[frozenset[str] | None]  # what comes first, and then: one of these, or anything
 _Beginning = Mapping[str, _Path]  # for each kind of value that it can be
 
@@ -36,13 +37,13 @@ class Unions:
     """Those of a schema. `targets`: what its references stand for; none leads to itself by references alone. `texts`:
     in how many ways a text is read by the patterns of a part, by its id."""
 
-    def __init__(self, targets: Mapping[str, _Schema], texts: Mapping[int, int]) -> None:
+    def __init__(self, targets: Mapping[str, Schema], texts: Mapping[int, int]) -> None:
         self._targets = targets
         self._texts = texts
         self._begun: dict[int, tuple[_Beginning, int]] = {}
         self._readings: dict[int, int] = {}
 
-    def check(self, schema: _Schema) -> None:
+    def check(self, schema: Schema) -> None:
         """Raises Ambiguous."""
         try:
             for group in self._groups(schema):
@@ -53,7 +54,7 @@ class Unions:
         except RecursionError:
             raise Ambiguous("its alternatives are nested too deeply") from None
 
-    def _groups(self, schema: _Schema) -> Iterator[list[_Schema]]:
+    def _groups(self, schema: Schema) -> Iterator[list[Schema]]:
         """Parts that all lead to each other, or one that does not lead to itself. What they lead to comes first."""
         numbers = {id(schema): 0}
         path, borders = [schema], [0]  # those in no group yet, and where among them one may begin
@@ -78,23 +79,18 @@ class Unions:
                     numbers.update((id(each), _DONE) for each in path[start:])
                     del path[start:]
 
-    def _within(self, schema: _Schema) -> list[_Schema]:
+    def _within(self, schema: Schema) -> list[Schema]:
         """What an engine reads of it: not the definitions that nothing refers to."""
         reference = schema.get("$ref")
-        if isinstance(reference, str):
-            return [self._targets[reference]]
-        items = schema.get("items")
-        found = [*_properties(schema).values(), *(items if isinstance(items, list) else [items])]
-        found += [schema.get("additionalProperties"), *_listed(schema, "oneOf", "anyOf", "prefixItems")]
-        return [each for each in found if isinstance(each, dict)]
+        return [self._targets[reference]] if isinstance(reference, str) else within(schema)
 
-    def _num_readings(self, group: Sequence[_Schema]) -> int:
+    def _num_readings(self, group: Sequence[Schema]) -> int:
         """Of a group, whose parts have no number yet. `beside`: what is followed together with one that leads back."""
         most, beside = 1, 0
         for part in group:
             within = [self._readings.get(id(each), 1) for each in self._within(part)]
             most = max(most, self._begin(part)[1] // _LITERALS, self._texts.get(id(part), 0) // _TEXTS, *within)
-            for together in self._alike(_listed(part, "oneOf", "anyOf")):
+            for together in self._alike(alternatives(part)):
                 if most > MAX_READINGS:
                     break
                 others = [self._readings[id(each)] for each in together if id(each) in self._readings]
@@ -107,20 +103,20 @@ class Unions:
                     most = max(most, sum(others))
         return most + beside
 
-    def _alike(self, alternatives: Sequence[_Schema]) -> Iterator[list[_Schema]]:
+    def _alike(self, alternatives: Sequence[Schema]) -> Iterator[list[Schema]]:
         """For each of them those that it cannot be told from, without literals: nothing more is in those."""
         begun = [(each, self._begin(each)[0]) for each in alternatives if _literals(each) is None]
         for _, beginning in begun:
             yield [each for each, other in begun if _are_alike(beginning, other)]
 
-    def _begin(self, schema: _Schema) -> tuple[_Beginning, int]:
+    def _begin(self, schema: Schema) -> tuple[_Beginning, int]:
         """How it begins, and in how many ways at first."""
         if id(schema) not in self._begun:
             self._begun[id(schema)] = self._beginning(schema)
         return self._begun[id(schema)]
 
-    def _beginning(self, schema: _Schema) -> tuple[_Beginning, int]:
-        same = self._same_value(schema)
+    def _beginning(self, schema: Schema) -> tuple[_Beginning, int]:
+        same = self.same_value(schema)
         if same:
             begun = [self._begin(each) for each in same]
             return _either([beginning for beginning, _ in begun]), sum(num for _, num in begun)
@@ -131,15 +127,14 @@ class Unions:
         kinds = types if _ALL.issuperset(types) else list(_ALL)
         return {kind: self._names(schema) if kind == "object" else () for kind in kinds}, len(kinds)
 
-    def _same_value(self, schema: _Schema) -> list[_Schema]:
-        if isinstance(schema.get("$ref"), str):
-            return self._within(schema)
-        return _listed(schema, "oneOf", "anyOf")
+    def same_value(self, schema: Schema) -> list[Schema]:
+        """The schemas in it of the value that it is itself of."""
+        return self._within(schema) if isinstance(schema.get("$ref"), str) else alternatives(schema)
 
-    def _names(self, schema: _Schema) -> _Path:
+    def _names(self, schema: Schema) -> _Path:
         """Those of its required properties, each with its value, up to one in which there can be more alternatives."""
         required = schema.get("required")
-        properties = _properties(schema)
+        properties = named(schema, "properties")
         path: list[frozenset[str] | None] = []
         for name in islice(
             (each for each in properties if isinstance(required, list) and each in required), _MAX_NAMES
@@ -149,33 +144,21 @@ class Unions:
                 value = self._targets[value["$ref"]]
             literals = _literals(value) if isinstance(value, dict) else []
             path += [frozenset({name}), None if literals is None else frozenset(map(repr, literals))]
-            if literals is None and not all(map(_is_plain, _listed(value, "oneOf", "anyOf") or [value])):
+            if literals is None and not all(map(_is_plain, alternatives(value) or [value])):
                 break
         return path
 
 
-def _listed(schema: _Schema, *keys: str) -> list[_Schema]:
-    values = [schema.get(key) for key in keys]
-    return [each for value in values if isinstance(value, list) for each in value if isinstance(each, dict)]
+def _types(schema: Schema) -> list[str]:
+    return ["number" if each == "integer" else each for each in types_of(schema)]
 
 
-def _properties(schema: _Schema) -> Mapping[str, Any]:
-    properties = schema.get("properties")
-    return properties if isinstance(properties, dict) else {}
-
-
-def _types(schema: _Schema) -> list[str]:
-    types = schema.get("type")
-    named = [each for each in (types if isinstance(types, list) else [types]) if isinstance(each, str)]
-    return ["number" if each == "integer" else each for each in named]
-
-
-def _is_plain(schema: _Schema) -> bool:
+def _is_plain(schema: Schema) -> bool:
     types = _types(schema)
     return _literals(schema) is not None or (bool(types) and _PLAIN.issuperset(types))
 
 
-def _literals(schema: _Schema) -> list[Any] | None:
+def _literals(schema: Schema) -> list[Any] | None:
     if any(key in schema for key in ("$ref", "oneOf", "anyOf")):  # which engines look at first
         return None
     if "const" in schema:
