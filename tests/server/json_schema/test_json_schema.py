@@ -16,6 +16,7 @@ from octoai.server.json_schema.rewriting import Rewriting
 from octoai.server.json_schema.schema import MAX_ALTERNATIVES, bounded, for_llama_cpp
 
 A, B = "#/$defs/a", "#/$defs/b"
+NO_JSON = (float("nan"), float("inf"), float("-inf"))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,12 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
         ({"allOf": [{"anyOf": [{"required": [f"{m}{n}"]} for n in range(40)]} for m in "abc"]}, "20000 parts"),
         ({"pattern": "x" * 2001}, "more than 2000 characters"),
         ({"anyOf": [{"type": "array", "items": {"type": "integer"}}] * 129}, "more than 128 ways"),
+        *(
+            ({"prefixItems": [{}], name: each}, "none in JSON: NaN")
+            for name in ("minItems", "maxItems")
+            for each in NO_JSON
+        ),
+        ({"const": float("nan")}, "none in JSON: NaN"),
     ],
 )
 def test_schemas_beyond_the_bounds_are_refused_by_name(schema: dict[str, Any], words: str) -> None:

@@ -61,7 +61,12 @@ def for_llama_cpp(schema: Schema) -> Schema:
 
 def _refuse_unbounded(schemas: Sequence[Schema], param: str) -> None:
     try:
-        size = sum([len(json.dumps(schema)) for schema in schemas])
+        try:
+            size = sum([len(json.dumps(schema, allow_nan=False)) for schema in schemas])
+        except ValueError:
+            raise Unbounded(
+                "the schema has a number that is none in JSON: NaN, or one that is too large, as 1e999"
+            ) from None
         if size > MAX_BYTES:
             raise Unbounded(f"the schema has {size} bytes; at most {MAX_BYTES} are accepted")
         seen, read = _Seen(), [Rewriting(schema).done() for schema in schemas]
