@@ -233,6 +233,7 @@ def test_a_schema_that_would_take_the_engine_from_everybody_is_refused_by_name(
         {"type": "array", "maxItems": 2**32, "items": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}},
         {"anyOf": [{"type": "array", "items": {"type": "integer"}, "minItems": 1}] * 128},
         {"$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}, "allOf": [{"$ref": "#/$defs/a"}]},
+        {"type": "object", "properties": {f"{chr(0x4E00 + number)}{'x' * 200}": {} for number in range(215)}},
         nested("n" * 256, 93, {f"p{number}": {} for number in range(380)}),
     ],
 )

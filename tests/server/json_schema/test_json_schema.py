@@ -34,6 +34,7 @@ NO_JSON = (float("nan"), float("inf"), float("-inf"))
         {"$defs": {"a": {"pattern": "^a{5,1}$"}, "b": {"enum": list(range(2000))}}, "type": "string"},
         {"properties": {f"p{number}": {} for number in range(900)}, "required": [f"p{n}" for n in range(500)]},
         {"properties": {"n" * 256: {}}, "additionalProperties": True},
+        {"properties": {chr(0x4E00 + number): {} for number in range(215)}},
         {"properties": {"enum": {"type": "string"}, "pattern": {"type": "integer"}}},
         {"properties": {"const": {"type": "string"}, "minimum": {"type": "integer"}, "$ref": {"type": "string"}}},
         {"const": {"minItems": 3, "maxItems": 1}, "default": {"$ref": "#"}},
@@ -107,6 +108,7 @@ def test_schemas_of_a_usual_size_pass(schema: dict[str, Any]) -> None:
         ({"allOf": [{"anyOf": [{"required": [f"{m}{n}"]} for n in range(40)]} for m in "abc"]}, "20000 parts"),
         ({"pattern": "x" * 2001}, "more than 2000 characters"),
         ({"anyOf": [{"type": "array", "items": {"type": "integer"}}] * 129}, "more than 128 ways"),
+        ({"properties": {chr(0x4E00 + number): {} for number in range(300)}}, "neither a Latin letter"),
         *(
             ({"prefixItems": [{}], name: each}, "none in JSON: NaN")
             for name in ("minItems", "maxItems")

@@ -10,6 +10,8 @@ are followed together: `unions`.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from graphlib import CycleError, TopologicalSorter
 
@@ -33,9 +35,11 @@ from octoai.server.json_schema.unions import Ambiguous, Unions
 MAX_BYTES = 128 * 1024
 MAX_ALTERNATIVES = 1000
 MAX_OPTIONAL = 400  # an engine has a rule for each that can come after each: a second, and 4.6 of 900
+MAX_ALIKE_RULES = 10_000_000  # of optional properties whose names are one to llama.cpp: 215 of them take 0.6 s more
 MAX_NAME_LENGTH = 256  # beside additionalProperties llama.cpp descends a level for each character: 30,000 crashed it
 MAX_ALIKE = 30_000  # letters of all values that begin alike, each of which an engine follows: two or three seconds
 MAX_REPEATED = 400_000  # an engine makes a part of its grammar for each: of 1.8 million it took 4 s and gigabytes
+_STRIPPED = re.compile("[^a-zA-Z0-9-]+")  # by llama.cpp, of the names of rules
 _BRANCHES = (*CHOICES, "enum", "prefixItems", "properties")
 
 
@@ -80,7 +84,7 @@ class _Seen:
     """What there is in schemas that are offered together."""
 
     def __init__(self) -> None:
-        self._num_parts = self._num_alternatives = self._num_repeated = 0
+        self._num_parts = self._num_alternatives = self._num_repeated = self._num_alike_rules = 0
         self._patterns = Readings()
         self._texts: dict[int, int] = {}
         self._literals: set[str] = set()
@@ -142,9 +146,18 @@ class _Seen:
         self._texts[id(part)] = _num_readings(part, self._patterns)
 
     def _add_optional(self, names: Collection[str]) -> None:
+        """What may follow one is a rule with its name, which llama.cpp makes again for each one before it, and tells by
+        a number from those of names that are the same to it, looking through all of these."""
         if len(names) > MAX_OPTIONAL:
             raise Unbounded(
                 f"an object has {len(names)} properties that may be left out; at most {MAX_OPTIONAL} are accepted"
+            )
+        alike = Counter([_STRIPPED.sub("-", name) for name in names])
+        self._num_alike_rules += len(names) * sum([num * num for num in alike.values()])
+        if self._num_alike_rules > MAX_ALIKE_RULES:
+            raise Unbounded(
+                "too many properties that may be left out have names that differ only in what is neither a Latin "
+                "letter nor a digit: require more of them, or give fewer"
             )
 
 
