@@ -37,7 +37,7 @@ def noted(path: Path) -> str:
 
 
 async def until(path: Path, text: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):  # what runs while idle has next to nothing of processors that others keep busy
         while noted(path) != text:
             await asyncio.sleep(0.02)
 

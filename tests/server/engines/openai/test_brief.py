@@ -123,9 +123,31 @@ def test_what_is_not_counted_is_streamed_then_and_from_then_on(said: Any) -> Non
     run(main())
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_server_that_streams_all_the_same_is_read_and_asked_to_stream(*, counts: bool) -> None:
+    """Some count only where they are asked to, and then it is asked again."""
+
+    async def main() -> None:
+        upstream = Upstream()
+        streamed, uncounted = upstream.reply, says(*[block for block in WHOLE if counts or b"usage" not in block])
+
+        async def reply(up: Upstream, writer: asyncio.StreamWriter) -> None:
+            await (streamed if json.loads(up.requests[-1][2])["stream"] else uncounted)(up, writer)
+
+        upstream.reply = reply
+        async with quick(upstream) as engine:
+            for _ in range(2):
+                assert (await generated(engine, BRIEF))[-1] == Finished({0: "stop"}, Usage(4, 0, 2))
+        streams = [False, True] if counts else [False, True, True]
+        assert [body["stream"] for body in asked(upstream)] == streams
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("reply", "kind"),
     [
+        (says(*WHOLE[:2]), EngineFailed),
         (answers(400, b'{"error": {"message": "no"}}'), BadRequest),
         (answers(500, b"{}"), EngineFailed),
         (gives(b"<html>hello</html>"), EngineFailed),

@@ -24,7 +24,7 @@ from octoai.server.engines.openai.dialects import DIALECTS
 from octoai.server.engines.openai.exchange import CannotConnect, Exchange, Failures, Pool
 from octoai.server.engines.openai.plain import MAX_TOKENS, Habits
 from octoai.server.engines.openai.refusals import refusal
-from octoai.server.engines.openai.whole import whole
+from octoai.server.engines.openai.whole import is_streamed, whole
 from octoai.server.errors import EngineFailed, Refusal, Unavailable
 from octoai.server.logs import without_password
 from octoai.server.machine import descriptors
@@ -206,6 +206,7 @@ class OpenAIEngine:
             if not exchange.is_over:
                 raise EngineFailed("The engine broke off in the middle of its answer.")
         self._on_progress()
+        self._briefly.gives_whole = not is_streamed(said)
         return whole(said, generation)
 
     async def _streamed(

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
+from octoai.server.engines.openai.answer import Answer
 from octoai.server.engines.openai.choices import Calls, reason_of, reasoning_of, text_of, thought_of, tokens_of
 from octoai.server.engines.openai.logprobs import entries
 from octoai.server.engines.openai.refusals import broken
@@ -17,6 +18,8 @@ from octoai.server.errors import EngineFailed
 def whole(body: bytes, generation: Generation) -> Sequence[Event]:
     """All of an answer of one choice; nothing where it does not say how many tokens it has: streamed, they are counted.
     Raises EngineFailed, and what an error means that the engine says after its 200."""
+    if is_streamed(body):
+        return _streamed(body, generation)
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -29,6 +32,20 @@ def whole(body: bytes, generation: Generation) -> Sequence[Event]:
         return _events(answer, generation)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise EngineFailed("The engine's answer has a shape that is not the protocol's.") from None
+
+
+def is_streamed(body: bytes) -> bool:
+    """Some servers do so whatever they are asked for."""
+    return body.startswith((b"data:", b"event:", b":"))
+
+
+def _streamed(body: bytes, generation: Generation) -> Sequence[Event]:
+    answer = Answer(generation)
+    events = answer.events(body)
+    last = events[-1] if answer.is_whole else None
+    if not isinstance(last, Finished):
+        raise EngineFailed("The engine broke off in the middle of its answer.")
+    return events if last.usage.prompt_tokens else ()
 
 
 def _events(answer: Mapping[str, Any], generation: Generation) -> Sequence[Event]:
