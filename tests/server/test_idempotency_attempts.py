@@ -607,6 +607,7 @@ def test_a_retry_does_not_join_an_attempt_that_is_being_ended(in_process: Start,
     assert statuses(service) == ["refunded", "settled"]
 
 
+@pytest.mark.slow
 def test_a_key_is_not_taken_over_from_a_request_that_waits_long_for_its_turn(
     in_process: Start, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,7 @@ def test_an_older_client_is_sent_no_chunks(in_process: Start) -> None:
     assert body.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.slow
 def test_a_connection_that_rests_is_closed_after_a_while_and_not_before(in_process: Start) -> None:
     service = in_process(ScriptedEngine(["Hello", 0.6, " world"]))
     service._server.config.timeout_keep_alive = 1
@@ -271,6 +272,7 @@ def is_over(connection: socket.socket, more: bytes) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_half_a_head_behind_it_does_not_end_an_answer_that_takes_longer(in_process: Start) -> None:
     service = in_process(ScriptedEngine(["Hello", *[0.3, " world"] * 8]))
     service._server.config.timeout_keep_alive = 1

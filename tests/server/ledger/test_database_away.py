@@ -153,6 +153,7 @@ def test_killed_while_the_database_is_away_it_brings_everything_in_later(
     assert found.num_finished > 20
 
 
+@pytest.mark.slow
 def test_stopped_while_the_database_is_away_it_keeps_its_journal_for_the_next_start(
     serving: Start, postgres_server: PostgresServer, postgres_url: str
 ) -> None:
@@ -209,6 +210,7 @@ def test_known_tokens_are_refused_after_the_time_that_was_configured(
     until(lambda: asked(crashes.service)[0] == 200, 10)
 
 
+@pytest.mark.slow
 def test_a_service_that_starts_before_its_database_waits_for_it(
     serving: Start, postgres_server: PostgresServer
 ) -> None:

@@ -105,6 +105,7 @@ def test_new_requests_are_refused_and_running_ones_end(disk: Disk, in_process: S
     Books.read(service.place)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_written_when_there_is_room_again(disk: Disk, in_process: Start, begin: Any) -> None:
     service = in_process(ScriptedEngine(SLOW, num_slots=64))
     streams = [begin(service) for _ in range(5)]

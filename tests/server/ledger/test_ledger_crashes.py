@@ -166,6 +166,7 @@ def test_killed_soon_after_it_stood_still(crashing: Start) -> None:
     held(crashes)
 
 
+@pytest.mark.slow
 def test_commands_beside_the_service_take_nothing_from_it(crashing: Start) -> None:
     """Another process that opens and closes the database must not part it from what the service still writes."""
     crashes = crashing()

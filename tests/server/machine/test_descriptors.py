@@ -77,6 +77,7 @@ def with_one_more(service: Serve, silent: list[socket.socket]) -> str:
     return service.log.read_text()
 
 
+@pytest.mark.slow
 def test_it_takes_as_many_as_it_may_and_says_when_none_is_left(service: Serve) -> None:
     _, hard = resource.getrlimit(NOFILE)
     soft = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)

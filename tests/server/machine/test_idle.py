@@ -142,6 +142,7 @@ def test_what_cannot_be_done_now_is_tried_again_and_others_go_first(tmp_path: Pa
     assert followed == ["begun done "]
 
 
+@pytest.mark.slow
 def test_what_never_can_be_done_is_tried_less_and_less_often(tmp_path: Path) -> None:
     tried = tmp_path / "tried"
     program = f"import sys; open(sys.argv[1], 'a').write('.'); sys.exit({idle.LATER})"

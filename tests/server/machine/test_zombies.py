@@ -38,6 +38,7 @@ uvloop.run(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="orphans are given to who asks for them on Linux only")
 def test_orphans_are_asked_for_and_our_own_left_to_who_started_them() -> None:
     command = [sys.executable, "-u", "-c", _AS_FIRST_PROCESS]

@@ -194,6 +194,7 @@ def test_a_signal_drains_where_nobody_reads_what_is_said(tmp_path: Path, upstrea
     assert told.is_finished
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_killed_and_another_serves(tmp_path: Path, upstream: Upstream) -> None:
     service = serve(tmp_path, upstream, "--workers", "2", settings="worker_stall_seconds = 2")
     target = Target(service.url, service.token, MODEL)
