@@ -37,7 +37,7 @@ def noted(path: Path) -> str:
 
 
 async def until(path: Path, text: str) -> None:
-    async with asyncio.timeout(60):  # what runs while idle has next to nothing of processors that others keep busy
+    async with asyncio.timeout(20):
         while noted(path) != text:
             await asyncio.sleep(0.02)
 
@@ -176,16 +176,16 @@ def test_what_cannot_be_run_now_is_tried_again_and_keeps_nobody_from_running(tmp
     asyncio.run(main())
 
 
+# Without a buffer: it may be told to leave while what it wrote last is on its way.
 FOLLOWING = """
-import signal, sys, time
+import os, signal, sys, time
 from octoai.cli import optimize
 def leave(*_):
-    note.write("cleaned up ")
+    os.write(note, b"cleaned up ")
     sys.exit(1)
-note = open(sys.argv[1], "a")
+note = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 signal.signal(signal.SIGTERM, leave)
-note.write("begun " if optimize._follow_service() else "alone ")
-note.flush()
+os.write(note, b"begun " if optimize._follow_service() else b"alone ")
 if "--briefly" not in sys.argv:
     time.sleep(60)
 """
