@@ -291,9 +291,11 @@ class Job:
     def _observe(self, batch: Batch, num_tokens: int, metrics: SimpleNamespace) -> None:
         before = self.meter.last_token
         now = self.meter.passed(batch, is_stream=self.request.stream)
-        if num_tokens:
-            came_in_one = self.meter.first_token is None
-            metrics.iteration_tokens.observe(self.meter.usage.completion_tokens if came_in_one else num_tokens)
+        last = batch[-1]
+        if self.meter.first_token is None and isinstance(last, Finished):  # it came in one
+            metrics.iteration_tokens.observe(last.usage.completion_tokens)
+        elif num_tokens:
+            metrics.iteration_tokens.observe(num_tokens)
             if before is not None:
                 metrics.inter_token.observe((now - before) / num_tokens)
 

@@ -153,3 +153,12 @@ def test_tokens_are_counted_by_iteration_however_they_come(service: InProcess, h
     until(lambda: metric(service, "vllm:e2e_request_latency_seconds_count") == 3, 3)
     assert metric(service, "vllm:iteration_tokens_total_sum") == 2 + 3 + 2
     assert metric(service, name) == before + 1  # somebody saw it, also where it came with all others
+
+
+def test_choices_that_each_come_in_one_are_counted_once(service: InProcess, held: InThread, ask: Ask) -> None:
+    release(held)
+    assert ask(service, n=3).answer()[0] == 200
+    until(lambda: metric(service, "vllm:e2e_request_latency_seconds_count") == 2, 3)
+    assert (
+        metric(service, "vllm:iteration_tokens_total_sum") == metric(service, "vllm:generation_tokens_total") == 2 + 9
+    )

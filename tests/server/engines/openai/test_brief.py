@@ -307,19 +307,19 @@ def test_others_are_streamed(generation: Generation) -> None:
 
 def test_a_slow_engine_is_asked_to_stream_until_it_has_been_quick_for_a_while() -> None:
     briefly = Briefly(gives_whole=True)
-    assert not briefly.may_be_whole(b"{}")  # nobody knows yet
+    assert not briefly.is_quick  # nobody knows yet
     briefly.takes_longer(0.1)
-    assert not briefly.may_be_whole(b"{}")
+    assert not briefly.is_quick
     briefly.took(0.1)
-    assert briefly.may_be_whole(b"{}")
+    assert briefly.is_quick
     briefly.took(1.0)
     num_streamed = 0
-    while not briefly.may_be_whole(b"{}"):
+    while not briefly.is_quick:
         briefly.took(0.1)
         num_streamed += 1
     assert 5 < num_streamed < 20
     briefly.takes_longer(0.5)
-    assert not briefly.may_be_whole(b"{}")
+    assert not briefly.is_quick
 
 
 def test_one_whose_connection_breaks_while_it_is_computed_is_not_asked_for_again() -> None:

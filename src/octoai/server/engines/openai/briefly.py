@@ -12,7 +12,7 @@ from types import TracebackType
 
 from octoai.server.engines.base import Generation
 
-MAX_TOKENS, MAX_BODY_BYTES = 32, 16 * 1024
+MAX_TOKENS = 32
 QUICK_SECONDS = 0.4  # of the 0.9 for which one that is left is waited for
 KEPT = 0.9  # of how long the longest took, with each after it
 
@@ -28,9 +28,9 @@ class Briefly:
         is_short = generation.max_tokens <= MAX_TOKENS and generation.n == 1 and not generation.is_stream
         return is_short and self.gives_whole and not generation.has_images
 
-    def may_be_whole(self, body: bytes) -> bool:
-        """The answer to what is asked like this."""
-        return self._seconds < QUICK_SECONDS and len(body) <= MAX_BODY_BYTES
+    @property
+    def is_quick(self) -> bool:
+        return self._seconds < QUICK_SECONDS
 
     def timed(self) -> Timed:
         """To be entered with an answer, from its being asked for to its end."""

@@ -18,14 +18,14 @@ Choice = Mapping[str, Any]
 Call = Mapping[str, Any]
 
 
-def decoded(payload: bytes) -> Mapping[str, Any]:
+def decoded(payload: bytes, what: str = "an event") -> Mapping[str, Any]:
     try:
-        chunk = orjson.loads(payload)
+        said = orjson.loads(payload)
     except orjson.JSONDecodeError:
-        raise EngineFailed("The engine sent an event that is not JSON.") from None
-    if not isinstance(chunk, dict):
-        raise EngineFailed("The engine sent an event that is not an object.")
-    return chunk
+        raise EngineFailed(f"The engine sent {what} that is not JSON.") from None
+    if not isinstance(said, dict):
+        raise EngineFailed(f"The engine sent {what} that is not an object.")
+    return said
 
 
 def number_of(choice: Choice, num_choices: int) -> int:

@@ -39,6 +39,7 @@ END_SECONDS = 0.5
 # beside an engine that has emptied the processor's caches meanwhile.
 STREAM_GATHER_SECONDS = 1 / 30  # text that moves as often is smooth to the eye, as a film is
 WHOLE_GATHER_SECONDS = 0.1  # nobody sees it before the answer is whole
+MAX_BRIEF_BYTES = 16 * 1024  # of what is asked
 MAX_ERROR_BYTES = 64 * 1024
 MAX_SAID_BYTES = 4 * 1024 * 1024  # of an answer to a short question
 MAX_COUNTED_BYTES = 32 * 1024 * 1024  # of one that lists tokens: more than any window has
@@ -175,8 +176,8 @@ class OpenAIEngine:
     async def _brief(
         self, generation: Generation, on_left: OnLeft | None, on_text: OnText | None
     ) -> AsyncGenerator[Sequence[Event]]:
-        body = self.dialect.body(generation, self.model, is_stream=False)
-        if self._briefly.may_be_whole(body):
+        body = self.dialect.body(generation, self.model, is_stream=False) if self._briefly.is_quick else b""
+        if 0 < len(body) <= MAX_BRIEF_BYTES:
             with self._briefly.timed():
                 events = await self._whole(body, generation, on_left)
             if events:
@@ -206,7 +207,8 @@ class OpenAIEngine:
             if not exchange.is_over:
                 raise EngineFailed("The engine broke off in the middle of its answer.")
         self._on_progress()
-        self._briefly.gives_whole = not is_streamed(said)
+        if is_streamed(said):
+            self._briefly.gives_whole = False
         return whole(said, generation)
 
     async def _streamed(

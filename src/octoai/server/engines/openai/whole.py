@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
-
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
 from octoai.server.engines.openai.answer import Answer
-from octoai.server.engines.openai.choices import Calls, reason_of, reasoning_of, text_of, thought_of, tokens_of
+from octoai.server.engines.openai.choices import Calls, decoded, reason_of, reasoning_of, text_of, thought_of, tokens_of
 from octoai.server.engines.openai.logprobs import entries
 from octoai.server.engines.openai.refusals import broken
 from octoai.server.errors import EngineFailed
@@ -20,12 +18,7 @@ def whole(body: bytes, generation: Generation) -> Sequence[Event]:
     Raises EngineFailed, and what an error means that the engine says after its 200."""
     if is_streamed(body):
         return _streamed(body, generation)
-    try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise EngineFailed("The engine's answer is not JSON.") from None
-    if not isinstance(answer, dict):
-        raise EngineFailed("The engine's answer is not an object.")
+    answer = decoded(body, "an answer")
     if answer.get("error") or answer.get("object") == "error":
         raise broken(answer, generation)
     try:
