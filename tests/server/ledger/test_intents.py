@@ -33,6 +33,24 @@ def test_one_that_is_alone_is_written_in_the_next_turn_of_the_loop() -> None:
     asyncio.run(main())
 
 
+def test_a_crowd_that_comes_at_once_is_one_from_its_first_on() -> None:
+    async def main() -> None:
+        synced: list[int] = []
+        intents = Intents(lambda: synced.append(1))
+        opened = [Opened() for _ in range(4)]
+        for number, each in enumerate(opened):
+            intents.add(each, is_alone=number == 0)
+        await asyncio.sleep(WRITE_SECONDS / 4)
+        assert not any(each.waited for each in opened)
+        for each in opened[1:]:
+            intents.discard(each)
+        await asyncio.sleep(2 * WRITE_SECONDS)
+        assert [each.waited is not None for each in opened] == [True, False, False, False]
+        assert synced == [1]
+
+    asyncio.run(main())
+
+
 def test_in_a_crowd_those_that_last_are_written_in_time_and_others_never() -> None:
     async def main() -> None:
         synced: list[int] = []

@@ -28,7 +28,7 @@ class Intents:
         self._unwritten[tab] = time.monotonic()
         if self._timer is None:
             if is_alone:
-                self._timer = asyncio.get_running_loop().call_later(0.0, self.write)
+                self._timer = asyncio.get_running_loop().call_later(0.0, self._write_alone)
             else:
                 self._look_soon()
 
@@ -42,6 +42,15 @@ class Intents:
             self._timer.cancel()
             self._timer = None
         self._write([*self._unwritten])
+
+    def _write_alone(self) -> None:
+        """Where others came in the same turn of the loop, it was alone for that turn only: as in a crowd that was
+        answered in one."""
+        self._timer = None
+        if len(self._unwritten) > 1:
+            self._look_soon()
+        else:
+            self._write([*self._unwritten])
 
     def _write(self, tabs: Sequence[Opened]) -> None:
         for tab in tabs:

@@ -202,3 +202,76 @@ def test_what_the_engine_stops_after_does_not_wait_for_more() -> None:
 def test_much_does_not_wait() -> None:
     _, went = taken([0.001] * 10, size=MAX_GATHERED_BYTES // 2)
     assert max(len(block) for _, block in went) <= 2 * MAX_GATHERED_BYTES
+
+
+class Recording(Transport):
+    def __init__(self, steps: list[bytes]) -> None:
+        self.steps, self.is_aborted = steps, False
+
+    def write(self, data: Any) -> None:
+        self.steps.append(data)
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.steps.append(b"hung up")
+
+    def is_closing(self) -> bool:
+        return self.is_aborted
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+def recorded(steps: list[bytes]) -> Connection:
+    connection = Connection(asyncio.get_running_loop())
+    connection.connection_made(Recording(steps))
+    return connection
+
+
+def test_what_is_asked_in_one_turn_of_the_loop_goes_out_together_behind_it() -> None:
+    """Each request takes its time before it is asked; an engine that is woken for each of them takes ours."""
+    steps: list[bytes] = []
+
+    async def ask(number: int) -> None:
+        steps.append(b"worked")
+        with pytest.raises(TimeoutError):
+            await recorded(steps).ask(b"asked %d" % number, 0.05)
+
+    async def main() -> None:
+        await asyncio.gather(*map(ask, range(3)))
+
+    asyncio.run(main())
+    assert steps == [*[b"worked"] * 3, b"asked 0", b"asked 1", b"asked 2"]
+
+
+def test_who_hangs_up_before_it_has_gone_out_has_asked_all_the_same() -> None:
+    steps: list[bytes] = []
+
+    async def main() -> None:
+        connection = recorded(steps)
+        asked = asyncio.ensure_future(connection.ask(b"asked", STALL))
+        asyncio.get_running_loop().call_soon(connection.hang_up)
+        await asyncio.sleep(0.01)
+        asked.cancel()
+        connection.abort()
+
+    asyncio.run(main())
+    assert steps == [b"asked", b"hung up"]
+
+
+def test_what_an_engine_says_before_it_has_gone_out_is_no_answer_to_it() -> None:
+    steps: list[bytes] = []
+
+    async def main() -> None:
+        connection = recorded(steps)
+        asked = asyncio.ensure_future(connection.ask(b"asked", STALL))
+        # As a 408 does, to a connection that was silent for long.
+        asyncio.get_running_loop().call_soon(connection.data_received, HEAD)
+        with pytest.raises(ConnectionResetError):
+            async with asyncio.timeout(1):
+                await asked
+
+    asyncio.run(main())
+    assert steps == []
