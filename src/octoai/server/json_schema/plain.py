@@ -99,6 +99,7 @@ def _text(value: Any) -> str:
 
 
 def _fits(value: Any, part: Schema) -> bool:
+    """But for its pattern: an expression that is not ours may take for ever to be looked for."""
     kind, types = _KINDS.get(type(value), "number"), types_of(part)
     if value is None and part.get("nullable") is True:  # as OpenAPI 3.0 has it
         return True
