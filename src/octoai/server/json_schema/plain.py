@@ -35,6 +35,7 @@ _COUNTS = frozenset({"minItems", "maxItems", "minLength", "maxLength"})
 _PUT_RIGHT = READ - {"type", "properties", "format", "pattern", "minimum", "maximum", "anyOf", "oneOf"}
 _HEEDED = READ | LEAST | MOST | {"additionalItems", "nullable"}
 _KINDS = {str: "string", bool: "boolean", dict: "object", list: "array", int: "integer", type(None): "null"}
+_EXCLUSIVE = {"minimum": "exclusiveMinimum", "maximum": "exclusiveMaximum"}
 _BOUNDS_OF = {"string": "Length", "array": "Items", "object": "Properties"}
 
 
@@ -51,6 +52,11 @@ def heeded(part: Schema) -> dict[str, Any]:
     found = {key: value for key, value in part.items() if key in _HEEDED and not limits_nothing(key, value)}
     if part.get("additionalProperties") is False and (patterns := named(part, "patternProperties")):
         found["additionalProperties"] = next(iter(patterns.values())) if len(patterns) == 1 else True
+    for name, exclusive in _EXCLUSIVE.items():
+        if isinstance(found.get(exclusive), bool):  # as JSON Schema had it until its fourth draft, and OpenAPI 3.0 has
+            is_exclusive = found.pop(exclusive)
+            if is_exclusive and name in found:
+                found[exclusive] = found.pop(name)
     return found
 
 
@@ -95,6 +101,9 @@ def _with_values(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
+    """The same of what is equal."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return json.dumps(value, sort_keys=True)
 
 
@@ -146,14 +155,7 @@ def _put_counts_right(part: dict[str, Any]) -> None:
 
 
 def _put_bounds_right(part: dict[str, Any]) -> None:
-    for end, weaker in (("inimum", min), ("aximum", max)):
-        name, exclusive = f"m{end}", f"exclusiveM{end}"
-        if exclusive not in part:
-            continue
-        if isinstance(part.get(exclusive), bool):  # as JSON Schema had it until its fourth draft, and OpenAPI 3.0 has
-            is_exclusive = part.pop(exclusive)
-            if is_exclusive and name in part:
-                part[exclusive] = part.pop(name)
+    for (name, exclusive), weaker in zip(_EXCLUSIVE.items(), (min, max), strict=True):
         bound, other = number(part, name), number(part, exclusive)
         if bound is not None and other is not None:  # where they are equal the exclusive one says more
             del part[name if bound == weaker(bound, other) else exclusive]
