@@ -40,9 +40,9 @@ Samples = dict[str, dict[str, list[float]]]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--short", action="store_true", help="3 rounds of a quarter of the lengths: about half a minute"
+        "--short", action="store_true", help="11 rounds of a quarter of the lengths: about half a minute"
     )
-    parser.add_argument("--rounds", type=int, help="default 9, short 3")
+    parser.add_argument("--rounds", type=int, help="default 9, short 11")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "engine_share.json", metavar="PATH")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -161,7 +161,7 @@ def main() -> None:
     openai_http.STREAM_GATHER_SECONDS = 0.0  # anybody else's client reads what comes when it comes
     workload = Workload().part(1 / 4) if options.short else Workload()
     with served() as (pid, engines):
-        rounds = options.rounds or (3 if options.short else 9)
+        rounds = options.rounds or (11 if options.short else 9)
         samples, times = asyncio.run(measured(pid, engines, rounds, workload))
     print(report(samples, times))
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "date": time.strftime("%F")}
