@@ -100,10 +100,11 @@ def test_servers_on_the_same_machine_are_asked_to_stream(dialect: str) -> None:
     [
         answer(usage=None),
         answer(usage={"prompt_tokens": 3}),
+        answer(usage={"completion_tokens": 5}),
         answer(usage={**USAGE, "completion_tokens": 0}),
         answer({"reasoning": "Hm"}),
     ],
-    ids=["no usage", "half of it", "none, where there was text", "how many are reasoning"],
+    ids=["no usage", "half of it", "the other half", "none, where there was text", "how many are reasoning"],
 )
 def test_what_is_not_counted_is_streamed_then_and_from_then_on(said: Any) -> None:
     async def main() -> None:

@@ -43,13 +43,13 @@ def _streamed(body: bytes, generation: Generation) -> Sequence[Event]:
 
 def _events(answer: Mapping[str, Any], generation: Generation) -> Sequence[Event]:
     (choice,), usage = answer["choices"], answer.get("usage") or {}
-    num_tokens = tokens_of(usage.get("completion_tokens"))
-    if num_tokens is None:
+    prompt_tokens, num_tokens = tokens_of(usage.get("prompt_tokens")), tokens_of(usage.get("completion_tokens"))
+    if prompt_tokens is None or num_tokens is None:
         return ()
     delta, reason = _delta(choice, num_tokens, generation), reason_of(choice)
     if not reason:
         raise EngineFailed("The engine ended its answer without saying why.")
-    prompt_tokens, cached_tokens = tokens_of(usage.get("prompt_tokens")) or 0, 0
+    cached_tokens = 0
     if details := usage.get("prompt_tokens_details"):
         cached_tokens = min(tokens_of(details.get("cached_tokens")) or 0, prompt_tokens)
     started, num_thought = Started(prompt_tokens, cached_tokens), min(thought_of(usage), num_tokens)
