@@ -145,6 +145,18 @@ def test_a_server_that_streams_all_the_same_is_read_and_asked_to_stream(*, count
     run(main())
 
 
+@pytest.mark.parametrize("before", [b"id: 1\n", b"retry: 3000\n\n", b"\r\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf: hello\n\n"])
+def test_a_stream_is_known_by_whatever_it_may_begin_with(before: bytes) -> None:
+    async def main() -> None:
+        upstream = Upstream(says(before, *WHOLE))
+        async with quick(upstream) as engine:
+            for _ in range(2):
+                assert (await generated(engine, BRIEF))[-1] == Finished({0: "stop"}, Usage(4, 0, 2))
+        assert [body["stream"] for body in asked(upstream)] == [False, True]
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("reply", "kind"),
     [

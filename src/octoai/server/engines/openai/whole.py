@@ -28,8 +28,8 @@ def whole(body: bytes, generation: Generation) -> Sequence[Event]:
 
 
 def is_streamed(body: bytes) -> bool:
-    """Some servers do so whatever they are asked for."""
-    return body.startswith((b"data:", b"event:", b":"))
+    """Some servers do so whatever they are asked for. Empty lines and a byte order mark may come before its fields."""
+    return body.lstrip(b"\xef\xbb\xbf\r\n").startswith((b"data:", b"event:", b"id:", b"retry:", b":"))
 
 
 def _streamed(body: bytes, generation: Generation) -> Sequence[Event]:
