@@ -145,7 +145,9 @@ def test_a_server_that_streams_all_the_same_is_read_and_asked_to_stream(*, count
     run(main())
 
 
-@pytest.mark.parametrize("before", [b"id: 1\n", b"retry: 3000\n\n", b"\r\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf: hello\n\n"])
+@pytest.mark.parametrize(
+    "before", [b"id: 1\n", b"retry: 3000\n\n", b"\r\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf: hello\n\n"]
+)
 def test_a_stream_is_known_by_whatever_it_may_begin_with(before: bytes) -> None:
     async def main() -> None:
         upstream = Upstream(says(before, *WHOLE))
@@ -153,6 +155,53 @@ def test_a_stream_is_known_by_whatever_it_may_begin_with(before: bytes) -> None:
             for _ in range(2):
                 assert (await generated(engine, BRIEF))[-1] == Finished({0: "stop"}, Usage(4, 0, 2))
         assert [body["stream"] for body in asked(upstream)] == [False, True]
+
+    run(main())
+
+
+def refuses(message: str, upstream: Upstream, *, streams: bool) -> None:
+    """Whole answers, and streams where it gives none either."""
+    refused = answers(400, json.dumps({"error": {"message": message}}).encode())
+
+    async def reply(up: Upstream, writer: asyncio.StreamWriter) -> None:
+        is_stream = json.loads(up.requests[-1][2])["stream"]
+        await (says(*WHOLE) if streams and is_stream else refused)(up, writer)
+
+    upstream.reply = reply
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model only support stream mode, please enable the stream parameter to access the model.",
+        "parameter.enable_thinking must be set to false for non-streaming calls",
+        "Streaming is required",
+    ],
+)
+def test_a_server_that_refuses_whole_answers_is_asked_to_stream_from_then_on(message: str) -> None:
+    async def main() -> None:
+        async with quick(upstream := Upstream()) as engine:
+            refuses(message, upstream, streams=True)
+            for _ in range(2):
+                assert (await generated(engine, BRIEF))[-1] == Finished({0: "stop"}, Usage(4, 0, 2))
+        assert [body["stream"] for body in asked(upstream)] == [False, True, True]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("message", "streams"),
+    [("no tool is named `stream`", [False, True, False]), ("too hot", [False, False])],
+)
+def test_what_is_refused_as_a_stream_as_well_says_nothing_of_the_server(message: str, streams: list[bool]) -> None:
+    async def main() -> None:
+        async with quick(upstream := Upstream()) as engine:
+            refuses(message, upstream, streams=False)
+            with pytest.raises(BadRequest, match=message):
+                await generated(engine, BRIEF)
+            upstream.reply = gives(answer())
+            await generated(engine, BRIEF)
+        assert [body["stream"] for body in asked(upstream)] == streams
 
     run(main())
 

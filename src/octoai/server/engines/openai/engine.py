@@ -24,7 +24,7 @@ from octoai.server.engines.openai.dialects import DIALECTS
 from octoai.server.engines.openai.exchange import CannotConnect, Exchange, Failures, Pool
 from octoai.server.engines.openai.plain import MAX_TOKENS, Habits
 from octoai.server.engines.openai.refusals import refusal
-from octoai.server.engines.openai.whole import is_streamed, whole
+from octoai.server.engines.openai.whole import is_streamed, leave_to_streams, whole
 from octoai.server.errors import EngineFailed, Refusal, Unavailable
 from octoai.server.logs import without_password
 from octoai.server.machine import descriptors
@@ -34,7 +34,6 @@ log = logging.getLogger("octoai.engine")
 PROBE_SECONDS = 5.0
 COUNT_SECONDS = 5.0
 COUNTED_BYTES_PER_SECOND = 700_000  # of a slow text
-END_SECONDS = 0.5
 # What comes faster goes on together. To be woken for a token costs as much as what is done with it, and most of all
 # beside an engine that has emptied the processor's caches meanwhile.
 STREAM_GATHER_SECONDS = 1 / 30  # text that moves as often is smooth to the eye, as a film is
@@ -177,17 +176,20 @@ class OpenAIEngine:
         self, generation: Generation, on_left: OnLeft | None, on_text: OnText | None
     ) -> AsyncGenerator[Sequence[Event]]:
         body = self.dialect.body(generation, self.model, is_stream=False) if self._briefly.is_quick else b""
-        if 0 < len(body) <= MAX_BRIEF_BYTES:
-            with self._briefly.timed():
+        was_whole = 0 < len(body) <= MAX_BRIEF_BYTES
+        if was_whole:
+            events: Sequence[Event] = ()
+            with leave_to_streams(), self._briefly.timed():
                 events = await self._whole(body, generation, on_left)
             if events:
                 yield events
                 return
-            self._briefly.gives_whole = False
-            log.info("engine %s does not count the tokens of whole answers: they are streamed", self.model)
+            log.info("engine %s gives no whole answers, or none whose tokens it counts: it is asked again", self.model)
         with self._briefly.timed():
             async with aclosing(self._streamed(generation, on_left, on_text)) as batches:
                 async for batch in batches:
+                    if was_whole:  # what is no stream either says nothing of the server
+                        self._briefly.gives_whole = False
                     yield batch
 
     async def _whole(self, body: bytes, generation: Generation, on_left: OnLeft | None) -> Sequence[Event]:
@@ -233,7 +235,7 @@ class OpenAIEngine:
                 if not answer.is_whole:
                     raise EngineFailed("The engine broke off in the middle of its answer.")
                 if not exchange.is_over:
-                    await _end(exchange)
+                    await exchange.end()
         except Refusal:
             if events := arrivals.given():  # what came before it went wrong
                 yield events
@@ -282,12 +284,6 @@ class OpenAIEngine:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             await self.connect()
-
-
-async def _end(exchange: Exchange) -> None:
-    """A moment for the body to end, so that its connection can be used again; no more, the answer is whole."""
-    with suppress(OSError):
-        await exchange.block(END_SECONDS)
 
 
 def _described(listed: Mapping[str, Any], model: str) -> Mapping[str, Any] | None:

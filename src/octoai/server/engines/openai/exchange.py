@@ -21,6 +21,7 @@ from octoai.server.engines.openai.connection import Connection
 
 CONNECT_SECONDS = 5.0
 CLOSED_SECONDS = 0.5  # until it is seen that a kept connection was closed, also over a long way
+END_SECONDS = 0.5
 LEAVE_SECONDS = 0.9  # in all, with the slot still held: an engine that does not stop by itself is cut off then
 MAX_LEFT_BYTES = 64 * 1024 * 1024
 MAX_IDLE = 256
@@ -175,6 +176,11 @@ class Exchange:
             blocks.append(block)
             size += len(block)
         return b"".join(blocks)
+
+    async def end(self) -> None:
+        """A moment for the body to end, so that its connection can be used again; no more, the answer is whole."""
+        with suppress(OSError):
+            await self.block(END_SECONDS)
 
     async def leave(self, read: Callable[[bytes], object], *, hangs_up: bool = True) -> None:
         """Hang up, and pass what still comes of a good answer to `read`, at most LEAVE_SECONDS long, also where we are

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
@@ -10,7 +11,7 @@ from octoai.server.engines.openai.answer import Answer
 from octoai.server.engines.openai.choices import Calls, decoded, reason_of, reasoning_of, text_of, thought_of, tokens_of
 from octoai.server.engines.openai.logprobs import entries
 from octoai.server.engines.openai.refusals import broken
-from octoai.server.errors import EngineFailed
+from octoai.server.errors import BadRequest, EngineFailed
 
 
 def whole(body: bytes, generation: Generation) -> Sequence[Event]:
@@ -30,6 +31,17 @@ def whole(body: bytes, generation: Generation) -> Sequence[Event]:
 def is_streamed(body: bytes) -> bool:
     """Some servers do so whatever they are asked for. Empty lines and a byte order mark may come before its fields."""
     return body.lstrip(b"\xef\xbb\xbf\r\n").startswith((b"data:", b"event:", b"id:", b"retry:", b":"))
+
+
+@contextmanager
+def leave_to_streams() -> Iterator[None]:
+    """Some servers refuse whole answers, of some models or while these think: whatever a server refuses in words about
+    streams may be asked for as one."""
+    try:
+        yield
+    except BadRequest as refused:
+        if "stream" not in refused.message.lower():
+            raise
 
 
 def _streamed(body: bytes, generation: Generation) -> Sequence[Event]:
