@@ -20,7 +20,7 @@ import anyio
 from octoai.server.accounts import Caller
 from octoai.server.admission import Admission
 from octoai.server.directory import Directory
-from octoai.server.engines.base import Event, Finished, Generation, OnText
+from octoai.server.engines.base import Event, Finished, Generation, OnText, Started
 from octoai.server.errors import Forbidden, NotHonoured, Refusal, Unavailable
 from octoai.server.idempotency import Key, Recording
 from octoai.server.ledger.ledger import Tab
@@ -292,9 +292,9 @@ class Job:
         before = self.meter.last_token
         now = self.meter.passed(batch, is_stream=self.request.stream)
         last = batch[-1]
-        if self.meter.first_token is None and isinstance(last, Finished):  # it came in one
-            metrics.iteration_tokens.observe(last.usage.completion_tokens)
-        elif num_tokens:
+        if isinstance(batch[0], Started) and isinstance(last, Finished) and not self.request.stream:  # it came in one
+            num_tokens, before = last.usage.completion_tokens, None
+        if num_tokens:
             metrics.iteration_tokens.observe(num_tokens)
             if before is not None:
                 metrics.inter_token.observe((now - before) / num_tokens)

@@ -162,3 +162,25 @@ def test_choices_that_each_come_in_one_are_counted_once(service: InProcess, held
     assert (
         metric(service, "vllm:iteration_tokens_total_sum") == metric(service, "vllm:generation_tokens_total") == 2 + 9
     )
+
+
+def test_choices_after_one_of_a_single_token_are_counted_by_iteration_too(
+    service: InProcess, held: InThread, ask: Ask
+) -> None:
+    counts = iter([1, 3, 3])
+
+    async def reply(_: Upstream, writer: asyncio.StreamWriter) -> None:
+        usage = {"prompt_tokens": 4, "completion_tokens": next(counts)}
+        said = json.dumps({**ANSWER, "usage": usage}).encode()
+        await asyncio.sleep(0.02 * usage["completion_tokens"])  # the single one is there first
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(said) + said)
+
+    held.upstream.reply = reply
+    until(lambda: metric(service, "vllm:e2e_request_latency_seconds_count") == 1, 3)
+    gaps = metric(service, "vllm:inter_token_latency_seconds_count")
+    assert ask(service, n=3).answer()[0] == 200
+    until(lambda: metric(service, "vllm:e2e_request_latency_seconds_count") == 2, 3)
+    assert (
+        metric(service, "vllm:iteration_tokens_total_sum") == metric(service, "vllm:generation_tokens_total") == 2 + 7
+    )
+    assert metric(service, "vllm:inter_token_latency_seconds_count") == gaps
