@@ -1,6 +1,6 @@
 """Whether an answer may be asked for as a whole: it is brief, and its engine quick.
 
-Who leaves such an answer is not gone for long when it is there: so it is counted, whatever happens.
+Who leaves such an answer is not gone for long when it is there: so it is counted. One that does not come is not.
 """
 
 from __future__ import annotations
