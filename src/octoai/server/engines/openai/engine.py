@@ -24,8 +24,8 @@ from octoai.server.engines.openai.dialects import DIALECTS
 from octoai.server.engines.openai.exchange import CannotConnect, Exchange, Failures, Pool
 from octoai.server.engines.openai.plain import MAX_TOKENS, Habits
 from octoai.server.engines.openai.refusals import refusal
-from octoai.server.engines.openai.whole import is_streamed, leave_to_streams, whole
-from octoai.server.errors import EngineFailed, Refusal, Unavailable
+from octoai.server.engines.openai.whole import is_of_streams, is_streamed, whole
+from octoai.server.errors import BadRequest, EngineFailed, Refusal, Unavailable
 from octoai.server.logs import without_password
 from octoai.server.machine import descriptors
 
@@ -179,8 +179,12 @@ class OpenAIEngine:
         was_whole = 0 < len(body) <= MAX_BRIEF_BYTES
         if was_whole:
             events: Sequence[Event] = ()
-            with leave_to_streams(), self._briefly.timed():
-                events = await self._whole(body, generation, on_left)
+            try:
+                with self._briefly.timed():
+                    events = await self._whole(body, generation, on_left)
+            except BadRequest as refused:
+                if not is_of_streams(refused):
+                    raise
             if events:
                 yield events
                 return

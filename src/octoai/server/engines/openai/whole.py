@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octoai.server.engines.base import Delta, Event, Finished, Generation, Started, Usage
@@ -33,15 +32,10 @@ def is_streamed(body: bytes) -> bool:
     return body.lstrip(b"\xef\xbb\xbf\r\n").startswith((b"data:", b"event:", b"id:", b"retry:", b":"))
 
 
-@contextmanager
-def leave_to_streams() -> Iterator[None]:
+def is_of_streams(refused: BadRequest) -> bool:
     """Some servers refuse whole answers, of some models or while these think: whatever a server refuses in words about
     streams may be asked for as one."""
-    try:
-        yield
-    except BadRequest as refused:
-        if "stream" not in refused.message.lower():
-            raise
+    return "stream" in refused.message.lower()
 
 
 def _streamed(body: bytes, generation: Generation) -> Sequence[Event]:
