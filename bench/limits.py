@@ -100,17 +100,13 @@ def compared(served: Served, callers: dict[str, str], rounds: int, seconds: floa
     return found
 
 
-def ends(turns: list[dict[str, float]]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """The first ten seconds and the last."""
-    return turns[:5], turns[-5:]
-
-
 def sustained(served: Served, token: str, kind: str, seconds: float) -> dict[str, float]:
     """With as many requests in the last minute as there can be."""
     began, turns = time.monotonic(), [measured(served, token, kind, 16, 2.0)]
     while time.monotonic() - began < seconds:
         turns.append(measured(served, token, kind, 16, 2.0))
-    first, last = ({name: statistics.median(turn[name] for turn in some) for name in turns[0]} for some in ends(turns))
+    ends = turns[:5], turns[-5:]  # ten seconds each
+    first, last = ({name: statistics.median(turn[name] for turn in some) for name in turns[0]} for some in ends)
     print(
         f"{kind}, 16 clients for {seconds:.0f} s: requests/s {first['rate']:.0f} at first, {last['rate']:.0f} at last; "
         f"p50 {first['p50_ms']:.2f} and {last['p50_ms']:.2f} ms"

@@ -137,13 +137,13 @@ def test_it_takes_what_is_taken_and_nothing_else(schema: dict[str, Any], definit
     text = json.dumps(whole)
     is_lenient = "pattern" in text and any(each in text for each in ("const", "enum", "maxLength", "minLength"))
     for value in VALUES:
-        if is_lenient and '"' in json.dumps(value):  # a pattern does not count beside these, or they beside it
-            continue
         try:
             is_asked = asked.is_valid(value)
             is_answered = answered.is_valid(value)
         except RecursionError:  # a reference that leads to itself is refused later
             return
+        if is_lenient and '"' in json.dumps(value):  # a pattern does not count beside these, or they beside it
+            is_asked |= is_answered
         if not rewriting.unfollowed:
             assert is_answered == is_asked, (value, read)
 
